@@ -1,0 +1,719 @@
+"""Train a small MNIST classifier, look inside it with a sparse autoencoder, explain every feature.
+
+    python MNIST_SAE_code.py                              # everything, from nothing to artifacts_mnist_sae/
+    python MNIST_SAE_code.py --target-actives 10 20 40    # one SAE per sparsity, and their frontier
+    python MNIST_SAE_code.py --data sample --features 50  # the bundled sample, the 50 busiest features
+
+The stages, each a function below, called in this order by ``main``:
+
+    data            the full MNIST set, or the bundled sample of it
+    classifier      784-128-10, ReLU; what we want to understand
+    preactivations  its 128 hidden values before the ReLU, for every image
+    SAE             JumpReLU sparse autoencoder on them; lambda calibrated while it trains, thresholds after
+    fidelity        what the classifier loses when it must think through the SAE
+    analysis        per feature: images, pixels, classes (feature_analysis.py), written as JSON and pictures
+
+Dimension key: N images, B images in a batch, C classes, d_in hidden units of the classifier, d_sae latents.
+
+References
+    Rajamanoharan et al. 2024, "Jumping Ahead: Improving Reconstruction Fidelity with JumpReLU SAEs"
+    Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (auxiliary loss on dying latents)
+    Blumensath & Davies 2008, "Iterative thresholding for sparse approximations" (threshold = sqrt(lambda))
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import platform
+import socket
+import struct
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple
+
+STARTED = time.perf_counter()  # before the heavy imports, so that the table of seconds can include them
+
+import matplotlib  # noqa: E402
+import numpy as np  # noqa: E402
+import safetensors  # noqa: E402
+import safetensors.torch  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import feature_analysis as fa  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings: edit a line here, or give the flag of the same name (TARGET_ACTIVES is --target-actives).
+# ---------------------------------------------------------------------------------------------------------------------
+
+TARGET_ACTIVES = [20]  # mean number of active features per image; each target gets an SAE of its own
+SAE_LATENTS = 512  # four per hidden unit: enough for rare strokes, few enough to look at all of them
+EPOCHS_SAE_FINAL = 5  # passes over the training images; more lowers FVU slowly (and keeps L0 on target)
+BATCH_SAE = 192  # many small steps beat few large ones at a fixed number of epochs; 128 gains nothing more
+LR_SAE = 1.2e-2  # peak Adam rate; 1e-3 trebles FVU in so few epochs
+HEAD_KL = 0.1  # weight of the classifier's logits in the SAE loss; 0 ignores what the network does with z
+NORMALIZE_Z = True  # standardise each hidden unit first, so that loud units do not own the dictionary
+HIDDEN_UNITS = 128  # width of the classifier's hidden layer, d_in of the SAE
+EPOCHS_FFN = 3  # passes over the training images for the classifier
+BATCH_FFN = 256  # images per classifier step
+LR_FFN = 2e-2  # peak AdamW rate of the one-cycle schedule; reaches in 3 epochs what 1e-3 needs 12 for
+WEIGHT_DECAY_FFN = 1.2  # strong on purpose: pixels without evidence lose their weight, so patterns are legible
+TOPK = 20  # strongest images kept per feature
+N_EVAL = 2000  # images over which an effect on the logits is averaged
+ALPHA = 1.0  # how much of a feature is added when its logit effect is measured
+FEATURES = 0  # analyse only this many of the most active features; 0 analyses all
+SEED = 0  # same seed, device and thread count: the same artifacts
+DATA = "data"  # folder that holds MNIST/raw, or "sample" for the bundled 5,000 digits
+OUT = "artifacts_mnist_sae"  # where everything is written
+DEVICE = "auto"  # auto takes a CUDA GPU when there is one
+FRESH = False  # retrain although finished stages could be reused
+
+
+def setting(default, what):
+    """A dataclass field with the help text of its flag."""
+    return field(default=default, metadata={"help": what})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one run, checked; every field is also a flag of the command line."""
+
+    target_actives: tuple[int, ...] = setting(tuple(TARGET_ACTIVES), "mean active features per image, one SAE for each")
+    sae_latents: int = setting(SAE_LATENTS, "number of SAE features")
+    epochs_sae_final: int = setting(EPOCHS_SAE_FINAL, "SAE epochs on the full set")
+    batch_sae: int = setting(BATCH_SAE, "images per SAE step")
+    lr_sae: float = setting(LR_SAE, "peak SAE learning rate")
+    head_kl: float = setting(HEAD_KL, "weight of the classifier's logits in the SAE loss")
+    normalize_z: bool = setting(NORMALIZE_Z, "standardise the preactivations")
+    hidden_units: int = setting(HIDDEN_UNITS, "width of the classifier's hidden layer")
+    epochs_ffn: int = setting(EPOCHS_FFN, "classifier epochs on the full set")
+    batch_ffn: int = setting(BATCH_FFN, "images per classifier step")
+    lr_ffn: float = setting(LR_FFN, "peak classifier learning rate")
+    weight_decay_ffn: float = setting(WEIGHT_DECAY_FFN, "decoupled weight decay of the classifier")
+    topk: int = setting(TOPK, "strongest images kept per feature")
+    n_eval: int = setting(N_EVAL, "images over which an effect is averaged")
+    alpha: float = setting(ALPHA, "how much of a feature is added to measure its logit effect")
+    features: int = setting(FEATURES, "analyse only this many of the most active features; 0 means all")
+    seed: int = setting(SEED, "seed of every random choice")
+    data: str = setting(DATA, "folder that holds MNIST/raw, or 'sample'")
+    out: str = setting(OUT, "folder for everything that is written")
+    device: str = setting(DEVICE, "auto, cpu, cuda or cuda:N")
+    fresh: bool = setting(FRESH, "retrain instead of reusing finished stages")
+
+    def __post_init__(self) -> None:
+        targets = self.target_actives
+        if not targets:
+            raise InputError("--target-actives is empty; give at least one number, such as 20")
+        if len(set(targets)) < len(targets):
+            raise InputError(f"--target-actives {list(targets)} names a target twice; give each once")
+        for target in targets:
+            if not 0 < target < self.sae_latents:
+                raise InputError(
+                    f"--target-actives {target} must be positive and below --sae-latents {self.sae_latents}"
+                )
+        positive = "epochs_sae_final batch_sae lr_sae hidden_units epochs_ffn batch_ffn lr_ffn topk n_eval".split()
+        for name in positive:
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{flag_name(name)} is {getattr(self, name)}; it must be a positive number")
+        for name in "head_kl weight_decay_ffn features seed".split():
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{flag_name(name)} is {getattr(self, name)}; it must not be negative")
+        if not math.isfinite(self.alpha):
+            raise InputError(f"--alpha is {self.alpha}; it must be a finite number")
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message says what, and what to do."""
+
+
+class TrainingError(RuntimeError):
+    """Training left the finite numbers; the message says where, and what to lower."""
+
+
+def flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is reported like every other wrong input: in one line."""
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+def parse_settings(argv: Sequence[str] | None = None) -> Settings:
+    """Flags to Settings. Raises InputError for values that cannot be used."""
+    parser = OneLineParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in fields(Settings):
+        kind: dict = {"type": type(f.default)}
+        if isinstance(f.default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(f.default, tuple):
+            kind = {"type": int, "nargs": "*"}
+        parser.add_argument(flag_name(f.name), default=f.default, help=f.metadata["help"], **kind)
+    given = vars(parser.parse_args(argv))
+    given["target_actives"] = tuple(given["target_actives"])
+    return Settings(**given)
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto' to the best device of this machine. Raises InputError when the device is unknown or absent."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"--device {name}: this machine shows {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
+    return device
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+SAMPLE_FILE = Path(__file__).resolve().parent / "data" / "mnist_5k.npz"
+IDX_FILES = {  # name without .gz: (magic number, shape, MD5 of the decompressed file)
+    "train-images-idx3-ubyte": (2051, (60_000, 28, 28), "6bbc9ace898e44ae57da46a324031adb"),
+    "train-labels-idx1-ubyte": (2049, (60_000,), "a25bea736e30d166cdddb491f175f624"),
+    "t10k-images-idx3-ubyte": (2051, (10_000, 28, 28), "2646ac647ad5339dbf082846283269ea"),
+    "t10k-labels-idx1-ubyte": (2049, (10_000,), "27ae3e4e09519cfbb04c329615203637"),
+}
+FULL_TRAIN_IMAGES = 48_000  # epochs are counted on this many images; a smaller set is passed over more often
+DOWNLOAD_TIMEOUT = 10.0  # seconds a mirror may stay silent
+
+
+class Split(NamedTuple):
+    """Images (N, 1, 28, 28) float32 in [0, 1] and labels (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class Data(NamedTuple):
+    """The three disjoint splits, where they came from in words, and a digest of the digits and of the split."""
+
+    train: Split
+    val: Split
+    test: Split
+    source: str
+    digest: str
+
+
+def parse_idx(raw: bytes, name: str) -> np.ndarray:
+    """One decompressed IDX file as a uint8 array of the shape MNIST has. Raises InputError naming the file."""
+    magic, shape, md5 = IDX_FILES[name.removesuffix(".gz")]
+    header = 4 * (1 + len(shape))
+    if len(raw) < header:
+        raise InputError(f"{name} is damaged: {len(raw)} bytes are too few for a header; fetch the file again")
+    found_magic, *found_shape = struct.unpack(f">{1 + len(shape)}I", raw[:header])
+    if found_magic != magic:
+        raise InputError(f"{name} is not what its name says: magic number {found_magic}, expected {magic}")
+    if tuple(found_shape) != shape:
+        raise InputError(f"{name} announces the shape {tuple(found_shape)}, expected {shape}; fetch the file again")
+    if len(raw) != header + math.prod(shape):
+        raise InputError(
+            f"{name} is damaged: {len(raw):,} bytes, expected {header + math.prod(shape):,}; fetch it again"
+        )
+    found_md5 = hashlib.md5(raw, usedforsecurity=False).hexdigest()
+    if found_md5 != md5:  # also what catches labels that belong to other images
+        raise InputError(f"{name} differs from MNIST's own file: MD5 {found_md5}, expected {md5}; fetch the file again")
+    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+
+
+def read_idx(folder: Path, name: str) -> np.ndarray:
+    """The IDX file `name` of `folder`, plain or gzipped. Raises InputError when it is missing or damaged."""
+    plain, packed = folder / name, folder / f"{name}.gz"
+    if plain.exists():
+        return parse_idx(plain.read_bytes(), plain.name)
+    if not packed.exists():
+        raise InputError(f"{folder} holds some of MNIST's files but neither {name} nor {name}.gz; add it")
+    try:
+        raw = gzip.decompress(packed.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{packed.name} is damaged ({error}); fetch the file again") from error
+    return parse_idx(raw, packed.name)
+
+
+def download_mnist(data_dir: Path) -> None:
+    """Fetch MNIST into `data_dir`/MNIST/raw with torchvision; half a download never stays there.
+
+    Raises whatever torchvision's import or the network raises; the caller turns it into words.
+    """
+    from torchvision.datasets import MNIST  # only here: a torchvision without its C++ operators fails on import
+
+    data_dir.mkdir(parents=True, exist_ok=True)
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        with tempfile.TemporaryDirectory(dir=data_dir) as unfinished:
+            MNIST(unfinished, download=True)
+            target = data_dir / "MNIST" / "raw"
+            target.mkdir(parents=True, exist_ok=True)
+            for path in (Path(unfinished) / "MNIST" / "raw").iterdir():
+                os.replace(path, target / path.name)
+    finally:
+        socket.setdefaulttimeout(patience)
+
+
+def read_full_set(raw_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    """All 70,000 images and labels, training images first."""
+    arrays = [read_idx(raw_dir, name) for name in IDX_FILES]
+    return np.concatenate(arrays[0::2]), np.concatenate(arrays[1::2])
+
+
+def read_sample() -> tuple[np.ndarray, np.ndarray]:
+    """The 5,000 bundled digits. Raises InputError when the file is missing or damaged."""
+    try:
+        with np.load(SAMPLE_FILE) as stored:
+            images, labels = stored["images"], stored["labels"]
+    except (OSError, KeyError, ValueError, EOFError, zlib.error) as error:
+        raise InputError(
+            f"the bundled sample {SAMPLE_FILE.name} is damaged or missing ({error}); restore it"
+        ) from error
+    if images.shape != (5000, 28, 28) or labels.shape != (5000,) or np.bincount(labels).tolist() != [500] * 10:
+        raise InputError(
+            f"the bundled sample {SAMPLE_FILE.name} holds {images.shape} images, not 500 a class; restore it"
+        )
+    return images, labels
+
+
+def sample_split(labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Indices of 70 / 10 / 20 per cent of every class (3,500 / 500 / 1,000), each part in random order."""
+    parts: list[list[np.ndarray]] = [[], [], []]
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        cuts = [len(members) * 7 // 10, len(members) * 8 // 10]
+        for part, chosen in zip(parts, np.split(members, cuts), strict=True):
+            part.append(chosen)
+    return tuple(rng.permutation(np.concatenate(part)) for part in parts)
+
+
+def load_mnist(data_dir: str, seed: int = 0, device: torch.device | str = "cpu") -> Data:
+    """The digits, split into training, validation and test images, on `device`.
+
+    Takes the first of: the four IDX files under `data_dir`/MNIST/raw; a download into it; the bundled sample (outright
+    when `data_dir` is 'sample'). The full set is split 48,000 / 12,000 / 10,000, the last being MNIST's own test set.
+
+    Raises InputError when a file that is there is damaged, incomplete or not MNIST's.
+    """
+    raw_dir = Path(data_dir) / "MNIST" / "raw"
+    found = any((raw_dir / name).exists() or (raw_dir / f"{name}.gz").exists() for name in IDX_FILES)
+    if data_dir != "sample" and not found:
+        try:
+            download_mnist(Path(data_dir))
+            found = True
+        except Exception as error:  # noqa: BLE001 - any reason ends in the same, stated, consequence
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            print(
+                f"No MNIST under {raw_dir} and no download ({reason}): using the bundled 5,000 digits, so accuracy is "
+                f"lower and features are coarser. For the full set put the four IDX files there, or give --data DIR."
+            )
+    rng = np.random.default_rng(seed)
+    if data_dir != "sample" and found:
+        images, labels = read_full_set(raw_dir)
+        shuffled = rng.permutation(60_000)
+        parts = (shuffled[:FULL_TRAIN_IMAGES], shuffled[FULL_TRAIN_IMAGES:], np.arange(60_000, 70_000))
+        source = "MNIST, full set of 70,000 digits"
+    else:
+        images, labels = read_sample()
+        parts = sample_split(labels, rng)
+        source = "bundled sample of 5,000 MNIST training digits"
+    digest = hashlib.sha256(
+        images.tobytes() + labels.tobytes() + b"".join(part.tobytes() for part in parts)
+    ).hexdigest()
+    splits = []
+    for part in parts:
+        pixels = torch.from_numpy(images[part]).to(device).float().div_(255).unsqueeze(1)
+        splits.append(Split(pixels, torch.from_numpy(labels[part].astype(np.int64)).to(device)))
+    return Data(*splits, source=source, digest=digest)
+
+
+class TensorLoader:
+    """Batches of a Split in its own order, without copying; what the analysis functions take as `loader`."""
+
+    def __init__(self, split: Split, batch_size: int = 2000):
+        self.split, self.batch_size = split, batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.split.labels) / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self.split.images.split(self.batch_size), self.split.labels.split(self.batch_size), strict=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training, what both networks share
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def scaled_epochs(epochs: int, n_train: int) -> int:
+    """Passes over `n_train` images that make about as many steps as `epochs` passes over the full training set."""
+    return max(1, round(epochs * FULL_TRAIN_IMAGES / n_train))
+
+
+def batches(n: int, batch_size: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Index tensors (B,) of `epochs` shuffled passes over `n` images; an incomplete last batch is left out."""
+    batch_size = min(batch_size, n)
+    for _ in range(epochs):
+        order = torch.randperm(n, generator=generator, device=generator.device)
+        yield from order[: n - n % batch_size].split(batch_size)
+
+
+def n_steps(n: int, batch_size: int, epochs: int) -> int:
+    """How many batches `batches` yields."""
+    return epochs * (n // min(batch_size, n))
+
+
+def ramp(progress: float, rise_until: float, fall_from: float) -> float:
+    """Learning-rate factor at `progress` in [0, 1]: linear up from 0, flat at 1, linear down to 0."""
+    return min(1.0, progress / rise_until, (1 - progress) / (1 - fall_from))
+
+
+def refuse_divergence(losses: Tensor, stage: str, flag: str, rate: float) -> None:
+    """Raise TrainingError naming the first step whose loss is not finite; `losses` is (steps,)."""
+    bad = torch.nonzero(~torch.isfinite(losses)).flatten()
+    if len(bad):
+        raise TrainingError(
+            f"{stage} diverged: its loss is not finite at step {int(bad[0])}; lower {flag} (now {rate})"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classifier
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """logits = W2 relu(z) + b2 with preactivations z = W1 (x - pixel_mean) + b1.
+
+    The mean image is subtracted because centred inputs let the first layer learn several times faster.
+    The analysis uses `preactivations` and `logits_from_preactivations`, and nothing else of a model.
+    """
+
+    def __init__(self, n_pixels: int = 784, hidden_units: int = 128, n_classes: int = 10):
+        super().__init__()
+        self.register_buffer("pixel_mean", torch.zeros(n_pixels))
+        self.hidden = nn.Linear(n_pixels, hidden_units)
+        self.head = nn.Linear(hidden_units, n_classes)
+
+    def preactivations(self, images: Tensor) -> Tensor:
+        """images (B, 1, 28, 28) -> z (B, d_in)"""
+        return self.hidden(images.flatten(1) - self.pixel_mean)
+
+    def logits_from_preactivations(self, z: Tensor) -> Tensor:
+        """z (B, d_in) -> logits (B, C)"""
+        return self.head(F.relu(z))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits_from_preactivations(self.preactivations(images))
+
+
+def train_classifier(train: Split, settings: Settings) -> Classifier:
+    """Cross entropy, AdamW, one cycle of the learning rate. Raises TrainingError on divergence."""
+    device = train.labels.device
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    with torch.random.fork_rng(devices=[]):  # nn.Linear draws from the global generator: leave it as it was
+        torch.manual_seed(settings.seed)
+        model = Classifier(hidden_units=settings.hidden_units).to(device)
+    model.pixel_mean.copy_(train.images.flatten(1).mean(0))
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.lr_ffn,
+        betas=(0.9, 0.99),  # 0.999 would average over more steps than the cycle has
+        weight_decay=settings.weight_decay_ffn,
+        fused=True,
+    )
+    n, epochs = len(train.labels), scaled_epochs(settings.epochs_ffn, len(train.labels))
+    steps = n_steps(n, settings.batch_ffn, epochs)
+    losses = torch.zeros(steps, device=device)
+    plan = batches(n, settings.batch_ffn, epochs, generator)
+    for step, index in enumerate(tqdm(plan, "classifier", steps, leave=False, disable=None)):
+        optimizer.param_groups[0]["lr"] = settings.lr_ffn * ramp((step + 0.5) / steps, 0.2, 0.2)
+        loss = F.cross_entropy(model(train.images[index]), train.labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses[step] = loss.detach()
+    refuse_divergence(losses, "classifier training", "--lr-ffn", settings.lr_ffn)
+    return model.requires_grad_(False).eval()
+
+
+class Preactivations(NamedTuple):
+    """Raw preactivations (N, d_in) of each split, and what standardises them: z = (raw - mu) / std, (d_in,) each."""
+
+    train: Tensor
+    val: Tensor
+    test: Tensor
+    mu: Tensor
+    std: Tensor
+
+
+@torch.no_grad()
+def collect_preactivations(model: Classifier, data: Data, normalize: bool) -> Preactivations:
+    """The classifier's preactivations for every image. Without `normalize`, mu = 0 and std = 1.
+
+    A unit that never varies gets std = 1: it carries nothing, and dividing by zero would spread NaN.
+    """
+    train, val, test = (
+        torch.cat([model.preactivations(images) for images, _ in TensorLoader(split)])
+        for split in (data.train, data.val, data.test)
+    )
+    mu, std = torch.zeros_like(train[0]), torch.ones_like(train[0])
+    if normalize:
+        mu, std = train.mean(0), train.std(0)
+        std = torch.where(std > 1e-6 * std.max(), std, torch.ones_like(std))
+    return Preactivations(train, val, test, mu, std)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SAE
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class JumpReLUSAE(nn.Module):
+    """Sparse autoencoder of standardised preactivations z.
+
+        pre   = z W_enc + b_enc                 (B, d_sae)
+        f     = pre * 1[pre > threshold]        (B, d_sae), threshold >= 0
+        z_hat = f W_dec + b_dec                 (B, d_in), rows of W_dec of unit norm
+
+    The same three lines run in training, in evaluation and in whatever loads the saved weights. Parameters: W_enc
+    (d_in, d_sae), b_enc (d_sae,), W_dec (d_sae, d_in), b_dec (d_in,); buffer: threshold (d_sae,).
+    """
+
+    def __init__(self, d_in: int, d_sae: int):
+        super().__init__()
+        self.W_enc = nn.Parameter(torch.zeros(d_in, d_sae))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.register_buffer("threshold", torch.zeros(d_sae))
+
+    def pre_threshold(self, z: Tensor) -> Tensor:
+        """z (B, d_in) -> pre (B, d_sae)"""
+        return torch.addmm(self.b_enc, z, self.W_enc)
+
+    def jump(self, pre: Tensor) -> Tensor:
+        """pre (B, d_sae) -> feature_acts (B, d_sae); the gradient flows through active features only"""
+        return torch.where(pre > self.threshold, pre, 0.0)
+
+    def encode(self, z: Tensor) -> Tensor:
+        """z (B, d_in) -> feature_acts (B, d_sae)"""
+        return self.jump(self.pre_threshold(z))
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """feature_acts (B, d_sae) -> z_hat (B, d_in)"""
+        return torch.addmm(self.b_dec, feature_acts, self.W_dec)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.decode(self.encode(z))
+
+
+class TrainingFrame(NamedTuple):
+    """Coordinates the SAE is trained in: x = (z - center) @ basis / scale, with x centred and of mean square 1.
+
+    The basis holds the principal directions of z. A rotation changes neither the model nor the loss, but Adam scales
+    every coordinate by itself, so in these coordinates it can give quiet directions the larger steps they need: FVU at
+    L0 20 falls by about a tenth. Thresholds and lambda become independent of the scale of z.
+    """
+
+    center: Tensor  # (d_in,)
+    basis: Tensor  # (d_in, d_in), orthonormal columns
+    scale: Tensor  # ()
+
+    @classmethod
+    def of(cls, z: Tensor) -> TrainingFrame:
+        center = z.mean(0)
+        centred = z - center
+        _, basis = torch.linalg.eigh(centred.T @ centred)
+        return cls(center, basis, centred.square().mean().sqrt())
+
+    def enter(self, z: Tensor) -> Tensor:
+        return (z - self.center) @ self.basis / self.scale
+
+    def leave(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.center, x, self.basis.T * self.scale)
+
+    def fold(self, sae: JumpReLUSAE) -> JumpReLUSAE:
+        """The SAE of x written as an SAE of z: the same features, activations multiplied by scale."""
+        folded = JumpReLUSAE(*sae.W_enc.shape).to(sae.W_enc.device)
+        with torch.no_grad():
+            folded.W_enc.copy_(self.basis @ sae.W_enc)
+            folded.b_enc.copy_(sae.b_enc * self.scale - self.center @ folded.W_enc)
+            folded.W_dec.copy_(sae.W_dec @ self.basis.T)
+            folded.b_dec.copy_(self.leave(sae.b_dec[None])[0])
+            folded.threshold.copy_(sae.threshold * self.scale)
+        return folded
+
+
+# How training is steered. These belong to the method rather than to a run, so they are not flags.
+START_L0_FACTOR = 4.0  # training starts this many times denser than asked, so that every latent first finds a use
+L0_SETTLED_AT = 0.3  # share of training after which the target itself is aimed at
+START_THRESHOLD = 0.5  # sqrt(lambda) at the start, in units of the preactivations' standard deviation
+HEAD_FROM = 0.5  # share of training after which the classifier's logits count too: earlier they only slow it down
+HEAD_TEMPERATURE = 4.0  # softened logits compare all classes on all images; at 1 a few unsure images drown the rest
+RARE_DENSITY = 0.002  # a latent that fires on fewer images than this is dying, and the auxiliary loss trains it
+RARE_COEFFICIENT = 0.03  # weight of that loss: from 0.01 to 1 nothing but the number of dead latents depends on it
+RARE_BATCH_SHARE = 4  # that loss sees one image in so many: it is a nudge, and a whole batch would cost a third more
+RARE_AT_ONCE = 32  # at most so many rare latents explain one image
+FAIR_SHARE = 0.2  # latents below this share of the mean density pay less lambda, down to none
+
+
+class LambdaController:
+    """Finds the lambda that gives the L0 asked for, while the SAE trains.
+
+    The objective is  ||x - x_hat||^2 + lambda * L0  per image. With unit decoder rows, keeping a feature whose
+    activation is a lowers the first term by about a^2 and costs lambda, so the best threshold is sqrt(lambda) (hard
+    thresholding, Blumensath & Davies 2008). Raising lambda therefore lowers L0 at once, and a proportional-integral
+    controller on log sqrt(lambda) holds L0 at its target: no trial runs, no coefficient to tune.
+
+    Everything is a tensor of shape () on the device: a step costs no synchronisation.
+    """
+
+    INTEGRAL, PROPORTIONAL, MEMORY = 0.05, 0.3, 0.9  # gains on log(L0 / target); memory of the L0 average, per step
+
+    def __init__(self, start_l0: float, device: torch.device):
+        self.log_threshold = torch.tensor(math.log(START_THRESHOLD), device=device)
+        self.l0 = torch.tensor(start_l0, device=device)
+        self.error = torch.zeros((), device=device)
+
+    def threshold(self) -> Tensor:
+        """sqrt(lambda), ()"""
+        return self.log_threshold.exp()
+
+    def observe(self, l0: Tensor, target: float) -> None:
+        """One step: the batch had `l0` active features per image, `target` are wanted."""
+        self.l0 = torch.lerp(l0, self.l0, self.MEMORY)
+        error = torch.log(self.l0.clamp(min=1e-2) / target)
+        self.log_threshold = self.log_threshold + self.INTEGRAL * error + self.PROPORTIONAL * (error - self.error)
+        self.error = error
+
+
+def l0_target_at(progress: float, target: float, d_sae: int) -> float:
+    """Mean active features aimed at: from START_L0_FACTOR times the target geometrically down to it."""
+    start = max(target, min(START_L0_FACTOR * target, d_sae / 2))
+    return target * (start / target) ** max(0.0, 1 - progress / L0_SETTLED_AT)
+
+
+@torch.no_grad()
+def initial_sae(x: Tensor, d_sae: int, start_l0: float, generator: torch.Generator) -> JumpReLUSAE:
+    """Random unit decoder rows, the encoder their transpose, every latent active on start_l0 / d_sae of `x` (N, d_in).
+
+    The encoder is scaled so that the first reconstruction has the right length (least squares in one number).
+    """
+    sae = JumpReLUSAE(x.shape[1], d_sae).to(x.device)
+    rows = torch.randn(sae.W_dec.shape, generator=generator, device=generator.device)
+    sae.W_dec.copy_(F.normalize(rows, dim=1))
+    sae.W_enc.copy_(sae.W_dec.T)
+    pre = sae.pre_threshold(x)
+    cut = pre.sort(dim=0).values[int((1 - start_l0 / d_sae) * (len(x) - 1))]
+    sae.threshold.fill_(START_THRESHOLD)
+    sae.b_enc.copy_(START_THRESHOLD - cut)
+    x_hat = sae(x)
+    length = (x_hat * x).sum() / x_hat.square().sum()
+    sae.W_enc.mul_(length)
+    sae.b_enc.copy_(START_THRESHOLD - cut * length)
+    return sae
+
+
+def soft_kl(teacher: Tensor, logits: Tensor) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(logits / T)), mean over (B, C); T = HEAD_TEMPERATURE (Hinton et al. 2015)."""
+    p, log_q = (F.log_softmax(a / HEAD_TEMPERATURE, dim=1) for a in (teacher, logits))
+    return HEAD_TEMPERATURE**2 * F.kl_div(log_q, p, log_target=True, reduction="batchmean")
+
+
+def rare_latents_loss(sae: JumpReLUSAE, pre: Tensor, residual: Tensor, rare: Tensor) -> Tensor:
+    """What is left of the residual (B, d_in) when the rare latents, (d_sae,) bool, with the largest pre explain it.
+
+    Threshold and sign of pre are ignored, which gives latents that no longer fire a gradient towards
+    what the others leave over (after the AuxK loss of Gao et al. 2024).
+    """
+    candidates = pre.detach().masked_fill(~rare, -math.inf)
+    cut = candidates.topk(min(RARE_AT_ONCE, len(rare)), dim=1).values[:, -1:]
+    explained = torch.where(rare & (candidates >= cut), pre, 0.0) @ sae.W_dec
+    return F.mse_loss(explained, residual)
+
+
+class SAECourse(NamedTuple):
+    """How training went, each (steps,): reconstruction loss (share of variance), L0 of the batch, lambda."""
+
+    loss: Tensor
+    l0: Tensor
+    l0_coefficient: Tensor
+
+
+def train_sae(
+    z: Tensor, logits_of: Callable[[Tensor], Tensor], target: float, settings: Settings
+) -> tuple[JumpReLUSAE, SAECourse]:
+    """An SAE of `z` (N, d_in) with `target` active features per image on average, found in one run.
+
+    `logits_of` maps standardised preactivations (B, d_in) to the classifier's logits (B, C). Raises TrainingError on
+    divergence. The lambda of the course is in units of the mean square of z.
+    """
+    generator = torch.Generator(z.device).manual_seed(settings.seed)
+    frame = TrainingFrame.of(z)
+    x = frame.enter(z)
+    teacher = torch.cat([logits_of(chunk) for chunk in z.split(EVAL_ROWS)])
+    d_sae, start_l0 = settings.sae_latents, l0_target_at(0, target, settings.sae_latents)
+    sae = initial_sae(x[: 16 * settings.batch_sae], d_sae, start_l0, generator)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=settings.lr_sae, betas=(0.9, 0.99), fused=True)
+    controller = LambdaController(start_l0, z.device)
+    density = torch.full((d_sae,), start_l0 / d_sae, device=z.device)  # moving average of how often each latent fires
+    some = max(1, settings.batch_sae // RARE_BATCH_SHARE)
+    epochs = scaled_epochs(settings.epochs_sae_final, len(z))
+    steps = n_steps(len(z), settings.batch_sae, epochs)
+    course = SAECourse(*(torch.zeros(steps, device=z.device) for _ in range(3)))
+
+    plan = batches(len(z), settings.batch_sae, epochs, generator)
+    for step, index in enumerate(tqdm(plan, f"SAE, {target} active", steps, leave=False, disable=None)):
+        progress = (step + 0.5) / steps
+        l0_target = l0_target_at(progress, target, d_sae)
+        optimizer.param_groups[0]["lr"] = settings.lr_sae * ramp(progress, 0.02, 0.3)
+        # A latent's lambda is proportional to its density until it has its fair share: rare ones are cheap to use.
+        discount = (density / (FAIR_SHARE * l0_target / d_sae)).clamp(max=1)
+        sae.threshold.copy_(controller.threshold() * discount.sqrt())
+
+        batch = x[index]  # (B, d_in)
+        pre = sae.pre_threshold(batch)  # (B, d_sae)
+        feature_acts = sae.jump(pre)
+        x_hat = sae.decode(feature_acts)
+        reconstruction = F.mse_loss(x_hat, batch)  # 1 for a constant prediction: x has mean square 1
+        residual = (batch - x_hat)[:some].detach()
+        loss = reconstruction + RARE_COEFFICIENT * rare_latents_loss(sae, pre[:some], residual, density < RARE_DENSITY)
+        if settings.head_kl and progress > HEAD_FROM:
+            loss = loss + settings.head_kl * soft_kl(teacher[index], logits_of(frame.leave(x_hat)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        with torch.no_grad():
+            sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
+            fired = (feature_acts > 0).float().mean(0)  # (d_sae,)
+            density.lerp_(fired, 0.01)
+            l0 = fired.sum()
+            for record, value in zip(course, (reconstruction, l0, controller.threshold().square()), strict=True):
+                record[step] = value
+            controller.observe(l0, l0_target)
+    refuse_divergence(course.loss, f"SAE training for {target} actives", "--lr-sae", settings.lr_sae)
+    return frame.fold(sae).requires_grad_(False), course
