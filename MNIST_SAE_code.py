@@ -24,10 +24,10 @@ References
 from __future__ import annotations
 
 import argparse
+import copy
 import gzip
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
@@ -323,7 +323,7 @@ def load_mnist(data_dir: str, seed: int = 0, device: torch.device | str = "cpu")
         try:
             download_mnist(Path(data_dir))
             found = True
-        except Exception as error:  # noqa: BLE001 - any reason ends in the same, stated, consequence
+        except Exception as error:
             reason = " ".join(str(error).split())[:160] or type(error).__name__
             print(
                 f"No MNIST under {raw_dir} and no download ({reason}): using the bundled 5,000 digits, so accuracy is "
@@ -577,7 +577,7 @@ RARE_DENSITY = 0.002  # a latent that fires on fewer images than this is dying, 
 RARE_COEFFICIENT = 0.03  # weight of that loss: from 0.01 to 1 nothing but the number of dead latents depends on it
 RARE_BATCH_SHARE = 4  # that loss sees one image in so many: it is a nudge, and a whole batch would cost a third more
 RARE_AT_ONCE = 32  # at most so many rare latents explain one image
-FAIR_SHARE = 0.2  # latents below this share of the mean density pay less lambda, down to none
+FAIR_SHARE = 0.5  # latents below this share of the mean density pay less lambda, down to none
 
 
 class LambdaController:
@@ -638,7 +638,7 @@ def initial_sae(x: Tensor, d_sae: int, start_l0: float, generator: torch.Generat
 
 
 def soft_kl(teacher: Tensor, logits: Tensor) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(logits / T)), mean over (B, C); T = HEAD_TEMPERATURE (Hinton et al. 2015)."""
+    """T^2 KL(softmax(teacher / T) || softmax(logits / T)), (B, C) each, T = HEAD_TEMPERATURE (Hinton et al. 2015)."""
     p, log_q = (F.log_softmax(a / HEAD_TEMPERATURE, dim=1) for a in (teacher, logits))
     return HEAD_TEMPERATURE**2 * F.kl_div(log_q, p, log_target=True, reduction="batchmean")
 
@@ -717,3 +717,755 @@ def train_sae(
             controller.observe(l0, l0_target)
     refuse_divergence(course.loss, f"SAE training for {target} actives", "--lr-sae", settings.lr_sae)
     return frame.fold(sae).requires_grad_(False), course
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calibration of the thresholds
+# ---------------------------------------------------------------------------------------------------------------------
+
+EVAL_ROWS = 4096  # rows per step wherever nothing is trained; the same everywhere, so that the same numbers come out
+
+
+@torch.no_grad()
+def mean_actives(sae: JumpReLUSAE, z: Tensor) -> float:
+    """L0: mean number of active features over z (N, d_in)."""
+    return sum(int((sae.encode(chunk) > 0).sum()) for chunk in z.split(EVAL_ROWS)) / len(z)
+
+
+@torch.no_grad()
+def threshold_shift(sae: JumpReLUSAE, z: Tensor, target: float) -> float:
+    """The number to add to every threshold so that `target` features are active per image of z (N, d_in) on average.
+
+    A feature is active when pre > max(threshold + shift, 0): when pre > 0 and its excess pre - threshold is above the
+    shift. So the shift lies between the last of the target * N largest excesses and the next one: an order statistic.
+    Where those two are equal no shift is exact, and theirs is returned, which leaves the tied ones out. When fewer pre
+    are positive than asked for, the shift is -inf: every threshold becomes 0.
+    """
+    wanted = round(target * len(z))
+    largest = torch.empty(0, device=z.device)  # the wanted + 1 largest excesses so far, descending
+    for chunk in z.split(EVAL_ROWS):
+        pre = sae.pre_threshold(chunk)
+        candidates = torch.cat([largest, (pre - sae.threshold)[pre > 0]])
+        largest = candidates.topk(min(wanted + 1, len(candidates))).values
+    if len(largest) <= wanted:
+        return -math.inf
+    last_in, first_out = largest[wanted - 1].item(), largest[wanted].item()  # float64 from here on
+    return (last_in + first_out) / 2
+
+
+@torch.no_grad()
+def adjust_thresholds(sae: JumpReLUSAE, z: Tensor, target: float) -> tuple[JumpReLUSAE, float]:
+    """A copy of the SAE with exactly `target` active features on z (N, d_in) unless excesses tie, and the shift."""
+    shift = threshold_shift(sae, z, target)
+    adjusted = copy.deepcopy(sae)
+    adjusted.threshold.copy_((sae.threshold.double() + shift).clamp(min=0))
+    return adjusted, shift
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fidelity: what the classifier loses when it must think through the SAE
+# ---------------------------------------------------------------------------------------------------------------------
+
+MODES = ("jumprelu", "boolean", "boolean_scaled")
+
+
+class Usage(NamedTuple):
+    """How the features are used on some images, each (d_sae,): share of images, and mean activation when active."""
+
+    feature_density: Tensor
+    mean_activation: Tensor
+
+
+@torch.no_grad()
+def feature_usage(sae: JumpReLUSAE, z: Tensor) -> Usage:
+    """Usage over z (N, d_in). The mean activation of a feature that never fires is 0."""
+    counts = torch.zeros(len(sae.threshold), dtype=torch.int64, device=z.device)
+    sums = torch.zeros(len(sae.threshold), dtype=torch.float64, device=z.device)
+    for chunk in z.split(EVAL_ROWS):
+        feature_acts = sae.encode(chunk)
+        counts += (feature_acts > 0).sum(0)
+        sums += feature_acts.sum(0, dtype=torch.float64)
+    return Usage(counts / len(z), (sums / counts.clamp(min=1)).float())
+
+
+def reconstruct(sae: JumpReLUSAE, z: Tensor, mode: str, mean_activation: Tensor) -> Tensor:
+    """z (B, d_in) through the SAE. `jumprelu`: as it is. `boolean`: an active feature counts 1. `boolean_scaled`: it
+    counts its mean activation, (d_sae,)."""
+    feature_acts = sae.encode(z)
+    if mode != "jumprelu":
+        feature_acts = (feature_acts > 0).float()
+    return sae.decode(feature_acts * mean_activation if mode == "boolean_scaled" else feature_acts)
+
+
+class Fidelity(NamedTuple):
+    """Of one way to reconstruct. Cross entropies are in nats."""
+
+    accuracy: float
+    agreement: float  # share of images on which the prediction stays the classifier's own
+    cross_entropy: float
+    ce_recovered: float  # 1: none of what mean ablation costs is lost, 0: all of it
+    kl: float  # mean KL(classifier || classifier through the SAE)
+    fvu: float  # sum ||z - z_hat||^2 / sum ||z - mean(z)||^2, the mean over these same images
+
+
+@torch.no_grad()
+def fidelity(z: Tensor, z_hat: Tensor, labels: Tensor, logits_of: Callable, z_mean: Tensor) -> Fidelity:
+    """Compare the classifier on z_hat (N, d_in) with the classifier on z; `z_mean` (d_in,) is what mean ablation uses.
+
+    ce_recovered = (CE(mean) - CE(z_hat)) / (CE(mean) - CE(z)), as in Bricken et al. 2023.
+    """
+    logits, logits_hat = logits_of(z), logits_of(z_hat)
+    logits_mean = logits_of(z_mean[None]).expand_as(logits)
+    ce, ce_hat, ce_mean = (F.cross_entropy(a, labels).item() for a in (logits, logits_hat, logits_mean))
+    log_p, log_q = F.log_softmax(logits, 1), F.log_softmax(logits_hat, 1)
+    return Fidelity(
+        accuracy=(logits_hat.argmax(1) == labels).double().mean().item(),
+        agreement=(logits_hat.argmax(1) == logits.argmax(1)).double().mean().item(),
+        cross_entropy=ce_hat,
+        ce_recovered=(ce_mean - ce_hat) / (ce_mean - ce),
+        kl=F.kl_div(log_q, log_p, log_target=True, reduction="batchmean").item(),
+        fvu=((z - z_hat).square().sum() / (z - z.mean(0)).square().sum()).item(),
+    )
+
+
+@torch.no_grad()
+def measure(before: JumpReLUSAE, after: JumpReLUSAE, pre: Preactivations, data: Data, logits_of: Callable) -> dict:
+    """Everything summary.json says about one SAE's fidelity; `before` and `after` the adjustment of the thresholds."""
+    z_train, z_val, z_test = ((raw - pre.mu) / pre.std for raw in (pre.train, pre.val, pre.test))
+    usage, z_mean, labels = feature_usage(after, z_train), z_train.mean(0), data.test.labels
+
+    def of(sae: JumpReLUSAE, mode: str) -> Fidelity:
+        z_hat = torch.cat([reconstruct(sae, chunk, mode, usage.mean_activation) for chunk in z_test.split(EVAL_ROWS)])
+        return fidelity(z_test, z_hat, labels, logits_of, z_mean)
+
+    by_mode = {mode: of(after, mode) for mode in MODES}
+    baseline = fidelity(z_test, z_test, labels, logits_of, z_mean)
+    l0 = torch.cat([(after.encode(chunk) > 0).sum(1) for chunk in z_test.split(EVAL_ROWS)]).double()
+    jump = by_mode["jumprelu"]
+    return {
+        "achieved_actives_before_shift": mean_actives(before, z_val),
+        "achieved_actives_val": mean_actives(after, z_val),
+        "achieved_actives_test": l0.mean().item(),
+        "l0_std_test": l0.std().item(),
+        "baseline_acc": baseline.accuracy,
+        "baseline_ce": baseline.cross_entropy,
+        **{f"recon_acc_{mode}": by_mode[mode].accuracy for mode in MODES},
+        **{f"delta_acc_{mode}": baseline.accuracy - by_mode[mode].accuracy for mode in MODES},
+        **{f"agreement_{mode}": by_mode[mode].agreement for mode in MODES},
+        "fvu": jump.fvu,
+        "ce": jump.cross_entropy,
+        "ce_recovered": jump.ce_recovered,
+        "kl": jump.kl,
+        "before_shift": of(before, "jumprelu")._asdict(),
+        "dead_features": int((usage.feature_density == 0).sum()),
+        "dense_features": int((usage.feature_density > 0.5).sum()),
+        "rare_features": int((usage.feature_density < 0.001).sum()),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving finished stages, and using them again
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def to_json(record: object) -> bytes:
+    """Strict JSON: a NaN is an error here rather than in whoever reads the file."""
+    return (json.dumps(record, indent=2, allow_nan=False) + "\n").encode()
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder and make sure that files can be written there. Raises InputError when they cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be written to ({error.strerror}); choose another folder") from error
+
+
+def fingerprint(settings: Settings, names: Sequence[str], functions: Sequence[Callable], **inputs: object) -> str:
+    """SHA-256 over all that decides a stage's outcome: those settings, its code and its inputs."""
+    decisive = {name: getattr(settings, name) for name in names}
+    code = [inspect.getsource(function) for function in functions]
+    text = json.dumps([decisive, code, inputs, torch.__version__], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def save_stage(folder: Path, name: str, print_of: str, tensors: dict[str, Tensor], record: dict) -> str:
+    """Write name.safetensors and name.json, tensors first; returns the SHA-256 of the tensors.
+
+    The JSON holds the fingerprint and that SHA-256: an interruption between the two leaves a pair that does not match.
+    """
+    stored = safetensors.torch.save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+    digest = hashlib.sha256(stored).hexdigest()
+    fa.write_whole(folder / f"{name}.safetensors", stored)
+    fa.write_whole(folder / f"{name}.json", to_json({"fingerprint": print_of, "sha256": digest, **record}))
+    return digest
+
+
+class Stage(NamedTuple):
+    """A stage as it was saved: its tensors, the record beside them and the SHA-256 of the tensors."""
+
+    tensors: dict[str, Tensor]
+    record: dict
+    digest: str
+
+
+def read_stage(folder: Path, name: str) -> Stage:
+    """Raises InputError when a file is missing, cannot be read, or does not belong to the other."""
+    try:
+        record = json.loads((folder / f"{name}.json").read_bytes())
+        stored = (folder / f"{name}.safetensors").read_bytes()
+        digest = hashlib.sha256(stored).hexdigest()
+        if record["sha256"] != digest:
+            raise ValueError("the two files do not belong together")
+        return Stage(safetensors.torch.load(stored), record, digest)
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise InputError(
+            f"{name}.safetensors with {name}.json in {folder} is damaged or incomplete ({error})"
+        ) from error
+
+
+def keep_aside(folder: Path, name: str) -> str:
+    """Rename name.safetensors and name.json to the first free name.kept-N; returns that name."""
+    n = 1
+    while any((folder / f"{name}.kept-{n}.{ending}").exists() for ending in ("safetensors", "json")):
+        n += 1
+    for ending in ("safetensors", "json"):
+        path = folder / f"{name}.{ending}"
+        if path.exists():
+            os.replace(path, folder / f"{name}.kept-{n}.{ending}")
+    return f"{name}.kept-{n}"
+
+
+def reusable_stage(folder: Path, name: str, print_of: str, fresh: bool) -> Stage | None:
+    """The saved stage if it is the one asked for; otherwise None, what was there kept aside, and a line saying so."""
+    if not any((folder / f"{name}.{ending}").exists() for ending in ("safetensors", "json")):
+        return None
+    try:
+        stage = read_stage(folder, name)
+        reason = None if stage.record.get("fingerprint") == print_of else "it belongs to other settings, data or code"
+    except InputError as error:
+        stage, reason = None, str(error)
+    if reason is None:
+        if not fresh:
+            print(f"{name}: reused, its settings and data did not change (--fresh retrains)")
+            return stage
+        return None
+    print(f"{name}: retrained, because {reason}; the old one is kept as {keep_aside(folder, name)}")
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages: train, or take what an earlier run saved
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def classifier_stage(settings: Settings, data: Data, folder: Path) -> tuple[Classifier, str]:
+    """The classifier, and the SHA-256 of its weights."""
+    names = ("hidden_units", "epochs_ffn", "batch_ffn", "lr_ffn", "weight_decay_ffn", "seed")
+    code = (Classifier, train_classifier, batches, scaled_epochs, ramp)
+    device = data.train.labels.device
+    print_of = fingerprint(settings, names, code, data=data.digest, device=device.type)
+    stage = reusable_stage(folder, "classifier", print_of, settings.fresh)
+    if stage is not None:
+        return restored_classifier(stage.tensors).to(device), stage.digest
+    model = train_classifier(data.train, settings)
+    record = {"data": data.source, "settings": {name: getattr(settings, name) for name in names}}
+    return model, save_stage(folder, "classifier", print_of, model.state_dict(), record)
+
+
+def restored_classifier(tensors: dict[str, Tensor]) -> Classifier:
+    hidden_units, n_pixels = tensors["hidden.weight"].shape
+    model = Classifier(n_pixels, hidden_units, len(tensors["head.bias"]))
+    model.load_state_dict(tensors)
+    return model.requires_grad_(False).eval()
+
+
+class TrainedSAE(NamedTuple):
+    """An SAE before and after the adjustment of its thresholds, and what sae.json says about it."""
+
+    before: JumpReLUSAE
+    sae: JumpReLUSAE
+    record: dict
+
+
+COURSE_POINTS = 100  # how many points of the course are kept in sae.json
+
+
+def sae_stage(
+    settings: Settings, target: int, model: Classifier, model_digest: str, pre: Preactivations, data: Data, folder: Path
+) -> TrainedSAE:
+    """The SAE for one target, calibrated."""
+    names = ("sae_latents", "epochs_sae_final", "batch_sae", "lr_sae", "head_kl", "normalize_z", "seed")
+    code = (JumpReLUSAE, TrainingFrame, LambdaController, l0_target_at, initial_sae, soft_kl, rare_latents_loss)
+    code += (train_sae, threshold_shift, adjust_thresholds, batches, scaled_epochs, ramp)
+    method = [START_L0_FACTOR, L0_SETTLED_AT, START_THRESHOLD, HEAD_FROM, HEAD_TEMPERATURE]
+    method += [RARE_DENSITY, RARE_COEFFICIENT, RARE_BATCH_SHARE, RARE_AT_ONCE, FAIR_SHARE]
+    device = pre.mu.device
+    print_of = fingerprint(
+        settings, names, code, target=target, method=method, model=model_digest, data=data.digest, device=device.type
+    )
+    stage = reusable_stage(folder, "sae", print_of, settings.fresh)
+    if stage is None:
+        z_train, z_val = ((raw - pre.mu) / pre.std for raw in (pre.train, pre.val))
+        before, course = train_sae(z_train, standardised_head(model, pre), target, settings)
+        sae, shift = adjust_thresholds(before, z_val, target)
+        every = max(1, len(course.l0) // COURSE_POINTS)
+        steps = list(range(every - 1, len(course.l0), every))
+        kept = {name: values[steps].tolist() for name, values in course._asdict().items()}
+        record = {
+            "data": data.source,
+            "target_actives": target,
+            "settings": {name: getattr(settings, name) for name in names},
+            "threshold_shift": shift if math.isfinite(shift) else None,
+            "lambda": course.l0_coefficient[-1].item(),
+            "course": {"step": steps, **kept},
+        }
+        tensors = {**sae.state_dict(), "threshold_before_shift": before.threshold, "mu": pre.mu, "std": pre.std}
+        save_stage(folder, "sae", print_of, tensors, record)
+        stage = Stage(tensors, record, "")
+    sae = restored_sae(stage.tensors).to(device)
+    before = copy.deepcopy(sae)
+    before.threshold.copy_(stage.tensors["threshold_before_shift"])
+    return TrainedSAE(before, sae, stage.record)
+
+
+def restored_sae(tensors: dict[str, Tensor]) -> JumpReLUSAE:
+    sae = JumpReLUSAE(*tensors["W_enc"].shape)
+    sae.load_state_dict({name: tensors[name] for name in sae.state_dict()})
+    return sae.requires_grad_(False)
+
+
+def standardised_head(model: Classifier, pre: Preactivations) -> Callable[[Tensor], Tensor]:
+    """The classifier's logits (B, C) as a function of standardised preactivations (B, d_in)."""
+    return lambda z: model.logits_from_preactivations(torch.addcmul(pre.mu, z, pre.std))
+
+
+class Run(NamedTuple):
+    """A finished run, ready for a notebook."""
+
+    model: Classifier
+    sae: JumpReLUSAE
+    mu: Tensor
+    std: Tensor
+    loaders: dict[str, TensorLoader]  # train, val, test
+    settings: Settings
+    data: Data
+
+
+def load_run(folder: str, target: int | None = None, data_dir: str | None = None, device: str = "auto") -> Run:
+    """What a run saved in `folder`: model, SAE, mu, std, loaders and settings.
+
+    `target` chooses among several SAEs; `data_dir` says where the digits are now, if not where they were. Raises
+    InputError when there is no such run, it is damaged, or the digits are others than those it was trained on.
+    """
+    root = Path(folder)
+    try:
+        stored = json.loads((root / "settings.json").read_bytes())
+        settings = Settings(**{**stored["settings"], "target_actives": tuple(stored["settings"]["target_actives"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{root} holds no finished run ({error}); run MNIST_SAE_code.py --out {root} first") from error
+    targets = settings.target_actives
+    if target is None and len(targets) == 1:
+        target = targets[0]
+    if target not in targets:
+        raise InputError(f"{root} has SAEs for the targets {list(targets)}, not {target}; choose one of them")
+    where = pick_device(device)
+    data = load_mnist(data_dir or settings.data, settings.seed, where)
+    if data.digest != stored["data_digest"]:
+        raise InputError(f"{root} was made with: {stored['data']}; found now: {data.source}. Give data_dir")
+    tensors = read_stage(target_folder(root, settings, target), "sae").tensors
+    return Run(
+        restored_classifier(read_stage(root, "classifier").tensors).to(where),
+        restored_sae(tensors).to(where),
+        tensors["mu"].to(where),
+        tensors["std"].to(where),
+        {name: TensorLoader(getattr(data, name)) for name in ("train", "val", "test")},
+        settings,
+        data,
+    )
+
+
+def target_folder(root: Path, settings: Settings, target: int) -> Path:
+    """Where the files of one target are: the run's folder, or a subfolder when there are several targets."""
+    return root if len(settings.target_actives) == 1 else root / f"target_{target}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Analysis: every feature, by the functions of feature_analysis.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+INKED_SHARE = 0.01  # pixels inked in fewer of the training images are drawn grey: hardly any evidence about them
+
+
+class Analysis(NamedTuple):
+    """All that is known about the features; computed on the validation images, so that the test images stay unseen."""
+
+    bank: fa.FeatureBank
+    heats: Tensor  # (d_sae, 28, 28)
+    logit: fa.LogitEffects
+    ablation: fa.LogitEffects
+    nearest: fa.NearestFeatures
+    inked: np.ndarray  # (28, 28) bool
+
+
+class Clock:
+    """Seconds per stage. Where the device works asynchronously, a stage ends when its work does."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+def analyse(
+    model: Classifier, sae: JumpReLUSAE, pre: Preactivations, data: Data, settings: Settings, clock: Clock
+) -> Analysis:
+    """The five questions of feature_analysis.py, for all features at once."""
+    loader, common = TensorLoader(data.val), (sae, pre.mu, pre.std)
+    with clock("bank"):
+        bank = fa.collect_feature_bank(model, loader, *common, topk=min(settings.topk, len(data.val.labels)))
+    with clock("patterns"):
+        heats = fa.feature_input_patterns(model, *common).cpu()
+        inked = (data.train.images > 0).float().mean(0)[0] >= INKED_SHARE
+    with clock("effects"):
+        logit = fa.feature_logit_effects(model, loader, *common, alpha=settings.alpha, n_eval=settings.n_eval)
+        ablation = fa.feature_ablation_effects(model, loader, *common, n_eval=settings.n_eval)
+        nearest = fa.nearest_features(sae.W_dec)
+    on_cpu = (fa.LogitEffects(*(tensor.cpu() for tensor in effects)) for effects in (logit, ablation))
+    return Analysis(bank, heats, *on_cpu, nearest, inked.cpu().numpy())
+
+
+def analysed_features(bank: fa.FeatureBank, limit: int) -> list[int]:
+    """Features by falling activation rate, ties by number; the first `limit` of them, or all when it is 0."""
+    order = torch.argsort(bank.n_active, descending=True, stable=True).tolist()
+    return order[: limit or None]
+
+
+TELLING = """features to look at first. More than half of the images that fire them share a label,
+and of all such features they take most from that label's logit when removed; one per label."""
+
+
+def telling_features(analysis: Analysis, features: Sequence[int], how_many: int = 5) -> list[int]:
+    """The features to look at first, at most one per digit: sparse ones that matter.
+
+    Of those where one label makes up more than half of the images that fire them, and that is at least 20 images, the
+    ones whose removal costs that label's logit most.
+    """
+    histogram, active = analysis.bank.label_histogram, analysis.bank.n_active
+    digit = histogram.argmax(1)
+    pure = (histogram.amax(1) > active / 2) & (active >= 20)
+    lost = -analysis.ablation.mean_delta.gather(1, digit[:, None])[:, 0]
+    chosen: dict[int, int] = {}
+    for k in sorted(features, key=lambda k: (-float(lost[k]), k)):
+        if pure[k]:
+            chosen.setdefault(int(digit[k]), k)
+    return list(chosen.values())[:how_many]
+
+
+def feature_record(k: int, a: Analysis) -> dict:
+    """One line of feature_report.json."""
+    histogram, top = a.bank.label_histogram[k], a.bank.top.of(k)
+    active = int(histogram.sum())
+    return {
+        "feature": k,
+        "mean_active": float(a.bank.feature_density[k]),
+        "mean_activation_when_active": float(a.bank.mean_activation_when_active[k]),
+        "n_active": active,
+        "label_histogram": histogram.tolist(),
+        "label_mode_when_active": int(histogram.argmax()) if active else None,
+        "top_examples": top.index.tolist(),
+        "top_scores": top.activation.tolist(),
+        "top_labels": top.label.tolist(),
+        "logit_boost_class": int(a.logit.top_class[k]),
+        "logit_delta_vector": a.logit.mean_delta[k].tolist(),
+        "ablation_delta_vector": a.ablation.mean_delta[k].tolist(),
+        "ablation_images": int(a.ablation.n_images[k]),
+        "nearest_feature": int(a.nearest.feature[k]),
+        "nearest_cosine": float(a.nearest.cosine[k]),
+        "pattern_roughness": float(fa.pattern_roughness(a.heats[k : k + 1])[0]),
+    }
+
+
+def write_pictures(
+    folder: Path, analysis: Analysis, features: Sequence[int], telling: Sequence[int], data: Data
+) -> None:
+    """Gallery and pattern of all `features`, a panel of the telling ones; pictures of an earlier run go first."""
+    for old in folder.glob("feature_*_*"):
+        if old.suffix in (".png", ".npy"):
+            old.unlink()
+    bar = tqdm(features, "pictures", leave=False, disable=None)
+    fa.write_feature_pictures(folder, bar, analysis.bank, data.val.images, analysis.heats, analysis.inked)
+    for k in telling:
+        effects = (analysis.logit.mean_delta[k], analysis.ablation.mean_delta[k])
+        path = folder / f"feature_{k}_panel.png"
+        fa.show_feature_panel(k, analysis.bank, data.val.images, analysis.heats[k], *effects, path, analysis.inked)
+
+
+class Diagnosis(NamedTuple):
+    """One usual complaint about SAEs, measured."""
+
+    complaint: str
+    value: float
+    limit: float
+    what: str
+    advice: str
+
+    @property
+    def fine(self) -> bool:
+        return self.value <= self.limit
+
+
+def diagnose(record: dict, analysis: Analysis, features: Sequence[int], seconds: float) -> list[Diagnosis]:
+    """Five complaints, each with its number, the limit from which it deserves attention, and what to change."""
+    roughness = fa.pattern_roughness(analysis.heats[features]).median().item()
+    redundant = (analysis.nearest.cosine > 0.9).float().mean().item()
+    boolean_loss, dead = record["delta_acc_boolean_scaled"], record["dead_features"] / record["sae_latents"]
+    slow = 1000 * seconds / len(features)
+    rows = (
+        ("noisy patterns", roughness, 0.5, "median roughness, 1 for white noise", "raise WEIGHT_DECAY_FFN"),
+        ("redundant features", redundant, 0.05, "share with a neighbour above cosine 0.9", "lower SAE_LATENTS"),
+        (
+            "low boolean fidelity",
+            boolean_loss,
+            0.02,
+            "accuracy lost when features are on or off",
+            "raise TARGET_ACTIVES",
+        ),
+        (
+            "dead latents",
+            dead,
+            0.05,
+            "share silent on all training images",
+            "lower SAE_LATENTS or raise TARGET_ACTIVES",
+        ),
+        ("slow analysis", slow, 100.0, "milliseconds per feature, pictures included", "set FEATURES"),
+    )
+    return [Diagnosis(*row) for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the terminal shows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def feature_block(record: dict, n_images: int) -> str:
+    """The lines a reader expects for one feature."""
+    histogram, active = record["label_histogram"], record["n_active"]
+    common = sorted(range(len(histogram)), key=lambda c: (-histogram[c], c))[:4]
+    shares = ", ".join(f"{c}: {100 * histogram[c] / active:.0f}%" for c in common if histogram[c])
+    boost = record["logit_boost_class"]
+    examples = ", ".join(
+        f"#{i} ({score:.2f})" for i, score in zip(record["top_examples"][:5], record["top_scores"][:5], strict=True)
+    )
+    return "\n".join(
+        [
+            f"Feature {record['feature']}",
+            f"  mean active      {record['mean_active']:.4f} ({active:,} of {n_images:,} validation images)",
+            f"  label histogram  {shares}",
+            f"  boosts class     {boost} by {record['logit_delta_vector'][boost]:+.3f} when added",
+            f"  when removed     class {boost} changes by {record['ablation_delta_vector'][boost]:+.3f}",
+            f"  top examples     {examples}",
+        ]
+    )
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in columns, the first aligned left, the others right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+def diagnoses_table(diagnoses: Sequence[Diagnosis]) -> str:
+    rows = [("complaint", "measured", "limit", "verdict")]
+    for d in diagnoses:
+        rows.append((d.complaint, f"{d.value:.3g}", f"{d.limit:g}", "fine" if d.fine else f"attention: {d.advice}"))
+    return table(rows)
+
+
+def seconds_table(records: Sequence[dict]) -> str:
+    """One column per target; what they share stands in each."""
+    rows = [["seconds", *(str(r["target_actives"]) for r in records)]]
+    for stage in records[0]["seconds"]:
+        rows.append([stage, *(f"{r['seconds'][stage]:.2f}" for r in records)])
+    return table(rows)
+
+
+def results_table(records: Sequence[dict]) -> str:
+    """One column per target."""
+    rows = [["target", *(str(r["target_actives"]) for r in records)]]
+    for title, key, form in (
+        ("active before shift", "achieved_actives_before_shift", "{:.2f}"),
+        ("active, validation", "achieved_actives_val", "{:.4f}"),
+        ("active, test", "achieved_actives_test", "{:.2f}"),
+        ("lambda", "lambda", "{:.4f}"),
+        ("threshold shift", "threshold_shift", "{:+.5f}"),
+        ("accuracy, classifier", "baseline_acc", "{:.2%}"),
+        ("accuracy through SAE", "recon_acc_jumprelu", "{:.2%}"),
+        ("  boolean", "recon_acc_boolean", "{:.2%}"),
+        ("  boolean, scaled", "recon_acc_boolean_scaled", "{:.2%}"),
+        ("agreement", "agreement_jumprelu", "{:.2%}"),
+        ("FVU", "fvu", "{:.4f}"),
+        ("cross entropy recovered", "ce_recovered", "{:.4f}"),
+        ("KL", "kl", "{:.5f}"),
+        ("dead features", "dead_features", "{}"),
+        ("dense features", "dense_features", "{}"),
+    ):
+        rows.append([title, *(form.format(math.nan if r[key] is None else r[key]) for r in records)])
+    return table(rows)
+
+
+def draw_frontier(records: Sequence[dict], path: Path) -> None:
+    """Sparsity against fidelity, one point per target."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.4), dpi=110, layout="constrained")
+    records = sorted(records, key=lambda r: r["achieved_actives_test"])
+    l0 = [r["achieved_actives_test"] for r in records]
+    figure.suptitle("What the classifier loses when it must think through fewer features")
+    charts = (("fvu", "share of variance unexplained (FVU)"), ("agreement_jumprelu", "share of predictions kept"))
+    for axes, (key, title) in zip(figure.subplots(1, 2), charts, strict=True):
+        axes.plot(l0, [r[key] for r in records], "o-", color="#2166ac")
+        axes.set_xscale("log")
+        axes.set_xticks(l0, [f"{r['target_actives']}" for r in records])
+        axes.minorticks_off()
+        axes.set_xlabel("active features per image")
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_yscale("log")
+    fa.save_figure(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        **{module.__name__: module.__version__ for module in (torch, np, matplotlib, safetensors)},
+    }
+
+
+def explain_target(
+    settings: Settings, target: int, model: Classifier, model_digest: str, pre: Preactivations, data: Data, folder: Path
+) -> dict:
+    """Train, measure and explain the SAE of one target; writes its files and returns its record of summary.json."""
+    clock = Clock()
+    with clock("sae"):
+        trained = sae_stage(settings, target, model, model_digest, pre, data, folder)
+    with clock("fidelity"):
+        measured = measure(trained.before, trained.sae, pre, data, standardised_head(model, pre))
+    record = {
+        "target_actives": target,
+        "lambda": trained.record["lambda"],
+        "threshold_shift": trained.record["threshold_shift"],
+        **measured,
+        "sae_latents": settings.sae_latents,
+        "normalize_z": settings.normalize_z,
+        "seed": settings.seed,
+        "data": data.source,
+        "device": str(pre.mu.device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    analysis = analyse(model, trained.sae, pre, data, settings, clock)
+    features = analysed_features(analysis.bank, settings.features)
+    telling = telling_features(analysis, features)
+    report = [feature_record(k, analysis) for k in features]
+    fa.write_whole(folder / "feature_report.json", to_json(report))
+    with clock("pictures"):
+        write_pictures(folder, analysis, features, telling, data)
+    spent = sum(clock.seconds[stage] for stage in ("bank", "patterns", "effects", "pictures"))
+    diagnoses = diagnose(record, analysis, features, spent)
+    by_feature = {entry["feature"]: entry for entry in report}
+    print(f"\nTarget {target}: {TELLING}\n")
+    for k in telling:
+        print(feature_block(by_feature[k], len(data.val.labels)), end="\n\n")
+    print(diagnoses_table(diagnoses))
+    record["diagnoses"] = [{**d._asdict(), "fine": d.fine} for d in diagnoses]
+    record["telling_features"] = telling
+    record["seconds"] = clock.seconds
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict]:
+    """The whole run; returns the records of summary.json. Raises InputError or TrainingError."""
+    clock = Clock()
+    clock.seconds["imports"] = time.perf_counter() - STARTED
+    settings = parse_settings(argv)
+    device = pick_device(settings.device)
+    root = Path(settings.out)
+    for target in settings.target_actives:
+        prepare_folder(target_folder(root, settings, target))
+    with clock("data"):
+        data = load_mnist(settings.data, settings.seed, device)
+    sizes = " / ".join(f"{len(split.labels):,}" for split in data[:3])
+    print(f"data: {data.source}; {sizes} train, validation, test; device {device}, seed {settings.seed}")
+    with clock("classifier"):
+        model, model_digest = classifier_stage(settings, data, root)
+    with clock("preactivations"):
+        pre = collect_preactivations(model, data, settings.normalize_z)
+    records = []
+    for target in settings.target_actives:
+        folder = target_folder(root, settings, target)
+        record = explain_target(settings, target, model, model_digest, pre, data, folder)
+        record["seconds"] = {**clock.seconds, **record["seconds"]}
+        records.append(record)
+    kept = {name: value for name, value in asdict(settings).items() if name != "fresh"}
+    described = {"settings": kept, "data": data.source, "data_digest": data.digest}
+    fa.write_whole(root / "settings.json", to_json(described))
+    if len(records) > 1:
+        draw_frontier(records, root / "frontier.png")
+    total = time.perf_counter() - STARTED
+    for record in records:
+        record["seconds"]["whole run"] = total
+    fa.write_whole(root / "summary.json", to_json(records))
+    print("\n" + results_table(records))
+    print("\n" + seconds_table(records))
+    print(places_to_look(root, settings, records))
+    return records
+
+
+def places_to_look(root: Path, settings: Settings, records: Sequence[dict]) -> str:
+    """The last lines of a run."""
+    lines = ["\nWhere to look next"]
+    for record in records:
+        folder = target_folder(root, settings, record["target_actives"])
+        panels = [folder / f"feature_{k}_panel.png" for k in record["telling_features"]]
+        lines.append(f"  {panels[0] if panels else folder}   one feature on one page ({len(panels)} such pages)")
+        lines.append(f"  {folder / 'feature_report.json'}   every feature as a table (pandas.read_json)")
+    if len(records) > 1:
+        lines.append(f"  {root / 'frontier.png'}   sparsity against fidelity")
+    lines.append(f"  {root / 'summary.json'}   all the numbers above, with the diagnoses")
+    return "\n".join(lines)
+
+
+def run_script() -> int:
+    """main, with the errors a user can cause as one line on stderr and exit status 2."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA's matrix products repeat themselves only then
+    torch.use_deterministic_algorithms(True)
+    try:
+        main()
+    except (InputError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'} could not be written or read ({error.strerror})", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script())

@@ -13,8 +13,8 @@ What is asked of the arguments, everywhere:
              be in evaluation mode.
     loader   iterable more than once, in the same order, of ``(images, labels)`` batches, images (B, ...), labels (B,).
              An image's index is its position in that order.
-    sae      an object with ``encode(z) -> (B, d_sae)``, ``W_enc (d_in, d_sae)`` and ``W_dec (d_sae, d_in)``; it works on
-             standardised preactivations ``(z - mu) / std``.
+    sae      an object with ``encode(z) -> (B, d_sae)``, ``W_enc (d_in, d_sae)`` and ``W_dec (d_sae, d_in)``; it works
+             on standardised preactivations ``(z - mu) / std``.
     mu, std  (d_in,) tensors. They also say on which device the work is done.
 
 Dimension key: N images, B images in a batch, C classes, d_in preactivations, d_sae features, K examples kept.
@@ -68,8 +68,11 @@ def check_feature(k: int, d_sae: int) -> int:
 
 
 def standardised(model, images: Tensor, mu: Tensor, std: Tensor) -> Tensor:
-    """Standardised preactivations (B, d_in) of images (B, ...). Raises ValueError when the model's width is not d_in."""
-    raw = model.preactivations(images.to(mu.device))
+    """Standardised preactivations (B, d_in) of images (B, ...). Raises ValueError when shapes do not fit."""
+    try:
+        raw = model.preactivations(images.to(mu.device))
+    except RuntimeError as error:
+        raise ValueError(f"the model cannot take images of shape {tuple(images.shape)}: {error}") from error
     if raw.shape[1:] != mu.shape:
         raise ValueError(f"preactivations have shape {tuple(raw.shape)}, but mu has shape {tuple(mu.shape)}")
     return (raw - mu) / std
@@ -352,7 +355,7 @@ def _as_effects(delta_sum: Tensor, n_images: Tensor) -> LogitEffects:
 
 
 def _first_preactivations(model, loader: Iterable, sae, mu: Tensor, std: Tensor, n_eval: int) -> Tensor:
-    """Standardised preactivations (n, d_in) of the loader's first n_eval images. Raises ValueError when there are none."""
+    """Standardised preactivations (n, d_in) of the loader's first n_eval images. Raises ValueError without any."""
     check_standardisation(sae, mu, std)
     if n_eval < 1:
         raise ValueError(f"n_eval is {n_eval}; it must be at least 1")
@@ -493,7 +496,7 @@ def nearest_features(W_dec: Tensor, rows_at_once: int = 1024) -> NearestFeatures
 
 
 def pattern_roughness(heats: Tensor) -> Tensor:
-    """How noisy each pattern (n, H, W) looks: mean squared difference of neighbouring pixels over twice the mean square.
+    """How noisy each pattern (n, H, W) is: mean squared difference of neighbouring pixels over twice the mean square.
 
     0 for a constant picture, 1 for white noise of mean zero, up to 2 for a chessboard; 0 for an empty one.
     """
@@ -621,7 +624,7 @@ def _tile_row(groups: list[Examples], images: np.ndarray, captions: _Typewriter)
 
 
 def _gallery_mosaic(k: int, bank: FeatureBank, images: np.ndarray, captions: _Typewriter) -> np.ndarray:
-    """The tiles of a gallery in one grey picture, with a blank strip of HEADER pixels above each of its three blocks."""
+    """The tiles of a gallery in one grey picture, a blank strip of HEADER pixels above each of its three blocks."""
     last = max(int(bank.top.index[k].max()), int(bank.sample.index[k].max()))
     if last >= len(images):
         raise IndexError(f"feature {k} fires on image {last}, but only {len(images)} images were given")
@@ -689,7 +692,7 @@ class GalleryPainter:
 
 
 def _display_scale(heat: np.ndarray, inked: np.ndarray | None) -> float:
-    """What full colour stands for: the 99th percentile of |heat| where there is ink, so that one pixel cannot dim all."""
+    """What full colour stands for: the 99th percentile of |heat| where there is ink, so one pixel cannot dim all."""
     visible = np.abs(heat[inked] if inked is not None else heat)
     return float(np.quantile(visible, 0.99)) if visible.size else 0.0
 
@@ -745,8 +748,10 @@ def _as_pattern(heat) -> np.ndarray:
 def show_feature_gallery(k: int, bank: FeatureBank, images, save_path: str | Path | None = None) -> Figure:
     """The images that fire feature k: the strongest ones, then five from each quarter of its active range.
 
-    `images` (N, H, W) or (N, 1, H, W) are those the bank was collected on, in the same order. A feature that never fires
-    gets a picture that says so. Raises IndexError for a k out of range or too few images, ValueError for other shapes.
+    `images` (N, H, W) or (N, 1, H, W) are those the bank was collected on, in the same order. A feature that never
+    fires gets a picture that says so.
+
+    Raises IndexError for a k out of range or too few images, ValueError for images of another shape.
     """
     pixels = GalleryPainter(images).paint(k, bank)
     if save_path is not None:
@@ -791,8 +796,9 @@ def show_feature_panel(
 ) -> Figure:
     """Everything about feature k in one picture: gallery, input pattern, label histogram and both logit effects.
 
-    `heat` (H, W) comes from `feature_input_pattern`, `logit_delta` and `ablation_delta` (C,) from `feature_logit_effect`
-    and `feature_ablation_effect`; the rest as in `show_feature_gallery` and `visualize_feature_pattern`.
+    `heat` (H, W) comes from `feature_input_pattern`, `logit_delta` and `ablation_delta` (C,) from
+    `feature_logit_effect` and `feature_ablation_effect`; the rest is as in `show_feature_gallery` and
+    `visualize_feature_pattern`.
     """
     heat, images = _as_pattern(heat), _grey_images(images)
     mosaic = _gallery_mosaic(check_feature(k, len(bank.n_active)), bank, images, _Typewriter(7))
