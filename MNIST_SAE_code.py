@@ -390,9 +390,17 @@ def ramp(progress: float, rise_until: float, fall_from: float) -> float:
     return min(1.0, progress / rise_until, (1 - progress) / (1 - fall_from))
 
 
-def refuse_divergence(losses: Tensor, stage: str, flag: str, rate: float) -> None:
-    """Raise TrainingError naming the first step whose loss is not finite; `losses` is (steps,)."""
-    bad = torch.nonzero(~torch.isfinite(losses)).flatten()
+CHECK_EVERY = 250  # steps between two looks at the loss: each makes a GPU wait, so not at every step
+
+
+def refuse_divergence(losses: Tensor, step: int, stage: str, flag: str, rate: float) -> None:
+    """Every CHECK_EVERY steps and at the last: raise TrainingError naming the first step whose loss is not finite.
+
+    `losses` (steps,) holds those of the steps 0 to `step`.
+    """
+    if (step + 1) % CHECK_EVERY and step + 1 < len(losses):
+        return
+    bad = torch.nonzero(~torch.isfinite(losses[: step + 1])).flatten()
     if len(bad):
         raise TrainingError(
             f"{stage} diverged: its loss is not finite at step {int(bad[0])}; lower {flag} (now {rate})"
@@ -455,7 +463,7 @@ def train_classifier(train: Split, settings: Settings) -> Classifier:
         loss.backward()
         optimizer.step()
         losses[step] = loss.detach()
-    refuse_divergence(losses, "classifier training", "--lr-ffn", settings.lr_ffn)
+        refuse_divergence(losses, step, "classifier training", "--lr-ffn", settings.lr_ffn)
     return model.requires_grad_(False).eval()
 
 
@@ -620,21 +628,21 @@ def l0_target_at(progress: float, target: float, d_sae: int) -> float:
 def initial_sae(x: Tensor, d_sae: int, start_l0: float, generator: torch.Generator) -> JumpReLUSAE:
     """Random unit decoder rows, the encoder their transpose, every latent active on start_l0 / d_sae of `x` (N, d_in).
 
-    The encoder is scaled so that the first reconstruction has the right length (least squares in one number).
+    The encoder is scaled so that the first reconstruction is as close to `x` as one number can make it.
     """
-    sae = JumpReLUSAE(x.shape[1], d_sae).to(x.device)
+    sae = JumpReLUSAE(x.shape[1], d_sae).to(x.device).requires_grad_(False)
     rows = torch.randn(sae.W_dec.shape, generator=generator, device=generator.device)
     sae.W_dec.copy_(F.normalize(rows, dim=1))
-    sae.W_enc.copy_(sae.W_dec.T)
-    pre = sae.pre_threshold(x)
-    cut = pre.sort(dim=0).values[int((1 - start_l0 / d_sae) * (len(x) - 1))]
+    projection = x @ sae.W_dec.T  # (N, d_sae)
+    cut = projection.sort(dim=0).values[int((1 - start_l0 / d_sae) * (len(x) - 1))]  # (d_sae,)
+    active = (projection > cut).float()
+    # Activations will be START_THRESHOLD + length * (projection - cut): least squares for the length.
+    slope, rest = ((projection - cut) * active) @ sae.W_dec, x - START_THRESHOLD * active @ sae.W_dec
+    length = (slope * rest).sum() / slope.square().sum()
+    sae.W_enc.copy_(length * sae.W_dec.T)
+    sae.b_enc.copy_(START_THRESHOLD - length * cut)
     sae.threshold.fill_(START_THRESHOLD)
-    sae.b_enc.copy_(START_THRESHOLD - cut)
-    x_hat = sae(x)
-    length = (x_hat * x).sum() / x_hat.square().sum()
-    sae.W_enc.mul_(length)
-    sae.b_enc.copy_(START_THRESHOLD - cut * length)
-    return sae
+    return sae.requires_grad_(True)
 
 
 def soft_kl(teacher: Tensor, logits: Tensor) -> Tensor:
@@ -715,7 +723,7 @@ def train_sae(
             for record, value in zip(course, (reconstruction, l0, controller.threshold().square()), strict=True):
                 record[step] = value
             controller.observe(l0, l0_target)
-    refuse_divergence(course.loss, f"SAE training for {target} actives", "--lr-sae", settings.lr_sae)
+        refuse_divergence(course.loss, step, f"SAE training for {target} actives", "--lr-sae", settings.lr_sae)
     return frame.fold(sae).requires_grad_(False), course
 
 
@@ -1149,23 +1157,22 @@ def analysed_features(bank: fa.FeatureBank, limit: int) -> list[int]:
     return order[: limit or None]
 
 
-TELLING = """features to look at first. More than half of the images that fire them share a label,
-and of all such features they take most from that label's logit when removed; one per label."""
+TELLING = """features to look at first, at most one per digit. Those come first where one
+label makes up more than half of the images; among them, whose removal costs that label's logit most."""
 
 
 def telling_features(analysis: Analysis, features: Sequence[int], how_many: int = 5) -> list[int]:
-    """The features to look at first, at most one per digit: sparse ones that matter.
+    """The sparse features that matter: the choice and its order are those that TELLING describes.
 
-    Of those where one label makes up more than half of the images that fire them, and that is at least 20 images, the
-    ones whose removal costs that label's logit most.
+    A feature counts as pure only when at least 20 images fire it; one that never fires is not chosen.
     """
     histogram, active = analysis.bank.label_histogram, analysis.bank.n_active
     digit = histogram.argmax(1)
     pure = (histogram.amax(1) > active / 2) & (active >= 20)
     lost = -analysis.ablation.mean_delta.gather(1, digit[:, None])[:, 0]
     chosen: dict[int, int] = {}
-    for k in sorted(features, key=lambda k: (-float(lost[k]), k)):
-        if pure[k]:
+    for k in sorted(features, key=lambda k: (not pure[k], -float(lost[k]), k)):
+        if active[k]:
             chosen.setdefault(int(digit[k]), k)
     return list(chosen.values())[:how_many]
 

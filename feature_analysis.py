@@ -579,21 +579,24 @@ def _figure_of(pixels: np.ndarray) -> Figure:
 
 
 class _Typewriter:
-    """Lines of monospaced text as grey pictures (height, width) uint8, put together from characters drawn once."""
+    """Lines of monospaced text as grey pictures (height, width) uint8; each character is drawn only once."""
 
     def __init__(self, size: float, weight: str = "normal"):
-        width, height = round(size * 0.86), round(size * 1.7)
-        figure = _new_figure(width, height)
-        text = figure.text(0.5, 0.3, "", ha="center", fontsize=size, weight=weight, family="DejaVu Sans Mono")
-        self.height = height
-        self.characters = {}
-        for code in range(32, 127):
-            text.set_text(chr(code) if chr(code) != "$" else "")  # a lone dollar would start mathematics
-            self.characters[chr(code)] = _drawn(figure)[:, :, 0]
+        self.width, self.height = round(size * 0.86), round(size * 1.7)
+        self.figure = _new_figure(self.width, self.height)
+        style = {"fontsize": size, "weight": weight, "family": "DejaVu Sans Mono", "parse_math": False}
+        self.text = self.figure.text(0.5, 0.3, "", ha="center", **style)
+        self.drawn: dict[str, np.ndarray] = {}
+
+    def character(self, character: str) -> np.ndarray:
+        if character not in self.drawn:
+            self.text.set_text(character)
+            self.drawn[character] = _drawn(self.figure)[:, :, 0]
+        return self.drawn[character]
 
     def line(self, text: str, width: int | None = None) -> np.ndarray:
         """`text`, centred on `width` pixels when given and cut when it is too long for them."""
-        written = np.concatenate([self.characters[character] for character in text], axis=1)
+        written = np.concatenate([self.character(character) for character in text], axis=1)
         if width is None:
             return written
         left = max(0, width - written.shape[1]) // 2
@@ -608,6 +611,11 @@ def _paste(pixels: np.ndarray, grey: np.ndarray, top: int, left: int) -> None:
     space[:] = grey[:, : space.shape[1], None]
 
 
+def _three_digits(value: float) -> str:
+    """A positive number in at most four characters where that is possible: 1.83, 12.6, 128."""
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
+
+
 def _tile_row(groups: list[Examples], images: np.ndarray, captions: _Typewriter) -> np.ndarray:
     """One grey picture of a row of captioned tiles; groups of examples share its columns evenly."""
     height, width = (ZOOM * side + 2 for side in images.shape[1:])
@@ -619,7 +627,7 @@ def _tile_row(groups: list[Examples], images: np.ndarray, captions: _Typewriter)
             row[:height, left : left + width] = FRAME
             ink = images[index].repeat(ZOOM, 0).repeat(ZOOM, 1)
             row[1 : height - 1, left + 1 : left + width - 1] = 255 - 255 * ink.clip(0, 1)
-            row[height:, left : left + width] = captions.line(f"{label}: {activation:.2g}", width)
+            row[height:, left : left + width] = captions.line(f"{label}: {_three_digits(activation)}", width)
     return row
 
 
@@ -692,9 +700,12 @@ class GalleryPainter:
 
 
 def _display_scale(heat: np.ndarray, inked: np.ndarray | None) -> float:
-    """What full colour stands for: the 99th percentile of |heat| where there is ink, so one pixel cannot dim all."""
+    """What full colour stands for: the 99th percentile of |heat| where there is ink, so one pixel cannot dim all.
+
+    At least a quarter of the largest, though: a pattern of a few pixels must not be scaled by the noise around them.
+    """
     visible = np.abs(heat[inked] if inked is not None else heat)
-    return float(np.quantile(visible, 0.99)) if visible.size else 0.0
+    return max(float(np.quantile(visible, 0.99)), float(visible.max()) / 4) if visible.size else 0.0
 
 
 PATTERN_COLOURS = matplotlib.colormaps["RdBu_r"].with_extremes(bad="0.88")
@@ -778,6 +789,9 @@ def _bars(axes, values: np.ndarray, title: str, signed: bool) -> None:
     axes.bar(range(len(values)), values, color=colours)
     axes.set_xticks(range(len(values)))
     axes.axhline(0, color="black", linewidth=0.8)
+    if not np.any(values):
+        axes.set_yticks([0])
+        axes.text(0.5, 0.6, "none", transform=axes.transAxes, ha="center", color="0.4")
     axes.set_title(title, fontsize=9.5, loc="left")
     axes.tick_params(labelsize=8)
     for side in ("top", "right"):

@@ -1,0 +1,720 @@
+"""MNIST_SAE_code.py: settings, data, the SAE and its calibration, fidelity, saved stages."""
+
+import gzip
+import hashlib
+import math
+import struct
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import MNIST_SAE_code as driver
+from MNIST_SAE_code import InputError, JumpReLUSAE, Settings, TrainingError, TrainingFrame
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_sae(d_in: int = 6, d_sae: int = 9, seed: int = 0) -> JumpReLUSAE:
+    rng, sae = generator(seed), JumpReLUSAE(d_in, d_sae)
+    with torch.no_grad():
+        for weights in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec):
+            weights.copy_(torch.randn(weights.shape, generator=rng))
+        sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))
+        sae.threshold.copy_(torch.rand(d_sae, generator=rng))
+    return sae.requires_grad_(False)
+
+
+# --- Settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_edited_in_the_settings_block_is_what_the_script_uses():
+    with open(driver.__file__, encoding="utf-8") as file:
+        source = file.read()
+    for line, edited in (
+        ("TARGET_ACTIVES = [20]", "TARGET_ACTIVES = [5, 7]"),
+        ("NORMALIZE_Z = True", "NORMALIZE_Z = False"),
+    ):
+        assert source.count(f"\n{line}") == 1
+        source = source.replace(f"\n{line}", f"\n{edited}")
+    module = types.ModuleType("edited_driver")
+    module.__file__ = driver.__file__
+    sys.modules["edited_driver"] = module  # dataclasses look their module up
+    try:
+        exec(compile(source, "edited_driver", "exec"), module.__dict__)
+    finally:
+        del sys.modules["edited_driver"]
+    settings = module.parse_settings([])
+    assert settings.target_actives == (5, 7)
+    assert settings.normalize_z is False
+    assert settings.sae_latents == driver.SAE_LATENTS
+
+
+def test_flags_override_the_settings_block():
+    settings = driver.parse_settings("--target-actives 10 20 --no-normalize-z --lr-sae 0.5 --out there".split())
+    assert (settings.target_actives, settings.normalize_z, settings.lr_sae, settings.out) == (
+        (10, 20),
+        False,
+        0.5,
+        "there",
+    )
+    assert driver.parse_settings([]) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--target-actives", "--target-actives is empty"),
+        ("--target-actives 0", "--target-actives 0 must be positive and below --sae-latents 512"),
+        ("--target-actives -3", "--target-actives -3 must be positive"),
+        ("--target-actives 512", "--target-actives 512 must be positive and below --sae-latents 512"),
+        ("--target-actives 5 5", "names a target twice"),
+        ("--target-actives 2.5", "invalid int value: '2.5'"),
+        ("--epochs-ffn 0", "--epochs-ffn is 0; it must be a positive number"),
+        ("--epochs-sae-final -1", "--epochs-sae-final is -1"),
+        ("--batch-sae 0", "--batch-sae is 0"),
+        ("--batch-ffn -5", "--batch-ffn is -5"),
+        ("--lr-sae 0", "--lr-sae is 0.0"),
+        ("--lr-ffn nan", "--lr-ffn is nan"),
+        ("--lr-sae inf", "--lr-sae is inf"),
+        ("--topk 0", "--topk is 0"),
+        ("--n-eval 0", "--n-eval is 0"),
+        ("--features -1", "--features is -1; it must not be negative"),
+        ("--seed -1", "--seed is -1"),
+        ("--alpha nan", "--alpha is nan"),
+        ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(flags, message):
+    with pytest.raises(InputError, match=message):
+        driver.parse_settings(flags.split())
+
+
+@pytest.mark.parametrize("name", ["warp", "mps", "cuda:99"])
+def test_unknown_or_absent_devices_are_refused(name):
+    with pytest.raises(InputError, match=f"--device {name}"):
+        driver.pick_device(name)
+
+
+def test_automatic_device_exists():
+    assert torch.zeros(1, device=driver.pick_device("auto")).item() == 0
+
+
+# --- Data -------------------------------------------------------------------------------------------------------------
+
+SMALL = {"images": (2051, (3, 2, 2)), "labels": (2049, (3,))}
+
+
+def idx_bytes(name: str, magic: int | None = None, shape: tuple[int, ...] | None = None) -> bytes:
+    expected_magic, expected_shape = SMALL[name]
+    shape = shape or expected_shape
+    content = bytes(range(math.prod(expected_shape)))
+    return struct.pack(f">{1 + len(shape)}I", magic or expected_magic, *shape) + content
+
+
+@pytest.fixture
+def small_idx(monkeypatch):
+    """IDX files of three tiny images instead of MNIST's."""
+    table = {name: (magic, shape, hashlib.md5(idx_bytes(name)).hexdigest()) for name, (magic, shape) in SMALL.items()}
+    monkeypatch.setattr(driver, "IDX_FILES", table)
+
+
+@pytest.mark.usefixtures("small_idx")
+def test_idx_files_are_read_plain_and_gzipped(tmp_path):
+    (tmp_path / "images").write_bytes(idx_bytes("images"))
+    (tmp_path / "labels.gz").write_bytes(gzip.compress(idx_bytes("labels")))
+    assert driver.read_idx(tmp_path, "images").tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [10, 11]]]
+    assert driver.read_idx(tmp_path, "labels").tolist() == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("small_idx")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\0\0\x08", "images is damaged: 3 bytes are too few"),
+        (idx_bytes("images", magic=2049), "images is not what its name says: magic number 2049, expected 2051"),
+        (idx_bytes("images", shape=(4, 2, 2)), r"images announces the shape \(4, 2, 2\), expected \(3, 2, 2\)"),
+        (idx_bytes("images")[:-1], "images is damaged: 27 bytes, expected 28"),
+        (idx_bytes("images") + b"\0", "images is damaged: 29 bytes, expected 28"),
+        (idx_bytes("images")[:-1] + b"\xff", "images differs from MNIST's own file: MD5"),
+    ],
+)
+def test_damaged_idx_files_are_named(tmp_path, content, message):
+    (tmp_path / "images").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        driver.read_idx(tmp_path, "images")
+
+
+@pytest.mark.usefixtures("small_idx")
+@pytest.mark.parametrize("cut", [3, 20, -4])
+def test_a_damaged_gzip_is_named(tmp_path, cut):
+    (tmp_path / "images.gz").write_bytes(gzip.compress(idx_bytes("images"))[:cut])
+    with pytest.raises(InputError, match=r"images\.gz is damaged"):
+        driver.read_idx(tmp_path, "images")
+
+
+@pytest.mark.usefixtures("small_idx")
+def test_some_files_without_the_others_is_an_error_not_a_fallback(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "images").write_bytes(idx_bytes("images"))
+    with pytest.raises(InputError, match=r"holds some of MNIST's files but neither labels nor labels\.gz"):
+        driver.load_mnist(str(tmp_path))
+
+
+def test_sample_is_split_by_class_without_overlap():
+    data = driver.load_mnist("sample", seed=3)
+    assert [len(split.labels) for split in data[:3]] == [3500, 500, 1000]
+    for split, per_class in zip(data[:3], (350, 50, 100), strict=True):
+        assert torch.bincount(split.labels).tolist() == [per_class] * 10
+        assert split.images.shape[1:] == (1, 28, 28)
+        assert split.images.dtype == torch.float32
+        assert 0 == split.images.min() < split.images.max() == 1
+    everything = torch.cat([split.images.flatten(1) for split in data[:3]])
+    images, _ = driver.read_sample()
+    original = np.unique(images.reshape(5000, -1), axis=0)
+    assert np.array_equal(np.unique((everything * 255).round().byte().numpy(), axis=0), original)
+    assert "sample" in data.source
+
+
+def test_the_seed_decides_the_split():
+    a, b, c = (driver.load_mnist("sample", seed) for seed in (0, 0, 1))
+    assert a.digest == b.digest != c.digest
+    assert torch.equal(a.train.images, b.train.images)
+    assert not torch.equal(a.train.labels, c.train.labels)
+
+
+@pytest.mark.parametrize("content", [b"not an archive", b""])
+def test_a_damaged_sample_is_an_error(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(driver, "SAMPLE_FILE", tmp_path / "mnist_5k.npz")
+    driver.SAMPLE_FILE.write_bytes(content)
+    with pytest.raises(InputError, match=r"mnist_5k\.npz is damaged or missing"):
+        driver.load_mnist("sample")
+
+
+def test_a_sample_of_the_wrong_size_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(driver, "SAMPLE_FILE", tmp_path / "mnist_5k.npz")
+    np.savez(driver.SAMPLE_FILE, images=np.zeros((4, 28, 28), np.uint8), labels=np.zeros(4, np.uint8))
+    with pytest.raises(InputError, match=r"holds \(4, 28, 28\) images"):
+        driver.load_mnist("sample")
+
+
+def fake_torchvision(monkeypatch, download) -> None:
+    datasets = types.ModuleType("torchvision.datasets")
+    datasets.MNIST = download
+    package = types.ModuleType("torchvision")
+    package.datasets = datasets
+    monkeypatch.setitem(sys.modules, "torchvision", package)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
+
+
+def test_without_a_download_the_sample_is_used_and_one_line_says_so(tmp_path, monkeypatch, capsys):
+    def unreachable(root, download):
+        raise RuntimeError("no mirror\nanswered")
+
+    fake_torchvision(monkeypatch, unreachable)
+    data = driver.load_mnist(str(tmp_path))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "no mirror answered" in line
+    assert "bundled 5,000 digits" in line
+    assert "--data DIR" in line
+    assert "sample" in data.source
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_torchvision_that_cannot_be_imported_is_survived(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    assert "sample" in driver.load_mnist(str(tmp_path / "new")).source
+    assert "torchvision" in capsys.readouterr().out
+
+
+def test_a_download_lands_where_the_next_run_looks(tmp_path, monkeypatch):
+    def mirror(root, download):
+        raw = types.SimpleNamespace(path=driver.Path(root) / "MNIST" / "raw").path
+        raw.mkdir(parents=True)
+        (raw / "images").write_bytes(b"1")
+
+    fake_torchvision(monkeypatch, mirror)
+    driver.download_mnist(tmp_path / "data")
+    assert (tmp_path / "data" / "MNIST" / "raw" / "images").read_bytes() == b"1"
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["MNIST"]
+
+
+def test_loader_gives_the_split_in_order_and_more_than_once():
+    split = driver.Split(torch.arange(10.0).reshape(10, 1, 1, 1), torch.arange(10))
+    loader = driver.TensorLoader(split, batch_size=4)
+    assert len(loader) == 3
+    for _ in range(2):
+        assert torch.cat([labels for _, labels in loader]).tolist() == list(range(10))
+
+
+# --- Training, shared parts -------------------------------------------------------------------------------------------
+
+
+def test_a_small_set_is_passed_over_more_often():
+    assert driver.scaled_epochs(5, 48_000) == 5
+    assert driver.scaled_epochs(3, 3_500) == 41
+    assert driver.scaled_epochs(1, 1_000_000) == 1
+
+
+def test_batches_pass_over_everything_once_an_epoch():
+    seen = list(driver.batches(10, 3, 2, generator()))
+    assert len(seen) == driver.n_steps(10, 3, 2) == 6
+    for epoch in (seen[:3], seen[3:]):
+        assert len(set(torch.cat(epoch).tolist())) == 9
+    assert len(list(driver.batches(4, 100, 2, generator()))) == driver.n_steps(4, 100, 2) == 2
+
+
+def test_ramp():
+    assert [driver.ramp(p, 0.2, 0.6) for p in (0, 0.1, 0.2, 0.5, 0.6, 0.8, 1)] == pytest.approx(
+        [0, 0.5, 1, 1, 1, 0.5, 0]
+    )
+
+
+def test_divergence_names_stage_step_and_flag():
+    losses = torch.tensor([1.0, 2.0, float("nan"), float("inf")])
+    with pytest.raises(TrainingError, match=r"some training diverged: .* step 2; lower --lr-x \(now 3\)"):
+        driver.refuse_divergence(losses, 3, "some training", "--lr-x", 3)
+    driver.refuse_divergence(losses, 2, "some training", "--lr-x", 3)  # looked at only now and then
+    driver.refuse_divergence(losses[:2], 1, "some training", "--lr-x", 3)  # finite
+
+
+def test_classifier_is_the_composition_of_its_two_methods():
+    model = driver.Classifier(hidden_units=5)
+    model.pixel_mean.uniform_(generator=generator())
+    images = torch.rand(7, 1, 28, 28, generator=generator())
+    z = (images.reshape(7, 784) - model.pixel_mean) @ model.hidden.weight.T + model.hidden.bias
+    assert torch.allclose(model.preactivations(images), z, atol=1e-5)
+    logits = z.clamp(min=0) @ model.head.weight.T + model.head.bias
+    assert torch.allclose(model(images), logits, atol=1e-5)
+
+
+def tiny_data(n: int = 400) -> driver.Split:
+    data = driver.load_mnist("sample")
+    return driver.Split(data.train.images[:n], data.train.labels[:n])
+
+
+def test_classifier_learns_and_leaves_the_global_generator_alone():
+    train = tiny_data()
+    settings = Settings(epochs_ffn=1, batch_ffn=64)
+    torch.manual_seed(5)
+    expected_next = torch.rand(1).item()
+    torch.manual_seed(5)
+    model, again = (driver.train_classifier(train, settings) for _ in range(2))
+    assert torch.rand(1).item() == expected_next
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert (model(train.images).argmax(1) == train.labels).float().mean() > 0.95
+    other = driver.train_classifier(train, Settings(epochs_ffn=1, batch_ffn=64, seed=1))
+    assert not torch.equal(model.hidden.weight, other.hidden.weight)
+
+
+def test_classifier_divergence_is_reported():
+    with pytest.raises(TrainingError, match=r"classifier training diverged.*--lr-ffn"):
+        driver.train_classifier(tiny_data(300), Settings(lr_ffn=1e38, epochs_ffn=1))
+
+
+def test_preactivations_are_standardised_by_the_training_images_only():
+    data = driver.load_mnist("sample")
+    model = driver.Classifier().requires_grad_(False)
+    model.hidden.weight[3] = 0  # a unit that never varies
+    pre = driver.collect_preactivations(model, data, normalize=True)
+    z = (pre.train - pre.mu) / pre.std
+    varying = torch.arange(128) != 3
+    assert torch.allclose(z.mean(0), torch.zeros(128), atol=1e-4)
+    assert torch.allclose(z.std(0)[varying], torch.ones(127), atol=1e-4)
+    assert pre.std[3] == 1
+    assert torch.allclose(pre.test, model.preactivations(data.test.images), atol=1e-5)
+    raw = driver.collect_preactivations(model, data, normalize=False)
+    assert torch.equal(raw.mu, torch.zeros(128))
+    assert torch.equal(raw.std, torch.ones(128))
+
+
+# --- SAE --------------------------------------------------------------------------------------------------------------
+
+
+def test_jumprelu_by_hand():
+    sae = JumpReLUSAE(2, 3)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, -1.0]]))
+        sae.b_enc.copy_(torch.tensor([0.5, 0.0, 0.0]))
+        sae.W_dec.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]))
+        sae.b_dec.copy_(torch.tensor([10.0, 20.0]))
+        sae.threshold.copy_(torch.tensor([1.0, 2.0, 0.0]))
+    z = torch.tensor([[1.0, 2.0], [0.5, 3.0], [-1.0, -4.0]])
+    # pre: [1.5, 2, 0], [1, 3, -2], [-0.5, -4, 2]. A value equal to its threshold is not active.
+    f = torch.tensor([[1.5, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 2.0]])
+    assert torch.equal(sae.encode(z), f)
+    assert torch.allclose(sae(z), torch.tensor([[11.5, 20.0], [10.0, 23.0], [11.2, 21.6]]))
+    assert torch.equal(sae(z), sae.decode(sae.encode(z)))
+
+
+def test_gradients_flow_through_active_features_only():
+    sae = random_sae().requires_grad_(True)
+    z = torch.randn(20, 6, generator=generator(1))
+    sae(z).square().sum().backward()
+    with torch.no_grad():
+        pre = z @ sae.W_enc + sae.b_enc
+        gate = (pre > sae.threshold).float()
+        upstream = 2 * ((pre * gate) @ sae.W_dec + sae.b_dec)
+        through = (upstream @ sae.W_dec.T) * gate
+    assert torch.allclose(sae.W_enc.grad, z.T @ through, atol=1e-4)
+    assert torch.allclose(sae.b_enc.grad, through.sum(0), atol=1e-4)
+    assert torch.allclose(sae.W_dec.grad, (pre * gate).T @ upstream, atol=1e-4)
+
+
+def test_training_frame_can_be_entered_left_and_folded_away():
+    z = torch.randn(500, 6, generator=generator()) @ torch.randn(6, 6, generator=generator(1)) * 30 + 7
+    frame = TrainingFrame.of(z)
+    x = frame.enter(z)
+    assert torch.allclose(x.mean(0), torch.zeros(6), atol=1e-4)
+    assert x.square().mean().item() == pytest.approx(1, abs=1e-4)
+    covariance = x.T @ x / 500
+    assert torch.allclose(covariance, torch.diag(covariance.diagonal()), atol=1e-4)  # principal directions
+    assert torch.allclose(frame.leave(x), z, atol=1e-2)
+    sae = random_sae()
+    folded = frame.fold(sae)
+    assert torch.allclose(folded.encode(z), sae.encode(x) * frame.scale, atol=1e-2)
+    assert torch.allclose(folded(z), frame.leave(sae(x)), atol=1e-2)
+    assert torch.allclose(folded.W_dec.norm(dim=1), torch.ones(9), atol=1e-5)
+
+
+def test_initial_sae_fires_as_often_as_asked_and_has_the_best_length():
+    x = torch.randn(2000, 16, generator=generator())
+    sae = driver.initial_sae(x, 64, start_l0=8.0, generator=generator(1)).requires_grad_(False)
+    density = (sae.encode(x) > 0).float().mean(0)
+    assert torch.allclose(density, torch.full((64,), 8 / 64), atol=2e-3)
+    best = (x - sae(x)).square().sum()
+    for factor in (0.98, 1.02):  # any other length, at the same actives, is worse
+        other = driver.initial_sae(x, 64, start_l0=8.0, generator=generator(1)).requires_grad_(False)
+        other.W_enc.mul_(factor)
+        other.b_enc.copy_(driver.START_THRESHOLD + factor * (sae.b_enc - driver.START_THRESHOLD))
+        assert ((other.encode(x) > 0) != (sae.encode(x) > 0)).sum() <= 64  # those exactly at the threshold
+        assert (x - other(x)).square().sum() > best
+
+
+def test_l0_target_falls_to_what_is_asked_and_stays():
+    assert driver.l0_target_at(0, 20, 512) == 80
+    assert driver.l0_target_at(0.15, 20, 512) == pytest.approx(40)  # half way, geometrically
+    assert driver.l0_target_at(0.3, 20, 512) == driver.l0_target_at(1, 20, 512) == 20
+    assert driver.l0_target_at(0, 80, 512) == 256  # at most half of all latents
+    assert driver.l0_target_at(0, 400, 512) == 400  # but never below the target
+
+
+@pytest.mark.parametrize("target", [2.0, 20.0, 60.0])
+def test_lambda_controller_finds_the_l0_asked_for(target):
+    """On standard normal pre-activations L0 is known: d_sae * P(pre > threshold)."""
+    controller, rng = driver.LambdaController(100.0, torch.device("cpu")), generator()
+    for _ in range(600):
+        pre = torch.randn(64, 200, generator=rng)
+        controller.observe((pre > controller.threshold()).float().sum(1).mean(), target)
+    expected = 200 * 0.5 * math.erfc(controller.threshold().item() / math.sqrt(2))
+    assert expected == pytest.approx(target, rel=0.06)
+
+
+def test_soft_kl_against_its_definition():
+    teacher, logits = (3 * torch.randn(50, 10, generator=generator(s)) for s in (0, 1))
+    p, q = (torch.softmax(a.double() / driver.HEAD_TEMPERATURE, 1) for a in (teacher, logits))
+    expected = driver.HEAD_TEMPERATURE**2 * (p * (p / q).log()).sum(1).mean().item()
+    assert driver.soft_kl(teacher, logits).item() == pytest.approx(expected, rel=1e-4)
+    assert driver.soft_kl(teacher, teacher).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_rare_latents_loss_against_a_loop(monkeypatch):
+    monkeypatch.setattr(driver, "RARE_AT_ONCE", 2)
+    sae, rare = random_sae(), torch.tensor([1, 0, 1, 1, 0, 0, 0, 1, 0]).bool()
+    pre, residual = torch.randn(12, 9, generator=generator(2)), torch.randn(12, 6, generator=generator(3))
+    total = 0.0
+    for row, wanted in zip(pre.tolist(), residual, strict=True):
+        best = sorted((k for k in range(9) if rare[k]), key=lambda k: -row[k])[:2]
+        explained = sum(row[k] * sae.W_dec[k] for k in best)
+        total += (wanted - explained).square().sum().item()
+    assert driver.rare_latents_loss(sae, pre, residual, rare).item() == pytest.approx(
+        total / residual.numel(), rel=1e-5
+    )
+    none = driver.rare_latents_loss(sae, pre, residual, torch.zeros(9).bool())
+    assert none.item() == pytest.approx(residual.square().mean().item(), rel=1e-6)
+
+
+def synthetic_z(n: int = 4000, d_in: int = 16, scale: float = 1.0, offset: float = 0.0) -> torch.Tensor:
+    """Sparse non-negative combinations of 40 directions, with a little noise."""
+    rng = generator(7)
+    directions = F.normalize(torch.randn(40, d_in, generator=rng), dim=1)
+    codes = torch.rand(n, 40, generator=rng) * (torch.rand(n, 40, generator=rng) < 0.1)
+    return scale * (codes @ directions + 0.01 * torch.randn(n, d_in, generator=rng)) + offset
+
+
+def head(z: torch.Tensor) -> torch.Tensor:
+    return z[:, :3]
+
+
+TOY = dict(sae_latents=64, batch_sae=100, epochs_sae_final=1)
+
+
+def fvu_of(sae: JumpReLUSAE, z: torch.Tensor) -> float:
+    return ((z - sae(z)).square().sum() / (z - z.mean(0)).square().sum()).item()
+
+
+@pytest.mark.parametrize("target", [2, 6])
+def test_training_reaches_the_target_in_one_run(target):
+    z = synthetic_z()
+    sae, course = driver.train_sae(z, head, target, Settings(target_actives=(target,), **TOY))
+    assert driver.mean_actives(sae, z) == pytest.approx(target, rel=0.03)
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-5)
+    assert (sae.threshold >= 0).all()
+    assert len(course.l0) == driver.n_steps(4000, 100, 12)
+    assert course.loss[-20:].mean() < course.loss[:20].mean()
+    assert fvu_of(sae, z) < (0.4 if target == 2 else 0.1)
+
+
+def test_training_does_not_depend_on_the_scale_of_z():
+    """What NORMALIZE_Z = False needs: other units and another origin give the same SAE, in those units."""
+    settings = Settings(target_actives=(5,), head_kl=0.0, **TOY)
+    plain, _ = driver.train_sae(synthetic_z(), head, 5, settings)
+    other_z = synthetic_z(scale=50.0, offset=3.0)
+    other, _ = driver.train_sae(other_z, head, 5, settings)
+    assert driver.mean_actives(other, other_z) == pytest.approx(5, rel=0.03)
+    assert fvu_of(other, other_z) == pytest.approx(fvu_of(plain, synthetic_z()), rel=0.25)
+
+
+def test_training_repeats_itself_and_leaves_its_input_alone():
+    z = synthetic_z(1000)
+    before, settings = z.clone(), Settings(target_actives=(5,), **TOY)
+    torch.manual_seed(1)
+    expected_next = torch.rand(1).item()
+    torch.manual_seed(1)
+    (a, _), (b, _) = (driver.train_sae(z, head, 5, settings) for _ in range(2))
+    assert torch.rand(1).item() == expected_next
+    assert torch.equal(z, before)
+    for name, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[name]), name
+
+
+def test_sae_divergence_is_reported():
+    with pytest.raises(TrainingError, match=r"SAE training for 5 actives diverged.*--lr-sae"):
+        driver.train_sae(synthetic_z(1000), head, 5, Settings(target_actives=(5,), lr_sae=1e38, **TOY))
+
+
+# --- Thresholds -------------------------------------------------------------------------------------------------------
+
+
+def actives(sae: JumpReLUSAE, z: torch.Tensor) -> int:
+    return int((sae.encode(z) > 0).sum())
+
+
+@pytest.mark.parametrize("target", [0.5, 1, 3, 4.2])
+def test_adjusted_thresholds_give_exactly_the_target(target):
+    sae, z = random_sae(), torch.randn(1000, 6, generator=generator(1))
+    weights = {name: value.clone() for name, value in sae.state_dict().items()}
+    adjusted, shift = driver.adjust_thresholds(sae, z, target)
+    assert actives(adjusted, z) == round(target * 1000)
+    assert torch.allclose(adjusted.threshold, (sae.threshold + shift).clamp(min=0), atol=1e-6)
+    for name, value in weights.items():
+        assert torch.equal(sae.state_dict()[name], value), f"{name} of the original changed"
+        if name != "threshold":
+            assert torch.equal(adjusted.state_dict()[name], value), name
+
+
+def test_the_shift_does_not_depend_on_how_images_are_cut(monkeypatch):
+    sae, z = random_sae(), torch.randn(1000, 6, generator=generator(1))
+    whole = driver.threshold_shift(sae, z, 3)
+    monkeypatch.setattr(driver, "EVAL_ROWS", 77)
+    assert driver.threshold_shift(sae, z, 3) == pytest.approx(whole, abs=1e-6)
+
+
+def test_thresholds_stay_at_zero_or_above():
+    sae, z = random_sae(), torch.randn(1000, 6, generator=generator(1))
+    positive = int((sae.pre_threshold(z) > 0).sum())
+    target = (positive - 5) / 1000  # so many that the smallest thresholds would have to fall below zero
+    adjusted, shift = driver.adjust_thresholds(sae, z, target)
+    assert shift < -sae.threshold.min()
+    assert (adjusted.threshold >= 0).all()
+    assert (adjusted.threshold == 0).any()
+    assert actives(adjusted, z) == positive - 5
+
+
+def test_more_actives_than_positive_preactivations_cannot_be_reached():
+    sae, z = random_sae(), torch.randn(100, 6, generator=generator(1))
+    adjusted, shift = driver.adjust_thresholds(sae, z, 9)
+    assert shift == -math.inf
+    assert torch.equal(adjusted.threshold, torch.zeros(9))
+    assert actives(adjusted, z) == int((sae.pre_threshold(z) > 0).sum())
+
+
+def test_ties_are_left_out_together():
+    sae = JumpReLUSAE(1, 1)
+    with torch.no_grad():
+        sae.W_enc.fill_(1.0)
+    z = torch.tensor([[5.0], [3.0], [3.0], [3.0], [1.0]])
+    for wanted, reached in ((1, 1), (2, 1), (3, 1), (4, 4), (5, 5)):
+        adjusted, _ = driver.adjust_thresholds(sae, z, wanted / 5)
+        assert actives(adjusted, z) == reached, wanted
+
+
+# --- Fidelity ---------------------------------------------------------------------------------------------------------
+
+
+def fidelity_case() -> tuple[torch.Tensor, torch.Tensor]:
+    z = torch.randn(400, 3, generator=generator(4)) * 2 + 1
+    return z, (z + torch.randn(400, 3, generator=generator(5))).argmax(1)
+
+
+def test_a_perfect_reconstruction_loses_nothing():
+    z, labels = fidelity_case()
+    result = driver.fidelity(z, z, labels, head, z.mean(0))
+    assert (result.agreement, result.fvu, result.ce_recovered) == (1, 0, 1)
+    assert result.kl == pytest.approx(0, abs=1e-7)
+    assert result.accuracy == pytest.approx((z.argmax(1) == labels).double().mean().item())
+
+
+def test_the_mean_as_reconstruction_loses_everything():
+    z, labels = fidelity_case()
+    mean = z.mean(0)
+    result = driver.fidelity(z, mean.expand_as(z), labels, head, mean)
+    assert result.fvu == pytest.approx(1, abs=1e-6)
+    assert result.ce_recovered == pytest.approx(0, abs=1e-6)
+    assert result.accuracy == pytest.approx((labels == mean.argmax()).double().mean().item())
+
+
+def test_fidelity_against_its_definitions():
+    z, labels = fidelity_case()
+    z_hat = z + 0.7 * torch.randn(z.shape, generator=generator(6))
+    result = driver.fidelity(z, z_hat, labels, head, z.mean(0))
+    p, q = (torch.softmax(a.double(), 1) for a in (z, z_hat))
+    mean_p = torch.softmax(z.mean(0).double(), 0)
+    ce, ce_hat = (-a[range(400), labels].log().mean().item() for a in (p, q))
+    ce_mean = -mean_p[labels].log().mean().item()
+    assert result.cross_entropy == pytest.approx(ce_hat, rel=1e-5)
+    assert result.ce_recovered == pytest.approx((ce_mean - ce_hat) / (ce_mean - ce), rel=1e-4)
+    assert result.kl == pytest.approx((p * (p / q).log()).sum(1).mean().item(), rel=1e-4)
+    assert result.agreement == pytest.approx((z.argmax(1) == z_hat.argmax(1)).double().mean().item())
+    error, spread = (z - z_hat).double().square().sum(), (z - z.mean(0)).double().square().sum()
+    assert result.fvu == pytest.approx((error / spread).item(), rel=1e-5)
+    scaled = driver.fidelity(9 * z, 9 * z_hat, labels, head, 9 * z.mean(0))
+    assert scaled.fvu == pytest.approx(result.fvu, rel=1e-5)
+
+
+def test_the_three_modes_by_hand():
+    sae = JumpReLUSAE(2, 2)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(2))
+        sae.W_dec.copy_(torch.tensor([[1.0, 0.0], [0.6, 0.8]]))
+        sae.b_dec.copy_(torch.tensor([0.0, 1.0]))
+        sae.threshold.copy_(torch.tensor([0.5, 0.5]))
+    z = torch.tensor([[2.0, 0.0], [4.0, 5.0], [0.4, 1.0]])
+    usage = driver.feature_usage(sae, z)
+    assert usage.feature_density.tolist() == pytest.approx([2 / 3, 2 / 3])
+    assert usage.mean_activation.tolist() == [3, 3]
+    expected = {
+        "jumprelu": [[2.0, 1.0], [7.0, 5.0], [0.6, 1.8]],
+        "boolean": [[1.0, 1.0], [1.6, 1.8], [0.6, 1.8]],
+        "boolean_scaled": [[3.0, 1.0], [4.8, 3.4], [1.8, 3.4]],
+    }
+    assert tuple(expected) == driver.MODES
+    for mode, z_hat in expected.items():
+        assert torch.allclose(driver.reconstruct(sae, z, mode, usage.mean_activation), torch.tensor(z_hat)), mode
+
+
+def test_usage_of_a_silent_feature_is_zero():
+    sae = JumpReLUSAE(1, 1)
+    usage = driver.feature_usage(sae, torch.ones(5, 1))
+    assert (usage.feature_density.item(), usage.mean_activation.item()) == (0, 0)
+
+
+# --- Saved stages -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    driver.save_stage(tmp_path, "thing", "print", {"a": torch.arange(3.0)}, {"note": "x"})
+    return tmp_path
+
+
+def test_a_saved_stage_is_reused(saved, capsys):
+    stage = driver.reusable_stage(saved, "thing", "print", fresh=False)
+    assert stage.tensors["a"].tolist() == [0, 1, 2]
+    assert stage.record["note"] == "x"
+    assert "thing: reused" in capsys.readouterr().out
+
+
+def test_fresh_ignores_a_saved_stage(saved, capsys):
+    assert driver.reusable_stage(saved, "thing", "print", fresh=True) is None
+    assert capsys.readouterr().out == ""
+
+
+def test_nothing_saved_is_nothing_to_report(tmp_path, capsys):
+    assert driver.reusable_stage(tmp_path, "thing", "print", fresh=False) is None
+    assert capsys.readouterr().out == ""
+
+
+def test_a_stage_of_other_settings_is_kept_aside(saved, capsys):
+    for n in (1, 2):
+        assert driver.reusable_stage(saved, "thing", "another", fresh=False) is None
+        assert f"kept as thing.kept-{n}" in capsys.readouterr().out
+        assert driver.read_stage(saved, f"thing.kept-{n}").tensors["a"].tolist() == [0, 1, 2]
+        driver.save_stage(saved, "thing", "print", {"a": torch.arange(3.0)}, {})
+
+
+def damage_tensors(folder):
+    path = folder / "thing.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def damage_header(folder):
+    """A file that is not safetensors, with a JSON that vouches for it."""
+    (folder / "thing.safetensors").write_bytes(b"nonsense")
+    digest = hashlib.sha256(b"nonsense").hexdigest()
+    (folder / "thing.json").write_text(f'{{"fingerprint": "print", "sha256": "{digest}"}}')
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_tensors,
+        damage_header,
+        lambda folder: (folder / "thing.json").write_text("{"),
+        lambda folder: (folder / "thing.json").write_text("[]"),
+        lambda folder: (folder / "thing.json").write_text("{}"),
+        lambda folder: (folder / "thing.json").unlink(),
+        lambda folder: (folder / "thing.safetensors").unlink(),
+    ],
+)
+def test_a_damaged_stage_is_reported_retrained_and_kept_aside(saved, capsys, damage):
+    damage(saved)
+    left = sorted(path.read_bytes() for path in saved.iterdir())
+    assert driver.reusable_stage(saved, "thing", "print", fresh=False) is None
+    out = capsys.readouterr().out
+    assert "thing: retrained, because thing.safetensors with thing.json" in out
+    assert "damaged or incomplete" in out
+    assert sorted(path.read_bytes() for path in saved.iterdir()) == left
+    assert all(".kept-1." in path.name for path in saved.iterdir())
+
+
+def test_fingerprint_follows_settings_inputs_and_code():
+    def base(settings=Settings(), names=("seed",), functions=(driver.ramp,), **inputs):  # noqa: B008
+        return driver.fingerprint(settings, names, functions, **inputs)
+
+    assert base() == base()
+    assert base() == base(Settings(out="elsewhere"))
+    assert len({base(), base(Settings(seed=1)), base(data="x"), base(functions=(driver.n_steps,))}) == 4
+
+
+def test_json_refuses_nan():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        driver.to_json({"a": math.nan})
+
+
+def test_load_run_without_a_run(tmp_path):
+    with pytest.raises(InputError, match="holds no finished run"):
+        driver.load_run(str(tmp_path))
+
+
+def test_an_output_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match=r"--out .*file cannot be written to"):
+        driver.prepare_folder(tmp_path / "file")

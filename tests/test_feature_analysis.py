@@ -1,0 +1,852 @@
+"""feature_analysis.py against hand-set weights, algebraic identities and slow loops.
+
+The weights of `make_scene` are small integers and its standard deviations powers of two, so float arithmetic is exact:
+ties are ties, and nothing may depend, not by one bit, on how the images are cut into batches.
+"""
+
+import functools
+import itertools
+import os
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torch.testing import assert_close
+
+import feature_analysis as fa
+
+exactly = functools.partial(assert_close, rtol=0, atol=0)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Model(NamedTuple):
+    """The two methods that an analysed model must have, and nothing else."""
+
+    first_layers: Callable[[Tensor], Tensor]
+    head: Tensor  # (d_in, C)
+    relu: bool
+
+    def preactivations(self, images):
+        return self.first_layers(images)
+
+    def logits_from_preactivations(self, z):
+        return (z.relu() if self.relu else z) @ self.head
+
+
+class SAE(NamedTuple):
+    W_enc: Tensor
+    b_enc: Tensor
+    threshold: Tensor
+    W_dec: Tensor
+
+    def encode(self, z):
+        pre = z @ self.W_enc + self.b_enc
+        return torch.where(pre > self.threshold, pre, 0.0)
+
+
+class Scene(NamedTuple):
+    model: Model
+    sae: SAE
+    mu: Tensor
+    std: Tensor
+    images: Tensor
+    labels: Tensor
+
+    def given(self, batch_size: int = 16, keep: slice = slice(None)) -> tuple:
+        """The first five arguments of most functions; the loader gives the images `keep`."""
+        images, labels = self.images[keep].split(batch_size), self.labels[keep].split(batch_size)
+        return self.model, list(zip(images, labels, strict=True)), self.sae, self.mu, self.std
+
+    def for_pattern(self) -> tuple:
+        """The first four arguments of the input patterns."""
+        return self.model, self.sae, self.mu, self.std
+
+    def feature_acts(self) -> Tensor:
+        return self.sae.encode((self.model.preactivations(self.images) - self.mu) / self.std)
+
+
+N, SIDE, D_IN, D_SAE, C, TOPK = 90, 12, 6, 12, 5, 7
+ALWAYS, RARE, DEAD = 0, 1, D_SAE - 1  # features that fire on every image, on two or three, on none
+
+
+def make_scene(kind: str) -> Scene:
+    """A 'linear' model, one with a ReLU in the head ('relu') or a convolutional one, which squares and has the ReLU.
+
+    A third of the images come twice, so activations tie; no image has the last label.
+    """
+    rng = np.random.default_rng(0)
+
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.from_numpy(rng.integers(low, high + 1, shape)).float()
+
+    images = integers(0, 1, N, 1, SIDE, SIDE)
+    images[60:] = images[:30]
+    W1, kernel, mix = integers(-1, 1, SIDE**2, D_IN), integers(-1, 1, 2, 1, 3, 3), integers(-1, 1, 32, D_IN)
+    first_layers = {
+        "conv": lambda images: F.conv2d(images, kernel, stride=3).square().flatten(1) @ mix,
+    }.get(kind, lambda images: images.flatten(1) @ W1)
+    model = Model(first_layers, integers(-3, 3, D_IN, C), relu=kind != "linear")
+    raw = model.preactivations(images)
+    mu, std = raw.mean(0).round(), torch.tensor([1.0, 2.0, 4.0] * 2)
+
+    W_enc, b_enc, threshold = integers(-2, 2, D_IN, D_SAE), torch.zeros(D_SAE), torch.zeros(D_SAE)
+    b_enc[ALWAYS], threshold[DEAD] = 1000, torch.inf
+    threshold[RARE] = ((raw - mu) / std @ W_enc)[:, RARE].sort().values[-4]
+    sae = SAE(W_enc, b_enc, threshold, integers(-2, 2, D_SAE, D_IN))
+    return Scene(model, sae, mu, std, images, torch.from_numpy(rng.integers(0, C - 1, N)))
+
+
+@pytest.fixture(params=["linear", "relu", "conv"])
+def scene(request) -> Scene:
+    return make_scene(request.param)
+
+
+def bank_of(feature_acts, labels=None, n_classes: int = 3, **settings) -> fa.FeatureBank:
+    """The bank of images whose activations are `feature_acts` (N, d_sae)."""
+    feature_acts = torch.as_tensor(feature_acts, dtype=torch.float32)
+    n, d_sae = feature_acts.shape
+    eye, zero = torch.eye(d_sae), torch.zeros(d_sae)
+    model, sae = Model(lambda images: images, torch.zeros(d_sae, n_classes), relu=False), SAE(eye, zero, zero, eye)
+    loader = [(feature_acts, torch.zeros(n).long() if labels is None else torch.tensor(labels))]
+    return fa.collect_feature_bank(model, loader, sae, zero, zero + 1, **settings)
+
+
+def tensors(result) -> list[Tensor]:
+    """All tensors in nested tuples."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [tensor for part in result for tensor in tensors(part)] if isinstance(result, tuple) else []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The bank
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_bank_agrees_with_a_slow_loop(scene):
+    bank = fa.collect_feature_bank(*scene.given(), topk=TOPK)
+    acts, labels = scene.feature_acts().tolist(), scene.labels.tolist()
+    assert bank.n_images == N
+    for k in range(D_SAE):
+        active = [i for i in range(N) if acts[i][k] > 0]
+        strongest = sorted(active, key=lambda i: (-acts[i][k], i))[:TOPK]
+        assert bank.top.of(k).index.tolist() == strongest
+        assert bank.top.of(k).activation.tolist() == [acts[i][k] for i in strongest]
+        assert bank.top.of(k).label.tolist() == [labels[i] for i in strongest]
+        assert bank.label_histogram[k].tolist() == [sum(labels[i] == c for i in active) for c in range(C)]
+        assert bank.n_active[k] == len(active)
+        assert bank.feature_density[k].item() == pytest.approx(len(active) / N)
+        mean = sum(acts[i][k] for i in active) / max(1, len(active))
+        assert bank.mean_activation_when_active[k].item() == pytest.approx(mean)
+
+        sample = bank.sample.of(k)
+        drawn = sample.index.tolist()
+        assert len(drawn) == len(set(drawn)) == min(len(active), fa.SAMPLE_PER_FEATURE)
+        assert set(drawn) <= set(active)
+        assert sample.activation.tolist() == [acts[i][k] for i in drawn]
+        assert sample.label.tolist() == [labels[i] for i in drawn]
+
+
+def test_scene_has_the_cases_the_slow_loop_should_meet(scene):
+    n_active = fa.collect_feature_bank(*scene.given()).n_active
+    assert n_active[ALWAYS] == N > fa.SAMPLE_PER_FEATURE
+    assert 0 < n_active[RARE] < TOPK
+    assert n_active[DEAD] == 0
+    assert (n_active[2:DEAD] > TOPK).all()
+    assert scene.labels.max() < C - 1
+
+
+@pytest.mark.parametrize("batch_size", [1, N])
+def test_bank_is_independent_of_batch_size(scene, batch_size):
+    exactly(fa.collect_feature_bank(*scene.given(batch_size)), fa.collect_feature_bank(*scene.given(16)))
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_merged_banks_are_the_bank_of_the_whole(scene, order):
+    cuts = [slice(0, 40), slice(40, 65), slice(65, N)]
+    parts = [fa.collect_feature_bank(*scene.given(keep=cut), topk=TOPK, first_index=cut.start) for cut in cuts]
+    merged = functools.reduce(fa.merge_feature_banks, [parts[i] for i in order])
+    exactly(merged, fa.collect_feature_bank(*scene.given(), topk=TOPK))
+
+
+@pytest.mark.parametrize("other", [{"n_classes": 4}, {"topk": 1}])
+def test_banks_that_do_not_fit_are_not_merged(other):
+    with pytest.raises(ValueError, match="banks do not fit together"):
+        fa.merge_feature_banks(bank_of([[1], [2]], topk=2), bank_of([[1], [2]], **{"topk": 2} | other))
+
+
+def test_ties_and_only_ties_go_to_the_earlier_image():
+    assert bank_of([[2], [5], [5], [1], [5], [0]], topk=2).top.index.tolist() == [[1, 2]]
+    assert bank_of([[1], [1 + 2**-23]], topk=1).top.index.tolist() == [[1]]  # float32's smallest step
+
+
+def test_feature_that_never_fires_has_empty_well_formed_results():
+    bank = bank_of([[1, 0], [2, 0], [3, 0]], topk=2)
+    assert (bank.top.index[1] == -1).all()
+    assert len(bank.top.of(1).index) == len(bank.sample.of(1).index) == 0
+    assert bank.label_histogram[1].tolist() == [0, 0, 0]
+    assert bank.feature_density[1] == bank.mean_activation_when_active[1] == 0
+    assert [len(band.index) for band in bank.bands(1)] == [0, 0, 0, 0]
+
+
+def test_bands_hold_evenly_spread_examples_of_each_quarter_strongest_first():
+    strengths = np.random.default_rng(0).permutation(np.arange(1, 37))  # 36 active images, nine to a band
+    labels = [int(strength) % 3 for strength in strengths]
+    bands = bank_of(strengths[:, None], labels).bands(0)
+    assert [band.activation.tolist() for band in bands] == [
+        [36, 34, 32, 30, 28],
+        [27, 25, 23, 21, 19],
+        [18, 16, 14, 12, 10],
+        [9, 7, 5, 3, 1],
+    ]
+    for band in bands:
+        assert strengths[band.index].tolist() == band.activation.tolist()
+        assert [labels[i] for i in band.index] == band.label.tolist()
+
+
+def test_bands_of_more_images_than_are_remembered_are_near_the_true_quarters():
+    n = 2000
+    bank = bank_of(1 + torch.arange(n)[:, None])
+    for b, band in enumerate(bank.bands(0)):
+        share_stronger = 1 - band.activation / n
+        assert (share_stronger.diff() > 0).all()
+        assert share_stronger.mean().item() == pytest.approx((b + 0.5) / 4, abs=0.1)
+
+
+def test_bands_of_few_images():
+    bank = bank_of([[1], [3], [2]], topk=1)
+    assert [band.activation.tolist() for band in bank.bands(0)] == [[3], [2], [1], []]
+    assert [band.activation.tolist() for band in bank.bands(0, n_bands=1, per_band=2)] == [[3, 1]]
+
+
+def test_sample_is_uniform():
+    """Feature b fires on block b of the images, the more strongly the later; every eighth of a block is drawn alike."""
+    blocks, size, bins = 50, 400, 8
+    feature_acts = torch.block_diag(*[1 + torch.arange(size)[:, None]] * blocks)
+    place = bank_of(feature_acts).sample.index - size * torch.arange(blocks)[:, None]
+    drawn = (place * bins // size).flatten().bincount()
+    expected = blocks * fa.SAMPLE_PER_FEATURE / bins
+    assert drawn.sum() == bins * expected
+    assert (drawn - expected).abs().max() < 4 * expected**0.5
+
+
+def test_size_of_the_bank_does_not_depend_on_the_number_of_images():
+    few, many = (bank_of(torch.ones(n, 2)) for n in (70, 700))
+    assert [t.shape for t in tensors(few)] == [t.shape for t in tensors(many)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Input patterns
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_input_pattern_of_a_linear_layer_in_closed_form():
+    W1 = torch.tensor([[1.0, 0], [0, 2], [3, 0], [0, 4]])  # z_0 = x_0 + 3 x_2, z_1 = 2 x_1 + 4 x_3
+    std = torch.tensor([2.0, 4.0])
+    W_enc = torch.tensor([[2.0, 0, 2], [0, 4, -4]])
+    model = Model(lambda images: images.flatten(1) @ W1, torch.zeros(2, 2), relu=False)
+    sae = SAE(W_enc, torch.zeros(3), torch.ones(3), W_enc.T)
+    heats = fa.feature_input_patterns(model, sae, torch.ones(2), std, image_shape=(1, 2, 2))
+    assert heats.tolist() == [[[1, 0], [3, 0]], [[0, 2], [0, 4]], [[1, -2], [3, -4]]]
+
+
+def test_input_pattern_agrees_with_finite_differences():
+    """Central differences are exact, for the preactivations are quadratic in the pixels."""
+    scene = make_scene("conv")
+    images, k = scene.images[:5], 3
+
+    def pre(images):
+        return (scene.model.preactivations(images) - scene.mu) / scene.std @ scene.sae.W_enc[:, k]
+
+    steps = torch.eye(SIDE**2).reshape(-1, 1, SIDE, SIDE) / 2
+    slow = torch.stack([pre(images + step).mean() - pre(images - step).mean() for step in steps]).reshape(SIDE, SIDE)
+    assert slow.abs().max() > 1
+    assert_close(fa.feature_input_pattern(*scene.for_pattern(), k, images), slow)
+
+
+def test_input_patterns_of_all_features_are_those_of_each(scene):
+    heats = fa.feature_input_patterns(*scene.for_pattern(), scene.images)
+    assert heats.shape == (D_SAE, SIDE, SIDE)
+    for k, heat in enumerate(heats):
+        assert_close(fa.feature_input_pattern(*scene.for_pattern(), k, scene.images), heat)
+
+
+def test_input_pattern_of_a_linear_model_needs_no_images():
+    scene = make_scene("relu")
+    with torch.no_grad():
+        blank = fa.feature_input_patterns(*scene.for_pattern(), image_shape=(1, SIDE, SIDE))
+    assert_close(blank, fa.feature_input_patterns(*scene.for_pattern(), scene.images))
+
+
+@pytest.mark.parametrize(
+    ("image_shape", "heat_shape"),
+    [((1, 28, 28), (28, 28)), ((3, 5, 4), (3, 5, 4)), ((5, 4), (5, 4)), ((20,), (20,))],
+)
+def test_input_pattern_has_the_shape_of_an_image(image_shape, heat_shape):
+    one = torch.ones(1, 1)
+    model = Model(lambda images: images.flatten(1).sum(1, keepdim=True), one, relu=False)
+    given = (model, SAE(one, one[0], one[0], one), one[0], one[0])
+    exactly(fa.feature_input_pattern(*given, 0, image_shape=image_shape), torch.ones(heat_shape))
+    exactly(fa.feature_input_patterns(*given, image_shape=image_shape), torch.ones(1, *heat_shape))
+
+
+@pytest.mark.parametrize("pattern", [fa.feature_input_pattern, fa.feature_input_patterns])
+def test_input_pattern_refuses_what_it_cannot_average_over(pattern):
+    conv = make_scene("conv")
+    k = (2,) if pattern is fa.feature_input_pattern else ()
+    with pytest.raises(ValueError, match="not linear in the pixels: pass images"):
+        pattern(*conv.for_pattern(), *k, image_shape=(1, SIDE, SIDE))
+    with pytest.raises(ValueError, match="images is empty"):
+        pattern(*conv.for_pattern(), *k, images=conv.images[:0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Effects on the logits
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def slow_effect(scene: Scene, chosen: list[int], change: Callable[[int], Tensor]) -> Tensor:
+    """Mean change of the logits, (C,), when change(i), (d_in,), is added to the preactivations of image i."""
+    logits, total = scene.model.logits_from_preactivations, torch.zeros(C)
+    for i in chosen:
+        z = scene.model.preactivations(scene.images[i : i + 1])[0]
+        total += logits(z + change(i)) - logits(z)
+    return total / max(1, len(chosen))
+
+
+def assert_effect(effect: fa.LogitEffect, mean_delta: Tensor) -> None:
+    assert_close(effect.mean_delta, mean_delta)
+    assert mean_delta[effect.top_class] == mean_delta.max()
+
+
+@pytest.mark.parametrize("alpha", [1.0, -2.0, 0.5])
+def test_adding_a_feature_to_a_linear_head(alpha):
+    scene = make_scene("linear")
+    effects = fa.feature_logit_effects(*scene.given(), alpha=alpha)
+    exactly(effects.mean_delta, alpha * (scene.sae.W_dec * scene.std) @ scene.model.head)
+
+
+@pytest.mark.parametrize("n_eval", [1, 20, N, 2000])  # batches hold 16 images
+def test_adding_a_feature_agrees_with_a_slow_loop(scene, n_eval):
+    k, alpha = 4, 1.5
+    step = alpha * scene.sae.W_dec[k] * scene.std
+    slow = slow_effect(scene, range(N)[:n_eval], lambda _: step)
+    assert_effect(fa.feature_logit_effect(*scene.given(), k, alpha=alpha, n_eval=n_eval), slow)
+
+
+@pytest.mark.parametrize("n_eval", [1, 20, 2000])
+def test_removing_a_feature_agrees_with_a_slow_loop(scene, n_eval):
+    acts = scene.feature_acts()
+    for k in range(DEAD):
+        active = [i for i in range(N) if acts[i, k] > 0]
+        slow = slow_effect(scene, active[:n_eval], lambda i, k=k: -acts[i, k] * scene.sae.W_dec[k] * scene.std)
+        assert_effect(fa.feature_ablation_effect(*scene.given(), k, n_eval=n_eval), slow)
+
+
+def test_removing_a_feature_from_a_linear_head():
+    scene = make_scene("linear")
+    mean_activation = fa.collect_feature_bank(*scene.given()).mean_activation_when_active
+    expected = -mean_activation[:, None] * (scene.sae.W_dec * scene.std) @ scene.model.head
+    assert_close(fa.feature_ablation_effects(*scene.given()).mean_delta, expected)
+
+
+def test_removing_a_feature_keeps_the_error_of_the_sae():
+    """z = 3 is reconstructed as f W_dec = 2 * 2 = 4. Removing f leaves 3 - 4 = -1, the ReLU 0: the logit falls by 3.
+
+    From the reconstruction instead of z it would fall by 4.
+    """
+    one, zero = torch.ones(1, 1), torch.zeros(1)
+    model = Model(lambda images: images, one, relu=True)
+    sae = SAE(one, zero - 1, zero, 2 * one)
+    effect = fa.feature_ablation_effect(model, [(3 * one, zero.long())], sae, zero, zero + 1, 0)
+    assert effect.mean_delta.tolist() == [-3]
+
+
+def test_removing_a_feature_that_never_fires(scene):
+    effect = fa.feature_ablation_effect(*scene.given(), DEAD)
+    assert effect.mean_delta.tolist() == [0] * C
+    assert effect.top_class == -1
+
+
+@pytest.mark.parametrize("head_rows", [fa.HEAD_ROWS, 200, 7])
+@pytest.mark.parametrize(
+    ("batched", "single"),
+    [
+        (fa.feature_logit_effects, fa.feature_logit_effect),
+        (fa.feature_ablation_effects, fa.feature_ablation_effect),
+    ],
+)
+def test_effects_of_all_features_are_those_of_each(scene, batched, single, head_rows, monkeypatch):
+    each = [single(*scene.given(), k, n_eval=50) for k in range(D_SAE)]
+    monkeypatch.setattr(fa, "HEAD_ROWS", head_rows)  # how many rows at once must not matter
+    effects = batched(*scene.given(), n_eval=50)
+    assert_close(effects.mean_delta, torch.stack([effect.mean_delta for effect in each]))
+    assert effects.top_class.tolist() == [effect.top_class for effect in each]
+
+
+@pytest.mark.parametrize("effects", [fa.feature_logit_effects, fa.feature_ablation_effects])
+def test_head_is_given_a_bounded_number_of_rows(effects, monkeypatch):
+    rows = []
+
+    class Recording(Model):
+        def logits_from_preactivations(self, z):
+            rows.append(len(z))
+            return super().logits_from_preactivations(z)
+
+    scene = make_scene("relu")
+    monkeypatch.setattr(fa, "HEAD_ROWS", 200)
+    effects(*scene._replace(model=Recording(*scene.model)).given(N))
+    assert sum(rows) > 400
+    assert max(rows) <= 200
+
+
+def test_effects_say_on_how_many_images_they_were_taken(scene):
+    n_active = fa.collect_feature_bank(*scene.given()).n_active
+    exactly(fa.feature_ablation_effects(*scene.given(), n_eval=20).n_images, n_active.clamp(max=20))
+    assert fa.feature_logit_effects(*scene.given(), n_eval=20).n_images.tolist() == [20] * D_SAE
+    assert fa.feature_logit_effects(*scene.given()).n_images.tolist() == [N] * D_SAE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors that concern several functions
+# ---------------------------------------------------------------------------------------------------------------------
+
+OVER_IMAGES = [
+    fa.collect_feature_bank,
+    fa.feature_logit_effects,
+    fa.feature_ablation_effects,
+    functools.partial(fa.feature_logit_effect, k=0),
+    functools.partial(fa.feature_ablation_effect, k=0),
+]
+PATTERNS = [fa.feature_input_patterns, functools.partial(fa.feature_input_pattern, k=0)]
+
+
+@pytest.mark.parametrize("analyse", OVER_IMAGES)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"mu": torch.zeros(1)}, r"mu has shape \(1,\), but the SAE takes d_in = 6: expected \(6,\)"),
+        ({"std": torch.ones(6, 1)}, r"std has shape \(6, 1\), but the SAE takes d_in = 6"),
+        ({"model": Model(lambda x: x.flatten(1), torch.zeros(6, 5), False)}, r"preactivations have shape \(16, 144\)"),
+        ({"images": torch.zeros(0, 1, SIDE, SIDE), "labels": torch.zeros(0).long()}, "loader is empty"),
+    ],
+)
+def test_what_does_not_fit_is_refused(analyse, wrong, message):
+    scene = make_scene("relu")._replace(**wrong)
+    model, loader, *rest = scene.given()
+    with pytest.raises(ValueError, match=message):
+        analyse(model, loader if len(scene.images) else [], *rest)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("name", ["mu", "std"])
+def test_input_pattern_refuses_a_wrong_standardisation(pattern, name):
+    scene = make_scene("relu")._replace(**{name: torch.ones(1)})
+    model, sae, mu, std = scene.for_pattern()
+    with pytest.raises(ValueError, match=f"{name} has shape"):
+        pattern(model, sae, mu, std, images=scene.images)
+
+
+@pytest.mark.parametrize("analyse", OVER_IMAGES[1:])
+def test_effects_need_an_image(analyse):
+    with pytest.raises(ValueError, match="n_eval is 0; it must be at least 1"):
+        analyse(*make_scene("relu").given(), n_eval=0)
+
+
+@pytest.mark.parametrize(("topk", "message"), [(0, "topk is 0; it must be at least 1"), (4, "4 is more than the 3")])
+def test_bank_refuses_a_wrong_topk(topk, message):
+    with pytest.raises(ValueError, match=message):
+        bank_of(torch.ones(3, 1), topk=topk)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, 3], "labels run from 0 to 3, but the model has 3 classes"),
+        ([0, -1, 2], "labels run from -1 to 2"),
+        ([0, 1], r"a batch pairs images \(3, 1\) with labels \(2,\)"),
+    ],
+)
+def test_bank_refuses_wrong_labels(labels, message):
+    with pytest.raises(ValueError, match=message):
+        bank_of(torch.ones(3, 1), labels, topk=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Neighbours and roughness
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 4, 5, 1024])
+def test_nearest_features_agree_with_a_slow_loop(rows_at_once):
+    W_dec = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    nearest = fa.nearest_features(W_dec, rows_at_once)
+    for k in range(10):
+        cosines = [-2 if j == k else F.cosine_similarity(W_dec[k], W_dec[j], dim=0).item() for j in range(10)]
+        assert nearest.feature[k] == np.argmax(cosines)
+        assert nearest.cosine[k].item() == pytest.approx(max(cosines), abs=1e-6)
+
+
+def test_nearest_features_by_hand():
+    nearest = fa.nearest_features(torch.tensor([[3.0, 0], [0, 2], [4, 4], [-1, 0]]))
+    assert nearest.feature.tolist() == [2, 2, 0, 1]
+    assert_close(nearest.cosine, torch.tensor([0.5**0.5, 0.5**0.5, 0.5**0.5, 0.0]))
+
+
+def test_a_single_feature_has_no_neighbour():
+    nearest = fa.nearest_features(torch.ones(1, 4))
+    assert nearest.feature.tolist() == [-1]
+    assert nearest.cosine.tolist() == [0]
+
+
+def test_roughness():
+    chessboard = 1.0 - 2 * (torch.arange(8)[:, None] + torch.arange(8)).remainder(2)
+    stripes = chessboard[:1].expand(8, 8)  # the neighbours to the side differ, those above and below do not
+    pictures = torch.stack([torch.full((8, 8), 0.3), torch.zeros(8, 8), 5 * chessboard, stripes])
+    assert_close(fa.pattern_roughness(pictures), torch.tensor([0.0, 0.0, 2.0, 1.0]))
+    noise = torch.randn(1, 100, 100, generator=torch.Generator().manual_seed(0))
+    assert fa.pattern_roughness(noise).item() == pytest.approx(1, abs=0.05)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read(path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def drawn(figure: Figure) -> np.ndarray:
+    figure.canvas.draw()
+    return np.array(figure.canvas.buffer_rgba())
+
+
+def test_write_whole_replaces_the_file(tmp_path):
+    path = tmp_path / "file"
+    for content in (b"old", b"new"):
+        fa.write_whole(path, content)
+        assert path.read_bytes() == content
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    fa.write_whole(path, b"old")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fa.write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_saved_pictures_hold_the_pixels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 4), dtype=np.uint8)
+    pixels[:, :, 3] = 255
+    fa.save_pixels(pixels, tmp_path / "pixels.png")
+    assert np.array_equal(read(tmp_path / "pixels.png"), pixels)
+
+    figure, _ = plt.subplots()
+    fa.save_figure(figure, tmp_path / "figure.png")
+    assert np.array_equal(read(tmp_path / "figure.png"), drawn(figure))
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Galleries
+# ---------------------------------------------------------------------------------------------------------------------
+
+N_SHOWN = 40
+
+
+@pytest.fixture(scope="module")
+def shown() -> tuple[fa.FeatureBank, np.ndarray]:
+    """The bank of 40 images, (40, SIDE, SIDE); feature 0 fires on 36 of them, feature 1 never."""
+    rng = np.random.default_rng(1)
+    strengths = rng.permutation(np.concatenate([np.zeros(4), np.arange(1, 37)]))
+    bank = bank_of(np.stack([strengths, 0 * strengths], 1), rng.integers(0, 3, N_SHOWN).tolist())
+    return bank, rng.integers(0, 2, (N_SHOWN, SIDE, SIDE)).astype(np.float32)
+
+
+def tile(pixels: np.ndarray, row: int, column: int) -> tuple[np.ndarray, np.ndarray]:
+    """One tile of a gallery and its caption: each of four rows holds ten, a header stands above rows 0, 2 and 3."""
+    row_height = (len(pixels) - fa.TITLE - fa.MARGIN - 3 * fa.HEADER) // 4
+    top = fa.TITLE + (1, 1, 2, 3)[row] * fa.HEADER + row * row_height
+    side = fa.ZOOM * SIDE
+    left = fa.MARGIN + column * (side + 6)
+    inner = pixels[top + 1 : top + 1 + side, left + 1 : left + 1 + side, :3]
+    return inner, pixels[top + side + 2 : top + row_height, left : left + side + 2, :3]
+
+
+def test_gallery_shows_every_example_at_its_place(shown):
+    bank, images = shown
+    pixels = drawn(fa.show_feature_gallery(0, bank, images))
+    top, bands = bank.top.of(0).index, [band.index for band in bank.bands(0)]
+    expected = [top[:10], top[10:], torch.cat(bands[:2]), torch.cat(bands[2:])]
+    assert [len(row) for row in expected] == [10, 10, 10, 10]
+    for row, indices in enumerate(expected):
+        for column, index in enumerate(indices):
+            ink = np.kron(images[index], np.ones((fa.ZOOM, fa.ZOOM)))
+            assert np.array_equal(tile(pixels, row, column)[0], np.stack([255 - 255 * ink] * 3, 2))
+
+
+def test_gallery_is_the_saved_picture_and_takes_images_of_either_shape(shown, tmp_path):
+    bank, images = shown
+    figure = fa.show_feature_gallery(0, bank, images, tmp_path / "gallery.png")
+    assert isinstance(figure, Figure)
+    assert np.array_equal(read(tmp_path / "gallery.png"), drawn(figure))
+    again = fa.show_feature_gallery(0, bank, torch.from_numpy(images)[:, None])
+    assert np.array_equal(drawn(again), drawn(figure))
+
+
+@pytest.mark.parametrize("column", ["label", "activation"])
+def test_captions_tell_label_and_activation(shown, column):
+    bank, images = shown
+    values = getattr(bank.top, column).clone()
+    values[0, 0] += 1
+    changed = bank._replace(top=bank.top._replace(**{column: values}))
+    before, after = (drawn(fa.show_feature_gallery(0, b, images)) for b in (bank, changed))
+    caption = tile(before, 0, 0)[1]
+    assert caption.min() < 100  # something is written
+    assert not np.array_equal(caption, tile(after, 0, 0)[1])
+    tile(before, 0, 0)[1][:] = tile(after, 0, 0)[1]
+    assert np.array_equal(before, after)  # nothing else differs
+
+
+def test_gallery_of_a_feature_that_never_fires_has_no_tiles(shown):
+    bank, images = shown
+    fires, never = (drawn(fa.show_feature_gallery(k, bank, images)) for k in (0, 1))
+    assert never.shape == fires.shape
+    assert all((part == 255).all() for row in range(4) for column in range(10) for part in tile(never, row, column))
+    assert (never[: fa.TITLE] < 100).any()  # the title
+    assert not np.array_equal(never[: fa.TITLE], fires[: fa.TITLE])
+
+
+@pytest.mark.parametrize("shape", [(N_SHOWN, 3, SIDE, SIDE), (SIDE, SIDE), (N_SHOWN, SIDE * SIDE)])
+def test_gallery_refuses_images_that_are_not_grey(shown, shape):
+    with pytest.raises(ValueError, match=r"images have shape .*; expected \(N, H, W\) or \(N, 1, H, W\)"):
+        fa.show_feature_gallery(0, shown[0], np.zeros(shape))
+
+
+def test_gallery_refuses_too_few_images(shown):
+    with pytest.raises(IndexError, match=r"feature 0 fires on image \d+, but only 5 images were given"):
+        fa.show_feature_gallery(0, shown[0], shown[1][:5])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures of patterns
+# ---------------------------------------------------------------------------------------------------------------------
+
+GREY = [224, 224, 224, 255]
+
+
+def cells(heat, inked=None) -> np.ndarray:
+    """The colours (H, W, 4) that a pattern is painted in."""
+    pixels = drawn(fa.visualize_feature_pattern(heat, 0, inked=inked))
+    height, width = (fa.PATTERN_ZOOM * side for side in heat.shape)
+    bottom = len(pixels) - fa.MARGIN
+    painted = pixels[bottom - height : bottom, fa.MARGIN : fa.MARGIN + width]
+    colours = painted[:: fa.PATTERN_ZOOM, :: fa.PATTERN_ZOOM]
+    assert np.array_equal(painted, colours.repeat(fa.PATTERN_ZOOM, 0).repeat(fa.PATTERN_ZOOM, 1))
+    return colours
+
+
+def is_white(colours: np.ndarray) -> np.bool_:
+    return (colours > 240).all()
+
+
+def test_pattern_is_red_above_zero_blue_below_white_at_zero_grey_without_ink():
+    heat = np.array([[1.0, -1.0, 0.0, 1.0]] * 4)
+    inked = np.array([[True, True, True, False]] * 4)
+    for row in cells(heat, inked):
+        red, blue, white, grey = row.astype(int)
+        assert red[0] > 2 * max(red[1], red[2])
+        assert blue[2] > 1.5 * max(blue[0], blue[1])
+        assert is_white(white)
+        assert grey.tolist() == GREY
+
+
+def test_scale_of_a_pattern_comes_from_the_ink_and_ignores_one_outlier():
+    rng = np.random.default_rng(0)
+    heat, inked = rng.uniform(-1, 1, (SIDE, SIDE)), np.ones((SIDE, SIDE), bool)
+    inked[:3] = False
+    without_ink = np.where(inked, heat, 1e6 * heat)
+    plain, outside = (drawn(fa.visualize_feature_pattern(h, 0, inked=inked)) for h in (heat, without_ink))
+    assert np.array_equal(plain, outside)  # the scale that is written out included
+
+    ones = np.where(rng.random((SIDE, SIDE)) < 0.5, 1.0, -1.0)
+    outlier = ones.copy()
+    outlier[0, 0] *= 1000
+    assert np.array_equal(cells(outlier), cells(ones))
+
+
+def test_picture_of_a_pattern_is_the_same_at_any_scale_but_for_the_note():
+    heat = np.random.default_rng(0).normal(size=(SIDE, SIDE))
+    assert np.array_equal(cells(heat), cells(8 * heat))
+    small, large = (drawn(fa.visualize_feature_pattern(h, 0)) for h in (heat, 8 * heat))
+    assert not np.array_equal(small, large)
+
+
+def test_pattern_of_zeros_is_white():
+    assert is_white(cells(np.zeros((SIDE, SIDE))))
+    assert (cells(np.zeros((2, 2)), np.zeros((2, 2), bool)) == GREY).all()
+
+
+def test_pattern_is_the_saved_picture_for_tensor_and_array(tmp_path):
+    heat = torch.linspace(-1, 1, SIDE**2).reshape(SIDE, SIDE)
+    figure = fa.visualize_feature_pattern(heat, 3, tmp_path / "pattern.png")
+    assert isinstance(figure, Figure)
+    assert np.array_equal(read(tmp_path / "pattern.png"), drawn(figure))
+    assert np.array_equal(drawn(fa.visualize_feature_pattern(heat.numpy(), 3)), drawn(figure))
+
+
+def test_pattern_refuses_other_shapes():
+    with pytest.raises(ValueError, match=r"the pattern has shape \(1, 4, 4\); expected \(H, W\)"):
+        fa.visualize_feature_pattern(torch.zeros(1, 4, 4), 0)
+    with pytest.raises(ValueError, match=r"inked has shape \(4,\), but patterns have shape \(4, 4\)"):
+        fa.visualize_feature_pattern(torch.zeros(4, 4), 0, inked=torch.ones(4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"the pattern has shape \(4, 5\), expected \(4, 4\)"):
+        fa.PatternPainter((4, 4)).paint(np.zeros((4, 5)), 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Panels and folders of pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_panel_holds_every_part(shown, tmp_path):
+    bank, images = shown
+    heat, inked = np.random.default_rng(0).normal(size=(SIDE, SIDE)), np.eye(SIDE) == 0
+    added, removed = torch.tensor([0.5, -1.0, 2.0]), np.array([-0.25, 0.0, 1.0])
+    figure = fa.show_feature_panel(0, bank, images, heat, added, removed, tmp_path / "panel.png", inked)
+    gallery, pattern, *charts = figure.axes
+    heights = [[bar.get_height() for bar in chart.patches] for chart in charts]
+    assert heights == [bank.label_histogram[0].tolist(), added.tolist(), removed.tolist()]
+    colours = [bar.get_facecolor() for bar in charts[1].patches]
+    assert [red > blue for red, _, blue, _ in colours] == [True, False, True]
+    assert np.array_equal(pattern.images[0].get_array(), cells(heat, inked))
+    mosaic = gallery.images[0].get_array()  # the gallery without its text, which belongs to the figure
+    alone = drawn(fa.show_feature_gallery(0, bank, images))[fa.TITLE : -fa.MARGIN, fa.MARGIN : -fa.MARGIN, 0]
+    assert np.array_equal(mosaic[mosaic < 255], alone[mosaic < 255])
+    assert np.array_equal(read(tmp_path / "panel.png"), drawn(figure))
+
+
+def test_panel_says_when_a_feature_never_fires(shown):
+    zeros = np.zeros((SIDE, SIDE))
+    titles = [fa.show_feature_panel(k, *shown, zeros, zeros[0], zeros[0]).texts[0].get_text() for k in (0, 1)]
+    assert titles == ["Feature 0: fires on 90% of 40 images", "Feature 1: never fires on these 40 images"]
+
+
+def test_folder_of_pictures_equals_the_single_ones(tmp_path):
+    scene = make_scene("conv")
+    bank = fa.collect_feature_bank(*scene.given())
+    heats = fa.feature_input_patterns(*scene.for_pattern(), scene.images)
+    inked = ~torch.eye(SIDE, dtype=torch.bool)
+    together, one_by_one = tmp_path / "together", tmp_path / "one_by_one"
+    together.mkdir()
+    one_by_one.mkdir()
+    fa.write_feature_pictures(together, range(D_SAE), bank, scene.images, heats, inked)
+    names = {f"feature_{k}_{what}" for k in range(D_SAE) for what in ("gallery.png", "pattern.png", "pattern.npy")}
+    assert {path.name for path in together.iterdir()} == names
+    for k in (ALWAYS, RARE, DEAD):
+        fa.show_feature_gallery(k, bank, scene.images, one_by_one / f"feature_{k}_gallery.png")
+        fa.visualize_feature_pattern(heats[k], k, one_by_one / f"feature_{k}_pattern.png", inked)
+    for path in one_by_one.iterdir():
+        assert path.read_bytes() == (together / path.name).read_bytes()
+    for k in range(D_SAE):
+        assert np.array_equal(np.load(together / f"feature_{k}_pattern.npy"), heats[k].numpy())
+
+
+def test_failed_write_is_reported_soon(shown, tmp_path):
+    features = iter([0] * 100)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        fa.write_feature_pictures(tmp_path / "missing", features, *shown, np.zeros((2, SIDE, SIDE)))
+    assert len(list(features)) > 50  # were not painted any more
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every function
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Held(NamedTuple):
+    """A scene and what was found out about it."""
+
+    scene: Scene
+    bank: fa.FeatureBank
+    heats: Tensor
+    deltas: Tensor
+
+
+OF_A_FEATURE = {
+    "bands": lambda h, k, _: h.bank.bands(k),
+    "input_pattern": lambda h, k, _: fa.feature_input_pattern(*h.scene.for_pattern(), k, h.scene.images),
+    "logit_effect": lambda h, k, _: fa.feature_logit_effect(*h.scene.given(), k),
+    "ablation_effect": lambda h, k, _: fa.feature_ablation_effect(*h.scene.given(), k),
+    "gallery": lambda h, k, folder: fa.show_feature_gallery(k, h.bank, h.scene.images, folder / "gallery.png"),
+    "panel": lambda h, k, folder: fa.show_feature_panel(
+        k, h.bank, h.scene.images, h.heats[0], h.deltas[0], h.deltas[1], folder / "panel.png"
+    ),
+    "pictures": lambda h, k, folder: fa.write_feature_pictures(folder, [k], h.bank, h.scene.images, h.heats),
+}
+OF_ALL = {
+    "bank": lambda h, *_: fa.collect_feature_bank(*h.scene.given()),
+    "merge": lambda h, *_: fa.merge_feature_banks(h.bank, h.bank),
+    "input_patterns": lambda h, *_: fa.feature_input_patterns(*h.scene.for_pattern(), h.scene.images),
+    "logit_effects": lambda h, *_: fa.feature_logit_effects(*h.scene.given()),
+    "ablation_effects": lambda h, *_: fa.feature_ablation_effects(*h.scene.given()),
+    "nearest": lambda h, *_: fa.nearest_features(h.scene.sae.W_dec),
+    "roughness": lambda h, *_: fa.pattern_roughness(h.heats),
+    "pattern": lambda h, k, folder: fa.visualize_feature_pattern(h.heats[k], k, folder / "pattern.png"),
+}
+
+
+@pytest.fixture(scope="module")
+def held() -> Held:
+    """Of the convolutional model, with an SAE whose weights want gradients like those of any torch module."""
+    scene = make_scene("conv")
+    scene.sae.W_enc.requires_grad_()
+    scene.sae.W_dec.requires_grad_()
+    heats = fa.feature_input_patterns(*scene.for_pattern(), scene.images)
+    return Held(scene, fa.collect_feature_bank(*scene.given()), heats, fa.feature_logit_effects(*scene.given())[0])
+
+
+@pytest.mark.parametrize("name", OF_A_FEATURE | OF_ALL)
+def test_function_leaves_everything_as_it_was(held, tmp_path, name):
+    def state():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), dict(plt.rcParams)
+
+    inputs = tensors(held)
+    before, wanted_gradients = [tensor.detach().clone() for tensor in inputs], [t.requires_grad for t in inputs]
+    state_before = state()
+    result = (OF_A_FEATURE | OF_ALL)[name](held, 2, tmp_path)
+    exactly([tensor.detach() for tensor in inputs], before)
+    assert [tensor.requires_grad for tensor in inputs] == wanted_gradients
+    assert state() == state_before
+    assert plt.get_fignums() == []  # no figure waits to be closed
+    assert not any(tensor.requires_grad for tensor in tensors(result))
+    assert held.scene.sae.W_enc.grad is None
+    assert held.scene.sae.W_dec.grad is None
+
+
+@pytest.mark.parametrize("name", OF_A_FEATURE)
+@pytest.mark.parametrize("k", [-1, D_SAE])
+def test_feature_that_does_not_exist_is_refused(held, tmp_path, name, k):
+    with pytest.raises(IndexError, match=str(k)):
+        OF_A_FEATURE[name](held, k, tmp_path)
