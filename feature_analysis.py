@@ -67,15 +67,22 @@ def check_feature(k: int, d_sae: int) -> int:
     return int(k)
 
 
-def standardised(model, images: Tensor, mu: Tensor, std: Tensor) -> Tensor:
-    """Standardised preactivations (B, d_in) of images (B, ...). Raises ValueError when shapes do not fit."""
+def raw_preactivations(model, images: Tensor, mu: Tensor) -> Tensor:
+    """The model's preactivations (B, d_in) of images (B, ...). Raises ValueError when shapes do not fit."""
     try:
         raw = model.preactivations(images.to(mu.device))
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise ValueError(f"the model cannot take images of shape {tuple(images.shape)}: {error}") from error
     if raw.shape[1:] != mu.shape:
         raise ValueError(f"preactivations have shape {tuple(raw.shape)}, but mu has shape {tuple(mu.shape)}")
-    return (raw - mu) / std
+    return raw
+
+
+def standardised(model, images: Tensor, mu: Tensor, std: Tensor) -> Tensor:
+    """Standardised preactivations (B, d_in) of images (B, ...). Raises ValueError when shapes do not fit."""
+    return (raw_preactivations(model, images, mu) - mu) / std
 
 
 def logits_of(model, z: Tensor, mu: Tensor, std: Tensor) -> Tensor:
@@ -234,8 +241,11 @@ def collect_feature_bank(
         raise ValueError(f"topk is {topk}; it must be at least 1")
     bank = None
     for images, labels in loader:
-        if len(images) != len(labels):
-            raise ValueError(f"a batch pairs images {tuple(images.shape)} with labels {tuple(labels.shape)}")
+        if tuple(labels.shape) != (len(images),) or labels.is_floating_point():
+            raise ValueError(
+                f"a batch pairs images {tuple(images.shape)} with labels {tuple(labels.shape)} {labels.dtype}; "
+                f"expected one whole number per image"
+            )
         z = standardised(model, images, mu, std)
         n_classes = logits_of(model, z[:1], mu, std).shape[1]
         labels = labels.to(mu.device).long()
@@ -266,25 +276,31 @@ def _mean_input_jacobian(model, images: Tensor, mu: Tensor, directions: Tensor) 
     """Mean over images of d(z @ directions) / d(pixels): (n_directions, *image shape), directions (d_in, n)."""
     pixels = images.to(mu.device).float().detach().clone().requires_grad_(True)
     with torch.enable_grad():
-        projected = (model.preactivations(pixels) @ directions).sum(0)  # (n,): images do not mix, so the sum separates
+        projected = (raw_preactivations(model, pixels, mu) @ directions).sum(
+            0
+        )  # (n,): images do not mix, so the sum separates
         rows = [torch.autograd.grad(value, pixels, retain_graph=True)[0].mean(0) for value in projected]
     return torch.stack(rows)
 
 
 def _input_images(model, mu: Tensor, images: Tensor | None, image_shape: tuple[int, ...]) -> Tensor:
-    """The images to average over; without any, one blank image, after making sure that it does not matter which."""
+    """The images to average over; without any, one blank image, after making sure that it does not matter which.
+
+    The preactivations are linear in the pixels when they are so on the way between any two images; three pairs of
+    noise images, fixed and unlike each other, are tried.
+    """
     if images is not None:
         if len(images) == 0:
             raise ValueError("images is empty: give at least one image to average the gradient over")
         return images
-    blank = torch.zeros(1, *image_shape, device=mu.device)
-    probe = torch.linspace(-1, 1, len(mu), device=mu.device)[:, None]
-    at_blank, at_full = (_mean_input_jacobian(model, x, mu, probe) for x in (blank, blank + 1))
-    if not torch.allclose(at_blank, at_full, rtol=1e-3, atol=1e-6):
-        raise ValueError(
-            "the model's preactivations are not linear in the pixels: pass images to average the gradient over"
-        )
-    return blank
+    noise = torch.rand(6, *image_shape, generator=torch.Generator().manual_seed(0)).to(mu.device)
+    a, b = noise[:3], noise[3:]
+    with torch.no_grad():
+        at_a, at_b, between = (raw_preactivations(model, x, mu) for x in (a, b, 0.3 * a + 0.7 * b))
+    bend = (0.3 * at_a + 0.7 * at_b - between).abs().amax(0)
+    if (bend > 1e-4 * torch.cat([at_a, at_b]).abs().amax(0)).any():
+        raise ValueError("the model is not linear in the pixels: pass images to average the gradient over")
+    return torch.zeros(1, *image_shape, device=mu.device)
 
 
 def feature_input_pattern(
@@ -418,11 +434,12 @@ def _ablation_effects(
     check_standardisation(sae, mu, std)
     if n_eval < 1:
         raise ValueError(f"n_eval is {n_eval}; it must be at least 1")
-    sums, counts = None, torch.zeros(len(features), dtype=torch.int64, device=mu.device)
+    sums, seen, counts = None, 0, torch.zeros(len(features), dtype=torch.int64, device=mu.device)
     shifts = sae.W_dec.detach()[features] * std  # (n, d_in)
     for images, _ in loader:
         z = standardised(model, images, mu, std)
         raw = z * std + mu
+        seen += len(z)
         feature_acts = sae.encode(z)[:, features]  # (B, n)
         base = model.logits_from_preactivations(raw)
         if sums is None:
@@ -436,7 +453,7 @@ def _ablation_effects(
             without = raw[i] - feature_acts[i, w, None] * shifts[w]
             delta = model.logits_from_preactivations(without) - base[i]
             sums.index_add_(0, w, delta.double())
-    if sums is None:
+    if seen == 0:
         raise ValueError("the loader is empty: it must give at least one batch of (images, labels)")
     return _as_effects(sums, counts)
 
@@ -500,6 +517,8 @@ def pattern_roughness(heats: Tensor) -> Tensor:
 
     0 for a constant picture, 1 for white noise of mean zero, up to 2 for a chessboard; 0 for an empty one.
     """
+    if min(heats.shape[1:]) < 2:
+        raise ValueError(f"patterns of shape {tuple(heats.shape)} have no neighbouring pixels")
     steps = (heats.diff(dim=1).square().mean((1, 2)) + heats.diff(dim=2).square().mean((1, 2))) / 2
     power = heats.square().mean((1, 2))
     return torch.where(power > 0, steps / (2 * power).clamp(min=torch.finfo(heats.dtype).tiny), 0.0)
@@ -547,8 +566,8 @@ def save_pixels(pixels: np.ndarray, path: str | Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 DPI = 100
-ZOOM = 2  # screen pixels per image pixel in a gallery
-PATTERN_ZOOM = 8  # and in a pattern
+TILE = 56  # screen pixels across an image in a gallery, about: images are enlarged by whole numbers
+PATTERN = 224  # and in a pattern
 COLUMNS = 10  # tiles in a row of a gallery
 HEADER = 24  # screen pixels above a block of tiles, for the line that says what it shows
 MARGIN, TITLE = 12, 30  # screen pixels around a picture, and above it for the title
@@ -605,6 +624,11 @@ class _Typewriter:
         return line
 
 
+def _zoom(picture: np.ndarray, width: int) -> int:
+    """How many screen pixels to give each pixel of a picture (..., W) so that it is about `width` wide; 1 at least."""
+    return max(1, round(width / picture.shape[-1]))
+
+
 def _paste(pixels: np.ndarray, grey: np.ndarray, top: int, left: int) -> None:
     """Put a grey picture into the colour picture `pixels`, which is changed, cut at its right edge."""
     space = pixels[top : top + grey.shape[0], left : left + grey.shape[1], :3]
@@ -612,20 +636,23 @@ def _paste(pixels: np.ndarray, grey: np.ndarray, top: int, left: int) -> None:
 
 
 def _three_digits(value: float) -> str:
-    """A positive number in at most four characters where that is possible: 1.83, 12.6, 128."""
+    """A positive number in few characters: 1.83, 12.6, 128, 4e-03."""
+    if value < 0.005:
+        return f"{value:.0e}"
     return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
 
 
 def _tile_row(groups: list[Examples], images: np.ndarray, captions: _Typewriter) -> np.ndarray:
     """One grey picture of a row of captioned tiles; groups of examples share its columns evenly."""
-    height, width = (ZOOM * side + 2 for side in images.shape[1:])
+    zoom = _zoom(images, TILE)
+    height, width = (zoom * side + 2 for side in images.shape[1:])
     row = np.full((height + captions.height, COLUMNS * (width + 4)), 255, np.uint8)
     for group, examples in enumerate(groups):
         first = group * (COLUMNS // len(groups))
         for place, (index, activation, label) in enumerate(zip(*(c.tolist() for c in examples), strict=True)):
             left = (first + place) * (width + 4)
             row[:height, left : left + width] = FRAME
-            ink = images[index].repeat(ZOOM, 0).repeat(ZOOM, 1)
+            ink = images[index].repeat(zoom, 0).repeat(zoom, 1)
             row[1 : height - 1, left + 1 : left + width - 1] = 255 - 255 * ink.clip(0, 1)
             row[height:, left : left + width] = captions.line(f"{label}: {_three_digits(activation)}", width)
     return row
@@ -722,12 +749,11 @@ class PatternPainter:
     """Paints input patterns: red pixels raise the feature, blue ones lower it, grey ones are never inked."""
 
     def __init__(self, shape: tuple[int, int], inked: np.ndarray | None = None):
-        if inked is not None and inked.shape != tuple(shape):
-            raise ValueError(f"inked has shape {inked.shape}, but patterns have shape {tuple(shape)}")
-        self.inked, self.shape = inked, tuple(shape)
+        self.inked, self.shape = _as_mask(inked, shape), tuple(shape)
         self.titles, self.notes = _Typewriter(10, "bold"), _Typewriter(8)
         self.top = TITLE + self.notes.height + 4
-        height, width = (PATTERN_ZOOM * side for side in shape)
+        self.zoom = _zoom(np.empty(shape), PATTERN)
+        height, width = (self.zoom * side for side in shape)
         full_width, full_height = width + 2 * MARGIN + 76, height + self.top + MARGIN
         figure = _new_figure(full_width, full_height)
         bar_place = ((2 * MARGIN + width) / full_width, MARGIN / full_height, 12 / full_width, height / full_height)
@@ -741,7 +767,7 @@ class PatternPainter:
         if heat.shape != self.shape:
             raise ValueError(f"the pattern has shape {heat.shape}, expected {self.shape}")
         pixels = self.background.copy()
-        zoomed = _coloured(heat, self.inked).repeat(PATTERN_ZOOM, 0).repeat(PATTERN_ZOOM, 1)
+        zoomed = _coloured(heat, self.inked).repeat(self.zoom, 0).repeat(self.zoom, 1)
         pixels[self.top : self.top + zoomed.shape[0], MARGIN : MARGIN + zoomed.shape[1]] = zoomed
         _paste(pixels, self.titles.line(f"Feature {k}: pixels that drive it"), 6, MARGIN)
         note = f"full colour = {_display_scale(heat, self.inked):.2g} per unit of ink"
@@ -754,6 +780,16 @@ def _as_pattern(heat) -> np.ndarray:
     if array.ndim != 2:
         raise ValueError(f"the pattern has shape {array.shape}; expected (H, W)")
     return array
+
+
+def _as_mask(inked, shape: tuple[int, ...]) -> np.ndarray | None:
+    """`inked` as a bool array. Raises ValueError when it has not the shape of the pattern."""
+    if inked is None:
+        return None
+    mask = np.asarray(inked.detach().cpu() if isinstance(inked, Tensor) else inked).astype(bool)
+    if mask.shape != tuple(shape):
+        raise ValueError(f"inked has shape {mask.shape}, but patterns have shape {tuple(shape)}")
+    return mask
 
 
 def show_feature_gallery(k: int, bank: FeatureBank, images, save_path: str | Path | None = None) -> Figure:
@@ -777,7 +813,7 @@ def visualize_feature_pattern(heat, k: int, save_path: str | Path | None = None,
     what a model does with a pixel that is always empty means nothing. Raises ValueError for other shapes.
     """
     heat = _as_pattern(heat)
-    pixels = PatternPainter(heat.shape, None if inked is None else np.asarray(inked)).paint(heat, k)
+    pixels = PatternPainter(heat.shape, inked).paint(heat, k)
     if save_path is not None:
         save_pixels(pixels, save_path)
     return _figure_of(pixels)
@@ -831,7 +867,7 @@ def show_feature_panel(
 
     left = width + 90
     axes = axes_at(left, 34, 150, 150)
-    axes.imshow(_coloured(heat, None if inked is None else np.asarray(inked)), interpolation="nearest")
+    axes.imshow(_coloured(heat, _as_mask(inked, heat.shape)), interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_title("pixels: red raises it, blue lowers it", fontsize=9.5, loc="left")
@@ -858,10 +894,9 @@ def write_feature_pictures(
     """
     folder = Path(folder)
     heats = heats.detach().cpu().numpy() if isinstance(heats, Tensor) else np.asarray(heats)
-    gallery, pattern = (
-        GalleryPainter(images),
-        PatternPainter(heats.shape[1:], None if inked is None else np.asarray(inked)),
-    )
+    if heats.ndim != 3:
+        raise ValueError(f"the patterns have shape {heats.shape}; expected (d_sae, H, W)")
+    gallery, pattern = GalleryPainter(images), PatternPainter(heats.shape[1:], inked)
     with ThreadPoolExecutor(1) as writer:
         waiting: list[Future] = []
         for k in features:

@@ -9,6 +9,7 @@ import itertools
 import os
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -439,6 +440,7 @@ PATTERNS = [fa.feature_input_patterns, functools.partial(fa.feature_input_patter
         ({"mu": torch.zeros(1)}, r"mu has shape \(1,\), but the SAE takes d_in = 6: expected \(6,\)"),
         ({"std": torch.ones(6, 1)}, r"std has shape \(6, 1\), but the SAE takes d_in = 6"),
         ({"model": Model(lambda x: x.flatten(1), torch.zeros(6, 5), False)}, r"preactivations have shape \(16, 144\)"),
+        ({"images": torch.zeros(N, 1, 5, 5)}, r"the model cannot take images of shape \(16, 1, 5, 5\)"),
         ({"images": torch.zeros(0, 1, SIDE, SIDE), "labels": torch.zeros(0).long()}, "loader is empty"),
     ],
 )
@@ -573,6 +575,7 @@ def test_saved_pictures_hold_the_pixels(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 N_SHOWN = 40
+TILE_ZOOM = round(fa.TILE / SIDE)
 
 
 @pytest.fixture(scope="module")
@@ -588,7 +591,7 @@ def tile(pixels: np.ndarray, row: int, column: int) -> tuple[np.ndarray, np.ndar
     """One tile of a gallery and its caption: each of four rows holds ten, a header stands above rows 0, 2 and 3."""
     row_height = (len(pixels) - fa.TITLE - fa.MARGIN - 3 * fa.HEADER) // 4
     top = fa.TITLE + (1, 1, 2, 3)[row] * fa.HEADER + row * row_height
-    side = fa.ZOOM * SIDE
+    side = TILE_ZOOM * SIDE
     left = fa.MARGIN + column * (side + 6)
     inner = pixels[top + 1 : top + 1 + side, left + 1 : left + 1 + side, :3]
     return inner, pixels[top + side + 2 : top + row_height, left : left + side + 2, :3]
@@ -602,7 +605,7 @@ def test_gallery_shows_every_example_at_its_place(shown):
     assert [len(row) for row in expected] == [10, 10, 10, 10]
     for row, indices in enumerate(expected):
         for column, index in enumerate(indices):
-            ink = np.kron(images[index], np.ones((fa.ZOOM, fa.ZOOM)))
+            ink = np.kron(images[index], np.ones((TILE_ZOOM, TILE_ZOOM)))
             assert np.array_equal(tile(pixels, row, column)[0], np.stack([255 - 255 * ink] * 3, 2))
 
 
@@ -627,6 +630,12 @@ def test_captions_tell_label_and_activation(shown, column):
     assert not np.array_equal(caption, tile(after, 0, 0)[1])
     tile(before, 0, 0)[1][:] = tile(after, 0, 0)[1]
     assert np.array_equal(before, after)  # nothing else differs
+
+
+def test_captions_have_three_digits():
+    values = [0.051, 1.834, 9.994, 9.996, 12.64, 99.94, 99.96, 128.4, 1234]
+    written = ["0.05", "1.83", "9.99", "10.0", "12.6", "99.9", "100", "128", "1234"]
+    assert [fa._three_digits(value) for value in values] == written
 
 
 def test_gallery_of_a_feature_that_never_fires_has_no_tiles(shown):
@@ -659,11 +668,12 @@ GREY = [224, 224, 224, 255]
 def cells(heat, inked=None) -> np.ndarray:
     """The colours (H, W, 4) that a pattern is painted in."""
     pixels = drawn(fa.visualize_feature_pattern(heat, 0, inked=inked))
-    height, width = (fa.PATTERN_ZOOM * side for side in heat.shape)
+    zoom = round(fa.PATTERN / heat.shape[1])
+    height, width = (zoom * side for side in heat.shape)
     bottom = len(pixels) - fa.MARGIN
     painted = pixels[bottom - height : bottom, fa.MARGIN : fa.MARGIN + width]
-    colours = painted[:: fa.PATTERN_ZOOM, :: fa.PATTERN_ZOOM]
-    assert np.array_equal(painted, colours.repeat(fa.PATTERN_ZOOM, 0).repeat(fa.PATTERN_ZOOM, 1))
+    colours = painted[::zoom, ::zoom]
+    assert np.array_equal(painted, colours.repeat(zoom, 0).repeat(zoom, 1))
     return colours
 
 
@@ -682,7 +692,7 @@ def test_pattern_is_red_above_zero_blue_below_white_at_zero_grey_without_ink():
         assert grey.tolist() == GREY
 
 
-def test_scale_of_a_pattern_comes_from_the_ink_and_ignores_one_outlier():
+def test_scale_of_a_pattern_comes_from_the_ink():
     rng = np.random.default_rng(0)
     heat, inked = rng.uniform(-1, 1, (SIDE, SIDE)), np.ones((SIDE, SIDE), bool)
     inked[:3] = False
@@ -690,10 +700,17 @@ def test_scale_of_a_pattern_comes_from_the_ink_and_ignores_one_outlier():
     plain, outside = (drawn(fa.visualize_feature_pattern(h, 0, inked=inked)) for h in (heat, without_ink))
     assert np.array_equal(plain, outside)  # the scale that is written out included
 
-    ones = np.where(rng.random((SIDE, SIDE)) < 0.5, 1.0, -1.0)
-    outlier = ones.copy()
-    outlier[0, 0] *= 1000
-    assert np.array_equal(cells(outlier), cells(ones))
+
+def test_scale_of_a_pattern_between_an_outlier_and_noise():
+    signs = np.where(np.random.default_rng(0).random((SIDE, SIDE)) < 0.5, 1.0, -1.0)
+    one_larger = signs.copy()
+    one_larger[0, 0] *= 4
+    assert np.array_equal(cells(one_larger), cells(signs))  # a single pixel does not dim the others
+    one_in_noise = 1e-3 * signs
+    one_in_noise[0, 0] = 1
+    colours = cells(one_in_noise)
+    assert colours[0, 0].tolist() == cells(np.ones((1, 1)))[0, 0].tolist()
+    assert is_white(colours[1:])  # and is not drowned by them
 
 
 def test_picture_of_a_pattern_is_the_same_at_any_scale_but_for_the_note():
@@ -749,8 +766,11 @@ def test_panel_holds_every_part(shown, tmp_path):
 
 def test_panel_says_when_a_feature_never_fires(shown):
     zeros = np.zeros((SIDE, SIDE))
-    titles = [fa.show_feature_panel(k, *shown, zeros, zeros[0], zeros[0]).texts[0].get_text() for k in (0, 1)]
-    assert titles == ["Feature 0: fires on 90% of 40 images", "Feature 1: never fires on these 40 images"]
+    fires, never = (fa.show_feature_panel(k, *shown, zeros, np.ones(3) - k, np.ones(3) - k) for k in (0, 1))
+    assert fires.texts[0].get_text() == "Feature 0: fires on 90% of 40 images"
+    assert never.texts[0].get_text() == "Feature 1: never fires on these 40 images"
+    assert [[text.get_text() for text in axes.texts] for axes in fires.axes[2:]] == [[]] * 3
+    assert [[text.get_text() for text in axes.texts] for axes in never.axes[2:]] == [["none"]] * 3
 
 
 def test_folder_of_pictures_equals_the_single_ones(tmp_path):
@@ -773,11 +793,12 @@ def test_folder_of_pictures_equals_the_single_ones(tmp_path):
         assert np.array_equal(np.load(together / f"feature_{k}_pattern.npy"), heats[k].numpy())
 
 
-def test_failed_write_is_reported_soon(shown, tmp_path):
-    features = iter([0] * 100)
+@pytest.mark.parametrize("n", [1, 100])
+def test_failed_write_is_reported_soon(shown, tmp_path, n):
+    features = iter([0] * n)
     with pytest.raises(FileNotFoundError, match="missing"):
         fa.write_feature_pictures(tmp_path / "missing", features, *shown, np.zeros((2, SIDE, SIDE)))
-    assert len(list(features)) > 50  # were not painted any more
+    assert len(list(features)) >= n - 20  # were not painted any more
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -833,14 +854,12 @@ def test_function_leaves_everything_as_it_was(held, tmp_path, name):
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), dict(plt.rcParams)
 
     inputs = tensors(held)
-    before, wanted_gradients = [tensor.detach().clone() for tensor in inputs], [t.requires_grad for t in inputs]
-    state_before = state()
+    before, state_before = [tensor.detach().clone() for tensor in inputs], state()
     result = (OF_A_FEATURE | OF_ALL)[name](held, 2, tmp_path)
     exactly([tensor.detach() for tensor in inputs], before)
-    assert [tensor.requires_grad for tensor in inputs] == wanted_gradients
     assert state() == state_before
     assert plt.get_fignums() == []  # no figure waits to be closed
-    assert not any(tensor.requires_grad for tensor in tensors(result))
+    assert not any(tensor.requires_grad for tensor in [held.scene.images, *tensors(result)])
     assert held.scene.sae.W_enc.grad is None
     assert held.scene.sae.W_dec.grad is None
 
@@ -850,3 +869,80 @@ def test_function_leaves_everything_as_it_was(held, tmp_path, name):
 def test_feature_that_does_not_exist_is_refused(held, tmp_path, name, k):
     with pytest.raises(IndexError, match=str(k)):
         OF_A_FEATURE[name](held, k, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is not quite linear, and what is not quite a label
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Elementwise:
+    """z = w * function(x) on images of three pixels; only one unit need be non-linear."""
+
+    def __init__(self, *functions):
+        self.functions = functions
+
+    def preactivations(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = images.flatten(1)
+        return torch.stack([function(pixels) for function in self.functions], 1)
+
+
+@pytest.mark.parametrize(
+    "odd_one_out",
+    [
+        lambda x: (x - 0.5).pow(3).sum(1),  # the same gradient at 0 and at 1
+        lambda x: 1e-7 * x.square().sum(1),  # a small unit
+        lambda x: torch.relu(x[:, 0] - x[:, 1] + 0.1),  # linear on constant images
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_non_linear_unit_is_enough_to_ask_for_images(odd_one_out, place):
+    units = [lambda x: x[:, 0], lambda x: x.sum(1) + 1, lambda x: -x[:, 2]]
+    sae = SimpleNamespace(W_enc=torch.eye(3))
+    plain = torch.zeros(3), torch.ones(3)
+    fa.feature_input_pattern(Elementwise(*units), sae, *plain, 0, image_shape=(1, 1, 3))
+    units[place] = odd_one_out
+    for call in (fa.feature_input_patterns, lambda *a, **kw: fa.feature_input_pattern(*a, 0, **kw)):
+        with pytest.raises(ValueError, match="not linear in the pixels: pass images"):
+            call(Elementwise(*units), sae, *plain, image_shape=(1, 1, 3))
+
+
+def test_patterns_name_the_shapes_that_do_not_fit():
+    linear = SimpleNamespace(preactivations=lambda x: x.flatten(1) @ torch.ones(4, 2))
+    sae = SimpleNamespace(W_enc=torch.eye(3))
+    with pytest.raises(ValueError, match=r"cannot take images of shape \(3, 1, 28, 28\)"):
+        fa.feature_input_patterns(linear, sae, torch.zeros(3), torch.ones(3))
+    with pytest.raises(ValueError, match=r"preactivations have shape \(3, 2\), but mu has shape \(3,\)"):
+        fa.feature_input_patterns(linear, sae, torch.zeros(3), torch.ones(3), image_shape=(1, 2, 2))
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(4, 1).long(), torch.zeros(4), torch.zeros(3).long()])
+def test_labels_are_one_whole_number_per_image(labels):
+    model = SimpleNamespace(preactivations=lambda x: x, logits_from_preactivations=lambda z: z)
+    sae = SimpleNamespace(W_enc=torch.eye(2), encode=torch.relu)
+    with pytest.raises(ValueError, match=r"images \(4, 2\) with labels .*; expected one whole number per image"):
+        fa.collect_feature_bank(model, [(torch.ones(4, 2), labels)], sae, torch.zeros(2), torch.ones(2), topk=1)
+
+
+def test_ablation_needs_at_least_one_image():
+    model = SimpleNamespace(preactivations=lambda x: x, logits_from_preactivations=lambda z: z)
+    sae = SimpleNamespace(W_enc=torch.eye(2), W_dec=torch.eye(2), encode=torch.relu)
+    loader = [(torch.ones(0, 2), torch.zeros(0).long())]
+    with pytest.raises(ValueError, match="the loader is empty"):
+        fa.feature_ablation_effects(model, loader, sae, torch.zeros(2), torch.ones(2))
+
+
+def test_small_and_misshapen_pictures():
+    assert [fa._three_digits(value) for value in (1e-6, 0.004, 0.125, 1.834, 12.56, 99.96, 274)] == [
+        "1e-06", "4e-03", "0.12", "1.83", "12.6", "100", "274",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="no neighbouring pixels"):
+        fa.pattern_roughness(torch.ones(2, 1, 5))
+    with pytest.raises(ValueError, match=r"patterns have shape \(5, 5\)"):
+        fa.write_feature_pictures(".", [], None, np.zeros((1, 5, 5)), np.zeros((5, 5)))
+    heat = np.eye(4)
+    mask = np.eye(4, dtype=np.uint8)
+    as_numbers, as_bool = (fa.visualize_feature_pattern(heat, 0, inked=m) for m in (mask, mask.astype(bool)))
+    assert np.array_equal(drawn(as_numbers), drawn(as_bool))
+    with pytest.raises(ValueError, match=r"inked has shape \(5, 5\)"):
+        fa.visualize_feature_pattern(heat, 0, inked=np.ones((5, 5), bool))
