@@ -32,6 +32,7 @@ import json
 import math
 import os
 import platform
+import re
 import socket
 import struct
 import sys
@@ -42,7 +43,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 STARTED = time.perf_counter()  # before the heavy imports, so that the table of seconds can include them
 
@@ -116,6 +117,13 @@ class Settings:
     fresh: bool = setting(FRESH, "retrain instead of reusing finished stages")
 
     def __post_init__(self) -> None:
+        whole = [name for name, kind in get_type_hints(Settings).items() if kind is int]
+        for name, value in [
+            *((n, getattr(self, n)) for n in whole),
+            *(("target_actives", t) for t in self.target_actives),
+        ]:
+            if not isinstance(value, int):
+                raise InputError(f"{flag_name(name)} is {value}; it must be a whole number")
         targets = self.target_actives
         if not targets:
             raise InputError("--target-actives is empty; give at least one number, such as 20")
@@ -133,6 +141,8 @@ class Settings:
         for name in "head_kl weight_decay_ffn features seed".split():
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{flag_name(name)} is {getattr(self, name)}; it must not be negative")
+        if self.seed >= 2**63:
+            raise InputError(f"--seed is {self.seed}; it must be below 2**63")
         if not math.isfinite(self.alpha):
             raise InputError(f"--alpha is {self.alpha}; it must be a finite number")
 
@@ -159,11 +169,12 @@ class OneLineParser(argparse.ArgumentParser):
 def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     """Flags to Settings. Raises InputError for values that cannot be used."""
     parser = OneLineParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    types = get_type_hints(Settings)  # not the types of the defaults: an edited HEAD_KL = 0 is still a float
     for f in fields(Settings):
-        kind: dict = {"type": type(f.default)}
-        if isinstance(f.default, bool):
+        kind: dict = {"type": types[f.name]}
+        if types[f.name] is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(f.default, tuple):
+        elif f.name == "target_actives":
             kind = {"type": int, "nargs": "*"}
         parser.add_argument(flag_name(f.name), default=f.default, help=f.metadata["help"], **kind)
     given = vars(parser.parse_args(argv))
@@ -181,7 +192,9 @@ def pick_device(name: str) -> torch.device:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if not 0 <= (device.index or 0) < torch.cuda.device_count():
         raise InputError(
             f"--device {name}: this machine shows {torch.cuda.device_count()} CUDA devices; use --device cpu"
         )
@@ -269,9 +282,10 @@ def download_mnist(data_dir: Path) -> None:
         with tempfile.TemporaryDirectory(dir=data_dir) as unfinished:
             MNIST(unfinished, download=True)
             target = data_dir / "MNIST" / "raw"
-            target.mkdir(parents=True, exist_ok=True)
-            for path in (Path(unfinished) / "MNIST" / "raw").iterdir():
-                os.replace(path, target / path.name)
+            target.parent.mkdir(exist_ok=True)
+            if target.exists():
+                target.rmdir()  # empty, or there would be nothing to download
+            os.replace(Path(unfinished) / "MNIST" / "raw", target)
     finally:
         socket.setdefaulttimeout(patience)
 
@@ -407,6 +421,14 @@ def refuse_divergence(losses: Tensor, step: int, stage: str, flag: str, rate: fl
         )
 
 
+def refuse_bad_weights(module: nn.Module, stage: str, flag: str, rate: float) -> None:
+    """Raise TrainingError when the last step, whose loss nobody sees any more, broke the weights."""
+    if not all(value.isfinite().all() for value in module.state_dict().values()):
+        raise TrainingError(
+            f"{stage} diverged: its weights are not finite after the last step; lower {flag} (now {rate})"
+        )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Classifier
 # ---------------------------------------------------------------------------------------------------------------------
@@ -441,7 +463,9 @@ def train_classifier(train: Split, settings: Settings) -> Classifier:
     """Cross entropy, AdamW, one cycle of the learning rate. Raises TrainingError on divergence."""
     device = train.labels.device
     generator = torch.Generator(device).manual_seed(settings.seed)
-    with torch.random.fork_rng(devices=[]):  # nn.Linear draws from the global generator: leave it as it was
+    with torch.random.fork_rng(
+        devices=[device] if device.type == "cuda" else []
+    ):  # nn.Linear draws from the global generator: leave it as it was
         torch.manual_seed(settings.seed)
         model = Classifier(hidden_units=settings.hidden_units).to(device)
     model.pixel_mean.copy_(train.images.flatten(1).mean(0))
@@ -464,6 +488,7 @@ def train_classifier(train: Split, settings: Settings) -> Classifier:
         optimizer.step()
         losses[step] = loss.detach()
         refuse_divergence(losses, step, "classifier training", "--lr-ffn", settings.lr_ffn)
+    refuse_bad_weights(model, "classifier training", "--lr-ffn", settings.lr_ffn)
     return model.requires_grad_(False).eval()
 
 
@@ -599,7 +624,7 @@ class LambdaController:
     Everything is a tensor of shape () on the device: a step costs no synchronisation.
     """
 
-    INTEGRAL, PROPORTIONAL, MEMORY = 0.2, 0.5, 0.7  # gains on log(L0 / target); memory of the L0 average, per step
+    INTEGRAL, PROPORTIONAL, MEMORY = 0.1, 0.3, 0.9  # gains on log(L0 / target); memory of the L0 average, per step
 
     def __init__(self, start_l0: float, device: torch.device):
         self.log_threshold = torch.tensor(math.log(START_THRESHOLD), device=device)
@@ -677,7 +702,7 @@ def train_sae(
     """An SAE of `z` (N, d_in) with `target` active features per image on average, found in one run.
 
     `logits_of` maps standardised preactivations (B, d_in) to the classifier's logits (B, C). Raises TrainingError on
-    divergence. The lambda of the course is in units of the mean square of z.
+    divergence. The lambda of the course is that of ||z - z_hat||^2 + lambda * L0.
     """
     generator = torch.Generator(z.device).manual_seed(settings.seed)
     frame = TrainingFrame.of(z)
@@ -720,11 +745,12 @@ def train_sae(
             sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
             fired = (feature_acts > 0).float().mean(0)  # (d_sae,)
             density.lerp_(fired, 0.01)
-            l0 = fired.sum()
-            for record, value in zip(course, (reconstruction, l0, controller.threshold().square()), strict=True):
+            l0, l0_coefficient = fired.sum(), (controller.threshold() * frame.scale).square()
+            for record, value in zip(course, (reconstruction, l0, l0_coefficient), strict=True):
                 record[step] = value
             controller.observe(l0, l0_target)
         refuse_divergence(course.loss, step, f"SAE training for {target} actives", "--lr-sae", settings.lr_sae)
+    refuse_bad_weights(sae, f"SAE training for {target} actives", "--lr-sae", settings.lr_sae)
     return frame.fold(sae).requires_grad_(False), course
 
 
@@ -732,7 +758,7 @@ def train_sae(
 # Calibration of the thresholds
 # ---------------------------------------------------------------------------------------------------------------------
 
-EVAL_ROWS = 4096  # rows per step wherever nothing is trained; the same everywhere, so that the same numbers come out
+EVAL_ROWS = 4096  # rows per step where preactivations are evaluated: bounds the memory
 
 
 @torch.no_grad()
@@ -812,7 +838,7 @@ class Fidelity(NamedTuple):
     accuracy: float
     agreement: float  # share of images on which the prediction stays the classifier's own
     cross_entropy: float
-    ce_recovered: float  # 1: none of what mean ablation costs is lost, 0: all of it
+    ce_recovered: float | None  # 1: none of what mean ablation costs is lost, 0: all; None when it costs nothing
     kl: float  # mean KL(classifier || classifier through the SAE)
     fvu: float  # sum ||z - z_hat||^2 / sum ||z - mean(z)||^2, the mean over these same images
 
@@ -831,7 +857,7 @@ def fidelity(z: Tensor, z_hat: Tensor, labels: Tensor, logits_of: Callable, z_me
         accuracy=(logits_hat.argmax(1) == labels).double().mean().item(),
         agreement=(logits_hat.argmax(1) == logits.argmax(1)).double().mean().item(),
         cross_entropy=ce_hat,
-        ce_recovered=(ce_mean - ce_hat) / (ce_mean - ce),
+        ce_recovered=(ce_mean - ce_hat) / (ce_mean - ce) if ce_mean != ce else None,
         kl=F.kl_div(log_q, log_p, log_target=True, reduction="batchmean").item(),
         fvu=((z - z_hat).square().sum() / (z - z.mean(0)).square().sum()).item(),
     )
@@ -896,7 +922,8 @@ def fingerprint(settings: Settings, names: Sequence[str], functions: Sequence[Ca
     """SHA-256 over all that decides a stage's outcome: those settings, its code and its inputs."""
     decisive = {name: getattr(settings, name) for name in names}
     code = [inspect.getsource(function) for function in functions]
-    text = json.dumps([decisive, code, inputs, torch.__version__], sort_keys=True, default=str)
+    surroundings = [FULL_TRAIN_IMAGES, EVAL_ROWS, torch.__version__, torch.get_num_threads()]
+    text = json.dumps([decisive, code, inputs, surroundings], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -973,7 +1000,7 @@ def reusable_stage(folder: Path, name: str, print_of: str, fresh: bool) -> Stage
 def classifier_stage(settings: Settings, data: Data, folder: Path) -> tuple[Classifier, str]:
     """The classifier, and the SHA-256 of its weights."""
     names = ("hidden_units", "epochs_ffn", "batch_ffn", "lr_ffn", "weight_decay_ffn", "seed")
-    code = (Classifier, train_classifier, batches, scaled_epochs, ramp)
+    code = (Classifier, train_classifier, batches, n_steps, scaled_epochs, ramp)
     device = data.train.labels.device
     print_of = fingerprint(settings, names, code, data=data.digest, device=device.type)
     stage = reusable_stage(folder, "classifier", print_of, settings.fresh)
@@ -1008,7 +1035,8 @@ def sae_stage(
     """The SAE for one target, calibrated."""
     names = ("sae_latents", "epochs_sae_final", "batch_sae", "lr_sae", "head_kl", "normalize_z", "seed")
     code = (JumpReLUSAE, TrainingFrame, LambdaController, l0_target_at, initial_sae, soft_kl, rare_latents_loss)
-    code += (train_sae, threshold_shift, adjust_thresholds, batches, scaled_epochs, ramp)
+    code += (train_sae, threshold_shift, adjust_thresholds, batches, n_steps, scaled_epochs, ramp)
+    code += (collect_preactivations, standardised_head)
     method = [START_L0_FACTOR, L0_SETTLED_AT, START_THRESHOLD, HEAD_FROM, HEAD_TEMPERATURE]
     method += [RARE_DENSITY, RARE_COEFFICIENT, RARE_EVERY, RARE_AT_ONCE, FAIR_SHARE]
     device = pre.mu.device
@@ -1026,14 +1054,15 @@ def sae_stage(
         record = {
             "data": data.source,
             "target_actives": target,
+            "classifier_sha256": model_digest,
             "settings": {name: getattr(settings, name) for name in names},
             "threshold_shift": shift if math.isfinite(shift) else None,
             "lambda": course.l0_coefficient[-1].item(),
             "course": {"step": steps, **kept},
         }
         tensors = {**sae.state_dict(), "threshold_before_shift": before.threshold, "mu": pre.mu, "std": pre.std}
-        save_stage(folder, "sae", print_of, tensors, record)
-        stage = Stage(tensors, record, "")
+        digest = save_stage(folder, "sae", print_of, tensors, record)
+        stage = Stage(tensors, record, digest)
     sae = restored_sae(stage.tensors).to(device)
     before = copy.deepcopy(sae)
     before.threshold.copy_(stage.tensors["threshold_before_shift"])
@@ -1073,6 +1102,7 @@ def load_run(folder: str, target: int | None = None, data_dir: str | None = None
     try:
         stored = json.loads((root / "settings.json").read_bytes())
         settings = Settings(**{**stored["settings"], "target_actives": tuple(stored["settings"]["target_actives"])})
+        source, digest = stored["data"], stored["data_digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{root} holds no finished run ({error}); run MNIST_SAE_code.py --out {root} first") from error
     targets = settings.target_actives
@@ -1082,11 +1112,16 @@ def load_run(folder: str, target: int | None = None, data_dir: str | None = None
         raise InputError(f"{root} has SAEs for the targets {list(targets)}, not {target}; choose one of them")
     where = pick_device(device)
     data = load_mnist(data_dir or settings.data, settings.seed, where)
-    if data.digest != stored["data_digest"]:
-        raise InputError(f"{root} was made with: {stored['data']}; found now: {data.source}. Give data_dir")
-    tensors = read_stage(target_folder(root, settings, target), "sae").tensors
+    if data.digest != digest:
+        raise InputError(f"{root} was made with: {source}; found now: {data.source}. Give data_dir")
+    classifier, sae = read_stage(root, "classifier"), read_stage(target_folder(root, settings, target), "sae")
+    if (sae.record.get("classifier_sha256"), sae.record.get("target_actives")) != (classifier.digest, target):
+        raise InputError(
+            f"{root} holds an SAE of another classifier or target: a later run stopped half way; run it again"
+        )
+    tensors = sae.tensors
     return Run(
-        restored_classifier(read_stage(root, "classifier").tensors).to(where),
+        restored_classifier(classifier.tensors).to(where),
         restored_sae(tensors).to(where),
         tensors["mu"].to(where),
         tensors["std"].to(where),
@@ -1163,7 +1198,7 @@ label makes up more than half of the images; among them, whose removal costs tha
 
 
 def telling_features(analysis: Analysis, features: Sequence[int], how_many: int = 5) -> list[int]:
-    """The sparse features that matter: the choice and its order are those that TELLING describes.
+    """Features that matter: the choice and its order are those that TELLING describes.
 
     A feature counts as pure only when at least 20 images fire it; one that never fires is not chosen.
     """
@@ -1202,16 +1237,18 @@ def feature_record(k: int, a: Analysis) -> dict:
     }
 
 
-def write_pictures(
-    folder: Path, analysis: Analysis, features: Sequence[int], telling: Sequence[int], data: Data
-) -> None:
-    """Gallery and pattern of all `features`, a panel of the telling ones; pictures of an earlier run go first."""
-    for old in folder.glob("feature_*_*"):
-        if old.suffix in (".png", ".npy"):
+def write_pictures(folder: Path, analysis: Analysis, features: Sequence[int], data: Data) -> None:
+    """Gallery and pattern of each of `features`; the pictures of an earlier run go first."""
+    for old in folder.iterdir():
+        if re.fullmatch(r"feature_\d+_(gallery|pattern|panel)\.(png|npy)", old.name):
             old.unlink()
     bar = tqdm(features, "pictures", leave=False, disable=None)
     fa.write_feature_pictures(folder, bar, analysis.bank, data.val.images, analysis.heats, analysis.inked)
-    for k in telling:
+
+
+def write_panels(folder: Path, analysis: Analysis, features: Sequence[int], data: Data) -> None:
+    """All about each of `features` on one page."""
+    for k in features:
         effects = (analysis.logit.mean_delta[k], analysis.ablation.mean_delta[k])
         path = folder / f"feature_{k}_panel.png"
         fa.show_feature_panel(k, analysis.bank, data.val.images, analysis.heats[k], *effects, path, analysis.inked)
@@ -1231,12 +1268,13 @@ class Diagnosis(NamedTuple):
         return self.value <= self.limit
 
 
-def diagnose(record: dict, analysis: Analysis, features: Sequence[int], seconds: float) -> list[Diagnosis]:
+def diagnose(record: dict, analysis: Analysis, features: Sequence[int], seconds: dict[str, float]) -> list[Diagnosis]:
     """Five complaints, each with its number, the limit from which it deserves attention, and what to change."""
     roughness = fa.pattern_roughness(analysis.heats[features]).median().item()
     redundant = (analysis.nearest.cosine > 0.9).float().mean().item()
+    of_all = seconds["bank"] + seconds["patterns"] + seconds["effects"]  # these always take in every feature
+    slow = 1000 * (of_all / record["sae_latents"] + seconds["pictures"] / len(features))
     boolean_loss, dead = record["delta_acc_boolean_scaled"], record["dead_features"] / record["sae_latents"]
-    slow = 1000 * seconds / len(features)
     rows = (
         ("noisy patterns", roughness, 0.5, "median roughness, 1 for white noise", "raise WEIGHT_DECAY_FFN"),
         ("redundant features", redundant, 0.05, "share with a neighbour above cosine 0.9", "lower SAE_LATENTS"),
@@ -1394,9 +1432,10 @@ def explain_target(
     report = [feature_record(k, analysis) for k in features]
     fa.write_whole(folder / "feature_report.json", to_json(report))
     with clock("pictures"):
-        write_pictures(folder, analysis, features, telling, data)
-    spent = sum(clock.seconds[stage] for stage in ("bank", "patterns", "effects", "pictures"))
-    diagnoses = diagnose(record, analysis, features, spent)
+        write_pictures(folder, analysis, features, data)
+    with clock("panels"):
+        write_panels(folder, analysis, telling, data)
+    diagnoses = diagnose(record, analysis, features, clock.seconds)
     by_feature = {entry["feature"]: entry for entry in report}
     print(f"\nTarget {target}: {TELLING}\n")
     for k in telling:
@@ -1469,9 +1508,17 @@ def run_script() -> int:
     except (InputError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, torch.OutOfMemoryError):
+        print("error: out of memory; lower --sae-latents, --hidden-units or --batch-sae", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever read our output has had enough
+        return 2
     except OSError as error:
         print(f"error: {error.filename or 'a file'} could not be written or read ({error.strerror})", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; finished stages are saved and will be reused", file=sys.stderr)
+        return 130
     return 0
 
 

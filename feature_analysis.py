@@ -43,7 +43,7 @@ from torch import Tensor
 N_BANDS = 4  # quantile bands of the active range that examples are drawn from
 PER_BAND = 5  # examples shown for each band
 SAMPLE_PER_FEATURE = 64  # active images remembered per feature to find those bands; a uniform random sample
-HEAD_ROWS = 16_384  # rows the classifier's head is given at once: fits a core's cache, bounds the memory
+HEAD_ROWS = 16_384  # rows the classifier's head is given at once, or n_eval if that is more: bounds the memory
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks, shared by all
@@ -746,7 +746,7 @@ def _coloured(heat: np.ndarray, inked: np.ndarray | None) -> np.ndarray:
 
 
 class PatternPainter:
-    """Paints input patterns: red pixels raise the feature, blue ones lower it, grey ones are never inked."""
+    """Paints input patterns: red pixels raise the feature, blue ones lower it, grey ones are not `inked`."""
 
     def __init__(self, shape: tuple[int, int], inked: np.ndarray | None = None):
         self.inked, self.shape = _as_mask(inked, shape), tuple(shape)
@@ -809,8 +809,8 @@ def show_feature_gallery(k: int, bank: FeatureBank, images, save_path: str | Pat
 def visualize_feature_pattern(heat, k: int, save_path: str | Path | None = None, inked=None) -> Figure:
     """The input pattern `heat` (H, W) of feature k in colour, zero being white.
 
-    `inked` (H, W) bool marks the pixels that some image inks; the others are drawn grey and do not set the scale, since
-    what a model does with a pixel that is always empty means nothing. Raises ValueError for other shapes.
+    `inked` (H, W) bool marks the pixels that images ink; the others are drawn grey and do not set the scale, since
+    what a model does with a pixel that is all but always empty means nothing. Raises ValueError for other shapes.
     """
     heat = _as_pattern(heat)
     pixels = PatternPainter(heat.shape, inked).paint(heat, k)

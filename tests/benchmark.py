@@ -18,11 +18,11 @@ reference   Feature by feature as a plain script does it: a pass over the images
             a new matplotlib figure with one subplot per image. `ours`: all features at once, divided by their number.
             Both in milliseconds per feature, medians of rounds that alternate between the two. `ratio`: reference by
             ours. `difference`: the largest between their results; 1e-4 is allowed.
-scaling     Untrained SAEs with 20 active features per image, whatever their size. `seconds`: the best of three, of one
-            when it takes long. `us/latent`, `us/image`: microseconds. `to linear`: seconds by what the first row of its
-            kind predicts if cost is proportional to what grows; up to 1 is no worse than linear. Effects are averaged
-            over 2,000 images while latents grow and over all while images grow. `SAE step`: a training step, from the
-            difference between a training of seven epochs and one of one epoch.
+scaling     Untrained SAEs with 20 active features per image, whatever their size. `seconds`: the best of three rounds
+            over all rows, so that a busy spell spoils none of them. `us/latent`, `us/image`: microseconds. `to linear`:
+            seconds by what the first row of its kind predicts if cost is proportional to what grows; up to 1 is no
+            worse than linear. Effects are averaged over 2,000 images while latents grow and over all while images grow.
+            `SAE step`: a training step, from the difference between a training of seven epochs and one of one epoch.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Shapes(NamedTuple):
     """What is multiplied; its methods count the operations in matrix products.
 
     Going back through a product costs as much as going forward for each of its factors that needs a gradient. Left out:
-    everything elementwise, and products for fewer than ten images.
+    everything elementwise, and whatever looks at a handful of images only to check them.
     """
 
     train: int  # images
@@ -161,7 +161,7 @@ class Shapes(NamedTuple):
         steps = driver.n_steps(self.train, batch, driver.scaled_epochs(settings.epochs_sae_final, self.train))
         prepare = 2 * product(self.train, self.d_in, self.d_in) + self.head(self.train) + 3 * self.code(16 * batch)
         both = (2 + 3) * self.code(steps * batch)  # what is encoded needs no gradient
-        rare = 3 * self.code(steps * (batch // driver.RARE_BATCH_SHARE))
+        rare = 3 * self.code(batch * math.ceil(steps / driver.RARE_EVERY))
         head_rows = batch * sum((step + 0.5) / steps > driver.HEAD_FROM for step in range(steps))
         logits = 2 * (product(head_rows, self.d_in, self.d_in) + self.head(head_rows))  # nor does the classifier
         return prepare + both + rare + logits + 2 * self.code(self.d_in) + self.code(self.val)
@@ -199,7 +199,7 @@ def machine(device: torch.device) -> tuple[list[Row], float]:
     """The rows, and the product rate in GFLOP/s."""
     side = PRODUCT_SIDE[device.type]
     a = torch.rand(side, side, device=device)
-    rate = max(product(side, side, side) / clocked(lambda: a @ a, device)[0] for _ in range(10)) / 1e9
+    rate = max(product(side, side, side) / clocked(lambda: a @ a, device)[0] for _ in range(20)) / 1e9
     facts = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "CPUs": os.cpu_count(),
@@ -264,10 +264,9 @@ def stages(settings: driver.Settings, device: torch.device, rate: float, repeats
     logit, ablation = (fa.LogitEffects(*(tensor.cpu() for tensor in effects)) for effects in (logit, ablation))
     inked = (data.train.images > 0).float().mean(0)[0] >= driver.INKED_SHARE
     analysis = driver.Analysis(bank, heats.cpu(), logit, ablation, nearest, inked.cpu().numpy())
-    features = driver.analysed_features(bank, 0)
-    telling = driver.telling_features(analysis, features)
     with tempfile.TemporaryDirectory() as folder:
-        stage("pictures", None, driver.write_pictures, Path(folder), analysis, features, telling, data)
+        shown = (range(s.d_sae), bank, data.val.images, analysis.heats, analysis.inked)
+        stage("pictures", None, fa.write_feature_pictures, folder, *shown)
     total = sum(row.columns["seconds"] for row in rows)
     rows.append(Row("sum", {**dict.fromkeys(rows[0].columns), "seconds": total}))
     return rows, Explained(settings, data, model, pre, sae, analysis)
@@ -462,52 +461,66 @@ def untrained_sae(z: Tensor, d_sae: int, seed: int) -> driver.JumpReLUSAE:
     return driver.adjust_thresholds(sae, z, TARGET)[0]
 
 
-def step_seconds(e: Explained, z: Tensor, d_sae: int, device: torch.device) -> float:
-    """Of one training step on z (N, d_in): what precedes the first step is the same for one epoch and for seven."""
-    head, epochs, seconds = driver.standardised_head(e.model, e.pre), (1, 7), ([], [])
+def train_briefly(e: Explained, z: Tensor, d_sae: int, epochs: int) -> None:
+    settings = replace(e.settings, sae_latents=d_sae, epochs_sae_final=epochs)
     with mock.patch.object(driver, "FULL_TRAIN_IMAGES", len(z)):  # epochs are counted on that many images
-        for _ in range(3):  # in turns
-            for n, spent in zip(epochs, seconds, strict=True):
-                settings = replace(e.settings, sae_latents=d_sae, epochs_sae_final=n)
-                spent.append(clocked(partial(driver.train_sae, z, head, TARGET, settings), device)[0])
-    fewer, more = (driver.n_steps(len(z), e.settings.batch_sae, n) for n in epochs)
-    return (min(seconds[1]) - min(seconds[0])) / (more - fewer)
+        driver.train_sae(z, driver.standardised_head(e.model, e.pre), TARGET, settings)
+
+
+class Job(NamedTuple):
+    """What a row of the scaling table times."""
+
+    grows: str  # latents or images
+    what: str
+    latents: int
+    images: int | None
 
 
 def scaling(e: Explained, device: torch.device) -> list[Row]:
     z_train, z_val = ((raw - e.pre.mu) / e.pre.std for raw in (e.pre.train, e.pre.val))
-    rows: list[Row] = []
-    base: dict[str, float] = {}  # seconds per unit of what grows, in the first row of each kind
+    n_val, batch = len(z_val), e.settings.batch_sae
+    z_some = z_train[: 16 * batch]
+    jobs: dict[Job, Callable] = {}
+    active: dict[tuple[int, int | None], float] = {}  # per image, by latents and images
 
-    def add(grows: str, what: str, latents: int, images: int | None, seconds: float, l0: float | None = None) -> None:
-        size = latents if grows == "latents" else images
-        linear = base.setdefault(f"{what}, {grows}", seconds / size) * size
-        columns = {"grows": grows, "latents": latents, "images": images, "active": l0, "seconds": seconds}
-        columns |= {"us/latent": 1e6 * seconds / latents, "us/image": images and 1e6 * seconds / images}
-        rows.append(Row(what, {**columns, "to linear": seconds / linear}))
-
-    def measure(grows: str, d_sae: int, images: int, n_eval: int) -> None:
+    def add(grows: str, d_sae: int, images: int, n_eval: int) -> tuple:
         sae = untrained_sae(z_val, d_sae, e.settings.seed)
-        given, l0 = e.given(sae, images), driver.mean_actives(sae, z_val[:images])
+        given = e.given(sae, images)
 
         def effects() -> None:
             fa.feature_logit_effects(*given, n_eval=n_eval)
             fa.feature_ablation_effects(*given, n_eval=n_eval)
 
-        bank = partial(fa.collect_feature_bank, *given)
-        add(grows, "bank", d_sae, images, min(timed(bank, device)[0]), l0)
-        add(grows, "both effects", d_sae, images, min(timed(effects, device)[0]), l0)
+        active[d_sae, images] = driver.mean_actives(sae, z_val[:images])
+        jobs[Job(grows, "bank", d_sae, images)] = partial(fa.collect_feature_bank, *given)
+        jobs[Job(grows, "both effects", d_sae, images)] = effects
+        return given
 
-    n_val, batch = len(z_val), e.settings.batch_sae
     for d_sae in LATENTS:
-        measure("latents", d_sae, n_val, e.settings.n_eval)
-        sae = untrained_sae(z_val, d_sae, e.settings.seed)
-        patterns = partial(fa.feature_input_patterns, e.model, sae, e.pre.mu, e.pre.std)
-        add("latents", "patterns", d_sae, None, min(timed(patterns, device)[0]))
-        add("latents", "SAE step", d_sae, batch, step_seconds(e, z_train[: 16 * batch], d_sae, device))
+        _, _, *coder = add("latents", d_sae, n_val, e.settings.n_eval)
+        jobs[Job("latents", "patterns", d_sae, None)] = partial(fa.feature_input_patterns, e.model, *coder)
+        for epochs in (1, 7):
+            jobs[Job("latents", f"{epochs} epochs", d_sae, batch)] = partial(train_briefly, e, z_some, d_sae, epochs)
     for images in (n_val // 4, n_val // 2, n_val):
-        measure("images", LATENTS[0], images, images)
-    return sorted(rows, key=lambda row: (row.columns["grows"] == "images", row.what))  # stable: sizes keep their order
+        add("images", LATENTS[0], images, images)
+
+    rounds = [{job: clocked(work, device)[0] for job, work in jobs.items()} for _ in range(3)]
+    best = {job: min(seconds[job] for seconds in rounds) for job in jobs}
+    more_steps = driver.n_steps(len(z_some), batch, 7) - driver.n_steps(len(z_some), batch, 1)
+    for d_sae in LATENTS:  # what precedes the first step takes as long for one epoch as for seven
+        long, short = (best.pop(Job("latents", f"{epochs} epochs", d_sae, batch)) for epochs in (7, 1))
+        best[Job("latents", "SAE step", d_sae, batch)] = (long - short) / more_steps
+
+    rows: list[Row] = []
+    first: dict[tuple[str, str], float] = {}  # seconds per unit of what grows, in the first row of each kind
+    for job in sorted(best, key=lambda job: (job.grows == "images", job.what)):  # stable: sizes keep their order
+        size, seconds = getattr(job, job.grows), best[job]
+        linear = first.setdefault(job[:2], seconds / size) * size
+        columns = {"grows": job.grows, "latents": job.latents, "images": job.images}
+        columns |= {"active": active.get(job[2:]), "seconds": seconds, "us/latent": 1e6 * seconds / job.latents}
+        columns |= {"us/image": job.images and 1e6 * seconds / job.images, "to linear": seconds / linear}
+        rows.append(Row(job.what, columns))
+    return rows
 
 
 def peak_memory(device: torch.device) -> list[Row]:
