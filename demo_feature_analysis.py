@@ -407,20 +407,20 @@ def draw_pictures(plan: Plan, scene: Scene, planted: tuple, bank: fa.FeatureBank
 
 def shows_first(picture: np.ndarray, image: np.ndarray) -> bool:
     """Whether the first framed tile of the grey `picture` (height, width) is `image` (28, 28), both in [0, 1]."""
-    size, frame = fa.ZOOM * SIDE, abs(picture - fa.FRAME / 255) < 0.01
+    size, zoom, frame = fa.TILE, fa.TILE // SIDE, abs(picture - fa.FRAME / 255) < 0.01
     corners = np.argwhere(np.lib.stride_tricks.sliding_window_view(frame, size + 2, axis=1).all(-1))
     if len(corners) == 0:
         return False
     top, left = corners[0] + 1
-    tile = picture[top : top + size : fa.ZOOM, left : left + size : fa.ZOOM]
+    tile = picture[top : top + size : zoom, left : left + size : zoom]
     return bool(abs(tile - (1 - image)).max() < 0.01)
 
 
 def red_less_blue(picture: np.ndarray) -> float:
     """Image pixels in full red minus those in full blue, in the picture (height, width, 4) of a pattern."""
-    without_scale = picture[:, : fa.MARGIN + fa.PATTERN_ZOOM * SIDE]
+    without_scale = picture[:, : fa.MARGIN + fa.PATTERN]
     redness = without_scale[:, :, 0] - without_scale[:, :, 2]
-    return (np.sum(redness > 0.2) - np.sum(redness < -0.2)) / fa.PATTERN_ZOOM**2
+    return (np.sum(redness > 0.2) - np.sum(redness < -0.2)) / (fa.PATTERN // SIDE) ** 2
 
 
 def picture_checks(plan: Plan, scene: Scene, hand: ByHand, out: Path) -> Iterator[Check]:
