@@ -10,8 +10,9 @@ The stages, each a function below, called in this order by ``main``:
     classifier      784-128-10, ReLU; what we want to understand
     preactivations  its 128 hidden values before the ReLU, for every image
     SAE             JumpReLU sparse autoencoder on them; lambda calibrated while it trains, thresholds after
-    fidelity        what the classifier loses when it must think through the SAE
-    analysis        per feature: images, pixels, classes (feature_analysis.py), written as JSON and pictures
+    analysis        per feature: images, pixels, classes (feature_analysis.py), on the validation images
+    hypotheses      per feature: a statement from the validation images, frozen, then tested on the test images
+    fidelity        what the classifier loses when it must think through the SAE, on the test images
 
 Dimension key: N images, B images in a batch, C classes, d_in hidden units of the classifier, d_sae latents.
 
@@ -41,7 +42,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple, get_type_hints
 
@@ -66,7 +67,7 @@ TARGET_ACTIVES = [20]  # mean number of active features per image; each target g
 SAE_LATENTS = 512  # four per hidden unit: enough for rare strokes, few enough to look at all of them
 EPOCHS_SAE_FINAL = 5  # passes over the training images; more lowers FVU slowly (and keeps L0 on target)
 BATCH_SAE = 128  # many small steps beat few large ones at a fixed number of epochs: 256 is faster, FVU a tenth worse
-LR_SAE = 1.2e-2  # peak Adam rate; 1e-3 trebles FVU in so few epochs
+LR_SAE = 1e-2  # peak Adam rate; 1e-3 trebles FVU in so few epochs
 HEAD_KL = 0.1  # weight of the classifier's logits in the SAE loss; 0 ignores what the network does with z
 NORMALIZE_Z = True  # standardise each hidden unit first, so that loud units do not own the dictionary
 HIDDEN_UNITS = 128  # width of the classifier's hidden layer, d_in of the SAE
@@ -77,6 +78,8 @@ WEIGHT_DECAY_FFN = 1.2  # strong on purpose: pixels without evidence lose their 
 TOPK = 20  # strongest images kept per feature
 N_EVAL = 2000  # images over which an effect on the logits is averaged
 ALPHA = 1.0  # how much of a feature is added when its logit effect is measured
+HYPOTHESES = True  # propose a statement about every feature, freeze it, test it on the test images
+STABILITY_SEEDS = 0  # train so many more SAEs from other seeds and see which features return
 FEATURES = 0  # analyse only this many of the most active features; 0 analyses all
 SEED = 0  # same seed, device and thread count: the same artifacts
 DATA = "data"  # folder that holds MNIST/raw, or "sample" for the bundled 5,000 digits
@@ -109,6 +112,8 @@ class Settings:
     topk: int = setting(TOPK, "strongest images kept per feature")
     n_eval: int = setting(N_EVAL, "images over which an effect is averaged")
     alpha: float = setting(ALPHA, "how much of a feature is added to measure its logit effect")
+    hypotheses: bool = setting(HYPOTHESES, "propose, freeze and test a statement about every feature")
+    stability_seeds: int = setting(STABILITY_SEEDS, "more SAEs to train, to see which features return")
     features: int = setting(FEATURES, "analyse only this many of the most active features; 0 means all")
     seed: int = setting(SEED, "seed of every random choice")
     data: str = setting(DATA, "folder that holds MNIST/raw, or 'sample'")
@@ -138,7 +143,7 @@ class Settings:
         for name in positive:
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{flag_name(name)} is {getattr(self, name)}; it must be a positive number")
-        for name in "head_kl weight_decay_ffn features seed".split():
+        for name in "head_kl weight_decay_ffn stability_seeds features seed".split():
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{flag_name(name)} is {getattr(self, name)}; it must not be negative")
         if self.seed >= 2**63:
@@ -610,7 +615,7 @@ RARE_DENSITY = 0.002  # a latent that fires on fewer images than this is dying, 
 RARE_COEFFICIENT = 0.1  # its weight there: from 0.03 to 3 little but the number of dead latents depends on it
 RARE_EVERY = 4  # that loss joins in at every so many steps: it is a nudge, and at all of them a third more work
 RARE_AT_ONCE = 32  # at most so many rare latents explain one image
-FAIR_SHARE = 0.5  # latents below this share of the mean density pay less lambda, down to none
+FAIR_SHARE = 1.25  # latents below this share of the mean density pay less lambda, down to none: spreads the work
 
 
 class LambdaController:
@@ -1298,6 +1303,265 @@ def diagnose(record: dict, analysis: Analysis, features: Sequence[int], seconds:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Hypotheses: proposed and frozen on the validation images, tested on the test images
+# ---------------------------------------------------------------------------------------------------------------------
+
+COMPARED = 256  # at most so many untrained features and random directions are put through the same tests
+CHANCE = 128  # so many hypotheses are tested again in ways in which only chance can confirm them
+
+
+def confirmation_splits(test: Split) -> tuple[Split, Split]:
+    """The test images with even numbers, which judge, and those with odd numbers, set aside to check the judgement.
+
+    Every other one, because the first and the second half of MNIST's test images were written by different people.
+    """
+    return Split(*(values[0::2] for values in test)), Split(*(values[1::2] for values in test))
+
+
+class Tested(NamedTuple):
+    """Hypotheses with all that is known about them, in the order of the features."""
+
+    hypotheses: list[fa.Hypothesis]
+    evidence: list[fa.Evidence]
+    judgements: list[fa.Judgement]
+    held_aside: list[bool | None]  # whether they held on the images set aside; None: too few
+    firing: list[list[int]]  # numbers of some test images that fire the feature
+    returned: Tensor | None  # (d_sae,) in how many of the stability runs it returned
+    record: dict  # for summary.json
+    shares: dict[str, fa.Shares]  # of the SAE's features and of those it is compared with
+    aurocs: dict[str, list[float]]
+
+
+def freeze(
+    settings: Settings, model: Classifier, sae: JumpReLUSAE, pre: Preactivations, data: Data, folder: Path
+) -> str:
+    """Propose from the validation images, write hypotheses.json; returns its SHA-256."""
+    hypotheses = fa.propose_hypotheses(model, data.val.images, data.val.labels, sae, pre.mu, pre.std)
+    return fa.freeze_hypotheses(hypotheses, folder / "hypotheses.json")
+
+
+def compared_features(sae: JumpReLUSAE, pre: Preactivations, settings: Settings, target: int) -> dict[str, object]:
+    """What the SAE's features are compared with. Firing rates are those of the SAE's features, or its L0."""
+    z = (pre.val - pre.mu) / pre.std
+    usage = feature_usage(sae, z)
+    order = torch.argsort(usage.feature_density, stable=True)
+    some = order[torch.linspace(0, len(order) - 1, min(COMPARED, len(order))).round().long()]  # of all firing rates
+    density, mean_activation = usage.feature_density[some], usage.mean_activation[some]
+    generator = torch.Generator(z.device).manual_seed(settings.seed)
+    untrained = initial_sae(z, settings.sae_latents, l0_target_at(0, target, settings.sae_latents), generator)
+    untrained, _ = adjust_thresholds(untrained.requires_grad_(False), z, target)
+    n = min(COMPARED, settings.sae_latents)
+    return {
+        "untrained SAE": fa.LinearFeatures(
+            untrained.W_enc[:, :n], untrained.b_enc[:n], untrained.W_dec[:n], untrained.threshold[:n]
+        ),
+        "random directions": fa.random_directions(z, density, mean_activation, settings.seed),
+        "neurons": fa.neurons(pre.mu, pre.std),
+        "principal directions": fa.principal_directions(z, density, mean_activation),
+    }
+
+
+def measure_chance(
+    hypotheses: list[fa.Hypothesis],
+    evidence: list[fa.Evidence],
+    model: Classifier,
+    sae: JumpReLUSAE,
+    split: Split,
+    pre: Preactivations,
+    rule: fa.Rule,
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """Of hypotheses that chance alone could confirm, the share that was, in each test. Judged among the real ones, so
+    that the same p-values count as significant."""
+    activity = fa.collect_activity(model, *split, sae, pre.mu, pre.std)
+    claiming = [h for h, e in zip(hypotheses, evidence, strict=True) if e.detected]
+    some = claiming[:: max(1, len(claiming) // CHANCE)][:CHANCE]
+    mixed = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(seed)).to(split.labels.device)
+    by_chance = {
+        "explanations swapped between features of like firing rate": (
+            fa.swapped(some, activity.n_active),
+            split.labels,
+            activity,
+        ),
+        "activations shuffled over images": (some, split.labels, fa.shuffled(activity, seed)),
+        "labels permuted": (some, split.labels[mixed], activity),
+    }
+    shares = {}
+    for name, (claims, labels, active) in by_chance.items():
+        common = (sae, pre.mu, pre.std, active)
+        found = fa.test_hypotheses(claims, model, split.images, labels, *common, n_bootstrap=0, seed=seed)
+        judged = fa.judge_hypotheses([*hypotheses, *claims], [*evidence, *found], rule)[len(hypotheses) :]
+        verdicts = {
+            test: [j.tests[test] for j in judged if test in j.tests] for tests in fa.TESTS_OF.values() for test in tests
+        }
+        shares[name] = {test: v.count(fa.CONFIRMED) / len(v) for test, v in verdicts.items() if v}
+        shares[name]["statement"] = sum(j.verdict == fa.CONFIRMED for j in judged) / max(1, len(judged))
+        shares[name]["statements tested"] = len(judged)
+    return shares
+
+
+def confidence_check(judgements: Sequence[fa.Judgement], held_aside: Sequence[bool | None]) -> dict[str, dict]:
+    """Of the statements of each confidence, the share that held on the images set aside."""
+    check = {}
+    for confidence in ("High", "Medium", "Low"):
+        held = [h for j, h in zip(judgements, held_aside, strict=True) if j.confidence == confidence]
+        seen = [h for h in held if h is not None]
+        check[confidence] = {
+            "statements": len(held),
+            "checked": len(seen),
+            "held": sum(seen) / len(seen) if seen else None,
+        }
+    return check
+
+
+def test_statements(
+    settings: Settings,
+    target: int,
+    model: Classifier,
+    sae: JumpReLUSAE,
+    pre: Preactivations,
+    data: Data,
+    folder: Path,
+    sha256: str,
+    others: Sequence[JumpReLUSAE],
+) -> Tested:
+    """Test what was frozen, judge it, measure chance and the comparisons. `others` are the SAEs of the stability runs.
+
+    Raises InputError when hypotheses.json is not the file that was frozen.
+    """
+    try:
+        hypotheses, rule = fa.read_hypotheses(folder / "hypotheses.json", sha256)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    judging, aside = confirmation_splits(data.test)
+    common, seed = (pre.mu, pre.std), settings.seed
+    evidence = fa.test_hypotheses(hypotheses, model, *judging, sae, *common, seed=seed, min_active=rule.min_active)
+    judgements = fa.judge_hypotheses(hypotheses, evidence, rule)
+    returned = None
+    if others:
+        returned = sum(
+            fa.match_features(model, data.val.images, sae, other, *common).returned.long() for other in others
+        )
+        judgements = fa.with_stability(judgements, returned, len(others))
+    again = fa.test_hypotheses(hypotheses, model, *aside, sae, *common, n_bootstrap=0, seed=seed + 1)
+    held_aside = [fa.held(e, rule) for e in again]
+    shares = {"SAE": fa.shares_explained(evidence, judgements, rule)}
+    aurocs = {"SAE": both_aurocs(evidence)}
+    for name, features in compared_features(sae, pre, settings, target).items():
+        claims = fa.propose_hypotheses(model, *data.val, features, *common, rule)
+        found = fa.test_hypotheses(claims, model, *judging, features, *common, n_bootstrap=0, seed=seed)
+        shares[name] = fa.shares_explained(found, fa.judge_hypotheses(claims, found, rule), rule)
+        aurocs[name] = both_aurocs(found)
+    activity = fa.collect_activity(model, *judging, sae, *common)
+    firing = [(2 * activity.of(h.feature)[0][:10]).tolist() for h in hypotheses]  # their numbers among all test images
+    record = {
+        "sha256": sha256,
+        "rule": rule._asdict(),
+        "confidence_rule": " ".join(fa.CONFIDENCE_RULE.split()),
+        "shares": {name: s._asdict() for name, s in shares.items()},
+        "confidence": confidence_check(judgements, held_aside),
+        "chance": measure_chance(hypotheses, evidence, model, sae, judging, pre, rule, seed),
+    }
+    if returned is not None:
+        record["stability"] = {
+            "runs": len(others),
+            "returned_in_half": float((2 * returned >= len(others)).float().mean()),
+        }
+    return Tested(hypotheses, evidence, judgements, held_aside, firing, returned, record, shares, aurocs)
+
+
+def both_aurocs(evidence: Sequence[fa.Evidence]) -> list[float]:
+    return [e.detected["both"].auroc for e in evidence if "both" in e.detected]
+
+
+def statement_record(k: int, t: Tested) -> dict:
+    """What feature_report.json says about the statement on feature k."""
+    h, e, j = t.hypotheses[k], t.evidence[k], t.judgements[k]
+    detected = {part: d._asdict() for part, d in e.detected.items()}
+    tests = {name: getattr(e, name) for name in ("erasing", "painting", "effect")}
+    return {
+        "statement": fa.statement(h),
+        "confidence": j.confidence,
+        "verdict": j.verdict,
+        "hypothesis": fa.hypothesis_record(h),
+        "evidence": {
+            "text": fa.evidence_line(h, e),
+            "n_active": e.n_active,
+            "n_images": e.n_images,
+            "detected": detected,
+            **{name: None if test is None else {**test._asdict(), "p": test.p} for name, test in tests.items()},
+            "verdicts": {"tests": j.tests, "parts": j.parts},
+            "held_aside": t.held_aside[k],
+            "test_images": t.firing[k],
+        },
+        **({} if t.returned is None else {"returned_in_runs": int(t.returned[k])}),
+    }
+
+
+def statements_markdown(t: Tested, n_aside: int, title: str) -> str:
+    """hypotheses.md: how to read it, how well the statements did as a whole, then every feature, best first."""
+    n_images = t.evidence[0].n_images
+    rule = t.record["rule"]
+    lines = [
+        f"# What the features mean: {title}",
+        "",
+        f"Each statement was made from {t.hypotheses[0].n_images:,} validation images and frozen (SHA-256 `{t.record['sha256']}` "
+        f"of hypotheses.json) before it was tested once, on the {n_images:,} test images with even numbers. The "
+        f"{n_aside:,} with odd numbers were set aside to see whether confidence is deserved.",
+        "",
+        f"A test is confirmed when its value reaches the bar (AUROC {rule['class_auroc']} for labels, "
+        f"{rule['stroke_auroc']} for strokes, {rule['both_auroc']} for both; named ink {rule['times_elsewhere']:g} times "
+        f"as often as other ink; {100 * rule['effect_share']:g}% of the predicted effect) and it is significant among all "
+        f"tests of all features at a false discovery rate of {rule['false_discovery_rate']}; refuted when its 95% interval "
+        f"stays below the bar; otherwise inconclusive.",
+        "",
+        t.record["confidence_rule"],
+        "",
+        "## Do they hold?",
+        "",
+        "| confidence | statements | seen again on images set aside | held |",
+        "|---|---|---|---|",
+    ]
+    for name, c in t.record["confidence"].items():
+        lines.append(
+            f"| {name} | {c['statements']} | {c['checked']} | {'none' if c['held'] is None else format(c['held'], '.0%')} |"
+        )
+    lines += ["", "## What did training add?", ""]
+    lines += [
+        "Of the features that fire on at least one in a thousand test images. A statement can be true of a random "
+        "direction, too; so prediction alone does not say that training found anything.",
+        "",
+    ]
+    lines += fa.shares_lines(t.shares)
+    lines += ["", "## What does chance give?", "", "Share of tests confirmed where only chance can confirm them:", ""]
+    for name, shares in t.record["chance"].items():
+        tests = ", ".join(f"{test} {share:.1%}" for test, share in shares.items() if test != "statements tested")
+        lines.append(f"- {name} ({shares['statements tested']} statements): {tests}")
+    lines += ["", "## Feature by feature, best first", ""]
+    for i in fa.best_first(t.judgements, t.evidence):
+        h, j = t.hypotheses[i], t.judgements[i]
+        back = (
+            ""
+            if t.returned is None
+            else f"; returned in {int(t.returned[h.feature])} of {t.record['stability']['runs']} runs"
+        )
+        lines += fa.feature_lines(h, t.evidence[i], j, t.held_aside[i], t.firing[i], back)
+    return "\n".join(lines)
+
+
+def stability_saes(
+    settings: Settings, target: int, model: Classifier, model_digest: str, pre: Preactivations, data: Data, folder: Path
+) -> list[JumpReLUSAE]:
+    """SAEs of the same classifier from other seeds, saved in subfolders so that they are not trained twice."""
+    saes = []
+    for seed in range(settings.seed + 1, settings.seed + 1 + settings.stability_seeds):
+        where = folder / f"stability_seed_{seed}"
+        prepare_folder(where)
+        saes.append(sae_stage(replace(settings, seed=seed), target, model, model_digest, pre, data, where).sae)
+    return saes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What the terminal shows
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1319,8 +1583,20 @@ def feature_block(record: dict, n_images: int) -> str:
             f"  boosts class     {boost} by {record['logit_delta_vector'][boost]:+.3f} when added",
             f"  when removed     class {boost} changes by {record['ablation_delta_vector'][boost]:+.3f}",
             f"  top examples     {examples}",
+            *statement_block(record),
         ]
     )
+
+
+def statement_block(record: dict) -> list[str]:
+    """The hypothesis of a feature, if there is one."""
+    if "statement" not in record:
+        return []
+    return [
+        f'  hypothesis       "{record["statement"]}"',
+        f"  evidence         {record['evidence']['text']}",
+        f"  confidence       {record['confidence']} ({record['verdict']})",
+    ]
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -1330,6 +1606,24 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     )
+
+
+def statements_table(tested: Tested) -> str:
+    """How the statements did, beside those about untrained features; and what their confidence is worth."""
+    rows = [["share of features that fire", *tested.shares]]
+    for title, key in (
+        ("all three parts confirmed", "explained"),
+        ("  class", "class_confirmed"),
+        ("  stroke", "stroke_confirmed"),
+        ("  effect", "effect_confirmed"),
+        ("predicted on unseen images", "predicted"),
+    ):
+        rows.append([title, *(f"{getattr(s, key):.1%}" for s in tested.shares.values())])
+    held = [["confidence", "statements", "held on images set aside"]]
+    for name, c in tested.record["confidence"].items():
+        share = "none seen" if c["held"] is None else f"{c['held']:.1%} of {c['checked']}"
+        held.append([name, str(c["statements"]), share])
+    return table(rows) + "\n\n" + table(held)
 
 
 def diagnoses_table(diagnoses: Sequence[Diagnosis]) -> str:
@@ -1405,12 +1699,36 @@ def versions() -> dict[str, str]:
 
 
 def explain_target(
-    settings: Settings, target: int, model: Classifier, model_digest: str, pre: Preactivations, data: Data, folder: Path
+    settings: Settings,
+    target: int,
+    model: Classifier,
+    model_digest: str,
+    pre: Preactivations,
+    data: Data,
+    root: Path,
+    earlier: Sequence[dict],
 ) -> dict:
-    """Train, measure and explain the SAE of one target; writes its files and returns its record of summary.json."""
-    clock = Clock()
+    """Train, explain and measure the SAE of one target; writes its files and returns its record of summary.json.
+
+    `earlier` are the records of the targets before: summary.json is written with them as soon as the hypotheses are
+    frozen, before the first test image is looked at.
+    """
+    clock, folder = Clock(), target_folder(root, settings, target)
+    args = (settings, target, model, model_digest, pre, data, folder)
     with clock("sae"):
-        trained = sae_stage(settings, target, model, model_digest, pre, data, folder)
+        trained = sae_stage(*args)
+    analysis = analyse(model, trained.sae, pre, data, settings, clock)
+    tested, frozen = None, {}
+    if settings.hypotheses:
+        with clock("propose and freeze"):
+            frozen = {"hypotheses_sha256": freeze(settings, model, trained.sae, pre, data, folder)}
+        fa.write_whole(root / "summary.json", to_json([*earlier, {"target_actives": target, **frozen}]))
+        with clock("stability"):
+            others = stability_saes(*args)
+        with clock("test and judge"):
+            tested = test_statements(
+                settings, target, model, trained.sae, pre, data, folder, frozen["hypotheses_sha256"], others
+            )
     with clock("fidelity"):
         measured = measure(trained.before, trained.sae, pre, data, standardised_head(model, pre))
     record = {
@@ -1425,12 +1743,15 @@ def explain_target(
         "device": str(pre.mu.device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
+        **frozen,
     }
-    analysis = analyse(model, trained.sae, pre, data, settings, clock)
     features = analysed_features(analysis.bank, settings.features)
     telling = telling_features(analysis, features)
-    report = [feature_record(k, analysis) for k in features]
+    report = [{**feature_record(k, analysis), **(statement_record(k, tested) if tested else {})} for k in features]
     fa.write_whole(folder / "feature_report.json", to_json(report))
+    if tested:
+        record["hypotheses"] = tested.record
+        write_statements(tested, data, target, folder)
     with clock("pictures"):
         write_pictures(folder, analysis, features, data)
     with clock("panels"):
@@ -1440,11 +1761,23 @@ def explain_target(
     print(f"\nTarget {target}: {TELLING}\n")
     for k in telling:
         print(feature_block(by_feature[k], len(data.val.labels)), end="\n\n")
+    if tested:
+        print(statements_table(tested), end="\n\n")
     print(diagnoses_table(diagnoses))
     record["diagnoses"] = [{**d._asdict(), "fine": d.fine} for d in diagnoses]
     record["telling_features"] = telling
     record["seconds"] = clock.seconds
     return record
+
+
+def write_statements(tested: Tested, data: Data, target: int, folder: Path) -> None:
+    """hypotheses.md and explained.png."""
+    title = f"{len(tested.hypotheses)} features at target {target} ({data.source})"
+    text = statements_markdown(tested, len(confirmation_splits(data.test)[1].labels), title)
+    fa.write_whole(folder / "hypotheses.md", text.encode())
+    fa.save_figure(
+        fa.draw_explained(tested.aurocs, tested.shares, tested.record["rule"]["both_auroc"]), folder / "explained.png"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
@@ -1466,8 +1799,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         pre = collect_preactivations(model, data, settings.normalize_z)
     records = []
     for target in settings.target_actives:
-        folder = target_folder(root, settings, target)
-        record = explain_target(settings, target, model, model_digest, pre, data, folder)
+        record = explain_target(settings, target, model, model_digest, pre, data, root, records)
         record["seconds"] = {**clock.seconds, **record["seconds"]}
         records.append(record)
     kept = {name: value for name, value in asdict(settings).items() if name != "fresh"}
@@ -1492,6 +1824,8 @@ def places_to_look(root: Path, settings: Settings, records: Sequence[dict]) -> s
         folder = target_folder(root, settings, record["target_actives"])
         panels = [folder / f"feature_{k}_panel.png" for k in record["telling_features"]]
         lines.append(f"  {panels[0] if panels else folder}   one feature on one page ({len(panels)} such pages)")
+        if settings.hypotheses:
+            lines.append(f"  {folder / 'hypotheses.md'}   what each feature means, tested, best first")
         lines.append(f"  {folder / 'feature_report.json'}   every feature as a table (pandas.read_json)")
     if len(records) > 1:
         lines.append(f"  {root / 'frontier.png'}   sparsity against fidelity")

@@ -23,10 +23,15 @@ No function changes its inputs, draws random numbers or remembers anything betwe
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import io
+import itertools
+import json
+import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -525,6 +530,1278 @@ def pattern_roughness(heats: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Statistics, in numpy, one feature at a time: how well do scores (N,) predict on which images it is active, (N,) bool?
+# ---------------------------------------------------------------------------------------------------------------------
+
+N_BOOTSTRAP = 200  # resamples of the images behind an interval
+INTERVAL = (0.025, 0.975)  # of the resampled values: 95%
+
+
+class Detection(NamedTuple):
+    """How well scores predict activity: floats, or arrays (R,) over resamples."""
+
+    auroc: float | np.ndarray
+    average_precision: float | np.ndarray
+    balanced_accuracy: float | np.ndarray
+
+
+def detection_over(scores: np.ndarray, active: np.ndarray, cut: float, weights: Tensor) -> Detection:
+    """Detection when image i counts weights[i, r] times, for each of R weightings (N, R).
+
+    AUROC: share of (active, other) pairs in which the active image has the larger score, a tie counting one half.
+    Average precision: mean over active images of the share of active ones among all with at least their score.
+    Balanced accuracy: mean of the share of active images above the cut and of others not above it.
+
+    NaN for a weighting that leaves no active image or no other.
+    """
+    ranked = np.sort(scores[active])
+    # Only where a score stands among those of the active images matters: slots, even between them and odd at them.
+    slot = np.searchsorted(ranked, scores, "left") + np.searchsorted(ranked, scores, "right")
+    n_slots, said = 2 * len(ranked) + 1, scores > cut
+    cell = torch.from_numpy(slot + n_slots * active)
+    counts = weights.new_zeros(2 * n_slots, weights.shape[1]).index_add_(0, cell, weights)
+    misses, hits = counts.view(2, n_slots, -1)
+    kinds = torch.from_numpy(np.stack([active & said, ~active & said])).to(weights.dtype)
+    said_hits, said_misses = kinds @ weights
+    hits_to, misses_to = hits.cumsum(0), misses.cumsum(0)  # up to and with each slot
+    n_hits, n_misses = hits_to[-1], misses_to[-1]
+    below = misses_to - misses / 2
+    hits_above, misses_above = n_hits - hits_to + hits, n_misses - misses_to + misses
+    precision = hits_above / (hits_above + misses_above).clamp(min=1e-9)
+    values = (
+        (hits * below).sum(0) / (n_hits * n_misses),
+        (hits * precision).sum(0) / n_hits,
+        (said_hits / n_hits + 1 - said_misses / n_misses) / 2,
+    )
+    return Detection(*(torch.where((n_hits > 0) & (n_misses > 0), value, torch.nan).numpy() for value in values))
+
+
+def detection(scores: np.ndarray, active: np.ndarray, cut: float) -> Detection:
+    """Detection on the images as they are. Raises ValueError unless some are active and some are not."""
+    if not 0 < active.sum() < len(active):
+        raise ValueError(f"{active.sum()} of {len(active)} images are active: at least one must be, and one must not")
+    once = torch.ones(len(scores), 1, dtype=torch.float64)
+    return Detection(*(float(value[0]) for value in detection_over(scores, active, cut, once)))
+
+
+def bootstrap_weights(n_images: int, n_bootstrap: int = N_BOOTSTRAP, seed: int = 0) -> Tensor:
+    """(n_images, n_bootstrap) how often each image is drawn in each resample of n_images with replacement."""
+    drawn = np.random.default_rng(seed).integers(n_images, size=(n_bootstrap, n_images))
+    counts = [np.bincount(resample, minlength=n_images) for resample in drawn]
+    return torch.from_numpy(np.stack(counts, axis=1).astype(np.float32))
+
+
+def auroc(scores: np.ndarray, active: np.ndarray) -> float:
+    """The AUROC of `detection` alone, faster."""
+    others, own = np.sort(scores[~active]), scores[active]
+    below, up_to = np.searchsorted(others, own, "left"), np.searchsorted(others, own, "right")
+    return float((below + up_to).mean() / (2 * len(others)))
+
+
+def best_cut(scores: np.ndarray, active: np.ndarray) -> float:
+    """The cut of the largest balanced accuracy, halfway between two of the scores."""
+    order = np.argsort(scores)
+    ranked, hit = scores[order], active[order]
+    gain = np.cumsum(~hit) / max(1, (~hit).sum()) - np.cumsum(hit) / max(1, hit.sum())
+    gain[:-1][np.diff(ranked) == 0] = -1  # a cut cannot part equal scores
+    best = int(np.argmax(gain[:-1])) if len(gain) > 1 else 0
+    return float(ranked[best] + ranked[min(best + 1, len(ranked) - 1)]) / 2
+
+
+def rank_sum_p(scores: np.ndarray, active: np.ndarray) -> float:
+    """One-sided p-value that active images have larger scores than others, when activity is shuffled over images.
+
+    Wilcoxon, Mann and Whitney's test in its normal approximation, variance corrected for ties, continuity by one half
+    (Lehmann 1975, section 1.4). 1 when all scores are equal.
+    """
+    _, group, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(counts) - (counts - 1) / 2)[group]  # mid-ranks
+    n, n1 = len(scores), int(active.sum())
+    excess = rank[active].sum() - n1 * (n + 1) / 2
+    ties = counts.astype(float)
+    variance = n1 * (n - n1) / 12 * ((n + 1) - (ties**3 - ties).sum() / (n * (n - 1)))
+    return 0.5 * math.erfc((excess - 0.5) / math.sqrt(2 * variance)) if variance > 0 else 1.0
+
+
+def _log_choose(n, k) -> np.ndarray:
+    """log of the number of ways to choose k of n."""
+    n, k = torch.as_tensor(n, dtype=torch.float64), torch.as_tensor(k, dtype=torch.float64)
+    return (torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)).numpy()
+
+
+def fisher_p(said: np.ndarray, active: np.ndarray) -> float:
+    """One-sided p-value that the active images carry a label of the set, (N,) bool `said`, when labels are permuted.
+
+    Fisher's exact test: the upper tail of the hypergeometric distribution.
+    """
+    n, n_said, n_active, both = len(said), int(said.sum()), int(active.sum()), int((said & active).sum())
+    k = np.arange(both, min(n_said, n_active) + 1)
+    log_p = _log_choose(n_said, k) + _log_choose(n - n_said, n_active - k) - _log_choose(n, n_active)
+    return float(min(1.0, np.exp(log_p).sum()))
+
+
+def sign_test_p(wins: int, losses: int) -> float:
+    """One-sided exact p-value of so many wins or more when a win and a loss are equally likely; 1 without either."""
+    n = wins + losses
+    return float(min(1.0, np.exp(_log_choose(n, np.arange(wins, n + 1)) - n * math.log(2)).sum()))
+
+
+def benjamini_hochberg(p: Sequence[float], q: float) -> np.ndarray:
+    """(m,) bool: which p-values are significant at a false discovery rate of q (Benjamini & Hochberg 1995)."""
+    p = np.asarray(p, dtype=float)
+    order = np.argsort(p, kind="stable")
+    passed = np.flatnonzero(p[order] <= q * np.arange(1, len(p) + 1) / max(1, len(p)))
+    significant = np.zeros(len(p), dtype=bool)
+    significant[order[: passed[-1] + 1 if len(passed) else 0]] = True
+    return significant
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The words of a stroke hypothesis: places on a 28 x 28 image
+# ---------------------------------------------------------------------------------------------------------------------
+
+SIDE = 28  # the vocabulary is made for images of this height and width
+DIRECTIONS = {"horizontal": (0, 1), "vertical": (1, 0), "rising": (-1, 1), "falling": (1, 1)}  # (down, right)
+LENGTHS = (7, 13)  # of a short and of a long piece of stroke, in pixels
+GRID = range(3, 25, 3)  # rows and columns on which pieces are centred
+HALF_WIDTH, DOT_RADIUS = 1.5, 2.6  # pixels
+
+
+class Place(NamedTuple):
+    """A piece of pen stroke: its centre in pixels, its shape (a direction or "dot") and its length in pixels."""
+
+    row: int
+    col: int
+    shape: str
+    length: int
+
+    def words(self) -> str:
+        """As in "long rising stroke at the upper left"."""
+        third = [min(2, max(0, (at - 4) // 7)) for at in (self.row, self.col)]
+        where = " ".join(word for word in (("upper", "", "lower")[third[0]], ("left", "", "right")[third[1]]) if word)
+        where = {"": "in the centre", "upper": "at the top", "lower": "at the bottom"}.get(where, f"at the {where}")
+        if self.shape == "dot":
+            return f"dot {where}"
+        return f"{'long ' if self.length == LENGTHS[1] else ''}{self.shape} stroke {where}"
+
+
+def place_masks(places: Sequence[Place]) -> Tensor:
+    """(n, 28, 28) bool, the pixels of each place."""
+    rows, cols = np.mgrid[:SIDE, :SIDE]
+    masks = []
+    for place in places:
+        down, right = rows - place.row, cols - place.col
+        if place.shape == "dot":
+            masks.append(np.hypot(down, right) <= DOT_RADIUS)
+            continue
+        unit = np.array(DIRECTIONS[place.shape]) / np.hypot(*DIRECTIONS[place.shape])
+        along, across = down * unit[0] + right * unit[1], right * unit[0] - down * unit[1]
+        masks.append((abs(along) <= place.length / 2) & (abs(across) <= HALF_WIDTH))
+    return torch.from_numpy(np.stack(masks))
+
+
+@functools.cache
+def stroke_vocabulary() -> tuple[Place, ...]:
+    """All places a hypothesis may name: those whose ends lie on the image."""
+    places = []
+    for row, col in itertools.product(GRID, GRID):
+        places.append(Place(row, col, "dot", 5))
+        for (shape, direction), length in itertools.product(DIRECTIONS.items(), LENGTHS):
+            reach = [abs(step) / math.hypot(*direction) * length / 2 for step in direction]
+            if all(0 <= at - r and at + r <= SIDE - 1 for at, r in zip((row, col), reach, strict=True)):
+                places.append(Place(row, col, shape, length))
+    return tuple(places)
+
+
+@functools.cache
+def _places_by_number() -> dict[Place, int]:
+    return {place: m for m, place in enumerate(stroke_vocabulary())}
+
+
+def _mean_over(places: Sequence[Place]) -> Tensor:
+    """(n, 784) weights that turn an image into its mean over each place."""
+    masks = place_masks(places).flatten(1).float()
+    return masks / masks.sum(1, keepdim=True)
+
+
+def place_ink(images: Tensor) -> Tensor:
+    """(M, N) mean ink of each place of the vocabulary on each image (N, 1, 28, 28), on the images' device."""
+    return _mean_over(stroke_vocabulary()).to(images.device) @ images.flatten(1).T
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where is each feature active, exactly?
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Activity(NamedTuple):
+    """Every (feature, image) pair with a positive activation, features in order; memory grows with their number."""
+
+    start: Tensor  # (d_sae + 1,) int64; the pairs of feature k are start[k] .. start[k + 1] - 1
+    image: Tensor  # (P,) int64, ascending within a feature
+    activation: Tensor  # (P,)
+    labels: Tensor  # (N,) int64
+
+    def of(self, k: int) -> tuple[Tensor, Tensor]:
+        """The images (n,) that fire feature k and their activations (n,)."""
+        pairs = slice(int(self.start[k]), int(self.start[k + 1]))
+        return self.image[pairs], self.activation[pairs]
+
+    def is_active(self, k: int) -> np.ndarray:
+        """(N,) bool, whether each image fires feature k."""
+        active = np.zeros(len(self.labels), dtype=bool)
+        active[self.of(k)[0]] = True
+        return active
+
+    @property
+    def n_active(self) -> Tensor:
+        """(d_sae,) how many images fire each feature."""
+        return self.start.diff()
+
+
+@torch.no_grad()
+def collect_activity(model, images: Tensor, labels: Tensor, sae, mu: Tensor, std: Tensor) -> Activity:
+    """The activity of every feature on images (N, ...) with labels (N,), on the CPU.
+
+    Raises ValueError for shapes that do not fit, and for no images.
+    """
+    check_standardisation(sae, mu, std)
+    if len(images) == 0 or len(images) != len(labels):
+        raise ValueError(f"{len(images)} images with {len(labels)} labels: one label per image, and at least one image")
+    feature, image, activation = [], [], []
+    for batch, first in zip(images.split(ROWS), range(0, len(images), ROWS), strict=True):
+        acts = sae.encode(standardised(model, batch, mu, std))
+        at = acts.nonzero()
+        image.append((at[:, 0] + first).cpu())
+        feature.append(at[:, 1].cpu())
+        activation.append(acts[at[:, 0], at[:, 1]].cpu())
+    features = torch.cat(feature)
+    order = torch.argsort(features, stable=True)
+    counts = torch.bincount(features, minlength=sae.W_enc.shape[1])
+    start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return Activity(start, torch.cat(image)[order], torch.cat(activation)[order], labels.cpu().long())
+
+
+def _as_loader(images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(images.split(ROWS), labels.split(ROWS), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Propose: a hypothesis per feature, in a form a program can check
+# ---------------------------------------------------------------------------------------------------------------------
+
+PARTS = ("class", "stroke", "effect")
+ROWS = 512  # images given to the model at once: few enough to stay in the processor's cache
+MIN_ACTIVE = 8  # active images below which nothing is proposed or judged
+MOST_DIGITS = 3  # a class part names at most so many labels ...
+MOST_PLACES = 3  # ... and a stroke part so many places with ink, and so many without
+WORTH_A_PLACE = 1.03  # a further place must raise the explained variance by this factor
+SMALLEST_EFFECT = 0.02  # smallest mean change of a logit that is worth a statement
+PATTERN_IMAGES = 32  # images over which input patterns are averaged; for a model linear in the pixels any will do
+
+
+class Rule(NamedTuple):
+    """The thresholds by which hypotheses are judged; they are frozen together with them."""
+
+    class_auroc: float = 0.65  # smallest AUROC with which the labels must predict activity ...
+    stroke_auroc: float = 0.8  # ... and the strokes ...
+    both_auroc: float = 0.85  # ... and both together
+    times_elsewhere: float = 2.0  # named ink must turn the feature off or on so many times as often as other ink
+    effect_share: float = 0.5  # smallest share of the predicted change of the logits that must be found
+    min_active: int = MIN_ACTIVE  # active images below which the verdict is "inconclusive"
+    false_discovery_rate: float = 0.01  # of all tests of all features together
+
+
+class Stroke(NamedTuple):
+    """Places and their weights in the score: positive where ink is wanted, negative where there must be none."""
+
+    places: tuple[Place, ...]
+    weights: tuple[float, ...]
+
+
+class Effect(NamedTuple):
+    """The logit a feature raises and the one it lowers, and by how much on the images that fire it; None: no claim."""
+
+    raises: int | None
+    raised_by: float
+    lowers: int | None
+    lowered_by: float
+
+
+class Hypothesis(NamedTuple):
+    """What a feature is claimed to mean. A part that is None claims nothing, and `why_not` says why."""
+
+    feature: int
+    labels: tuple[int, ...] | None  # class part: it fires on images with these labels
+    stroke: Stroke | None
+    effect: Effect | None
+    label_weight: float  # what one of `labels` adds to the score of the strokes where both are used
+    cuts: dict[str, float]  # "class", "stroke", "both" -> score above which the feature is predicted to be active
+    typical_activation: float  # mean where it is active
+    label_histogram: tuple[int, ...]  # active discovery images by label
+    n_images: int  # discovery images
+    why_not: dict[str, str]
+
+    @property
+    def n_active(self) -> int:
+        return sum(self.label_histogram)
+
+    def proposes(self, part: str) -> bool:
+        return {"class": self.labels, "stroke": self.stroke, "effect": self.effect}[part] is not None
+
+
+def _mean_ink_when_active(ink: Tensor, activity: Activity) -> Tensor:
+    """(K, M) mean over the active images of each feature of the ink (M, N) of each place; 0 for a silent feature."""
+    total = torch.zeros(len(activity.n_active), len(ink))
+    which = torch.repeat_interleave(torch.arange(len(total)), activity.n_active)
+    by_image = ink.T.contiguous()
+    for features, images in zip(which.split(ROWS * 8), activity.image.split(ROWS * 8), strict=True):
+        total.index_add_(0, features, by_image[images])
+    return total / activity.n_active.clamp(min=1)[:, None]
+
+
+def _pursue(covariance: Tensor, gram: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthogonal matching pursuit with signs: up to six columns of `gram` (M, M) for each row of `covariance` (K, M).
+
+    gradient (K, M) is the mean input pattern over each place: a place may be wanted only where ink raises the feature,
+    and unwanted only where ink lowers it, so that what is named is a cause and not mere company. Places are added while
+    each multiplies the explained variance by WORTH_A_PLACE. Returns indices and weights, (K, 6); 0 where not used.
+    """
+    scale = gram.diagonal().sqrt() + 1e-3
+    chosen = torch.zeros(len(covariance), 0, dtype=torch.int64)
+    weights, residual = torch.zeros(len(covariance), 0, dtype=gram.dtype), covariance
+    explained, growing = torch.zeros(len(covariance), dtype=gram.dtype), torch.ones(len(covariance), dtype=torch.bool)
+    for _ in range(2 * MOST_PLACES):
+        gain = residual / scale
+        signs = gradient.gather(1, chosen)
+        full_up, full_down = ((signs > 0).sum(1) >= MOST_PLACES)[:, None], ((signs < 0).sum(1) >= MOST_PLACES)[:, None]
+        gain[(gain * gradient <= 0) | full_up & (gradient > 0) | full_down & (gradient < 0)] = 0
+        gain.scatter_(1, chosen, 0)
+        chosen = torch.cat([chosen, gain.abs().argmax(1, keepdim=True)], 1)
+        among, wanted = gram[chosen[:, :, None], chosen[:, None, :]], covariance.gather(1, chosen)
+        ridge = 1e-6 * gram.diagonal().mean() * torch.eye(among.shape[1], dtype=gram.dtype)
+        fitted = torch.linalg.solve(among + ridge, wanted)  # a row that stopped growing may name a place twice
+        fitted[fitted * gradient.gather(1, chosen) <= 0] = 0  # correlated places can turn a weight around
+        now = 2 * (fitted * wanted).sum(1) - (fitted[:, None] @ among @ fitted[:, :, None])[:, 0, 0]
+        growing = growing & (gain.abs().amax(1) > 0) & (now > WORTH_A_PLACE * explained)
+        weights = torch.where(growing[:, None], fitted, torch.nn.functional.pad(weights, (0, 1)))
+        explained = torch.where(growing, now, explained)
+        residual = covariance - (weights[:, None] @ gram[chosen])[:, 0]
+    return chosen, weights
+
+
+def _fit_strokes(ink: Tensor, activity: Activity, heats: Tensor) -> list[Stroke | None]:
+    """The best description of each feature by places: ink (M, N) from `place_ink`, heats (d_sae, 28, 28)."""
+    mean = ink.double().mean(1)
+    gram = (ink @ ink.T / ink.shape[1]).double() - mean[:, None] * mean
+    gram += 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    share = activity.n_active[:, None] / ink.shape[1]
+    covariance = share * (_mean_ink_when_active(ink, activity).double() - mean)  # of activity (0 or 1) and ink
+    vocabulary = stroke_vocabulary()
+    gradient = heats.flatten(1) @ _mean_over(vocabulary).T
+    strokes: list[Stroke | None] = []
+    for some in torch.arange(len(covariance)).split(512):
+        for places, weights in zip(*(t.tolist() for t in _pursue(covariance[some], gram, gradient[some])), strict=True):
+            total = sum(map(abs, weights))
+            used = sorted((-abs(w), w / total, vocabulary[p]) for p, w in zip(places, weights, strict=True) if w)
+            used.sort(key=lambda entry: entry[1] < 0)  # wanted places first, the heaviest of each kind in front
+            strokes.append(Stroke(tuple(p for *_, p in used), tuple(w for _, w, _ in used)) if used else None)
+    return strokes
+
+
+def _name_labels(histogram: np.ndarray, label_counts: np.ndarray) -> tuple[int, ...]:
+    """The labels whose share among the active images exceeds their share of all images most, at most MOST_DIGITS."""
+    excess = histogram / histogram.sum() - label_counts / label_counts.sum()
+    ranked = np.argsort(-excess, kind="stable")[:MOST_DIGITS].tolist()
+    return tuple(sorted(c for c in ranked if excess[c] > 0))
+
+
+def _name_effect(delta: Tensor) -> Effect | None:
+    """The logits that fall and rise most when the feature is removed, which changes them by `delta` (C,)."""
+    raises, lowers = int(delta.argmin()), int(delta.argmax())
+    raised_by, lowered_by = -float(delta[raises]), float(delta[lowers])
+    if max(raised_by, lowered_by) < SMALLEST_EFFECT:
+        return None
+    up, down = raised_by >= SMALLEST_EFFECT, lowered_by >= SMALLEST_EFFECT
+    return Effect(
+        raises if up else None, raised_by if up else 0.0, lowers if down else None, lowered_by if down else 0.0
+    )
+
+
+def part_scores(h: Hypothesis, ink: np.ndarray | None, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """By how much each part predicts the feature to be active: "class", "stroke", "both" -> (N,) float32.
+
+    ink (M, N) from `place_ink`, None when there are no strokes; labels (N,). A hypothesis of one part predicts by that
+    part alone, and "both" is the same.
+    """
+    scores = {}
+    if h.labels is not None:
+        scores["class"] = np.isin(labels, h.labels).astype(np.float32)
+    if h.stroke is not None:
+        where = _places_by_number()
+        scores["stroke"] = np.float32(h.stroke.weights) @ ink[[where[place] for place in h.stroke.places]]
+    if len(scores) == 2:
+        scores["both"] = scores["stroke"] + np.float32(h.label_weight) * scores["class"]
+    elif scores:
+        scores["both"] = next(iter(scores.values()))
+    return scores
+
+
+def _label_weight(stroke: np.ndarray, named: np.ndarray, active: np.ndarray) -> float:
+    """What a named label adds to the stroke's score: least squares of activity on both."""
+    covariance = np.cov(np.stack([stroke, named, active]).astype(float))
+    on_stroke, on_label = np.linalg.lstsq(covariance[:2, :2], covariance[:2, 2], rcond=None)[0]
+    return float(max(0.0, on_label) / on_stroke) if on_stroke > 0 else 0.0
+
+
+def _drop_weak(h: Hypothesis, part: str, why: str) -> Hypothesis:
+    field = "labels" if part == "class" else part
+    return h._replace(**{field: None}, why_not={**h.why_not, part: why})
+
+
+def _propose_one(
+    h: Hypothesis, ink: np.ndarray | None, labels: np.ndarray, active: np.ndarray, rule: Rule
+) -> Hypothesis:
+    """Drop what does not even hold on the discovery images; weigh and cut the rest."""
+    found = {part: auroc(s, active) for part, s in part_scores(h, ink, labels).items() if part != "both"}
+    for part, bar in (("class", rule.class_auroc), ("stroke", rule.stroke_auroc)):
+        if part in found and found[part] < bar:
+            h = _drop_weak(h, part, f"AUROC {found[part]:.2f} on the discovery images, {bar} is asked for")
+    scores = part_scores(h, ink, labels)
+    if h.labels and h.stroke:
+        h = h._replace(label_weight=_label_weight(scores["stroke"], scores["class"], active))
+        scores = part_scores(h, ink, labels)
+    return h._replace(cuts={p: 0.5 if p == "class" else best_cut(s, active) for p, s in scores.items()})
+
+
+def why_no_strokes(images: Tensor) -> str | None:
+    """Why strokes cannot be named on such images; None when they can."""
+    shape = tuple(images.shape[1:])
+    fits = shape in ((1, SIDE, SIDE), (SIDE, SIDE))
+    return None if fits else f"images have shape {shape}; strokes are described on grey {SIDE} x {SIDE} images only"
+
+
+def propose_hypotheses(
+    model, images: Tensor, labels: Tensor, sae, mu: Tensor, std: Tensor, rule: Rule | None = None
+) -> list[Hypothesis]:
+    """A hypothesis for every feature, from the discovery images (N, ...) with labels (N,) and nothing else.
+
+    class   the labels on which it fires more often than on average
+    stroke  up to three places with ink and up to three without that best predict where it is active (orthogonal
+            matching pursuit), each agreeing with the sign of the feature's input pattern there
+    effect  the logits that its removal lowers and raises most
+
+    A part that does not reach the rule's bar on these very images is not claimed. Raises ValueError for shapes that do
+    not fit or no images.
+    """
+    rule = rule or Rule()
+    activity = collect_activity(model, images, labels, sae, mu, std)
+    removed = feature_ablation_effects(model, _as_loader(images, labels), sae, mu, std).mean_delta.cpu()
+    no_strokes = why_no_strokes(images)
+    strokes, ink = [None] * len(removed), None
+    if no_strokes is None:
+        heats = feature_input_patterns(model, sae, mu, std, images[:PATTERN_IMAGES]).cpu()
+        ink = place_ink(images).cpu()
+        strokes, ink = _fit_strokes(ink, activity, heats), ink.numpy()
+    label_of, n_classes = activity.labels.numpy(), removed.shape[1]
+    label_counts, hypotheses = np.bincount(label_of, minlength=n_classes), []
+    for k, stroke in enumerate(strokes):
+        at, acts = activity.of(k)
+        histogram = np.bincount(label_of[at.numpy()], minlength=n_classes)
+        typical = float(acts.mean()) if len(at) else 0.0
+        h = Hypothesis(k, None, None, None, 0.0, {}, typical, tuple(histogram.tolist()), len(images), {})
+        if not rule.min_active <= len(at) < len(images):
+            why = f"active on {len(at)} of {len(images)} discovery images; {rule.min_active} are needed, but not all"
+            hypotheses.append(h._replace(why_not=dict.fromkeys(PARTS, why)))
+            continue
+        effect, named = _name_effect(removed[k]), _name_labels(histogram, label_counts) or None
+        why_not = {} if effect else {"effect": f"removing it changes no logit by {SMALLEST_EFFECT} on average"}
+        if named is None:
+            why_not["class"] = "it fires on all labels alike"
+        if stroke is None:
+            why_not["stroke"] = no_strokes or "no ink predicts it"
+        h = h._replace(labels=named, stroke=stroke, effect=effect, why_not=why_not)
+        hypotheses.append(_propose_one(h, ink, label_of, activity.is_active(k), rule))
+    return hypotheses
+
+
+def _listed(words: Sequence[str]) -> str:
+    """As in "a, b and c", each once."""
+    words = list(dict.fromkeys(words))
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def statement(h: Hypothesis) -> str:
+    """The hypothesis in plain English."""
+    pieces = []
+    if h.stroke:
+        ink, no_ink = (
+            [p.words() for p, w in zip(h.stroke.places, h.stroke.weights, strict=True) if w * sign > 0]
+            for sign in (1, -1)
+        )
+        pieces.append(_listed(ink).capitalize() if ink else "")
+        empty = [words for words in no_ink if words not in ink]
+        pieces.append(f"no {_listed(empty).replace(' and ', ' or ')}" if empty else "")
+    if h.labels:
+        pieces.append(f"fires on {_listed([f'{c}s' for c in h.labels])}")
+    if h.effect:
+        moves = (("raises", h.effect.raises), ("lowers", h.effect.lowers))
+        pieces.append(_listed([f"{verb} {c}" for verb, c in moves if c is not None]))
+    text = "; ".join(piece for piece in pieces if piece)
+    return text[:1].upper() + text[1:] if text else "no hypothesis"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Freeze
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def hypothesis_record(h: Hypothesis) -> dict:
+    """A hypothesis as JSON has it."""
+    stroke = None
+    if h.stroke:
+        pairs = list(zip(h.stroke.places, h.stroke.weights, strict=True))
+        stroke = {
+            name: [{**place._asdict(), "weight": w, "words": place.words()} for place, w in pairs if w * sign > 0]
+            for name, sign in (("ink", 1), ("no_ink", -1))
+        }
+    return {
+        "feature": h.feature,
+        "statement": statement(h),
+        "class": {"labels": list(h.labels)} if h.labels else None,
+        "stroke": stroke,
+        "effect": h.effect._asdict() if h.effect else None,
+        "score": {"label_weight": h.label_weight, "cuts": h.cuts},
+        "typical_activation": h.typical_activation,
+        "label_histogram": list(h.label_histogram),
+        "n_images": h.n_images,
+        "why_not": h.why_not,
+    }
+
+
+def _hypothesis_of(record: dict) -> Hypothesis:
+    stroke = None
+    if record["stroke"]:
+        places = record["stroke"]["ink"] + record["stroke"]["no_ink"]
+        named = tuple(Place(*(p[name] for name in Place._fields)) for p in places)
+        stroke = Stroke(named, tuple(p["weight"] for p in places))
+    return Hypothesis(
+        feature=record["feature"],
+        labels=tuple(record["class"]["labels"]) if record["class"] else None,
+        stroke=stroke,
+        effect=Effect(**record["effect"]) if record["effect"] else None,
+        label_weight=record["score"]["label_weight"],
+        cuts=record["score"]["cuts"],
+        typical_activation=record["typical_activation"],
+        label_histogram=tuple(record["label_histogram"]),
+        n_images=record["n_images"],
+        why_not=record["why_not"],
+    )
+
+
+def freeze_hypotheses(hypotheses: Sequence[Hypothesis], path: str | Path, rule: Rule | None = None) -> str:
+    """Write hypotheses and the rule that will judge them; returns the SHA-256 of the file."""
+    frozen = {"rule": (rule or Rule())._asdict(), "hypotheses": [hypothesis_record(h) for h in hypotheses]}
+    content = (json.dumps(frozen, indent=1, allow_nan=False) + "\n").encode()
+    write_whole(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_hypotheses(path: str | Path, sha256: str) -> tuple[list[Hypothesis], Rule]:
+    """What `freeze_hypotheses` wrote. Raises ValueError with both hashes when it is not the file of that SHA-256."""
+    content = Path(path).read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise ValueError(
+            f"{path} was changed after it was frozen: its SHA-256 is {found}, recorded was {sha256}; "
+            f"propose and freeze again"
+        )
+    frozen = json.loads(content)
+    return [_hypothesis_of(record) for record in frozen["hypotheses"]], Rule(**frozen["rule"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Test, on images that were not used to propose
+# ---------------------------------------------------------------------------------------------------------------------
+
+N_EDIT = 64  # active images, and as many silent ones, that are edited for a feature
+DOSES = (0.0, 0.5, 1.0, 2.0)  # times the typical activation
+NEAR = 1.96  # standard errors to either end of a 95% interval
+
+
+class Detected(NamedTuple):
+    """How well a part predicts activity, with 95% bootstrap intervals; p-value against chance."""
+
+    auroc: float
+    average_precision: float
+    balanced_accuracy: float
+    intervals: dict[str, tuple[float, float]]  # empty when not asked for
+    p: float
+
+
+class EditTest(NamedTuple):
+    """Edits of n images as the hypothesis names them, and of as much ink elsewhere: on how many activity changed."""
+
+    n: int
+    named: int
+    elsewhere: int
+    only_named: int
+    only_elsewhere: int
+
+    @property
+    def p(self) -> float:
+        """Sign test: chance of this when naming makes no difference."""
+        return sign_test_p(self.only_named, self.only_elsewhere)
+
+    def excess(self, times: float) -> tuple[float, float]:
+        """Mean of named - times * elsewhere per image, and its standard error."""
+        both = self.named - self.only_named
+        values = np.array([1.0, 1.0 - times, -times, 0.0])
+        counts = np.array([self.only_named, both, self.only_elsewhere, 0])
+        counts[3] = self.n - counts.sum()
+        mean = values @ counts / self.n
+        return float(mean), float(np.sqrt((values - mean) ** 2 @ counts / self.n / max(1, self.n - 1)))
+
+
+class EffectTest(NamedTuple):
+    """Removing a feature from n images that fire it, and adding it again in doses.
+
+    `share` is the change found, in units of the change predicted, averaged over the logits named.
+    """
+
+    n: int
+    raised_by: float | None  # what it adds to the named logits, as in Effect
+    lowered_by: float | None
+    share: float
+    share_error: float  # standard error
+    only_named: int  # images on which that share is larger than for as much of a random direction
+    only_random: int  # ... and smaller
+    doses: tuple[float, ...]  # times the typical activation
+    dose_raises: tuple[float, ...] | None  # mean change of the logits at each dose
+    dose_lowers: tuple[float, ...] | None
+    linear_raises: tuple[float, ...] | None  # the same, extrapolated from an infinitesimal dose
+    linear_lowers: tuple[float, ...] | None
+
+    @property
+    def p(self) -> float:
+        """Sign test: chance of this when the feature's direction is as good as any other."""
+        return sign_test_p(self.only_named, self.only_random)
+
+    @property
+    def dose_follows(self) -> bool:
+        """Whether each larger dose moves the named logits further."""
+        up, down = (np.diff(curve) if curve else np.ones(1) for curve in (self.dose_raises, self.dose_lowers))
+        return bool((up > 0).all() and ((down < 0).all() or not self.dose_lowers))
+
+
+class Evidence(NamedTuple):
+    """All that was measured about one hypothesis; None where that part was not proposed or has too few images."""
+
+    feature: int
+    n_active: int
+    n_images: int
+    detected: dict[str, Detected]  # "class", "stroke", "both"
+    erasing: EditTest | None
+    painting: EditTest | None
+    effect: EffectTest | None
+
+
+@functools.cache
+def _pixels_by_distance() -> Tensor:
+    """(784, 784) all pixels in the order of their distance from each pixel."""
+    at = torch.cartesian_prod(torch.arange(SIDE), torch.arange(SIDE))
+    return (at[:, None] - at[None]).square().sum(2).argsort(dim=1, stable=True)
+
+
+def matched_edit(named: Tensor, elsewhere: Tensor, nearest_first: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """Two edits (B, 784) that move the same amount of ink: of what there is at the named pixels, and elsewhere.
+
+    The one elsewhere is a patch that grows around a pixel drawn with the probability of its share, by `where` (B,) in
+    [0, 1). Where one of the two has less ink to move, both move that much. `nearest_first` (784, 784) holds all pixels
+    by their distance from each.
+    """
+    total = elsewhere.cumsum(1)
+    amount = torch.minimum(named.sum(1), total[:, -1])[:, None]
+    centre = torch.searchsorted(total, (where * total[:, -1])[:, None], right=True)[:, 0].clamp(max=total.shape[1] - 1)
+    order = nearest_first[centre]
+    there = elsewhere.gather(1, order)
+    taken = torch.minimum(there, (amount - (there.cumsum(1) - there)).clamp(min=0))
+    patch = torch.zeros_like(elsewhere).scatter_(1, order, taken)
+    return named * (amount / named.sum(1, keepdim=True).clamp(min=1e-9)), patch
+
+
+def _spread(indices: Tensor, n: int) -> Tensor:
+    """At most n of the indices, spread evenly."""
+    return indices[torch.linspace(0, len(indices) - 1, min(n, len(indices))).round().long()]
+
+
+class _Editor:
+    """Edits ink as hypotheses name it, and as much elsewhere, and sees whether the feature is active after."""
+
+    def __init__(
+        self, hypotheses: Sequence[Hypothesis], model, images: Tensor, sae, mu: Tensor, std: Tensor, seed: int
+    ):
+        self.model, self.images, self.sae, self.mu, self.std = model, images, sae, mu, std
+        self.wanted, self.empty = torch.zeros(2, sae.W_enc.shape[1], SIDE * SIDE, dtype=torch.bool)
+        for h in hypotheses:
+            masks, wanted = place_masks(h.stroke.places).flatten(1), torch.tensor(h.stroke.weights) > 0
+            self.wanted[h.feature] = masks[wanted].any(0)
+            self.empty[h.feature] = masks[~wanted].any(0) & ~self.wanted[h.feature]
+        self.wanted, self.empty = self.wanted.to(mu.device), self.empty.to(mu.device)
+        self.ever_inked = (images.flatten(1) > 0).float().mean(0).to(
+            mu.device
+        ) > 0.01  # blank margins would be too easy
+        self.nearest_first = _pixels_by_distance().to(mu.device)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def matched(self, named: Tensor, elsewhere: Tensor) -> tuple[Tensor, Tensor]:
+        where = torch.rand(len(named), generator=self.generator).to(named.device)
+        return matched_edit(named, elsewhere, self.nearest_first, where)
+
+    def active(self, pixels: Tensor, feature: Tensor) -> Tensor:
+        """(B,) bool, whether each edited image fires its feature."""
+        edited = pixels.unflatten(1, self.images.shape[1:])
+        acts = self.sae.encode(standardised(self.model, edited, self.mu, self.std))
+        return acts.gather(1, feature[:, None])[:, 0] > 0
+
+    def erased(self, feature: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether removing the ink named, and as much elsewhere, turned the feature off: (B,) each.
+
+        Where only empty places are named, ink painted into them is what must turn it off.
+        """
+        wanted, empty = self.wanted[feature], self.empty[feature]
+        other = self.ever_inked & ~(wanted | empty)
+        paint = ~wanted.any(1, keepdim=True)
+        named, elsewhere = self.matched(
+            torch.where(paint, (1 - x) * empty, x * wanted), torch.where(paint, 1 - x, x) * other
+        )
+        sign = torch.where(paint, 1.0, -1.0)
+        return ~self.active(x + sign * named, feature), ~self.active(x + sign * elsewhere, feature)
+
+    def painted(self, feature: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether inking the wanted places and clearing the empty ones, and as much elsewhere, turned it on."""
+        wanted, empty = self.wanted[feature], self.empty[feature]
+        other = self.ever_inked & ~(wanted | empty)
+        ink, ink_elsewhere = self.matched((1 - x) * wanted, (1 - x) * other)
+        clear, clear_elsewhere = self.matched(x * empty, x * other)
+        return self.active(x + ink - clear, feature), self.active(x + ink_elsewhere - clear_elsewhere, feature)
+
+    def test(self, edit: Callable, pairs: list[tuple[int, Tensor]]) -> dict[int, EditTest]:
+        """`edit` on the (feature, images) pairs."""
+        if not pairs:
+            return {}
+        features = torch.cat([torch.full_like(at, k) for k, at in pairs])
+        counts = torch.zeros(len(self.wanted), 5, dtype=torch.int64)
+        for k, i in zip(features.split(ROWS), torch.cat([at for _, at in pairs]).split(ROWS), strict=True):
+            x = self.images[i.to(self.images.device)].flatten(1).to(self.mu.device)
+            named, elsewhere = (outcome.cpu() for outcome in edit(k.to(self.mu.device), x))
+            row = [torch.ones_like(named), named, elsewhere, named & ~elsewhere, elsewhere & ~named]
+            counts.index_add_(0, k, torch.stack(row, 1).long())
+        return {k: EditTest(*counts[k].tolist()) for k, _ in pairs}
+
+
+def edit_tests(
+    hypotheses: Sequence[Hypothesis], model, images: Tensor, activity: Activity, sae, mu: Tensor, std: Tensor, seed: int
+) -> tuple[dict[int, EditTest], dict[int, EditTest]]:
+    """Erasing and painting, by feature, of the hypotheses that name strokes."""
+    editor = _Editor(hypotheses, model, images, sae, mu, std, seed)
+    firing, silent = [], []
+    for h in hypotheses:
+        firing.append((h.feature, _spread(activity.of(h.feature)[0], N_EDIT)))
+        off = torch.from_numpy(np.flatnonzero(~activity.is_active(h.feature)))
+        silent.append((h.feature, _spread(off, N_EDIT)))
+    with torch.no_grad():
+        return editor.test(editor.erased, firing), editor.test(editor.painted, silent)
+
+
+def _dose_response(
+    model, without: Tensor, step: Tensor, named: Sequence[int | None]
+) -> list[tuple[tuple[float, ...] | None, tuple[float, ...] | None]]:
+    """For each named class the mean change of its logit when DOSES times step (d_in,) are added to the preactivations
+    `without` (n, d_in) the feature: as it is, and extrapolated from an infinitesimal dose."""
+    with torch.no_grad():
+        at_doses = torch.stack([model.logits_from_preactivations(without + dose * step) for dose in DOSES])
+        curve = (at_doses - at_doses[0]).mean(1)  # (doses, C)
+    responses: list[tuple[tuple[float, ...] | None, tuple[float, ...] | None]] = []
+    start = without.detach().clone().requires_grad_(True)
+    with torch.enable_grad():
+        logits = model.logits_from_preactivations(start)
+    for c in named:
+        if c is None:
+            responses.append((None, None))
+            continue
+        (gradient,) = torch.autograd.grad(logits[:, c].sum(), start, retain_graph=True)
+        slope = float((gradient @ step).mean())
+        responses.append((tuple(curve[:, c].tolist()), tuple(slope * dose for dose in DOSES)))
+    return responses
+
+
+def effect_test(
+    h: Hypothesis, model, raw: Tensor, activity: Activity, sae, std: Tensor, generator: torch.Generator
+) -> EffectTest:
+    """The effect part of one hypothesis on raw preactivations (N, d_in)."""
+    at, acts = activity.of(h.feature)
+    chosen = _spread(torch.arange(len(at)), N_EDIT)
+    firing, f = raw[at[chosen].to(raw.device)], acts[chosen, None].to(raw.device)
+    direction = sae.W_dec[h.feature].detach()
+    noise = torch.randn(len(chosen), len(direction), generator=generator).to(raw.device)
+    random = torch.nn.functional.normalize(noise, dim=1) * direction.norm()
+    with torch.no_grad():
+        three = torch.cat([firing, firing - f * direction * std, firing - f * random * std])
+        base, without, without_random = model.logits_from_preactivations(three).chunk(3)
+
+    def share(changed: Tensor) -> Tensor:
+        claims = [(h.effect.raises, h.effect.raised_by, 1), (h.effect.lowers, h.effect.lowered_by, -1)]
+        return torch.stack([sign * (base - changed)[:, c] / by for c, by, sign in claims if c is not None]).mean(0)
+
+    own, other, mean = share(without), share(without_random), (base - without).mean(0)
+    step = h.typical_activation * direction * std
+    (up, up_line), (down, down_line) = _dose_response(
+        model, firing - f * direction * std, step, (h.effect.raises, h.effect.lowers)
+    )
+    return EffectTest(
+        n=len(chosen),
+        raised_by=None if h.effect.raises is None else float(mean[h.effect.raises]),
+        lowered_by=None if h.effect.lowers is None else -float(mean[h.effect.lowers]),
+        share=float(own.mean()),
+        share_error=float(own.std() / len(own) ** 0.5),
+        only_named=int((own > other).sum()),
+        only_random=int((own < other).sum()),
+        doses=DOSES,
+        dose_raises=up,
+        dose_lowers=down,
+        linear_raises=up_line,
+        linear_lowers=down_line,
+    )
+
+
+def _detect(
+    h: Hypothesis, active: np.ndarray, ink: np.ndarray | None, labels: np.ndarray, weights: Tensor | None
+) -> dict[str, Detected]:
+    """How well each part predicts activity; `weights` from `bootstrap_weights` when intervals are wanted."""
+    detected = {}
+    for part, scores in part_scores(h, ink, labels).items():
+        measured, intervals = detection(scores, active, h.cuts[part]), {}
+        if weights is not None:
+            resampled = detection_over(scores, active, h.cuts[part], weights)
+            for name, values in resampled._asdict().items():
+                intervals[name] = tuple(np.nanquantile(values, INTERVAL).tolist())
+        p = fisher_p(scores > 0.5, active) if part == "class" else rank_sum_p(scores, active)
+        detected[part] = Detected(*measured, intervals, p)
+    return detected
+
+
+def test_hypotheses(
+    hypotheses: Sequence[Hypothesis],
+    model,
+    images: Tensor,
+    labels: Tensor,
+    sae,
+    mu: Tensor,
+    std: Tensor,
+    activity: Activity | None = None,
+    n_bootstrap: int = N_BOOTSTRAP,
+    seed: int = 0,
+    min_active: int = MIN_ACTIVE,
+) -> list[Evidence]:
+    """What images (N, ...) with labels (N,) say about the hypotheses.
+
+    detection  AUROC, average precision and balanced accuracy with which class part, stroke part and both predict where
+               the feature is active
+    erasing    on up to N_EDIT images that fire it, the ink named is removed, and as much elsewhere
+    painting   on as many that do not, the wanted places are inked and the empty ones cleared, and as much elsewhere
+    effect     on images that fire it, the feature is removed, and as much of a random direction; then added in DOSES
+
+    Hypotheses about features that fewer than `min_active` images fire are not tested. `activity` takes the place of the
+    SAE's own, to measure what chance gives. `n_bootstrap` = 0 leaves intervals out. Raises ValueError for shapes that
+    do not fit.
+    """
+    activity = activity or collect_activity(model, images, labels, sae, mu, std)
+    n = len(images)
+    testable = [h for h in hypotheses if min_active <= activity.n_active[h.feature] < n]
+    ink = place_ink(images).cpu().numpy() if any(h.stroke for h in testable) else None
+    weights = bootstrap_weights(n, n_bootstrap, seed) if n_bootstrap else None
+    label_of = labels.cpu().numpy()
+    detected = {h.feature: _detect(h, activity.is_active(h.feature), ink, label_of, weights) for h in testable}
+    with_stroke = [h for h in testable if h.stroke]
+    erasing, painting = {}, {}
+    if with_stroke:
+        erasing, painting = edit_tests(with_stroke, model, images, activity, sae, mu, std, seed)
+    with torch.no_grad():
+        raw = torch.cat([raw_preactivations(model, some, mu) for some in images.split(ROWS)])
+    generator = torch.Generator().manual_seed(seed)
+    effects = {h.feature: effect_test(h, model, raw, activity, sae, std, generator) for h in testable if h.effect}
+    return [
+        Evidence(k, int(activity.n_active[k]), n, detected.get(k, {}), erasing.get(k), painting.get(k), effects.get(k))
+        for k in (h.feature for h in hypotheses)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judge
+# ---------------------------------------------------------------------------------------------------------------------
+
+CONFIRMED, INCONCLUSIVE, REFUTED, NONE = "confirmed", "inconclusive", "refuted", "no hypothesis"
+CONFIDENCE_RULE = """High: every part that is claimed is confirmed, and each of its measurements clears its bar even
+at the pessimistic end of its 95% interval. Medium: not High, but at least one part is confirmed and none is refuted.
+Low: the rest. A statement held on images set aside when each measurement clears its bar there, too."""
+
+
+class Measurement(NamedTuple):
+    """One measured value with its 95% interval, the bar it must reach and its p-value."""
+
+    value: float
+    low: float
+    high: float
+    bar: float
+    p: float
+
+    def verdict(self, significant: bool) -> str:
+        if self.value >= self.bar and significant:
+            return CONFIRMED
+        return REFUTED if self.high < self.bar else INCONCLUSIVE
+
+
+class Judgement(NamedTuple):
+    """Verdicts about one hypothesis: on each test, on each part, and overall; and how much confidence it deserves."""
+
+    feature: int
+    tests: dict[str, str]
+    parts: dict[str, str]
+    verdict: str
+    confidence: str
+    all_three: bool  # class, stroke and effect are all claimed and confirmed
+
+    def with_confidence(self, confidence: str) -> Judgement:
+        return self._replace(confidence=confidence)
+
+
+TESTS_OF = {"class": ("class",), "stroke": ("stroke", "erasing", "painting"), "both": ("both",), "effect": ("effect",)}
+
+
+def measurements(evidence: Evidence, rule: Rule) -> dict[str, Measurement]:
+    """What was measured, test by test, against the rule's bars. Erasing and painting: per image, named minus
+    `times_elsewhere` times elsewhere."""
+    found = {}
+    for part, bar in (("class", rule.class_auroc), ("stroke", rule.stroke_auroc), ("both", rule.both_auroc)):
+        if part in evidence.detected:
+            d = evidence.detected[part]
+            low, high = d.intervals.get("auroc", (d.auroc, d.auroc))
+            found[part] = Measurement(d.auroc, low, high, bar, d.p)
+    for name in ("erasing", "painting"):
+        test = getattr(evidence, name)
+        if test is not None:
+            mean, error = test.excess(rule.times_elsewhere)
+            found[name] = Measurement(mean, mean - NEAR * error, mean + NEAR * error, 0.0, test.p)
+    if evidence.effect is not None:
+        e = evidence.effect
+        wide = NEAR * e.share_error
+        found["effect"] = Measurement(e.share, e.share - wide, e.share + wide, rule.effect_share, e.p)
+    return found
+
+
+def _joint(verdicts: Sequence[str]) -> str:
+    """One refuted refutes; all confirmed confirm."""
+    if REFUTED in verdicts:
+        return REFUTED
+    return CONFIRMED if verdicts and all(v == CONFIRMED for v in verdicts) else INCONCLUSIVE
+
+
+def judge_hypotheses(
+    hypotheses: Sequence[Hypothesis], evidence: Sequence[Evidence], rule: Rule | None = None
+) -> list[Judgement]:
+    """Verdicts and confidence, by CONFIDENCE_RULE; p-values corrected over all features and tests.
+
+    A test is confirmed when its value reaches the bar and is significant, refuted when its 95% interval stays below the
+    bar, and otherwise inconclusive. A part is refuted by one of its tests and confirmed by all; so is the whole.
+    """
+    rule = rule or Rule()
+    found = [measurements(e, rule) for e in evidence]
+    flat = [(i, name) for i, tests in enumerate(found) for name in tests]
+    significant = benjamini_hochberg([found[i][name].p for i, name in flat], rule.false_discovery_rate)
+    passed = dict(zip(flat, significant.tolist(), strict=True))
+    judgements = []
+    for i, (h, e, tests) in enumerate(zip(hypotheses, evidence, found, strict=True)):
+        verdicts = {name: m.verdict(passed[i, name]) for name, m in tests.items()}
+        if e.effect is not None and verdicts["effect"] == CONFIRMED and not e.effect.dose_follows:
+            verdicts["effect"] = INCONCLUSIVE
+        claimed = [part for part in PARTS if h.proposes(part)]
+        parts = {
+            p: _joint([verdicts[t] for t in TESTS_OF[p] if t in verdicts]) if p in claimed else NONE for p in PARTS
+        }
+        if not claimed:
+            judgements.append(Judgement(h.feature, {}, parts, NONE, "Low", False))
+            continue
+        whole = _joint([parts[part] for part in claimed] + [verdicts[t] for t in ("both",) if t in verdicts])
+        clear = all(m.low >= m.bar for m in tests.values())
+        some = any(parts[part] == CONFIRMED for part in claimed) and REFUTED not in parts.values()
+        confidence = "High" if whole == CONFIRMED and clear else "Medium" if some else "Low"
+        all_three = whole == CONFIRMED and len(claimed) == len(PARTS)
+        judgements.append(Judgement(h.feature, verdicts, parts, whole, confidence, all_three))
+    return judgements
+
+
+def held(evidence: Evidence, rule: Rule | None = None) -> bool | None:
+    """Whether every measurement clears its bar, significant or not; None when there is none to see."""
+    tests = measurements(evidence, rule or Rule())
+    return all(m.value >= m.bar for m in tests.values()) if tests else None
+
+
+class Shares(NamedTuple):
+    """Shares of the features that fire on at least one in a thousand of the images they were tested on."""
+
+    features: int
+    explained: float  # class, stroke and effect are all confirmed
+    predicted: float  # class and stroke together reach the AUROC asked for
+    median_auroc: float | None
+    class_confirmed: float
+    stroke_confirmed: float
+    effect_confirmed: float
+    refuted: float
+
+
+def shares_explained(evidence: Sequence[Evidence], judgements: Sequence[Judgement], rule: Rule | None = None) -> Shares:
+    """The shares of one set of features; zeros where none fires."""
+    rule = rule or Rule()
+    firing = [(e, j) for e, j in zip(evidence, judgements, strict=True) if e.n_active >= 0.001 * e.n_images]
+    auroc = [e.detected["both"].auroc for e, _ in firing if "both" in e.detected]
+    n = max(1, len(firing))
+    confirmed = [sum(j.parts[part] == CONFIRMED for _, j in firing) / n for part in PARTS]
+    return Shares(
+        len(firing),
+        sum(j.all_three for _, j in firing) / n,
+        sum(a >= rule.both_auroc for a in auroc) / n,
+        float(np.median(auroc)) if auroc else None,
+        *confirmed,
+        sum(j.verdict == REFUTED for _, j in firing) / n,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chance, and what training added
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def swapped(hypotheses: Sequence[Hypothesis], n_active: Tensor) -> list[Hypothesis]:
+    """Each hypothesis about the feature next to its own in firing rate, (d_sae,) `n_active`: explanations in pairs."""
+    order = sorted(
+        (h for h in hypotheses if any(map(h.proposes, PARTS))), key=lambda h: (int(n_active[h.feature]), h.feature)
+    )
+    pairs = zip(order[0::2], order[1::2], strict=False)
+    return [moved for a, b in pairs for moved in (a._replace(feature=b.feature), b._replace(feature=a.feature))]
+
+
+def shuffled(activity: Activity, seed: int = 0) -> Activity:
+    """As many active images per feature and the same activations, but on images drawn at random."""
+    generator, n = np.random.default_rng(seed), len(activity.labels)
+    counts = activity.n_active.tolist()
+    image = [np.sort(generator.choice(n, count, replace=False)) for count in counts]
+    return activity._replace(image=torch.from_numpy(np.concatenate(image)))
+
+
+class LinearFeatures(NamedTuple):
+    """Features to compare an SAE's with: f = pre 1[pre > threshold], pre = z W_enc + b_enc."""
+
+    W_enc: Tensor  # (d_in, d_sae)
+    b_enc: Tensor  # (d_sae,)
+    W_dec: Tensor  # (d_sae, d_in)
+    threshold: Tensor  # (d_sae,)
+
+    def encode(self, z: Tensor) -> Tensor:
+        """z (B, d_in) -> feature_acts (B, d_sae)"""
+        pre = torch.addmm(self.b_enc, z, self.W_enc)
+        return torch.where(pre > self.threshold, pre, 0.0)
+
+
+def matched_directions(directions: Tensor, z: Tensor, density: Tensor, mean_activation: Tensor) -> LinearFeatures:
+    """Features along `directions` (n, d_in) that fire on a share `density` (n,) of z (N, d_in), with `mean_activation`
+    (n,) where they do."""
+    unit = torch.nn.functional.normalize(directions, dim=1)
+    W_enc, threshold = torch.empty_like(unit.T), torch.empty(len(unit), device=z.device)
+    for some in torch.arange(len(unit), device=z.device).split(64):
+        pre = z @ unit[some].T  # (N, 64)
+        rank = ((1 - density[some].to(z)) * len(z)).round().long().clamp(1, len(z)) - 1
+        cut = pre.sort(dim=0).values.gather(0, rank[None])[0]
+        active = pre > cut
+        scale = mean_activation[some].to(z) * active.sum(0) / torch.where(active, pre, 0.0).sum(0).clamp(min=1e-9)
+        W_enc[:, some], threshold[some] = unit[some].T * scale, cut * scale
+    return LinearFeatures(W_enc, torch.zeros_like(threshold), unit, threshold)
+
+
+def random_directions(z: Tensor, density: Tensor, mean_activation: Tensor, seed: int = 0) -> LinearFeatures:
+    """Random directions matched to an SAE's features in firing rate and in the norm of what they contribute."""
+    noise = torch.randn(len(density), z.shape[1], generator=torch.Generator().manual_seed(seed)).to(z.device)
+    return matched_directions(noise, z, density, mean_activation)
+
+
+def principal_directions(z: Tensor, density: Tensor, mean_activation: Tensor) -> LinearFeatures:
+    """Both ends of the principal directions of z (N, d_in), strongest first, matched to the most active features."""
+    _, basis = torch.linalg.eigh((z - z.mean(0)).T @ (z - z.mean(0)))
+    ends = torch.stack([basis.T.flip(0), -basis.T.flip(0)], 1).flatten(0, 1)[: len(density)]
+    order = torch.argsort(density, descending=True, stable=True)[: len(ends)]
+    return matched_directions(ends, z, density[order], mean_activation[order])
+
+
+def neurons(mu: Tensor, std: Tensor) -> LinearFeatures:
+    """The hidden units themselves: active where the raw preactivation mu + std z is positive, as ReLU has it."""
+    eye = torch.eye(len(mu), device=mu.device)
+    return LinearFeatures(eye, mu / std, eye, torch.zeros_like(mu))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Does a feature return when the SAE is trained again?
+# ---------------------------------------------------------------------------------------------------------------------
+
+ALIKE = 0.7  # cosine of decoder rows, and correlation of activations, from which two features are the same
+
+
+class Matches(NamedTuple):
+    """For every feature of one SAE its counterpart in another, (d_sae,) each: the one whose smaller of the two
+    similarities is largest."""
+
+    feature: Tensor
+    cosine: Tensor  # of the decoder rows
+    correlation: Tensor  # of the activations over images
+
+    @property
+    def returned(self) -> Tensor:
+        """(d_sae,) bool"""
+        return (self.cosine >= ALIKE) & (self.correlation >= ALIKE)
+
+
+@torch.no_grad()
+def match_features(model, images: Tensor, sae, other, mu: Tensor, std: Tensor) -> Matches:
+    """Counterparts of the features of `sae` among those of `other`, an SAE of the same preactivations."""
+    sums = [torch.zeros((), dtype=torch.float64, device=mu.device)] * 5
+    for batch in images.split(ROWS):
+        z = standardised(model, batch, mu, std)
+        a, b = sae.encode(z), other.encode(z)
+        products = (a.sum(0), b.sum(0), a.square().sum(0), b.square().sum(0), a.T @ b)
+        sums = [total + product.double() for total, product in zip(sums, products, strict=True)]
+    mean_a, mean_b, square_a, square_b, product = (total / len(images) for total in sums)
+    spread_a, spread_b = ((s - m.square()).clamp(min=0).sqrt() for s, m in ((square_a, mean_a), (square_b, mean_b)))
+    covariance = product - mean_a[:, None] * mean_b
+    correlation = (covariance / (spread_a[:, None] * spread_b).clamp(min=1e-12)).float()  # 0 for a silent feature
+    unit, other_unit = (torch.nn.functional.normalize(s.W_dec.detach(), dim=1) for s in (sae, other))
+    cosine = unit @ other_unit.T
+    best = torch.minimum(cosine, correlation).argmax(1, keepdim=True)
+    return Matches(best[:, 0].cpu(), cosine.gather(1, best)[:, 0].cpu(), correlation.gather(1, best)[:, 0].cpu())
+
+
+def with_stability(judgements: Sequence[Judgement], returned: Tensor, n_runs: int) -> list[Judgement]:
+    """High becomes Medium for a feature that returned in fewer than half of n_runs: `returned` (d_sae,) counts them."""
+    return [
+        j.with_confidence("Medium") if j.confidence == "High" and 2 * int(returned[j.feature]) < n_runs else j
+        for j in judgements
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Telling it to people
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _p_words(p: float) -> str:
+    return "p < 1e-99" if p < 1e-99 else f"p = {p:.1g}"
+
+
+def measured_lines(h: Hypothesis, e: Evidence, j: Judgement) -> list[str]:
+    """One line for each test: what was measured, and the verdict."""
+    lines = []
+    for part, d in e.detected.items():
+        low, high = d.intervals.get("auroc", (d.auroc, d.auroc))
+        name = {"class": "labels", "stroke": "strokes", "both": "labels and strokes"}[part]
+        lines.append(
+            f"{name} predict where it fires: AUROC {d.auroc:.3f} [{low:.3f}, {high:.3f}], average precision "
+            f"{d.average_precision:.3f}, balanced accuracy {d.balanced_accuracy:.3f}, {_p_words(d.p)}: {j.tests[part]}"
+        )
+    for name, verb, t in (("erasing", "off", e.erasing), ("painting", "on", e.painting)):
+        if t is not None:
+            lines.append(
+                f"{name} what is named turns it {verb} on {t.named} of {t.n} images, as much ink elsewhere on "
+                f"{t.elsewhere}, {_p_words(t.p)}: {j.tests[name]}"
+            )
+    if e.effect is not None:
+        t = e.effect
+        claims = (
+            ("lowers", h.effect.raises, t.raised_by, h.effect.raised_by, t.dose_raises, t.linear_raises),
+            ("raises", h.effect.lowers, t.lowered_by, h.effect.lowered_by, t.dose_lowers, t.linear_lowers),
+        )
+        moves, doses = [], []
+        for verb, c, found, predicted, curve, line in claims:
+            if c is not None:
+                moves.append(f"{verb} the logit of {c} by {found:.3f} (predicted {predicted:.3f})")
+                steps = ", ".join(f"{value:+.3f}" for value in curve[1:])
+                doses.append(f"logit of {c} {steps} (linear {', '.join(f'{value:+.3f}' for value in line[1:])})")
+        lines.append(
+            f"removing it {' and '.join(moves)}; further than as much of a random direction on {t.only_named} of {t.n} "
+            f"images, {_p_words(t.p)}: {j.tests['effect']}"
+        )
+        lines.append(
+            f"adding {', '.join(f'{dose:g}' for dose in t.doses[1:])} times its typical activation: {'; '.join(doses)}"
+        )
+    return lines
+
+
+def evidence_line(h: Hypothesis, e: Evidence) -> str:
+    """The evidence in one line."""
+    if not h.n_active:
+        return f"fires on none of {h.n_images:,} discovery images"
+    common = sorted(range(len(h.label_histogram)), key=lambda c: (-h.label_histogram[c], c))[:2]
+    shares = [f"{100 * h.label_histogram[c] / h.n_active:.0f}% of them {c}s" for c in common if h.label_histogram[c]]
+    line = f"fires on {100 * h.n_active / h.n_images:.2g}% of images, {' and '.join(shares)}"
+    if "both" in e.detected:
+        line += f"; predicted with AUROC {e.detected['both'].auroc:.2f} on {e.n_images:,} unseen images"
+    elif any(map(h.proposes, PARTS)) and e.effect is None:
+        line += f"; only {e.n_active} of {e.n_images:,} unseen images fire it, too few to judge"
+    if e.erasing is not None:
+        line += f"; erasing turns it off on {e.erasing.named} of {e.erasing.n}, elsewhere {e.erasing.elsewhere}"
+    if e.painting is not None:
+        line += f"; painting turns it on on {e.painting.named} of {e.painting.n}, elsewhere {e.painting.elsewhere}"
+    return line
+
+
+def shares_lines(shares: dict[str, Shares]) -> list[str]:
+    """A Markdown table of several sets of features."""
+    rows = [
+        "| features | firing | all three parts confirmed | class | stroke | effect | AUROC reached | median AUROC |"
+    ]
+    rows.append("|---" * 8 + "|")
+    for name, s in shares.items():
+        cells = [s.explained, s.class_confirmed, s.stroke_confirmed, s.effect_confirmed, s.predicted]
+        percent = " | ".join(f"{100 * value:.0f}%" for value in cells)
+        median = "none" if s.median_auroc is None else f"{s.median_auroc:.3f}"
+        rows.append(f"| {name} | {s.features} | {percent} | {median} |")
+    return rows
+
+
+def feature_lines(
+    h: Hypothesis, e: Evidence, j: Judgement, held_aside: bool | None, firing: Sequence[int], returned: str = ""
+) -> list[str]:
+    """The Markdown section of one feature; `firing` names images that fire it."""
+    aside = {True: "held", False: "did not hold", None: "too few images to see"}[held_aside]
+    lines = [f"### Feature {h.feature}: {statement(h)}", "", f"- Evidence: {evidence_line(h, e)}"]
+    lines.append(f"- Confidence: **{j.confidence}**; verdict {j.verdict}; on images set aside: {aside}{returned}")
+    lines += [f"- {line}" for line in measured_lines(h, e, j)]
+    lines += [f"- no {part} part: {why}" for part, why in h.why_not.items()]
+    if firing:
+        lines.append(f"- test images that fire it: {', '.join(f'#{i}' for i in firing)}")
+    return [*lines, ""]
+
+
+def best_first(judgements: Sequence[Judgement], evidence: Sequence[Evidence]) -> list[int]:
+    """Positions by falling confidence, then verdict, then AUROC."""
+    confidence, verdicts = ("High", "Medium", "Low"), (CONFIRMED, INCONCLUSIVE, REFUTED, NONE)
+
+    def key(i: int) -> tuple:
+        j, e = judgements[i], evidence[i]
+        auroc_of = e.detected["both"].auroc if "both" in e.detected else 0.0
+        return confidence.index(j.confidence), verdicts.index(j.verdict), -auroc_of, j.feature
+
+    return sorted(range(len(judgements)), key=key)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Writing files
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -881,6 +2158,35 @@ def show_feature_panel(
         _bars(axes_at(left, 224 + 102 * row, 320, 58), values, title, signed)
     if save_path is not None:
         save_figure(figure, save_path)
+    return figure
+
+
+def draw_explained(aurocs: dict[str, Sequence[float]], shares: dict[str, Shares], bar: float) -> Figure:
+    """How well the statements about several sets of features predict, and what share is confirmed in all parts."""
+    figure = _new_figure(1000, 380)
+    left, right = figure.add_axes((0.07, 0.15, 0.4, 0.68)), figure.add_axes((0.66, 0.15, 0.31, 0.68))
+    colours = ["#b2182b", "#2166ac", "#4d9221", "#e08214", "#7b3294", "0.4"]
+    for colour, (name, values) in zip(colours, aurocs.items(), strict=False):
+        ranked = np.sort(values)
+        left.step([*ranked, 1.0], [*(1 - np.arange(len(ranked)) / max(1, len(ranked))), 0.0], color=colour, label=name)
+    left.axvline(bar, color="0.6", linestyle=":")
+    left.set_xlim(0.5, 1)
+    left.set_ylim(0, 1.02)
+    left.set_xlabel("AUROC on unseen images")
+    left.set_title("share of statements that predict at least so well", fontsize=10, loc="left")
+    left.legend(fontsize=8.5, loc="lower left")
+    names = list(shares)[::-1]
+    values = [100 * shares[name].explained for name in names]
+    right.barh(names, values, color=colours[: len(names)][::-1])
+    for row, value in enumerate(values):
+        right.text(value + 1, row, f"{value:.0f}%", va="center", fontsize=9)
+    right.set_xlim(0, 105)
+    right.set_title("class, stroke and effect all confirmed, % of features", fontsize=10, loc="right")
+    for axes in (left, right):
+        axes.tick_params(labelsize=8.5)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.suptitle("Statements about features, tested on images that were not used to make them", fontsize=11.5)
     return figure
 
 
