@@ -1357,7 +1357,7 @@ def compared_features(sae: JumpReLUSAE, pre: Preactivations, settings: Settings,
         ),
         "random directions": fa.random_directions(z, density, mean_activation, settings.seed),
         "neurons": fa.neurons(pre.mu, pre.std),
-        "principal directions": fa.principal_directions(z, density, mean_activation),
+        "principal directions": fa.principal_directions(z, density[::2], mean_activation[::2]),
     }
 
 
@@ -1370,34 +1370,37 @@ def measure_chance(
     pre: Preactivations,
     rule: fa.Rule,
     seed: int,
-) -> dict[str, dict[str, float]]:
-    """Of hypotheses that chance alone could confirm, the share that was, in each test. Judged among the real ones, so
-    that the same p-values count as significant."""
+) -> dict[str, dict]:
+    """Where chance alone can confirm them: of how many statements how large a share was, test by test and as a whole.
+
+    They are judged among the real ones, so that the same p-values count as significant. Painting and the effect do not
+    depend on which images are called active or on labels; they are left out where only those were mixed up.
+    """
     activity = fa.collect_activity(model, *split, sae, pre.mu, pre.std)
     claiming = [h for h, e in zip(hypotheses, evidence, strict=True) if e.detected]
     some = claiming[:: max(1, len(claiming) // CHANCE)][:CHANCE]
     mixed = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(seed)).to(split.labels.device)
+    every_test = [test for tests in fa.TESTS_OF.values() for test in tests]
     by_chance = {
-        "explanations swapped between features of like firing rate": (
-            fa.swapped(some, activity.n_active),
+        "explanations swapped": (fa.swapped(some, activity.n_active), split.labels, activity, every_test),
+        "activations shuffled": (
+            some,
             split.labels,
-            activity,
+            fa.shuffled(activity, seed),
+            ["class", "stroke", "both", "erasing"],
         ),
-        "activations shuffled over images": (some, split.labels, fa.shuffled(activity, seed)),
-        "labels permuted": (some, split.labels[mixed], activity),
+        "labels permuted": ([h for h in some if h.labels], split.labels[mixed], activity, ["class"]),
     }
-    shares = {}
-    for name, (claims, labels, active) in by_chance.items():
+    chance = {}
+    for name, (claims, labels, active, tests) in by_chance.items():
         common = (sae, pre.mu, pre.std, active)
         found = fa.test_hypotheses(claims, model, split.images, labels, *common, n_bootstrap=0, seed=seed)
         judged = fa.judge_hypotheses([*hypotheses, *claims], [*evidence, *found], rule)[len(hypotheses) :]
-        verdicts = {
-            test: [j.tests[test] for j in judged if test in j.tests] for tests in fa.TESTS_OF.values() for test in tests
-        }
-        shares[name] = {test: v.count(fa.CONFIRMED) / len(v) for test, v in verdicts.items() if v}
-        shares[name]["statement"] = sum(j.verdict == fa.CONFIRMED for j in judged) / max(1, len(judged))
-        shares[name]["statements tested"] = len(judged)
-    return shares
+        verdicts = {test: [j.tests[test] for j in judged if test in j.tests] for test in tests}
+        confirmed = {test: v.count(fa.CONFIRMED) / len(v) for test, v in verdicts.items() if v}
+        whole = sum(j.verdict == fa.CONFIRMED for j in judged) / max(1, len(judged))
+        chance[name] = {"statements": len(judged), "confirmed": whole, "by_test": confirmed}
+    return chance
 
 
 def confidence_check(judgements: Sequence[fa.Judgement], held_aside: Sequence[bool | None]) -> dict[str, dict]:
@@ -1498,6 +1501,10 @@ def statement_record(k: int, t: Tested) -> dict:
     }
 
 
+CHANCE_WORDS = """Statements that only chance can confirm, judged among the real ones: explanations swapped between
+features of like firing rate, activations shuffled over images, and, for the class part, labels permuted."""
+
+
 def statements_markdown(t: Tested, n_aside: int, title: str) -> str:
     """hypotheses.md: how to read it, how well the statements did as a whole, then every feature, best first."""
     n_images = t.evidence[0].n_images
@@ -1533,10 +1540,10 @@ def statements_markdown(t: Tested, n_aside: int, title: str) -> str:
         "",
     ]
     lines += fa.shares_lines(t.shares)
-    lines += ["", "## What does chance give?", "", "Share of tests confirmed where only chance can confirm them:", ""]
-    for name, shares in t.record["chance"].items():
-        tests = ", ".join(f"{test} {share:.1%}" for test, share in shares.items() if test != "statements tested")
-        lines.append(f"- {name} ({shares['statements tested']} statements): {tests}")
+    lines += ["", "## What does chance give?", "", CHANCE_WORDS, ""]
+    for name, c in t.record["chance"].items():
+        tests = ", ".join(f"{test} {share:.1%}" for test, share in c["by_test"].items())
+        lines.append(f"- {name}: {c['confirmed']:.1%} of {c['statements']} statements as a whole; {tests}")
     lines += ["", "## Feature by feature, best first", ""]
     for i in fa.best_first(t.judgements, t.evidence):
         h, j = t.hypotheses[i], t.judgements[i]

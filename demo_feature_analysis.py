@@ -388,6 +388,101 @@ def neighbour_checks(plan: Plan, hand: ByHand, sae: PlantedSAE) -> Iterator[Chec
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Statements about strokes: 15 places, each in four orientations, in four models
+# ---------------------------------------------------------------------------------------------------------------------
+
+ORIENTATIONS = ("horizontal", "vertical", "rising", "falling")
+CENTRES = [(r, c) for r in (3, 10, 17, 24) for c in (3, 10, 17, 24) if (r, c) != (24, 10)]  # there the stain is
+N_LABELLED = 2400  # images to propose from, and as many others to test on
+OWN_CLASS, OTHER_CLASS = 0.35, 0.05  # how often a stroke is drawn on images of the class it pushes, and on others
+NEAR = 4.0  # pixels by which a place may be off its stroke's centre
+
+
+def stroke_table(turn: int) -> list[Planted]:
+    """One stroke at each of CENTRES; `turn` turns them all by so many orientations."""
+    table = []
+    for k, (r, c) in enumerate(CENTRES):
+        orientation, near = ORIENTATIONS[(k + k // 4 + turn) % 4], box(r - 3, r + 3, c - 3, c + 3)
+        mask = {
+            "horizontal": box(r, r + 1, c - 3, c + 3),
+            "vertical": box(r - 3, r + 3, c, c + 1),
+            "rising": near & (abs(ROW - r + COL - c - 0.5) < 1),
+            "falling": near & (abs(ROW - r - COL + c - 0.5) < 1),
+        }[orientation]
+        against = (k + 1 + k // N_CLASSES) % N_CLASSES  # k // N_CLASSES is at most 2: never the class it pushes
+        table.append(
+            Planted(f"{orientation} {k}", mask, pushes=k % N_CLASSES, against=against, strength=0.8 + 0.04 * k)
+        )
+    return table
+
+
+def draw_labelled(plan: Plan, seed: int) -> Scene:
+    """Images of a class each, on which the strokes that push it are frequent; half of them stained, a little noise."""
+    generator, s = torch.Generator().manual_seed(seed), len(plan.table)
+    labels = torch.randint(N_CLASSES, (N_LABELLED,), generator=generator)
+    own = labels[:, None] == torch.tensor([row.pushes for row in plan.table])
+    drawn, strong, shade = torch.rand(3, N_LABELLED, s + 1, generator=generator)  # the last column is the stain
+    noise = 0.03 * torch.randn(N_LABELLED, SIDE, SIDE, generator=generator) * torch.tensor(box(2, 25, 2, 25))
+    ink = torch.where(strong < 0.5, 0.45, 0.8) + 0.2 * shade
+    often = torch.where(own, OWN_CLASS, OTHER_CLASS)
+    ink[drawn > torch.cat([often, torch.full((N_LABELLED, 1), 0.5)], 1)] = 0
+    images = torch.stack([(one[:, None, None] * torch.tensor(plan.masks)).amax(0) for one in ink])
+    return Scene((images + noise).clamp(0, 1)[:, None], labels, ink[:, :s])
+
+
+class Statements(NamedTuple):
+    """What came of the planted strokes of one model, (15,) bool each, and of null features, (n,) bool each."""
+
+    right: dict[str, list[bool]]
+    null_confirmed: dict[str, list[bool]]
+
+
+def try_statements(turn: int) -> Statements:
+    """Propose on one scene, test on another; then the same statements where chance alone can confirm them."""
+    plan = make_plan(stroke_table(turn))
+    (model, *rest), seen, unseen = plant(plan), draw_labelled(plan, turn), draw_labelled(plan, 100 + turn)
+    hypotheses = fa.propose_hypotheses(model, seen.images, seen.labels, *rest)
+
+    def judged(claims: list, activity: fa.Activity | None = None) -> list[fa.Judgement]:
+        found = fa.test_hypotheses(claims, model, unseen.images, unseen.labels, *rest, activity, n_bootstrap=0)
+        return fa.judge_hypotheses(claims, found)
+
+    right: dict[str, list[bool]] = {"class": [], "place": [], "orientation": [], "effect": [], "confirmed": []}
+    for h, j, row, (r, c) in zip(hypotheses, judged(hypotheses), plan.table, CENTRES, strict=True):
+        place = h.stroke.places[0] if h.stroke else fa.Place(-SIDE, -SIDE, "none", 0)
+        right["class"].append(h.labels == (row.pushes,))
+        right["place"].append(bool(np.hypot(place.row - r, place.col - c) <= NEAR))
+        right["orientation"].append(place.shape == row.name.split()[0])
+        right["effect"].append(h.effect is not None and h.effect[::2] == (row.pushes, row.against))
+        right["confirmed"].append(j.all_three)
+    n, activity = len(hypotheses), fa.collect_activity(model, unseen.images, unseen.labels, *rest)
+    swapped = [[h._replace(feature=(h.feature + shift) % n) for h in hypotheses] for shift in (1, 2, 4)]
+    nulls = {
+        "explanations swapped": [j for claims in swapped for j in judged(claims)],
+        "activations shuffled": [j for s in range(2) for j in judged(hypotheses, fa.shuffled(activity, s))],
+    }
+    return Statements(right, {name: [j.verdict == fa.CONFIRMED for j in found] for name, found in nulls.items()})
+
+
+def share_check(what: str, outcomes: Sequence[bool], least: float = 0.0, most: float = 1.0) -> Check:
+    share = float(np.mean(outcomes))
+    expected = f">= {least:.0%}" if least else f"<= {most:.0%}"
+    return Check(what, f"{len(outcomes)} features", expected, f"{share:.1%}", least <= share <= most)
+
+
+def statement_checks() -> Iterator[Check]:
+    """Whether statements about planted strokes are right and confirmed, and those about null features are not."""
+    tried = [try_statements(turn) for turn in range(len(ORIENTATIONS))]
+    for name in tried[0].right:
+        yield share_check(f"statements: {name}", [right for t in tried for right in t.right[name]], least=0.95)
+    together = [all(one) for t in tried for one in zip(*t.right.values(), strict=True)]
+    yield share_check("statements: all of these", together, least=0.95)
+    for name in tried[0].null_confirmed:
+        nulls = [confirmed for t in tried for confirmed in t.null_confirmed[name]]
+        yield share_check(f"null statements confirmed: {name}", nulls, most=0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -466,6 +561,7 @@ def run_checks(plan: Plan, out: Path) -> Iterator[Check]:
     yield from pattern_checks(plan, scene, hand, planted)
     yield from effect_checks(plan, scene, hand, planted)
     yield from neighbour_checks(plan, hand, planted[1])
+    yield from statement_checks()
     yield from picture_checks(plan, scene, hand, out)
 
 

@@ -554,7 +554,7 @@ def detection_over(scores: np.ndarray, active: np.ndarray, cut: float, weights: 
 
     NaN for a weighting that leaves no active image or no other.
     """
-    ranked = np.sort(scores[active])
+    ranked = np.unique(scores[active])
     # Only where a score stands among those of the active images matters: slots, even between them and odd at them.
     slot = np.searchsorted(ranked, scores, "left") + np.searchsorted(ranked, scores, "right")
     n_slots, said = 2 * len(ranked) + 1, scores > cut
@@ -614,11 +614,9 @@ def rank_sum_p(scores: np.ndarray, active: np.ndarray) -> float:
     Wilcoxon, Mann and Whitney's test in its normal approximation, variance corrected for ties, continuity by one half
     (Lehmann 1975, section 1.4). 1 when all scores are equal.
     """
-    _, group, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(counts) - (counts - 1) / 2)[group]  # mid-ranks
+    ties = np.unique(scores, return_counts=True)[1].astype(float)
     n, n1 = len(scores), int(active.sum())
-    excess = rank[active].sum() - n1 * (n + 1) / 2
-    ties = counts.astype(float)
+    excess = (auroc(scores, active) - 0.5) * n1 * (n - n1)
     variance = n1 * (n - n1) / 12 * ((n + 1) - (ties**3 - ties).sum() / (n * (n - 1)))
     return 0.5 * math.erfc((excess - 0.5) / math.sqrt(2 * variance)) if variance > 0 else 1.0
 
@@ -663,7 +661,7 @@ def benjamini_hochberg(p: Sequence[float], q: float) -> np.ndarray:
 SIDE = 28  # the vocabulary is made for images of this height and width
 DIRECTIONS = {"horizontal": (0, 1), "vertical": (1, 0), "rising": (-1, 1), "falling": (1, 1)}  # (down, right)
 LENGTHS = (7, 13)  # of a short and of a long piece of stroke, in pixels
-GRID = range(3, 25, 3)  # rows and columns on which pieces are centred
+GRID = range(3, 26, 2)  # rows and columns on which pieces are centred
 HALF_WIDTH, DOT_RADIUS = 1.5, 2.6  # pixels
 
 
@@ -707,7 +705,7 @@ def stroke_vocabulary() -> tuple[Place, ...]:
     for row, col in itertools.product(GRID, GRID):
         places.append(Place(row, col, "dot", 5))
         for (shape, direction), length in itertools.product(DIRECTIONS.items(), LENGTHS):
-            reach = [abs(step) / math.hypot(*direction) * length / 2 for step in direction]
+            reach = [abs(step) / math.hypot(*direction) * (length - 1) / 2 for step in direction]
             if all(0 <= at - r and at + r <= SIDE - 1 for at, r in zip((row, col), reach, strict=True)):
                 places.append(Place(row, col, shape, length))
     return tuple(places)
@@ -796,6 +794,7 @@ MIN_ACTIVE = 8  # active images below which nothing is proposed or judged
 MOST_DIGITS = 3  # a class part names at most so many labels ...
 MOST_PLACES = 3  # ... and a stroke part so many places with ink, and so many without
 WORTH_A_PLACE = 1.03  # a further place must raise the explained variance by this factor
+AS_GOOD = 0.95  # share of the best place's gain from which a place counts as good
 SMALLEST_EFFECT = 0.02  # smallest mean change of a logit that is worth a statement
 PATTERN_IMAGES = 32  # images over which input patterns are averaged; for a model linear in the pixels any will do
 
@@ -860,13 +859,16 @@ def _mean_ink_when_active(ink: Tensor, activity: Activity) -> Tensor:
     return total / activity.n_active.clamp(min=1)[:, None]
 
 
-def _pursue(covariance: Tensor, gram: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def _pursue(covariance: Tensor, gram: Tensor, gradient: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     """Orthogonal matching pursuit with signs: up to six columns of `gram` (M, M) for each row of `covariance` (K, M).
 
     gradient (K, M) is the mean input pattern over each place: a place may be wanted only where ink raises the feature,
-    and unwanted only where ink lowers it, so that what is named is a cause and not mere company. Places are added while
-    each multiplies the explained variance by WORTH_A_PLACE. Returns indices and weights, (K, 6); 0 where not used.
+    and unwanted only where ink lowers it, so that what is named is a cause and not mere company. Among places that are
+    AS_GOOD as the best, the one most like the pattern is taken, in cosine; `sizes` (M,) are their pixels. Places are
+    added while each multiplies the explained variance by WORTH_A_PLACE. Returns indices and weights, (K, 6); 0 where
+    not used.
     """
+    alignment = gradient.abs() * sizes.sqrt()
     scale = gram.diagonal().sqrt() + 1e-3
     chosen = torch.zeros(len(covariance), 0, dtype=torch.int64)
     weights, residual = torch.zeros(len(covariance), 0, dtype=gram.dtype), covariance
@@ -877,7 +879,8 @@ def _pursue(covariance: Tensor, gram: Tensor, gradient: Tensor) -> tuple[Tensor,
         full_up, full_down = ((signs > 0).sum(1) >= MOST_PLACES)[:, None], ((signs < 0).sum(1) >= MOST_PLACES)[:, None]
         gain[(gain * gradient <= 0) | full_up & (gradient > 0) | full_down & (gradient < 0)] = 0
         gain.scatter_(1, chosen, 0)
-        chosen = torch.cat([chosen, gain.abs().argmax(1, keepdim=True)], 1)
+        as_good = gain.abs() >= AS_GOOD * gain.abs().amax(1, keepdim=True)
+        chosen = torch.cat([chosen, torch.where(as_good, alignment, -1.0).argmax(1, keepdim=True)], 1)
         among, wanted = gram[chosen[:, :, None], chosen[:, None, :]], covariance.gather(1, chosen)
         ridge = 1e-6 * gram.diagonal().mean() * torch.eye(among.shape[1], dtype=gram.dtype)
         fitted = torch.linalg.solve(among + ridge, wanted)  # a row that stopped growing may name a place twice
@@ -899,9 +902,12 @@ def _fit_strokes(ink: Tensor, activity: Activity, heats: Tensor) -> list[Stroke 
     covariance = share * (_mean_ink_when_active(ink, activity).double() - mean)  # of activity (0 or 1) and ink
     vocabulary = stroke_vocabulary()
     gradient = heats.flatten(1) @ _mean_over(vocabulary).T
+    sizes = place_masks(vocabulary).flatten(1).sum(1)
     strokes: list[Stroke | None] = []
     for some in torch.arange(len(covariance)).split(512):
-        for places, weights in zip(*(t.tolist() for t in _pursue(covariance[some], gram, gradient[some])), strict=True):
+        for places, weights in zip(
+            *(t.tolist() for t in _pursue(covariance[some], gram, gradient[some], sizes)), strict=True
+        ):
             total = sum(map(abs, weights))
             used = sorted((-abs(w), w / total, vocabulary[p]) for p, w in zip(places, weights, strict=True) if w)
             used.sort(key=lambda entry: entry[1] < 0)  # wanted places first, the heaviest of each kind in front
@@ -936,7 +942,7 @@ def part_scores(h: Hypothesis, ink: np.ndarray | None, labels: np.ndarray) -> di
     """
     scores = {}
     if h.labels is not None:
-        scores["class"] = np.isin(labels, h.labels).astype(np.float32)
+        scores["class"] = np.isin(np.arange(labels.max() + 1), h.labels)[labels].astype(np.float32)
     if h.stroke is not None:
         where = _places_by_number()
         scores["stroke"] = np.float32(h.stroke.weights) @ ink[[where[place] for place in h.stroke.places]]
@@ -1379,8 +1385,11 @@ def _detect(
     h: Hypothesis, active: np.ndarray, ink: np.ndarray | None, labels: np.ndarray, weights: Tensor | None
 ) -> dict[str, Detected]:
     """How well each part predicts activity; `weights` from `bootstrap_weights` when intervals are wanted."""
-    detected = {}
+    detected: dict[str, Detected] = {}
     for part, scores in part_scores(h, ink, labels).items():
+        if part == "both" and (h.labels is None or h.stroke is None or h.label_weight == 0):
+            detected[part] = detected["class" if h.stroke is None else "stroke"]  # the very same scores
+            continue
         measured, intervals = detection(scores, active, h.cuts[part]), {}
         if weights is not None:
             resampled = detection_over(scores, active, h.cuts[part], weights)
