@@ -1501,58 +1501,49 @@ def statement_record(k: int, t: Tested) -> dict:
     }
 
 
+HOW_TESTED = """Each statement was made from {discovery:,} validation images and frozen (SHA-256 `{sha256}` of
+hypotheses.json) before it was tested, once, on the {judging:,} test images with even numbers. The {aside:,} with
+odd numbers were set aside to see whether confidence is deserved.
+
+A test is confirmed when its value reaches the bar (AUROC {class_auroc} for labels, {stroke_auroc} for strokes,
+{both_auroc} for both; named ink matters {times_elsewhere:g} times as often as as much ink elsewhere;
+{effect_share:.0%} of the predicted effect) and it is significant among all tests of all features at a false
+discovery rate of {false_discovery_rate}; refuted when its 95% interval stays below the bar; otherwise inconclusive.
+Fewer than {min_active} images that fire a feature are too few to judge it.
+
+{confidence}
+"""
+TRAINING_ADDED = """Of the features that fire on at least one in a thousand test images. A statement can be true of
+a random direction, too: that it predicts does not say that training found anything."""
 CHANCE_WORDS = """Statements that only chance can confirm, judged among the real ones: explanations swapped between
 features of like firing rate, activations shuffled over images, and, for the class part, labels permuted."""
 
 
-def statements_markdown(t: Tested, n_aside: int, title: str) -> str:
-    """hypotheses.md: how to read it, how well the statements did as a whole, then every feature, best first."""
-    n_images = t.evidence[0].n_images
-    rule = t.record["rule"]
-    lines = [
-        f"# What the features mean: {title}",
-        "",
-        f"Each statement was made from {t.hypotheses[0].n_images:,} validation images and frozen (SHA-256 `{t.record['sha256']}` "
-        f"of hypotheses.json) before it was tested once, on the {n_images:,} test images with even numbers. The "
-        f"{n_aside:,} with odd numbers were set aside to see whether confidence is deserved.",
-        "",
-        f"A test is confirmed when its value reaches the bar (AUROC {rule['class_auroc']} for labels, "
-        f"{rule['stroke_auroc']} for strokes, {rule['both_auroc']} for both; named ink {rule['times_elsewhere']:g} times "
-        f"as often as other ink; {100 * rule['effect_share']:g}% of the predicted effect) and it is significant among all "
-        f"tests of all features at a false discovery rate of {rule['false_discovery_rate']}; refuted when its 95% interval "
-        f"stays below the bar; otherwise inconclusive.",
-        "",
-        t.record["confidence_rule"],
-        "",
-        "## Do they hold?",
-        "",
-        "| confidence | statements | seen again on images set aside | held |",
-        "|---|---|---|---|",
-    ]
+def summary_lines(t: Tested, n_aside: int) -> list[str]:
+    """How the statements were tested, and how they did as a whole."""
+    told = {"discovery": t.hypotheses[0].n_images, "judging": t.evidence[0].n_images, "aside": n_aside}
+    words = HOW_TESTED.format(**told, sha256=t.record["sha256"], confidence=fa.CONFIDENCE_RULE, **t.record["rule"])
+    lines = [words, "## Do they hold?", "", "| confidence | statements | seen again | held |", "|---|---|---|---|"]
     for name, c in t.record["confidence"].items():
-        lines.append(
-            f"| {name} | {c['statements']} | {c['checked']} | {'none' if c['held'] is None else format(c['held'], '.0%')} |"
-        )
-    lines += ["", "## What did training add?", ""]
-    lines += [
-        "Of the features that fire on at least one in a thousand test images. A statement can be true of a random "
-        "direction, too; so prediction alone does not say that training found anything.",
-        "",
-    ]
-    lines += fa.shares_lines(t.shares)
-    lines += ["", "## What does chance give?", "", CHANCE_WORDS, ""]
+        held = "none seen" if c["held"] is None else f"{c['held']:.0%}"
+        lines.append(f"| {name} | {c['statements']} | {c['checked']} | {held} |")
+    lines += ["", "## What did training add?", "", TRAINING_ADDED, "", *fa.shares_lines(t.shares), ""]
+    lines += ["## What does chance give?", "", CHANCE_WORDS, ""]
     for name, c in t.record["chance"].items():
         tests = ", ".join(f"{test} {share:.1%}" for test, share in c["by_test"].items())
         lines.append(f"- {name}: {c['confirmed']:.1%} of {c['statements']} statements as a whole; {tests}")
-    lines += ["", "## Feature by feature, best first", ""]
+    return lines
+
+
+def statements_markdown(t: Tested, n_aside: int, title: str) -> str:
+    """hypotheses.md: the summary, then every feature, best first."""
+    lines = [f"# What the features mean: {title}", "", *summary_lines(t, n_aside), ""]
+    lines += ["## Feature by feature, best first", ""]
     for i in fa.best_first(t.judgements, t.evidence):
-        h, j = t.hypotheses[i], t.judgements[i]
-        back = (
-            ""
-            if t.returned is None
-            else f"; returned in {int(t.returned[h.feature])} of {t.record['stability']['runs']} runs"
-        )
-        lines += fa.feature_lines(h, t.evidence[i], j, t.held_aside[i], t.firing[i], back)
+        h, back = t.hypotheses[i], ""
+        if t.returned is not None:
+            back = f"; returned in {int(t.returned[h.feature])} of {t.record['stability']['runs']} runs"
+        lines += fa.feature_lines(h, t.evidence[i], t.judgements[i], t.held_aside[i], t.firing[i], back)
     return "\n".join(lines)
 
 
