@@ -943,6 +943,8 @@ def part_scores(h: Hypothesis, ink: np.ndarray | None, labels: np.ndarray) -> di
         scores["class"] = np.isin(np.arange(labels.max() + 1), h.labels)[labels].astype(np.float32)
     if h.stroke is not None:
         where = _places_by_number()
+        if unknown := [place for place in h.stroke.places if place not in where]:
+            raise ValueError(f"{unknown[0]} is not in stroke_vocabulary(): name places from there")
         scores["stroke"] = np.float32(h.stroke.weights) @ ink[[where[place] for place in h.stroke.places]]
     if len(scores) == 2:
         scores["both"] = scores["stroke"] + np.float32(h.label_weight) * scores["class"]
@@ -1620,14 +1622,14 @@ class LinearFeatures(NamedTuple):
 
 
 def matched_directions(directions: Tensor, z: Tensor, density: Tensor, mean_activation: Tensor) -> LinearFeatures:
-    """Features along `directions` (n, d_in) that fire on a share `density` (n,) of z (N, d_in), with `mean_activation`
-    (n,) where they do."""
+    """Features along `directions` (n, d_in) that fire on a share `density` (n,) of z (N, d_in), or wherever z points
+    along them if that is less, with `mean_activation` (n,) where they do."""
     unit = torch.nn.functional.normalize(directions, dim=1)
     W_enc, threshold = torch.empty_like(unit.T), torch.empty(len(unit), device=z.device)
     for some in torch.arange(len(unit), device=z.device).split(64):
         pre = z @ unit[some].T  # (N, 64)
         rank = ((1 - density[some].to(z)) * len(z)).round().long().clamp(1, len(z)) - 1
-        cut = pre.sort(dim=0).values.gather(0, rank[None])[0]
+        cut = pre.sort(dim=0).values.gather(0, rank[None])[0].clamp(min=0)  # an activation is positive
         active = pre > cut
         scale = mean_activation[some].to(z) * active.sum(0) / torch.where(active, pre, 0.0).sum(0).clamp(min=1e-9)
         W_enc[:, some], threshold[some] = unit[some].T * scale, cut * scale
