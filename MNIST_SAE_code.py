@@ -1717,6 +1717,8 @@ def explain_target(
         trained = sae_stage(*args)
     analysis = analyse(model, trained.sae, pre, data, settings, clock)
     tested, frozen = None, {}
+    for name in ("hypotheses.json", "hypotheses.md", "explained.png"):  # of an earlier run
+        (folder / name).unlink(missing_ok=True)
     if settings.hypotheses:
         with clock("propose and freeze"):
             frozen = {"hypotheses_sha256": freeze(settings, model, trained.sae, pre, data, folder)}

@@ -1,5 +1,6 @@
 """The script as a person runs it: small runs on the bundled sample, and the bars on the full set."""
 
+import hashlib
 import json
 import os
 import re
@@ -16,7 +17,8 @@ import feature_analysis as fa
 import MNIST_SAE_code as driver
 
 ROOT = Path(driver.__file__).parent
-SMALL = "--data sample --sae-latents 64 --target-actives 8 --features 3 --epochs-sae-final 1 --epochs-ffn 1".split()
+STATED = "--data sample --sae-latents 64 --target-actives 8 --features 3 --epochs-sae-final 1 --epochs-ffn 1".split()
+SMALL = [*STATED, "--no-hypotheses"]
 
 
 def run_script(*flags: object, status: int = 0) -> subprocess.CompletedProcess:
@@ -165,9 +167,132 @@ def test_several_targets_without_standardisation(tmp_path):
         driver.load_run(str(tmp_path))
 
 
+# --- Statements about features ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stated(tmp_path_factory):
+    """A finished run with statements and one stability run: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("stated")
+    return folder, run_script(*STATED, "--stability-seeds", 1, "--out", folder)
+
+
+def test_statements_are_in_every_output(stated):
+    folder, done = stated
+    (record,) = json.loads((folder / "summary.json").read_text())
+    frozen = (folder / "hypotheses.json").read_bytes()
+    assert record["hypotheses_sha256"] == hashlib.sha256(frozen).hexdigest() == record["hypotheses"]["sha256"]
+    assert len(json.loads(frozen)["hypotheses"]) == 64
+    assert record["hypotheses"]["rule"] == fa.Rule()._asdict()
+    sources = {"SAE", "untrained SAE", "random directions", "neurons", "principal directions"}
+    assert set(record["hypotheses"]["shares"]) == sources
+    assert sum(c["statements"] for c in record["hypotheses"]["confidence"].values()) == 64
+    assert record["hypotheses"]["chance"]["activations shuffled"]["confirmed"] <= 0.02
+    assert record["hypotheses"]["stability"]["runs"] == 1
+    frame = pd.read_json(folder / "feature_report.json")
+    assert {"hypothesis", "evidence", "confidence", "verdict", "statement", "returned_in_runs"} <= set(frame.columns)
+    text = (folder / "hypotheses.md").read_text()
+    assert len(re.findall("^### Feature", text, re.MULTILINE)) == 64
+    for row in frame.itertuples():
+        assert f"### Feature {row.feature}: {row.statement}\n" in text
+        assert row.statement in done.stdout or row.feature not in record["telling_features"]
+        assert set(row.evidence["test_images"]) <= set(range(0, 1000, 2))
+    assert (folder / "explained.png").stat().st_size > 5000
+    for path in folder.rglob("*.json"):
+        assert "NaN" not in path.read_text()
+    assert "held on images set aside" in done.stdout
+
+
+def test_a_statement_can_be_checked_by_hand(stated):
+    """The first feature's firing, its labels' AUROC and the effect of its removal, from the saved weights."""
+    run = driver.load_run(str(stated[0]))
+    report = json.loads((stated[0] / "feature_report.json").read_text())
+    record = next(
+        r for r in report if r["hypothesis"]["class"] and r["hypothesis"]["effect"] and r["evidence"]["effect"]
+    )
+    k, evidence = record["feature"], record["evidence"]
+    images, labels = run.data.test.images[0::2], run.data.test.labels[0::2]
+    raw = run.model.preactivations(images)
+    acts = run.sae.encode((raw - run.mu) / run.std)[:, k]
+    active = acts > 0
+    assert evidence["n_active"] == int(active.sum())
+    assert [i // 2 for i in evidence["test_images"]] == torch.nonzero(active)[:10, 0].tolist()
+    named = torch.isin(labels, torch.tensor(record["hypothesis"]["class"]["labels"]))
+    auroc = (named[active].float().mean() + 1 - named[~active].float().mean()) / 2
+    assert evidence["detected"]["class"]["auroc"] == pytest.approx(float(auroc), abs=1e-6)
+    if evidence["n_active"] <= fa.N_EDIT:
+        logits, effect = run.model.logits_from_preactivations, record["hypothesis"]["effect"]
+        without = raw[active] - acts[active, None] * run.sae.W_dec[k] * run.std
+        delta = (logits(raw[active]) - logits(without)).mean(0)
+        if effect["raises"] is not None:
+            assert evidence["effect"]["raised_by"] == pytest.approx(float(delta[effect["raises"]]), abs=1e-4)
+        if effect["lowers"] is not None:
+            assert evidence["effect"]["lowered_by"] == pytest.approx(-float(delta[effect["lowers"]]), abs=1e-4)
+
+
+def test_the_same_run_states_the_same(stated):
+    before = files_of(stated[0])
+    again = run_script(*STATED, "--stability-seeds", 1, "--out", stated[0])
+    assert again.stdout.count("sae: reused") == 2  # its own, and that of the stability run
+    assert files_of(stated[0]) == before
+
+
+def test_without_hypotheses_none_are_left(stated, tmp_path):
+    for name in ("hypotheses.json", "hypotheses.md", "explained.png"):
+        (tmp_path / name).write_bytes((stated[0] / name).read_bytes())
+    run_script(*SMALL, "--out", tmp_path)
+    assert not {"hypotheses.json", "hypotheses.md", "explained.png"} & {path.name for path in tmp_path.iterdir()}
+    assert "verdict" not in json.loads((tmp_path / "feature_report.json").read_text())[0]
+
+
+class StopHere(Exception):  # noqa: N818
+    pass
+
+
+def test_hypotheses_are_frozen_before_a_test_image_is_looked_at(tmp_path, monkeypatch):
+    def stop(*args, **kwargs):
+        raise StopHere
+
+    for name in ("test_hypotheses", "match_features"):
+        monkeypatch.setattr(fa, name, stop)
+    monkeypatch.setattr(driver, "measure", stop)
+    with pytest.raises(StopHere):
+        driver.main([*STATED, "--out", str(tmp_path)])
+    digest = hashlib.sha256((tmp_path / "hypotheses.json").read_bytes()).hexdigest()
+    assert json.loads((tmp_path / "summary.json").read_text()) == [{"target_actives": 8, "hypotheses_sha256": digest}]
+
+
+def test_proposals_do_not_depend_on_the_test_images(stated, tmp_path, monkeypatch):
+    load = driver.load_mnist
+
+    def blank_test_images(*args):
+        data = load(*args)
+        return data._replace(test=driver.Split(torch.zeros_like(data.test.images), data.test.labels))
+
+    monkeypatch.setattr(driver, "load_mnist", blank_test_images)
+    driver.main([*STATED, "--out", str(tmp_path)])  # nothing fires on blank images, and that is no reason to fail
+    assert (tmp_path / "hypotheses.json").read_bytes() == (stated[0] / "hypotheses.json").read_bytes()
+
+
+def test_hypotheses_changed_after_freezing_are_refused(tmp_path, monkeypatch):
+    def meddle(*args):
+        digest = freeze(*args)
+        path = tmp_path / "hypotheses.json"
+        path.write_text(path.read_text().replace('"class_auroc": 0.65', '"class_auroc": 0.55'))
+        return digest
+
+    freeze = driver.freeze
+    monkeypatch.setattr(driver, "freeze", meddle)
+    with pytest.raises(
+        driver.InputError, match=r"hypotheses.json was changed .* SHA-256 is \w{64}, recorded was \w{64}"
+    ):
+        driver.main([*STATED, "--out", str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--stability-seeds", -1], "error: --stability-seeds is -1; it must not be negative"),
         (["--target-actives", 600], "error: --target-actives 600 must be positive and below --sae-latents 512"),
         (["--device", "warp"], "error: --device warp is unknown"),
         (["--nonsense"], "error: unrecognized arguments: --nonsense"),
@@ -286,6 +411,41 @@ def test_fidelity_at_target_20_over_three_seeds(three_seeds):
     assert mean_of(three_seeds, "agreement_jumprelu") >= 0.994
     assert mean_of(three_seeds, "fvu") <= 0.011
     assert all(record["dead_features"] <= 0.05 * 512 for record in three_seeds)
+
+
+@pytest.fixture(scope="module")
+def three_runs(tmp_path_factory):
+    """summary.json's record of whole runs with the seeds 0, 1 and 2."""
+    records = []
+    for seed in range(3):
+        folder = tmp_path_factory.mktemp(f"seed{seed}")
+        run_script("--data", os.environ["MNIST_DATA"], "--seed", seed, "--features", 1, "--out", folder)
+        records += json.loads((folder / "summary.json").read_text())
+    return [record["hypotheses"] for record in records]
+
+
+@pytest.mark.full
+@needs_mnist
+def test_statements_hold_over_three_seeds(three_runs):
+    def mean(source: str, key: str) -> float:
+        return sum(record["shares"][source][key] for record in three_runs) / 3
+
+    assert mean("SAE", "predicted") >= 0.75
+    assert mean("SAE", "explained") >= 0.5
+    assert mean("SAE", "explained") > mean("untrained SAE", "explained")
+    assert mean("SAE", "explained") > mean("random directions", "explained")
+
+
+@pytest.mark.full
+@needs_mnist
+def test_confidence_is_deserved_over_three_seeds(three_runs):
+    def held(confidence: str) -> float:
+        counts = [record["confidence"][confidence] for record in three_runs]
+        return sum(c["held"] * c["checked"] for c in counts) / sum(c["checked"] for c in counts)
+
+    assert held("High") >= 0.95
+    assert held("High") > held("Medium") > held("Low")
+    assert all(c["confirmed"] <= 0.02 for record in three_runs for c in record["chance"].values())
 
 
 @pytest.mark.full
