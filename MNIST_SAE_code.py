@@ -1332,12 +1332,30 @@ class Tested(NamedTuple):
     aurocs: dict[str, list[float]]
 
 
-def freeze(
-    settings: Settings, model: Classifier, sae: JumpReLUSAE, pre: Preactivations, data: Data, folder: Path
-) -> str:
+def freeze(model: Classifier, sae: JumpReLUSAE, pre: Preactivations, data: Data, folder: Path) -> str:
     """Propose from the validation images, write hypotheses.json; returns its SHA-256."""
     hypotheses = fa.propose_hypotheses(model, data.val.images, data.val.labels, sae, pre.mu, pre.std)
     return fa.freeze_hypotheses(hypotheses, folder / "hypotheses.json")
+
+
+def refuse_changed_hypotheses(root: Path, settings: Settings, target: int) -> None:
+    """Raise InputError when the hypotheses an earlier run froze are not those its summary.json recorded.
+
+    Whoever edited them should not lose the edit, nor mistake it for something that was tested.
+    """
+    path = target_folder(root, settings, target) / "hypotheses.json"
+    if settings.fresh or not path.exists() or not (root / "summary.json").exists():
+        return
+    try:
+        records = json.loads((root / "summary.json").read_bytes())
+        recorded = {r["target_actives"]: r.get("hypotheses_sha256") for r in records}.get(target)
+    except (ValueError, KeyError, TypeError):
+        return  # not a summary of ours: nothing was recorded
+    if recorded is not None:
+        try:
+            fa.read_hypotheses(path, recorded)
+        except ValueError as error:
+            raise InputError(f"{error}; move it away, or run with --fresh") from error
 
 
 def compared_features(sae: JumpReLUSAE, pre: Preactivations, settings: Settings, target: int) -> dict[str, object]:
@@ -1348,16 +1366,18 @@ def compared_features(sae: JumpReLUSAE, pre: Preactivations, settings: Settings,
     some = order[torch.linspace(0, len(order) - 1, min(COMPARED, len(order))).round().long()]  # of all firing rates
     density, mean_activation = usage.feature_density[some], usage.mean_activation[some]
     generator = torch.Generator(z.device).manual_seed(settings.seed)
-    untrained = initial_sae(z, settings.sae_latents, l0_target_at(0, target, settings.sae_latents), generator)
+    untrained = initial_sae(
+        z[: 16 * settings.batch_sae], settings.sae_latents, l0_target_at(0, target, settings.sae_latents), generator
+    )
     untrained, _ = adjust_thresholds(untrained.requires_grad_(False), z, target)
-    n = min(COMPARED, settings.sae_latents)
+    n, ends = min(COMPARED, settings.sae_latents), slice(None, None, 2)  # both ends of half as many directions
     return {
         "untrained SAE": fa.LinearFeatures(
             untrained.W_enc[:, :n], untrained.b_enc[:n], untrained.W_dec[:n], untrained.threshold[:n]
         ),
         "random directions": fa.random_directions(z, density, mean_activation, settings.seed),
         "neurons": fa.neurons(pre.mu, pre.std),
-        "principal directions": fa.principal_directions(z, density[::2], mean_activation[::2]),
+        "principal directions": fa.principal_directions(z, density[ends], mean_activation[ends]),
     }
 
 
@@ -1367,34 +1387,31 @@ def measure_chance(
     model: Classifier,
     sae: JumpReLUSAE,
     split: Split,
+    activity: fa.Activity,
     pre: Preactivations,
     rule: fa.Rule,
     seed: int,
 ) -> dict[str, dict]:
-    """Where chance alone can confirm them: of how many statements how large a share was, test by test and as a whole.
+    """Of statements that should not hold, the share that was confirmed, test by test and as a whole.
 
-    They are judged among the real ones, so that the same p-values count as significant. Painting and the effect do not
-    depend on which images are called active or on labels; they are left out where only those were mixed up.
+    They are judged among the real ones, so that the same p-values count as significant. Tests that do not depend on
+    what was mixed up are left out.
     """
-    activity = fa.collect_activity(model, *split, sae, pre.mu, pre.std)
     claiming = [h for h, e in zip(hypotheses, evidence, strict=True) if e.detected]
-    some = claiming[:: max(1, len(claiming) // CHANCE)][:CHANCE]
+    picked = torch.linspace(0, len(claiming) - 1, min(CHANCE, len(claiming))).round().int().tolist()
+    some = [claiming[i] for i in picked]
+    class_only = [h._replace(stroke=None, effect=None) for h in some if h.labels]
     mixed = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(seed)).to(split.labels.device)
     every_test = [test for tests in fa.TESTS_OF.values() for test in tests]
     by_chance = {
-        "explanations swapped": (fa.swapped(some, activity.n_active), split.labels, activity, every_test),
-        "activations shuffled": (
-            some,
-            split.labels,
-            fa.shuffled(activity, seed),
-            ["class", "stroke", "both", "erasing"],
-        ),
-        "labels permuted": ([h for h in some if h.labels], split.labels[mixed], activity, ["class"]),
+        "another feature's statement": (fa.swapped(some, activity.n_active), split.labels, activity, every_test),
+        "activations shuffled": (some, split.labels, fa.shuffled(activity, seed), ["class", "stroke", "both"]),
+        "labels permuted": (class_only, split.labels[mixed], activity, ["class"]),
     }
     chance = {}
     for name, (claims, labels, active, tests) in by_chance.items():
         common = (sae, pre.mu, pre.std, active)
-        found = fa.test_hypotheses(claims, model, split.images, labels, *common, n_bootstrap=0, seed=seed)
+        found = fa.test_hypotheses(claims, model, split.images, labels, *common, n_bootstrap=0, seed=seed, rule=rule)
         judged = fa.judge_hypotheses([*hypotheses, *claims], [*evidence, *found], rule)[len(hypotheses) :]
         verdicts = {test: [j.tests[test] for j in judged if test in j.tests] for test in tests}
         confirmed = {test: v.count(fa.CONFIRMED) / len(v) for test, v in verdicts.items() if v}
@@ -1438,7 +1455,8 @@ def test_statements(
         raise InputError(str(error)) from error
     judging, aside = confirmation_splits(data.test)
     common, seed = (pre.mu, pre.std), settings.seed
-    evidence = fa.test_hypotheses(hypotheses, model, *judging, sae, *common, seed=seed, min_active=rule.min_active)
+    activity = fa.collect_activity(model, *judging, sae, *common)
+    evidence = fa.test_hypotheses(hypotheses, model, *judging, sae, *common, activity, seed=seed, rule=rule)
     judgements = fa.judge_hypotheses(hypotheses, evidence, rule)
     returned = None
     if others:
@@ -1446,16 +1464,15 @@ def test_statements(
             fa.match_features(model, data.val.images, sae, other, *common).returned.long() for other in others
         )
         judgements = fa.with_stability(judgements, returned, len(others))
-    again = fa.test_hypotheses(hypotheses, model, *aside, sae, *common, n_bootstrap=0, seed=seed + 1)
+    again = fa.test_hypotheses(hypotheses, model, *aside, sae, *common, n_bootstrap=0, seed=seed + 1, rule=rule)
     held_aside = [fa.held(e, rule) for e in again]
     shares = {"SAE": fa.shares_explained(evidence, judgements, rule)}
     aurocs = {"SAE": both_aurocs(evidence)}
     for name, features in compared_features(sae, pre, settings, target).items():
         claims = fa.propose_hypotheses(model, *data.val, features, *common, rule)
-        found = fa.test_hypotheses(claims, model, *judging, features, *common, n_bootstrap=0, seed=seed)
+        found = fa.test_hypotheses(claims, model, *judging, features, *common, n_bootstrap=0, seed=seed, rule=rule)
         shares[name] = fa.shares_explained(found, fa.judge_hypotheses(claims, found, rule), rule)
         aurocs[name] = both_aurocs(found)
-    activity = fa.collect_activity(model, *judging, sae, *common)
     firing = [(2 * activity.of(h.feature)[0][:10]).tolist() for h in hypotheses]  # their numbers among all test images
     record = {
         "sha256": sha256,
@@ -1463,13 +1480,12 @@ def test_statements(
         "confidence_rule": " ".join(fa.CONFIDENCE_RULE.split()),
         "shares": {name: s._asdict() for name, s in shares.items()},
         "confidence": confidence_check(judgements, held_aside),
-        "chance": measure_chance(hypotheses, evidence, model, sae, judging, pre, rule, seed),
+        "chance": measure_chance(hypotheses, evidence, model, sae, judging, activity, pre, rule, seed),
     }
     if returned is not None:
-        record["stability"] = {
-            "runs": len(others),
-            "returned_in_half": float((2 * returned >= len(others)).float().mean()),
-        }
+        fires = activity.n_active > 0
+        share = float((2 * returned >= len(others))[fires].float().mean()) if fires.any() else None
+        record["stability"] = {"runs": len(others), "returned_in_half_of_them": share}
     return Tested(hypotheses, evidence, judgements, held_aside, firing, returned, record, shares, aurocs)
 
 
@@ -1501,22 +1517,33 @@ def statement_record(k: int, t: Tested) -> dict:
     }
 
 
-HOW_TESTED = """Each statement was made from {discovery:,} validation images and frozen (SHA-256 `{sha256}` of
-hypotheses.json) before it was tested, once, on the {judging:,} test images with even numbers. The {aside:,} with
-odd numbers were set aside to see whether confidence is deserved.
+HOW_TESTED = """Each statement was made from {discovery:,} validation images and frozen before it was tested, once, on
+the {judging:,} test images with even numbers. The {aside:,} with odd numbers were set aside to see whether
+confidence is deserved. SHA-256 of hypotheses.json: `{sha256}`.
 
-A test is confirmed when its value reaches the bar (AUROC {class_auroc} for labels, {stroke_auroc} for strokes,
-{both_auroc} for both; named ink matters {times_elsewhere:g} times as often as as much ink elsewhere;
-{effect_share:.0%} of the predicted effect) and it is significant among all tests of all features at a false
+- Labels and strokes predict where the feature fires: AUROC {class_auroc} is asked of the labels, {stroke_auroc} of
+the strokes, {both_auroc} of the statement as a whole.
+- Erasing: on images that fire it, the ink in the places named is removed, and as much ink elsewhere. Painting: on
+images that do not, the places named are inked and those named empty are cleared, and as much elsewhere. What is named
+must turn the feature off or on {times_elsewhere:g} times as often as what is not, and on {edit_share:.0%} of the
+images at least. (That a place must be empty is tested by prediction and by clearing it.)
+- Effect: removing the feature must move each logit named by {effect_share:.0%} of what was predicted, further than as
+much of a random direction does, and each larger dose must move it further.
+
+A test is confirmed when its value reaches the bar and it is significant among all tests of all features at a false
 discovery rate of {false_discovery_rate}; refuted when its 95% interval stays below the bar; otherwise inconclusive.
-Fewer than {min_active} images that fire a feature are too few to judge it.
+One refuted test refutes the statement, and all must be confirmed to confirm it. Fewer than {min_active} images that
+fire a feature, or do not, are too few to judge it.
 
 {confidence}
 """
-TRAINING_ADDED = """Of the features that fire on at least one in a thousand test images. A statement can be true of
-a random direction, too: that it predicts does not say that training found anything."""
-CHANCE_WORDS = """Statements that only chance can confirm, judged among the real ones: explanations swapped between
-features of like firing rate, activations shuffled over images, and, for the class part, labels permuted."""
+TRAINING_ADDED = """Of the features that fire on at least one in a thousand test images. A statement can be true of a
+random direction, too: that it predicts does not say that training found anything. The more images fire a feature, the
+easier its tests are: random and principal directions fire as often as the SAE's features do, an untrained SAE fires
+evenly, and neurons fire often."""
+CHANCE_WORDS = """Statements that should not hold, judged among the real ones: those of another feature of like firing
+rate (which may share a label or an effect with this one, so that single tests can be right), those about activations
+shuffled over images, and the class parts with labels permuted."""
 
 
 def summary_lines(t: Tested, n_aside: int) -> list[str]:
@@ -1696,45 +1723,50 @@ def versions() -> dict[str, str]:
     }
 
 
-def explain_target(
-    settings: Settings,
-    target: int,
-    model: Classifier,
-    model_digest: str,
-    pre: Preactivations,
-    data: Data,
-    root: Path,
-    earlier: Sequence[dict],
-) -> dict:
-    """Train, explain and measure the SAE of one target; writes its files and returns its record of summary.json.
+class Prepared(NamedTuple):
+    """One target after everything that needs no test image."""
 
-    `earlier` are the records of the targets before: summary.json is written with them as soon as the hypotheses are
-    frozen, before the first test image is looked at.
-    """
-    clock, folder = Clock(), target_folder(root, settings, target)
-    args = (settings, target, model, model_digest, pre, data, folder)
+    target: int
+    folder: Path
+    trained: TrainedSAE
+    analysis: Analysis
+    frozen: dict[str, str]  # the SHA-256 of hypotheses.json, if there are hypotheses
+    clock: Clock
+
+
+def prepare_target(
+    settings: Settings, target: int, model: Classifier, model_digest: str, pre: Preactivations, data: Data, folder: Path
+) -> Prepared:
+    """Train the SAE of one target, analyse its features, state and freeze what they mean."""
+    clock, frozen = Clock(), {}
     with clock("sae"):
-        trained = sae_stage(*args)
+        trained = sae_stage(settings, target, model, model_digest, pre, data, folder)
     analysis = analyse(model, trained.sae, pre, data, settings, clock)
-    tested, frozen = None, {}
     for name in ("hypotheses.json", "hypotheses.md", "explained.png"):  # of an earlier run
         (folder / name).unlink(missing_ok=True)
     if settings.hypotheses:
         with clock("propose and freeze"):
-            frozen = {"hypotheses_sha256": freeze(settings, model, trained.sae, pre, data, folder)}
-        fa.write_whole(root / "summary.json", to_json([*earlier, {"target_actives": target, **frozen}]))
+            frozen = {"hypotheses_sha256": freeze(model, trained.sae, pre, data, folder)}
+    return Prepared(target, folder, trained, analysis, frozen, clock)
+
+
+def finish_target(
+    settings: Settings, p: Prepared, model: Classifier, model_digest: str, pre: Preactivations, data: Data
+) -> dict:
+    """Test and measure on the test images, write all files of the target; returns its record of summary.json."""
+    clock, folder, sae, tested = p.clock, p.folder, p.trained.sae, None
+    if p.frozen:
         with clock("stability"):
-            others = stability_saes(*args)
+            others = stability_saes(settings, p.target, model, model_digest, pre, data, folder)
         with clock("test and judge"):
-            tested = test_statements(
-                settings, target, model, trained.sae, pre, data, folder, frozen["hypotheses_sha256"], others
-            )
+            digest = p.frozen["hypotheses_sha256"]
+            tested = test_statements(settings, p.target, model, sae, pre, data, folder, digest, others)
     with clock("fidelity"):
-        measured = measure(trained.before, trained.sae, pre, data, standardised_head(model, pre))
+        measured = measure(p.trained.before, sae, pre, data, standardised_head(model, pre))
     record = {
-        "target_actives": target,
-        "lambda": trained.record["lambda"],
-        "threshold_shift": trained.record["threshold_shift"],
+        "target_actives": p.target,
+        "lambda": p.trained.record["lambda"],
+        "threshold_shift": p.trained.record["threshold_shift"],
         **measured,
         "sae_latents": settings.sae_latents,
         "normalize_z": settings.normalize_z,
@@ -1743,22 +1775,22 @@ def explain_target(
         "device": str(pre.mu.device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        **frozen,
+        **p.frozen,
     }
-    features = analysed_features(analysis.bank, settings.features)
-    telling = telling_features(analysis, features)
-    report = [{**feature_record(k, analysis), **(statement_record(k, tested) if tested else {})} for k in features]
+    features = analysed_features(p.analysis.bank, settings.features)
+    telling = telling_features(p.analysis, features)
+    report = [{**feature_record(k, p.analysis), **(statement_record(k, tested) if tested else {})} for k in features]
     fa.write_whole(folder / "feature_report.json", to_json(report))
     if tested:
         record["hypotheses"] = tested.record
-        write_statements(tested, data, target, folder)
+        write_statements(tested, data, p.target, folder)
     with clock("pictures"):
-        write_pictures(folder, analysis, features, data)
+        write_pictures(folder, p.analysis, features, data)
     with clock("panels"):
-        write_panels(folder, analysis, telling, data)
-    diagnoses = diagnose(record, analysis, features, clock.seconds)
+        write_panels(folder, p.analysis, telling, data)
+    diagnoses = diagnose(record, p.analysis, features, clock.seconds)
     by_feature = {entry["feature"]: entry for entry in report}
-    print(f"\nTarget {target}: {TELLING}\n")
+    print(f"\nTarget {p.target}: {TELLING}\n")
     for k in telling:
         print(feature_block(by_feature[k], len(data.val.labels)), end="\n\n")
     if tested:
@@ -1789,6 +1821,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     root = Path(settings.out)
     for target in settings.target_actives:
         prepare_folder(target_folder(root, settings, target))
+        refuse_changed_hypotheses(root, settings, target)
     with clock("data"):
         data = load_mnist(settings.data, settings.seed, device)
     sizes = " / ".join(f"{len(split.labels):,}" for split in data[:3])
@@ -1797,9 +1830,15 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         model, model_digest = classifier_stage(settings, data, root)
     with clock("preactivations"):
         pre = collect_preactivations(model, data, settings.normalize_z)
-    records = []
+    prepared = []
     for target in settings.target_actives:
-        record = explain_target(settings, target, model, model_digest, pre, data, root, records)
+        folder = target_folder(root, settings, target)
+        prepared.append(prepare_target(settings, target, model, model_digest, pre, data, folder))
+        if settings.hypotheses:  # on record before anything is measured on a test image
+            fa.write_whole(root / "summary.json", to_json([{"target_actives": p.target, **p.frozen} for p in prepared]))
+    records = []
+    for p in prepared:
+        record = finish_target(settings, p, model, model_digest, pre, data)
         record["seconds"] = {**clock.seconds, **record["seconds"]}
         records.append(record)
     kept = {name: value for name, value in asdict(settings).items() if name != "fresh"}

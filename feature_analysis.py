@@ -1,10 +1,15 @@
-"""What does a feature of a sparse autoencoder mean? Pure functions that answer it for an image classifier.
+"""What does a feature of a sparse autoencoder mean? Functions that answer it for an image classifier, and test it.
 
     bank = collect_feature_bank(model, loader, sae, mu, std)            # which images fire each feature?
     heat = feature_input_pattern(model, sae, mu, std, k)                # which pixels drive feature k?
     delta, top = feature_logit_effect(model, loader, sae, mu, std, k)   # which classes does adding it push?
     delta, top = feature_ablation_effect(model, loader, sae, mu, std, k)  # ... and removing it?
     show_feature_gallery(k, bank, images)                               # the pictures; each returns a Figure
+
+    hypotheses = propose_hypotheses(model, seen, labels, sae, mu, std)  # a statement about every feature ...
+    digest = freeze_hypotheses(hypotheses, "hypotheses.json")           # ... that cannot change any more ...
+    evidence = test_hypotheses(hypotheses, model, unseen, their_labels, sae, mu, std)
+    judgements = judge_hypotheses(hypotheses, evidence)                 # ... and whether it holds
 
 What is asked of the arguments, everywhere:
 
@@ -18,7 +23,8 @@ What is asked of the arguments, everywhere:
     mu, std  (d_in,) tensors. They also say on which device the work is done.
 
 Dimension key: N images, B images in a batch, C classes, d_in preactivations, d_sae features, K examples kept.
-No function changes its inputs, draws random numbers or remembers anything between calls.
+No function changes its inputs. Random numbers come from a `seed` and leave torch's own generator as it was; what is
+remembered between calls is only the vocabulary of strokes.
 """
 
 from __future__ import annotations
@@ -722,7 +728,7 @@ def _mean_over(places: Sequence[Place]) -> Tensor:
 
 def place_ink(images: Tensor) -> Tensor:
     """(M, N) mean ink of each place of the vocabulary on each image (N, 1, 28, 28), on the images' device."""
-    return _mean_over(stroke_vocabulary()).to(images.device) @ images.flatten(1).T
+    return _mean_over(stroke_vocabulary()).to(images.device) @ images.flatten(1).float().T
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -764,10 +770,12 @@ def collect_activity(model, images: Tensor, labels: Tensor, sae, mu: Tensor, std
     check_standardisation(sae, mu, std)
     if len(images) == 0 or len(images) != len(labels):
         raise ValueError(f"{len(images)} images with {len(labels)} labels: one label per image, and at least one image")
+    if labels.is_floating_point() or int(labels.min()) < 0:
+        raise ValueError(f"labels are {labels.dtype} from {float(labels.min()):g}: whole numbers from 0 are needed")
     feature, image, activation = [], [], []
     for batch, first in zip(images.split(ROWS), range(0, len(images), ROWS), strict=True):
         acts = sae.encode(standardised(model, batch, mu, std))
-        at = acts.nonzero()
+        at = (acts > 0).nonzero()
         image.append((at[:, 0] + first).cpu())
         feature.append(at[:, 1].cpu())
         activation.append(acts[at[:, 0], at[:, 1]].cpu())
@@ -790,6 +798,7 @@ PARTS = ("class", "stroke", "effect")
 ROWS = 512  # images given to the model at once: few enough to stay in the processor's cache
 MIN_ACTIVE = 8  # active images below which nothing is proposed or judged
 MOST_DIGITS = 3  # a class part names at most so many labels ...
+LEAST_LIFT = 1.5  # a label is named when it is so many times as frequent among the active images as among all
 MOST_PLACES = 3  # ... and a stroke part so many places with ink, and so many without
 WORTH_A_PLACE = 1.03  # a further place must raise the explained variance by this factor
 AS_GOOD = 0.95  # share of the best place's gain from which a place counts as good
@@ -804,7 +813,8 @@ class Rule(NamedTuple):
     stroke_auroc: float = 0.8  # ... and the strokes ...
     both_auroc: float = 0.85  # ... and both together
     times_elsewhere: float = 2.0  # named ink must turn the feature off or on so many times as often as other ink
-    effect_share: float = 0.5  # smallest share of the predicted change of the logits that must be found
+    edit_share: float = 0.25  # ... and on at least this share of the images
+    effect_share: float = 0.5  # smallest share of the predicted change of each named logit that must be found
     min_active: int = MIN_ACTIVE  # active images below which the verdict is "inconclusive"
     false_discovery_rate: float = 0.01  # of all tests of all features together
 
@@ -880,7 +890,7 @@ def _pursue(covariance: Tensor, gram: Tensor, gradient: Tensor, sizes: Tensor) -
         as_good = gain.abs() >= AS_GOOD * gain.abs().amax(1, keepdim=True)
         chosen = torch.cat([chosen, torch.where(as_good, alignment, -1.0).argmax(1, keepdim=True)], 1)
         among, wanted = gram[chosen[:, :, None], chosen[:, None, :]], covariance.gather(1, chosen)
-        ridge = 1e-6 * gram.diagonal().mean() * torch.eye(among.shape[1], dtype=gram.dtype)
+        ridge = (1e-6 * gram.diagonal().mean() + 1e-12) * torch.eye(among.shape[1], dtype=gram.dtype)
         fitted = torch.linalg.solve(among + ridge, wanted)  # a row that stopped growing may name a place twice
         fitted[fitted * gradient.gather(1, chosen) <= 0] = 0  # correlated places can turn a weight around
         now = 2 * (fitted * wanted).sum(1) - (fitted[:, None] @ among @ fitted[:, :, None])[:, 0, 0]
@@ -893,9 +903,9 @@ def _pursue(covariance: Tensor, gram: Tensor, gradient: Tensor, sizes: Tensor) -
 
 def _fit_strokes(ink: Tensor, activity: Activity, heats: Tensor) -> list[Stroke | None]:
     """The best description of each feature by places: ink (M, N) from `place_ink`, heats (d_sae, 28, 28)."""
-    mean = ink.double().mean(1)
+    mean = ink.mean(1, dtype=torch.float64)
     gram = (ink @ ink.T / ink.shape[1]).double() - mean[:, None] * mean
-    gram += 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    gram += (1e-4 * gram.diagonal().mean() + 1e-12) * torch.eye(len(gram), dtype=gram.dtype)  # blank images, too
     share = activity.n_active[:, None] / ink.shape[1]
     covariance = share * (_mean_ink_when_active(ink, activity).double() - mean)  # of activity (0 or 1) and ink
     vocabulary = stroke_vocabulary()
@@ -914,10 +924,11 @@ def _fit_strokes(ink: Tensor, activity: Activity, heats: Tensor) -> list[Stroke 
 
 
 def _name_labels(histogram: np.ndarray, label_counts: np.ndarray) -> tuple[int, ...]:
-    """The labels whose share among the active images exceeds their share of all images most, at most MOST_DIGITS."""
-    excess = histogram / histogram.sum() - label_counts / label_counts.sum()
-    ranked = np.argsort(-excess, kind="stable")[:MOST_DIGITS].tolist()
-    return tuple(sorted(c for c in ranked if excess[c] > 0))
+    """The labels whose share among the active images exceeds their share of all images most: at most MOST_DIGITS, and
+    LEAST_LIFT times that share at least."""
+    share, usual = histogram / histogram.sum(), label_counts / label_counts.sum()
+    ranked = np.argsort(usual - share, kind="stable")[:MOST_DIGITS].tolist()
+    return tuple(sorted(c for c in ranked if share[c] > 0 and share[c] >= LEAST_LIFT * usual[c]))
 
 
 def _name_effect(delta: Tensor) -> Effect | None:
@@ -982,8 +993,12 @@ def _propose_one(
 def why_no_strokes(images: Tensor) -> str | None:
     """Why strokes cannot be named on such images; None when they can."""
     shape = tuple(images.shape[1:])
-    fits = shape in ((1, SIDE, SIDE), (SIDE, SIDE))
-    return None if fits else f"images have shape {shape}; strokes are described on grey {SIDE} x {SIDE} images only"
+    if shape not in ((1, SIDE, SIDE), (SIDE, SIDE)):
+        return f"images have shape {shape}; strokes are described on grey {SIDE} x {SIDE} images only"
+    low, high = float(images.min()), float(images.max())
+    if low < 0 or high > 1:
+        return f"pixels run from {low:g} to {high:g}; strokes are described where ink runs from 0 to 1"
+    return None
 
 
 def propose_hypotheses(
@@ -1005,24 +1020,29 @@ def propose_hypotheses(
     no_strokes = why_no_strokes(images)
     strokes, ink = [None] * len(removed), None
     if no_strokes is None:
-        heats = feature_input_patterns(model, sae, mu, std, images[:PATTERN_IMAGES]).cpu()
+        shown = _spread(torch.arange(len(images)), PATTERN_IMAGES).to(images.device)
+        heats = feature_input_patterns(model, sae, mu, std, images[shown]).cpu()
         ink = place_ink(images).cpu()
         strokes, ink = _fit_strokes(ink, activity, heats), ink.numpy()
     label_of, n_classes = activity.labels.numpy(), removed.shape[1]
+    if label_of.max() >= n_classes:
+        raise ValueError(f"labels run to {label_of.max()}, but the model has {n_classes} classes")
     label_counts, hypotheses = np.bincount(label_of, minlength=n_classes), []
     for k, stroke in enumerate(strokes):
         at, acts = activity.of(k)
         histogram = np.bincount(label_of[at.numpy()], minlength=n_classes)
         typical = float(acts.mean()) if len(at) else 0.0
         h = Hypothesis(k, None, None, None, 0.0, {}, typical, tuple(histogram.tolist()), len(images), {})
-        if not rule.min_active <= len(at) < len(images):
-            why = f"active on {len(at)} of {len(images)} discovery images; {rule.min_active} are needed, but not all"
+        if not rule.min_active <= len(at) <= len(images) - rule.min_active:
+            why = (
+                f"active on {len(at)} of {len(images)} images; {rule.min_active} active and as many silent ones needed"
+            )
             hypotheses.append(h._replace(why_not=dict.fromkeys(PARTS, why)))
             continue
         effect, named = _name_effect(removed[k]), _name_labels(histogram, label_counts) or None
         why_not = {} if effect else {"effect": f"removing it changes no logit by {SMALLEST_EFFECT} on average"}
         if named is None:
-            why_not["class"] = "it fires on all labels alike"
+            why_not["class"] = f"no label is {LEAST_LIFT} times as frequent as among all images"
         if stroke is None:
             why_not["stroke"] = no_strokes or "no ink predicts it"
         h = h._replace(labels=named, stroke=stroke, effect=effect, why_not=why_not)
@@ -1030,23 +1050,31 @@ def propose_hypotheses(
     return hypotheses
 
 
-def _listed(words: Sequence[str]) -> str:
+def _listed(words: Sequence[str], last: str = "and") -> str:
     """As in "a, b and c", each once."""
     words = list(dict.fromkeys(words))
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _apart(place: Place, others: Sequence[Place]) -> str:
+    """The place in words; where one of the others has the same words, with the way from there."""
+    for other in others:
+        if other.words() == place.words():
+            down, right = place.row - other.row, place.col - other.col
+            steps = [(down, "lower" if down > 0 else "higher"), (right, f"further {'right' if right > 0 else 'left'}")]
+            return f"{place.words()} {_listed([f'{abs(n)} pixels {way}' for n, way in steps if n])}"
+    return place.words()
 
 
 def statement(h: Hypothesis) -> str:
     """The hypothesis in plain English."""
     pieces = []
     if h.stroke:
-        ink, no_ink = (
-            [p.words() for p, w in zip(h.stroke.places, h.stroke.weights, strict=True) if w * sign > 0]
-            for sign in (1, -1)
-        )
-        pieces.append(_listed(ink).capitalize() if ink else "")
-        empty = [words for words in no_ink if words not in ink]
-        pieces.append(f"no {_listed(empty).replace(' and ', ' or ')}" if empty else "")
+        signed = list(zip(h.stroke.places, h.stroke.weights, strict=True))
+        ink, no_ink = ([place for place, w in signed if w * sign > 0] for sign in (1, -1))
+        pieces.append(_listed([place.words() for place in ink]).capitalize() if ink else "")
+        empty = [_apart(place, ink) for place in no_ink]
+        pieces.append(f"no {_listed(empty, 'or')}" if empty else "")
     if h.labels:
         pieces.append(f"fires on {_listed([f'{c}s' for c in h.labels])}")
     if h.effect:
@@ -1131,6 +1159,7 @@ def read_hypotheses(path: str | Path, sha256: str) -> tuple[list[Hypothesis], Ru
 
 N_EDIT = 64  # active images, and as many silent ones, that are edited for a feature
 DOSES = (0.0, 0.5, 1.0, 2.0)  # times the typical activation
+TINY_DOSE = 1 / 64  # of the typical activation, for the slope of the linear prediction
 NEAR = 1.96  # standard errors to either end of a 95% interval
 
 
@@ -1158,12 +1187,17 @@ class EditTest(NamedTuple):
         """Sign test: chance of this when naming makes no difference."""
         return sign_test_p(self.only_named, self.only_elsewhere)
 
-    def excess(self, times: float) -> tuple[float, float]:
-        """Mean of named - times * elsewhere per image, and its standard error."""
+    def excess(self, times: float, least: float) -> tuple[float, float]:
+        """By how much the share of images that changed as named exceeds `times` that elsewhere, or the share `least`
+        if that is harder; and its standard error."""
+        if times * self.elsewhere < least * self.n:
+            times = 0.0
+        else:
+            least = 0.0
         both = self.named - self.only_named
-        values = np.array([1.0, 1.0 - times, -times, 0.0])
-        counts = np.array([self.only_named, both, self.only_elsewhere, 0])
-        counts[3] = self.n - counts.sum()
+        neither = self.n - self.named - self.only_elsewhere
+        values = np.array([1.0, 1.0 - times, -times, 0.0]) - least
+        counts = np.array([self.only_named, both, self.only_elsewhere, neither])
         mean = values @ counts / self.n
         return float(mean), float(np.sqrt((values - mean) ** 2 @ counts / self.n / max(1, self.n - 1)))
 
@@ -1171,7 +1205,7 @@ class EditTest(NamedTuple):
 class EffectTest(NamedTuple):
     """Removing a feature from n images that fire it, and adding it again in doses.
 
-    `share` is the change found, in units of the change predicted, averaged over the logits named.
+    `share` is the change found in units of the change predicted, of the named logit where that is smaller.
     """
 
     n: int
@@ -1179,12 +1213,12 @@ class EffectTest(NamedTuple):
     lowered_by: float | None
     share: float
     share_error: float  # standard error
-    only_named: int  # images on which that share is larger than for as much of a random direction
-    only_random: int  # ... and smaller
+    only_named: int  # images on which the named logits move further than for as much of a random direction
+    only_random: int  # ... and less far
     doses: tuple[float, ...]  # times the typical activation
     dose_raises: tuple[float, ...] | None  # mean change of the logits at each dose
     dose_lowers: tuple[float, ...] | None
-    linear_raises: tuple[float, ...] | None  # the same, extrapolated from an infinitesimal dose
+    linear_raises: tuple[float, ...] | None  # the same, extrapolated from TINY_DOSE
     linear_lowers: tuple[float, ...] | None
 
     @property
@@ -1241,35 +1275,30 @@ def _spread(indices: Tensor, n: int) -> Tensor:
 
 
 class _Editor:
-    """Edits ink as hypotheses name it, and as much elsewhere, and sees whether the feature is active after."""
+    """Edits ink as hypotheses name it, and as much elsewhere, and sees whether the feature is active after.
+
+    Ink is moved on the CPU, where the sums that decide how far a patch grows are the same in every run.
+    """
 
     def __init__(
         self, hypotheses: Sequence[Hypothesis], model, images: Tensor, sae, mu: Tensor, std: Tensor, seed: int
     ):
-        self.model, self.images, self.sae, self.mu, self.std = model, images, sae, mu, std
+        self.model, self.images, self.sae, self.mu, self.std, self.seed = model, images, sae, mu, std, seed
         self.wanted, self.empty = torch.zeros(2, sae.W_enc.shape[1], SIDE * SIDE, dtype=torch.bool)
         for h in hypotheses:
             masks, wanted = place_masks(h.stroke.places).flatten(1), torch.tensor(h.stroke.weights) > 0
             self.wanted[h.feature] = masks[wanted].any(0)
             self.empty[h.feature] = masks[~wanted].any(0) & ~self.wanted[h.feature]
-        self.wanted, self.empty = self.wanted.to(mu.device), self.empty.to(mu.device)
-        self.ever_inked = (images.flatten(1) > 0).float().mean(0).to(
-            mu.device
-        ) > 0.01  # blank margins would be too easy
-        self.nearest_first = _pixels_by_distance().to(mu.device)
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def matched(self, named: Tensor, elsewhere: Tensor) -> tuple[Tensor, Tensor]:
-        where = torch.rand(len(named), generator=self.generator).to(named.device)
-        return matched_edit(named, elsewhere, self.nearest_first, where)
+        self.ever_inked = (images.flatten(1) > 0).float().mean(0).cpu() > 0.01  # blank margins would be too easy
+        self.nearest_first = _pixels_by_distance()
 
     def active(self, pixels: Tensor, feature: Tensor) -> Tensor:
         """(B,) bool, whether each edited image fires its feature."""
         edited = pixels.unflatten(1, self.images.shape[1:])
         acts = self.sae.encode(standardised(self.model, edited, self.mu, self.std))
-        return acts.gather(1, feature[:, None])[:, 0] > 0
+        return acts.gather(1, feature[:, None].to(acts.device))[:, 0].cpu() > 0
 
-    def erased(self, feature: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def erased(self, feature: Tensor, x: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
         """Whether removing the ink named, and as much elsewhere, turned the feature off: (B,) each.
 
         Where only empty places are named, ink painted into them is what must turn it off.
@@ -1277,32 +1306,42 @@ class _Editor:
         wanted, empty = self.wanted[feature], self.empty[feature]
         other = self.ever_inked & ~(wanted | empty)
         paint = ~wanted.any(1, keepdim=True)
-        named, elsewhere = self.matched(
-            torch.where(paint, (1 - x) * empty, x * wanted), torch.where(paint, 1 - x, x) * other
+        named, elsewhere = matched_edit(
+            torch.where(paint, (1 - x) * empty, x * wanted),
+            torch.where(paint, 1 - x, x) * other,
+            self.nearest_first,
+            where[:, 0],
         )
         sign = torch.where(paint, 1.0, -1.0)
         return ~self.active(x + sign * named, feature), ~self.active(x + sign * elsewhere, feature)
 
-    def painted(self, feature: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def painted(self, feature: Tensor, x: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
         """Whether inking the wanted places and clearing the empty ones, and as much elsewhere, turned it on."""
         wanted, empty = self.wanted[feature], self.empty[feature]
         other = self.ever_inked & ~(wanted | empty)
-        ink, ink_elsewhere = self.matched((1 - x) * wanted, (1 - x) * other)
-        clear, clear_elsewhere = self.matched(x * empty, x * other)
+        ink, ink_elsewhere = matched_edit((1 - x) * wanted, (1 - x) * other, self.nearest_first, where[:, 0])
+        clear, clear_elsewhere = matched_edit(x * empty, x * other, self.nearest_first, where[:, 1])
         return self.active(x + ink - clear, feature), self.active(x + ink_elsewhere - clear_elsewhere, feature)
 
     def test(self, edit: Callable, pairs: list[tuple[int, Tensor]]) -> dict[int, EditTest]:
-        """`edit` on the (feature, images) pairs."""
+        """`edit` on the (feature, images) pairs. What is drawn for a feature does not depend on the others."""
         if not pairs:
             return {}
         features = torch.cat([torch.full_like(at, k) for k, at in pairs])
+        where = torch.cat([torch.rand(len(at), 2, generator=_generator(self.seed, k)) for k, at in pairs])
         counts = torch.zeros(len(self.wanted), 5, dtype=torch.int64)
-        for k, i in zip(features.split(ROWS), torch.cat([at for _, at in pairs]).split(ROWS), strict=True):
-            x = self.images[i.to(self.images.device)].flatten(1).to(self.mu.device)
-            named, elsewhere = (outcome.cpu() for outcome in edit(k.to(self.mu.device), x))
+        rows = zip(*(t.split(ROWS) for t in (features, torch.cat([at for _, at in pairs]), where)), strict=True)
+        for k, i, w in rows:
+            x = self.images[i.to(self.images.device)].flatten(1).float().cpu()
+            named, elsewhere = edit(k, x, w)
             row = [torch.ones_like(named), named, elsewhere, named & ~elsewhere, elsewhere & ~named]
             counts.index_add_(0, k, torch.stack(row, 1).long())
         return {k: EditTest(*counts[k].tolist()) for k, _ in pairs}
+
+
+def _generator(seed: int, feature: int) -> torch.Generator:
+    """Random numbers that belong to a feature."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + feature) % 2**63)
 
 
 def edit_tests(
@@ -1323,43 +1362,36 @@ def _dose_response(
     model, without: Tensor, step: Tensor, named: Sequence[int | None]
 ) -> list[tuple[tuple[float, ...] | None, tuple[float, ...] | None]]:
     """For each named class the mean change of its logit when DOSES times step (d_in,) are added to the preactivations
-    `without` (n, d_in) the feature: as it is, and extrapolated from an infinitesimal dose."""
+    `without` (n, d_in) the feature: as it is, and extrapolated from TINY_DOSE."""
     with torch.no_grad():
         at_doses = torch.stack([model.logits_from_preactivations(without + dose * step) for dose in DOSES])
         curve = (at_doses - at_doses[0]).mean(1)  # (doses, C)
-    responses: list[tuple[tuple[float, ...] | None, tuple[float, ...] | None]] = []
-    start = without.detach().clone().requires_grad_(True)
-    with torch.enable_grad():
-        logits = model.logits_from_preactivations(start)
-    for c in named:
-        if c is None:
-            responses.append((None, None))
-            continue
-        (gradient,) = torch.autograd.grad(logits[:, c].sum(), start, retain_graph=True)
-        slope = float((gradient @ step).mean())
-        responses.append((tuple(curve[:, c].tolist()), tuple(slope * dose for dose in DOSES)))
-    return responses
+        little = (model.logits_from_preactivations(without + TINY_DOSE * step) - at_doses[0]).mean(0)
+    slope = little / TINY_DOSE
+    return [
+        (None, None) if c is None else (tuple(curve[:, c].tolist()), tuple(float(slope[c]) * dose for dose in DOSES))
+        for c in named
+    ]
 
 
-def effect_test(
-    h: Hypothesis, model, raw: Tensor, activity: Activity, sae, std: Tensor, generator: torch.Generator
-) -> EffectTest:
+def effect_test(h: Hypothesis, model, raw: Tensor, activity: Activity, sae, std: Tensor, seed: int = 0) -> EffectTest:
     """The effect part of one hypothesis on raw preactivations (N, d_in)."""
     at, acts = activity.of(h.feature)
     chosen = _spread(torch.arange(len(at)), N_EDIT)
     firing, f = raw[at[chosen].to(raw.device)], acts[chosen, None].to(raw.device)
     direction = sae.W_dec[h.feature].detach()
-    noise = torch.randn(len(chosen), len(direction), generator=generator).to(raw.device)
+    noise = torch.randn(len(chosen), len(direction), generator=_generator(seed, h.feature)).to(raw.device)
     random = torch.nn.functional.normalize(noise, dim=1) * direction.norm()
     with torch.no_grad():
         three = torch.cat([firing, firing - f * direction * std, firing - f * random * std])
         base, without, without_random = model.logits_from_preactivations(three).chunk(3)
 
-    def share(changed: Tensor) -> Tensor:
+    def ratios(changed: Tensor) -> Tensor:  # (claims, n)
         claims = [(h.effect.raises, h.effect.raised_by, 1), (h.effect.lowers, h.effect.lowered_by, -1)]
-        return torch.stack([sign * (base - changed)[:, c] / by for c, by, sign in claims if c is not None]).mean(0)
+        return torch.stack([sign * (base - changed)[:, c] / by for c, by, sign in claims if c is not None])
 
-    own, other, mean = share(without), share(without_random), (base - without).mean(0)
+    found, mean = ratios(without), (base - without).mean(0)
+    own, other, weaker = found.mean(0), ratios(without_random).mean(0), found[found.mean(1).argmin()]
     step = h.typical_activation * direction * std
     (up, up_line), (down, down_line) = _dose_response(
         model, firing - f * direction * std, step, (h.effect.raises, h.effect.lowers)
@@ -1368,8 +1400,8 @@ def effect_test(
         n=len(chosen),
         raised_by=None if h.effect.raises is None else float(mean[h.effect.raises]),
         lowered_by=None if h.effect.lowers is None else -float(mean[h.effect.lowers]),
-        share=float(own.mean()),
-        share_error=float(own.std() / len(own) ** 0.5),
+        share=float(weaker.mean()),
+        share_error=float(weaker.std() / len(weaker) ** 0.5),
         only_named=int((own > other).sum()),
         only_random=int((own < other).sum()),
         doses=DOSES,
@@ -1410,7 +1442,7 @@ def test_hypotheses(
     activity: Activity | None = None,
     n_bootstrap: int = N_BOOTSTRAP,
     seed: int = 0,
-    min_active: int = MIN_ACTIVE,
+    rule: Rule | None = None,
 ) -> list[Evidence]:
     """What images (N, ...) with labels (N,) say about the hypotheses.
 
@@ -1420,13 +1452,23 @@ def test_hypotheses(
     painting   on as many that do not, the wanted places are inked and the empty ones cleared, and as much elsewhere
     effect     on images that fire it, the feature is removed, and as much of a random direction; then added in DOSES
 
-    Hypotheses about features that fewer than `min_active` images fire are not tested. `activity` takes the place of the
-    SAE's own, to measure what chance gives. `n_bootstrap` = 0 leaves intervals out. Raises ValueError for shapes that
-    do not fit.
+    Hypotheses about features that fewer than the rule's `min_active` images fire, or leave silent, are not tested.
+    `activity` takes the place of the SAE's own, to measure what chance gives. `n_bootstrap` = 0 leaves intervals out.
+    Raises ValueError for shapes that do not fit, two hypotheses about one feature, and strokes on images that cannot
+    have them; IndexError for a feature that does not exist.
     """
-    activity = activity or collect_activity(model, images, labels, sae, mu, std)
-    n = len(images)
-    testable = [h for h in hypotheses if min_active <= activity.n_active[h.feature] < n]
+    activity, n = activity or collect_activity(model, images, labels, sae, mu, std), len(images)
+    if len(activity.labels) != n:
+        raise ValueError(f"the activity is of {len(activity.labels)} images, but {n} were given")
+    features = [check_feature(h.feature, sae.W_enc.shape[1]) for h in hypotheses]
+    if len(set(features)) < len(features):
+        twice = next(k for k in features if features.count(k) > 1)
+        raise ValueError(f"feature {twice} has several hypotheses: test them in calls of their own")
+    no_strokes = why_no_strokes(images)
+    if no_strokes and any(h.stroke for h in hypotheses):
+        raise ValueError(f"strokes cannot be tested: {no_strokes}")
+    least = (rule or Rule()).min_active
+    testable = [h for h in hypotheses if least <= activity.n_active[h.feature] <= n - least]
     ink = place_ink(images).cpu().numpy() if any(h.stroke for h in testable) else None
     weights = bootstrap_weights(n, n_bootstrap, seed) if n_bootstrap else None
     label_of = labels.cpu().numpy()
@@ -1437,8 +1479,7 @@ def test_hypotheses(
         erasing, painting = edit_tests(with_stroke, model, images, activity, sae, mu, std, seed)
     with torch.no_grad():
         raw = torch.cat([raw_preactivations(model, some, mu) for some in images.split(ROWS)])
-    generator = torch.Generator().manual_seed(seed)
-    effects = {h.feature: effect_test(h, model, raw, activity, sae, std, generator) for h in testable if h.effect}
+    effects = {h.feature: effect_test(h, model, raw, activity, sae, std, seed) for h in testable if h.effect}
     return [
         Evidence(k, int(activity.n_active[k]), n, detected.get(k, {}), erasing.get(k), painting.get(k), effects.get(k))
         for k in (h.feature for h in hypotheses)
@@ -1451,8 +1492,9 @@ def test_hypotheses(
 
 CONFIRMED, INCONCLUSIVE, REFUTED, NONE = "confirmed", "inconclusive", "refuted", "no hypothesis"
 CONFIDENCE_RULE = """High: every part that is claimed is confirmed, and each of its measurements clears its bar even
-at the pessimistic end of its 95% interval. Medium: not High, but at least one part is confirmed and none is refuted.
-Low: the rest. A statement held on images set aside when each measurement clears its bar there, too."""
+at the pessimistic end of its 95% interval. Medium: not High, but at least one part is confirmed and nothing is refuted.
+Low: the rest. Where other seeds were tried, High also asks that the feature returned in at least half of them. A
+statement held on images set aside when each measurement clears its bar there, too."""
 
 
 class Measurement(NamedTuple):
@@ -1480,26 +1522,22 @@ class Judgement(NamedTuple):
     confidence: str
     all_three: bool  # class, stroke and effect are all claimed and confirmed
 
-    def with_confidence(self, confidence: str) -> Judgement:
-        return self._replace(confidence=confidence)
-
 
 TESTS_OF = {"class": ("class",), "stroke": ("stroke", "erasing", "painting"), "both": ("both",), "effect": ("effect",)}
 
 
 def measurements(evidence: Evidence, rule: Rule) -> dict[str, Measurement]:
-    """What was measured, test by test, against the rule's bars. Erasing and painting: per image, named minus
-    `times_elsewhere` times elsewhere."""
+    """What was measured, test by test, and the rule's bars; of erasing and painting `EditTest.excess`, against 0."""
     found = {}
     for part, bar in (("class", rule.class_auroc), ("stroke", rule.stroke_auroc), ("both", rule.both_auroc)):
         if part in evidence.detected:
             d = evidence.detected[part]
-            low, high = d.intervals.get("auroc", (d.auroc, d.auroc))
+            low, high = d.intervals.get("auroc", (0.0, 1.0))
             found[part] = Measurement(d.auroc, low, high, bar, d.p)
     for name in ("erasing", "painting"):
         test = getattr(evidence, name)
         if test is not None:
-            mean, error = test.excess(rule.times_elsewhere)
+            mean, error = test.excess(rule.times_elsewhere, rule.edit_share)
             found[name] = Measurement(mean, mean - NEAR * error, mean + NEAR * error, 0.0, test.p)
     if evidence.effect is not None:
         e = evidence.effect
@@ -1542,7 +1580,7 @@ def judge_hypotheses(
             continue
         whole = _joint([parts[part] for part in claimed] + [verdicts[t] for t in ("both",) if t in verdicts])
         clear = all(m.low >= m.bar for m in tests.values())
-        some = any(parts[part] == CONFIRMED for part in claimed) and REFUTED not in parts.values()
+        some = whole != REFUTED and any(parts[part] == CONFIRMED for part in claimed)
         confidence = "High" if whole == CONFIRMED and clear else "Medium" if some else "Low"
         all_three = whole == CONFIRMED and len(claimed) == len(PARTS)
         judgements.append(Judgement(h.feature, verdicts, parts, whole, confidence, all_three))
@@ -1565,7 +1603,7 @@ class Shares(NamedTuple):
     class_confirmed: float
     stroke_confirmed: float
     effect_confirmed: float
-    refuted: float
+    median_density: float | None  # share of the images that fire the median of these features
 
 
 def shares_explained(evidence: Sequence[Evidence], judgements: Sequence[Judgement], rule: Rule | None = None) -> Shares:
@@ -1581,7 +1619,7 @@ def shares_explained(evidence: Sequence[Evidence], judgements: Sequence[Judgemen
         sum(a >= rule.both_auroc for a in auroc) / n,
         float(np.median(auroc)) if auroc else None,
         *confirmed,
-        sum(j.verdict == REFUTED for _, j in firing) / n,
+        float(np.median([e.n_active / e.n_images for e, _ in firing])) if firing else None,
     )
 
 
@@ -1624,14 +1662,15 @@ class LinearFeatures(NamedTuple):
 def matched_directions(directions: Tensor, z: Tensor, density: Tensor, mean_activation: Tensor) -> LinearFeatures:
     """Features along `directions` (n, d_in) that fire on a share `density` (n,) of z (N, d_in), or wherever z points
     along them if that is less, with `mean_activation` (n,) where they do."""
-    unit = torch.nn.functional.normalize(directions, dim=1)
+    unit, density, mean_activation = (t.to(z) for t in (directions, density, mean_activation))
+    unit = torch.nn.functional.normalize(unit, dim=1)
     W_enc, threshold = torch.empty_like(unit.T), torch.empty(len(unit), device=z.device)
     for some in torch.arange(len(unit), device=z.device).split(64):
         pre = z @ unit[some].T  # (N, 64)
-        rank = ((1 - density[some].to(z)) * len(z)).round().long().clamp(1, len(z)) - 1
+        rank = ((1 - density[some]) * len(z)).round().long().clamp(1, len(z)) - 1
         cut = pre.sort(dim=0).values.gather(0, rank[None])[0].clamp(min=0)  # an activation is positive
         active = pre > cut
-        scale = mean_activation[some].to(z) * active.sum(0) / torch.where(active, pre, 0.0).sum(0).clamp(min=1e-9)
+        scale = mean_activation[some] * active.sum(0) / torch.where(active, pre, 0.0).sum(0).clamp(min=1e-9)
         W_enc[:, some], threshold[some] = unit[some].T * scale, cut * scale
     return LinearFeatures(W_enc, torch.zeros_like(threshold), unit, threshold)
 
@@ -1699,7 +1738,7 @@ def match_features(model, images: Tensor, sae, other, mu: Tensor, std: Tensor) -
 def with_stability(judgements: Sequence[Judgement], returned: Tensor, n_runs: int) -> list[Judgement]:
     """High becomes Medium for a feature that returned in fewer than half of n_runs: `returned` (d_sae,) counts them."""
     return [
-        j.with_confidence("Medium") if j.confidence == "High" and 2 * int(returned[j.feature]) < n_runs else j
+        j._replace(confidence="Medium") if j.confidence == "High" and 2 * int(returned[j.feature]) < n_runs else j
         for j in judgements
     ]
 
@@ -1717,10 +1756,11 @@ def measured_lines(h: Hypothesis, e: Evidence, j: Judgement) -> list[str]:
     """One line for each test: what was measured, and the verdict."""
     lines = []
     for part, d in e.detected.items():
-        low, high = d.intervals.get("auroc", (d.auroc, d.auroc))
-        name = {"class": "labels", "stroke": "strokes", "both": "labels and strokes"}[part]
+        low, high = d.intervals.get("auroc", (0.0, 1.0))
+        whole = "labels and strokes together" if h.labels and h.stroke else "the statement as a whole"
+        name = {"class": "labels", "stroke": "strokes", "both": whole}[part]
         lines.append(
-            f"{name} predict where it fires: AUROC {d.auroc:.3f} [{low:.3f}, {high:.3f}], average precision "
+            f"{name}, predicting where it fires: AUROC {d.auroc:.3f} [{low:.3f}, {high:.3f}], average precision "
             f"{d.average_precision:.3f}, balanced accuracy {d.balanced_accuracy:.3f}, {_p_words(d.p)}: {j.tests[part]}"
         )
     for name, verb, t in (("erasing", "off", e.erasing), ("painting", "on", e.painting)):
@@ -1757,11 +1797,11 @@ def evidence_line(h: Hypothesis, e: Evidence) -> str:
         return f"fires on none of {h.n_images:,} discovery images"
     common = sorted(range(len(h.label_histogram)), key=lambda c: (-h.label_histogram[c], c))[:2]
     shares = [f"{100 * h.label_histogram[c] / h.n_active:.0f}% of them {c}s" for c in common if h.label_histogram[c]]
-    line = f"fires on {100 * h.n_active / h.n_images:.2g}% of images, {' and '.join(shares)}"
+    line = f"fires on {100 * h.n_active / h.n_images:.3g}% of images, {' and '.join(shares)}"
     if "both" in e.detected:
         line += f"; predicted with AUROC {e.detected['both'].auroc:.2f} on {e.n_images:,} unseen images"
     elif any(map(h.proposes, PARTS)) and e.effect is None:
-        line += f"; only {e.n_active} of {e.n_images:,} unseen images fire it, too few to judge"
+        line += f"; {e.n_active:,} of {e.n_images:,} unseen images fire it: too few that do, or do not, to judge"
     if e.erasing is not None:
         line += f"; erasing turns it off on {e.erasing.named} of {e.erasing.n}, elsewhere {e.erasing.elsewhere}"
     if e.painting is not None:
@@ -1772,14 +1812,14 @@ def evidence_line(h: Hypothesis, e: Evidence) -> str:
 def shares_lines(shares: dict[str, Shares]) -> list[str]:
     """A Markdown table of several sets of features."""
     rows = [
-        "| features | firing | all three parts confirmed | class | stroke | effect | AUROC reached | median AUROC |"
+        "| features | how many | fire on (median) | all three confirmed | class | stroke | effect | AUROC reached |"
     ]
     rows.append("|---" * 8 + "|")
     for name, s in shares.items():
         cells = [s.explained, s.class_confirmed, s.stroke_confirmed, s.effect_confirmed, s.predicted]
         percent = " | ".join(f"{100 * value:.0f}%" for value in cells)
-        median = "none" if s.median_auroc is None else f"{s.median_auroc:.3f}"
-        rows.append(f"| {name} | {s.features} | {percent} | {median} |")
+        rate = "none" if s.median_density is None else f"{s.median_density:.2%}"
+        rows.append(f"| {name} | {s.features} | {rate} | {percent} |")
     return rows
 
 

@@ -14,6 +14,9 @@ stages      What MNIST_SAE_code.py does, with its default settings. `seconds`: m
             share of the machine's; the rest of the time is memory traffic, sorting, the optimizer and Python.
 command     `python MNIST_SAE_code.py` in a process of its own and a fresh folder: seconds from outside, peak memory of
             that process (a dash on Windows); results and seconds by stage as its summary.json reports them.
+statements  A hypothesis for every feature: proposed from the validation images, frozen, tested on half of the test
+            images with bootstrap intervals, judged; `sum` is of these four. Then the same tests on the other half
+            without intervals. `seconds`: best of three; `ms/feature` of all the SAE's features.
 reference   Feature by feature as a plain script does it: a pass over the images for each, autograd, loops over batches,
             a new matplotlib figure with one subplot per image. `ours`: all features at once, divided by their number.
             Both in milliseconds per feature, medians of rounds that alternate between the two. `ratio`: reference by
@@ -270,6 +273,28 @@ def stages(settings: driver.Settings, device: torch.device, rate: float, repeats
     total = sum(row.columns["seconds"] for row in rows)
     rows.append(Row("sum", {**dict.fromkeys(rows[0].columns), "seconds": total}))
     return rows, Explained(settings, data, model, pre, sae, analysis)
+
+
+def statements(e: Explained, device: torch.device) -> list[Row]:
+    (judging, aside), given = driver.confirmation_splits(e.data.test), (e.sae, e.pre.mu, e.pre.std)
+    rows: list[Row] = []
+
+    def row(what: str, seconds: float) -> None:
+        rows.append(Row(what, {"seconds": seconds, "ms/feature": 1000 * seconds / e.settings.sae_latents}))
+
+    def step(what: str, work: Callable):
+        runs, result = timed(work, device, 3)
+        row(what, min(runs))
+        return result
+
+    hypotheses = step("propose", lambda: fa.propose_hypotheses(e.model, *e.data.val, *given))
+    with tempfile.TemporaryDirectory() as folder:
+        step("freeze", lambda: fa.freeze_hypotheses(hypotheses, Path(folder) / "hypotheses.json"))
+    evidence = step("test", lambda: fa.test_hypotheses(hypotheses, e.model, *judging, *given))
+    step("judge", lambda: fa.judge_hypotheses(hypotheses, evidence))
+    row("sum", sum(r.columns["seconds"] for r in rows))
+    step("images set aside", lambda: fa.test_hypotheses(hypotheses, e.model, *aside, *given, n_bootstrap=0))
+    return rows
 
 
 # Linux charges a process the memory of the one that starts it, so a small process stands between.
@@ -561,6 +586,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report("machine", rows)
     rows, explained = stages(settings, device, rate, given.repeats)
     report("stages", rows)
+    report("statements", statements(explained, device))
     report("command", command(settings))
     rows, worst = against_reference(explained, given.reference_features)
     report("reference", rows)

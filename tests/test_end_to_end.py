@@ -289,6 +289,18 @@ def test_hypotheses_changed_after_freezing_are_refused(tmp_path, monkeypatch):
         driver.main([*STATED, "--out", str(tmp_path)])
 
 
+def test_hypotheses_edited_after_a_run_are_refused_by_the_next(stated, tmp_path, capsys):
+    for name in ("hypotheses.json", "summary.json"):
+        (tmp_path / name).write_bytes((stated[0] / name).read_bytes())
+    driver.refuse_changed_hypotheses(tmp_path, driver.Settings(target_actives=(8,)), 8)
+    path = tmp_path / "hypotheses.json"
+    path.write_text(path.read_text().replace('"class_auroc": 0.65', '"class_auroc": 0.55'))
+    done = run_script(*STATED, "--out", tmp_path, status=2)
+    assert re.search(r"SHA-256 is \w{64}, recorded was \w{64}; .*move it away, or run with --fresh", done.stderr)
+    assert '"class_auroc": 0.55' in path.read_text()  # the edit is still there
+    driver.refuse_changed_hypotheses(tmp_path, driver.Settings(target_actives=(8,), fresh=True), 8)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

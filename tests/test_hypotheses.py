@@ -176,7 +176,7 @@ def test_false_positives_of_edits():
     editor = fa._Editor(hypotheses[:1], planted[0], scene.images, *planted[1:], seed=0)
     coin, images = torch.Generator().manual_seed(0), torch.arange(40)
 
-    def by_chance(feature: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def by_chance(feature: Tensor, x: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
         return tuple(torch.rand(2, len(x), generator=coin) < 0.4)
 
     nominal([editor.test(by_chance, [(0, images)])[0].p for _ in range(REPETITIONS)], discrete=True)
@@ -198,13 +198,12 @@ def test_false_positives_of_effects():
             turns = self.turns.repeat(len(z) // len(self.turns), 1, 1)
             return torch.einsum("ni,nij->nj", z, turns)[:, :2]
 
-    for _ in range(REPETITIONS):
+    for repetition in range(REPETITIONS):
         turns, _ = torch.linalg.qr(torch.randn(n, d_in, d_in, generator=generator))
         turns = turns * torch.where(torch.rand(n, 1, d_in, generator=generator) < 0.5, -1.0, 1.0)
         sae = Planar(W_dec=torch.eye(1, d_in))
-        test = fa.effect_test(
-            hypothesis, Turned(turns), torch.zeros(n, d_in), activity, sae, torch.ones(d_in), generator
-        )
+        model, raw = Turned(turns), torch.zeros(n, d_in)
+        test = fa.effect_test(hypothesis, model, raw, activity, sae, torch.ones(d_in), seed=repetition)
         p.append(test.p)
     nominal(p, discrete=True)
 
@@ -353,6 +352,22 @@ def test_a_changed_file_is_refused_with_both_hashes(world, tmp_path):
         fa.read_hypotheses(path, digest)
 
 
+def test_no_ink_next_to_ink_of_the_same_words_says_where():
+    places = (fa.Place(17, 17, "rising", 13), fa.Place(11, 15, "rising", 13))
+    assert places[0].words() == places[1].words() == "long rising stroke in the centre"
+    text = fa.statement(blank(0, stroke=fa.Stroke(places, (0.6, -0.4))))
+    assert text == (
+        "Long rising stroke in the centre; "
+        "no long rising stroke in the centre 6 pixels higher and 2 pixels further left"
+    )
+
+
+def test_labels_are_named_for_their_lift():
+    usual = np.array([100, 100, 100, 100, 600])
+    assert fa._name_labels(np.array([40, 14, 16, 0, 30]), usual) == (0, 2)  # 4, 1.4, 1.6, 0, 0.5 times
+    assert fa._name_labels(np.array([30, 30, 25, 15, 0]), usual) == (0, 1, 2)  # three at most
+
+
 def test_statements_in_words():
     stroke = fa.Stroke((fa.Place(13, 13, "vertical", 13), fa.Place(13, 5, "dot", 5)), (0.7, -0.3))
     whole = blank(1, labels=(1, 7), stroke=stroke, effect=fa.Effect(1, 0.4, None, 0.0))
@@ -413,7 +428,11 @@ def test_erasing_and_painting_by_hand(world):
 def test_excess_of_an_edit_test_is_the_mean_over_images():
     test = fa.EditTest(n=10, named=6, elsewhere=3, only_named=5, only_elsewhere=2)
     values = [1] * 5 + [1 - 2] * 1 + [-2] * 2 + [0] * 2
-    assert test.excess(2.0) == pytest.approx((np.mean(values), np.std(values, ddof=1) / math.sqrt(10)))
+    assert test.excess(2.0, 0.25) == pytest.approx((np.mean(values), np.std(values, ddof=1) / math.sqrt(10)))
+    seldom = fa.EditTest(n=10, named=2, elsewhere=1, only_named=1, only_elsewhere=0)
+    values = [1 - 0.25] * 2 + [-0.25] * 8  # a quarter of the images is more than twice one of ten
+    assert seldom.excess(2.0, 0.25) == pytest.approx((np.mean(values), np.std(values, ddof=1) / math.sqrt(10)))
+    assert fa.EditTest(64, 0, 0, 0, 0).excess(2.0, 0.25)[0] < 0  # an edit that does nothing has not held
 
 
 def test_ink_painted_where_none_may_be_turns_a_feature_off():
@@ -463,11 +482,11 @@ def test_effects_by_closed_form(world):
     activity = fa.Activity(torch.tensor([0, n]), torch.arange(n), acts, torch.zeros(n + 5, dtype=torch.int64))
     h = blank(0, effect=fa.Effect(0, 1.0, 1, 0.25), typical_activation=2.0)
     raw = torch.randn(n + 5, d_in)
-    test = fa.effect_test(h, Linear(), raw, activity, sae, std, torch.Generator().manual_seed(0))
+    test = fa.effect_test(h, Linear(), raw, activity, sae, std)
     assert test.n == n
     assert test.raised_by == pytest.approx(2 * 0.5 * 2.0)  # mean activation 2, std 0.5, head weight 2
     assert test.lowered_by == pytest.approx(2 * 0.5 * 1.0)
-    assert test.share == pytest.approx((2.0 / 1.0 + 1.0 / 0.25) / 2)
+    assert test.share == pytest.approx(2.0 / 1.0)  # 1.0 / 0.25 would be more: the smaller counts
     assert test.dose_raises == pytest.approx([0, 1, 2, 4], abs=1e-5)
     assert test.dose_lowers == pytest.approx([0, -0.5, -1, -2], abs=1e-5)
     assert test.linear_raises == pytest.approx(test.dose_raises, abs=1e-5)
@@ -541,13 +560,14 @@ def test_features_that_hardly_fire_are_not_judged(world, tmp_path):
     evidence = fa.test_hypotheses(hypotheses[:1], model, images, labels, *rest)
     (judgement,) = fa.judge_hypotheses(hypotheses[:1], evidence)
     assert (evidence[0].n_active, judgement.verdict, judgement.confidence) == (5, fa.INCONCLUSIVE, "Low")
-    assert "only 5 of 55 unseen images fire it, too few to judge" in fa.evidence_line(hypotheses[0], evidence[0])
+    assert "5 of 55 unseen images fire it: too few" in fa.evidence_line(hypotheses[0], evidence[0])
     proposed = fa.propose_hypotheses(model, images, labels, *rest)
-    assert proposed[0].why_not["stroke"].startswith("active on 5 of 55 discovery images; 8 are needed")
+    assert proposed[0].why_not["stroke"].startswith("active on 5 of 55 images; 8 active")
     fa.freeze_hypotheses(proposed, tmp_path / "h.json")
     assert "NaN" not in (tmp_path / "h.json").read_text()
     shares = fa.shares_explained(evidence, [judgement])
     assert shares.median_auroc is None
+    assert shares.median_density == pytest.approx(5 / 55)
     json.dumps(shares._asdict(), allow_nan=False)
 
 
@@ -592,6 +612,49 @@ def test_images_of_another_size_keep_class_and_effect():
         assert h.stroke is None
         assert h.why_not["stroke"] == "images have shape (3, 8, 8); strokes are described on grey 28 x 28 images only"
         assert j.parts == {"class": fa.CONFIRMED, "stroke": fa.NONE, "effect": fa.CONFIRMED}
+
+
+def test_a_feature_is_tested_alike_whoever_is_tested_beside_it(world):
+    assert evidence_in(world, world[1][3:]) == evidence_in(world)[3:]
+
+
+def test_unclear_requests_are_refused(world):
+    (model, *rest), hypotheses, scene = world
+    with pytest.raises(ValueError, match="feature 0 has several hypotheses"):
+        evidence_in(world, [hypotheses[0], hypotheses[0]])
+    with pytest.raises(IndexError, match="feature 99 does not exist"):
+        evidence_in(world, [blank(99)])
+    activity = fa.collect_activity(model, scene.images, scene.labels, *rest)
+    with pytest.raises(ValueError, match="the activity is of 2400 images, but 5 were given"):
+        fa.test_hypotheses(hypotheses, model, scene.images[:5], scene.labels[:5], *rest, activity)
+    with pytest.raises(ValueError, match=r"strokes cannot be tested: pixels run from -1 to 1"):
+        fa.test_hypotheses(hypotheses, model, 2 * scene.images - 1, scene.labels, *rest)
+    with pytest.raises(ValueError, match="whole numbers from 0 are needed"):
+        fa.propose_hypotheses(model, scene.images, scene.labels.float(), *rest)
+    with pytest.raises(ValueError, match="labels run to 10, but the model has 6 classes"):
+        fa.propose_hypotheses(model, scene.images, scene.labels * 2, *rest)
+
+
+def test_negative_activations_are_no_activity(world):
+    (model, sae, mu, std), _, scene = world
+
+    class Signed(NamedTuple):
+        W_enc: Tensor
+        W_dec: Tensor
+
+        def encode(self, z):
+            return z @ self.W_enc
+
+    signed = Signed(sae.W_enc, sae.W_dec)
+    activity = fa.collect_activity(model, scene.images, scene.labels, signed, mu, std)
+    acts = signed.encode((model.preactivations(scene.images) - mu) / std)
+    assert activity.n_active.tolist() == (acts > 0).sum(0).tolist()
+
+
+def test_blank_discovery_images_give_no_hypotheses(world):
+    (model, *rest), _, _ = world
+    hypotheses = fa.propose_hypotheses(model, torch.zeros(20, 1, 28, 28), torch.zeros(20, dtype=torch.int64), *rest)
+    assert not any(h.proposes(part) for h in hypotheses for part in fa.PARTS)
 
 
 # --- Chance, comparisons, stability -----------------------------------------------------------------------------------
@@ -708,7 +771,7 @@ def test_best_first():
 
 
 def test_the_picture_shows_every_source():
-    shares = fa.Shares(10, 0.4, 0.9, 0.95, 0.8, 0.7, 0.6, 0.1)
+    shares = fa.Shares(10, 0.4, 0.9, 0.95, 0.8, 0.7, 0.6, 0.01)
     figure = fa.draw_explained({"SAE": [0.9, 0.8], "neurons": []}, {"SAE": shares, "neurons": shares}, 0.85)
     left, right = figure.axes
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["SAE", "neurons"]
