@@ -477,7 +477,7 @@ def test_training_reaches_the_target_in_one_run(target):
     assert (sae.threshold >= 0).all()
     assert len(course.l0) == driver.n_steps(4000, 100, 12)
     assert course.loss[-20:].mean() < course.loss[:20].mean()
-    assert fvu_of(sae, z) < (0.4 if target == 2 else 0.1)
+    assert fvu_of(sae, z) < (0.4 if target == 2 else 0.12)
 
 
 def test_training_does_not_depend_on_the_scale_of_z():

@@ -344,6 +344,9 @@ def test_the_notebook_lines_of_the_readme(tmp_path, monkeypatch, capsys):
     assert isinstance(scope["bank"], fa.FeatureBank)
     assert scope["heat"].shape == (28, 28)
     assert scope["delta"].shape == (10,)
+    exec(readme_block("propose_hypotheses"), scope)
+    assert len(scope["judgements"]) == 128
+    assert scope["judgements"][100].verdict in capsys.readouterr().out
 
 
 def test_load_run_refuses_other_digits(first, tmp_path):
