@@ -1502,6 +1502,7 @@ def statement_record(k: int, t: Tested) -> dict:
         "statement": fa.statement(h),
         "confidence": j.confidence,
         "verdict": j.verdict,
+        "measured": fa.measured_lines(h, e, j),
         "hypothesis": fa.hypothesis_record(h),
         "evidence": {
             "text": fa.evidence_line(h, e),
@@ -1752,8 +1753,9 @@ def prepare_target(
 
 def finish_target(
     settings: Settings, p: Prepared, model: Classifier, model_digest: str, pre: Preactivations, data: Data
-) -> dict:
-    """Test and measure on the test images, write all files of the target; returns its record of summary.json."""
+) -> tuple[dict, list[dict]]:
+    """Test and measure on the test images, write the files of the target; returns its record of summary.json and the
+    records of feature_report.json."""
     clock, folder, sae, tested = p.clock, p.folder, p.trained.sae, None
     if p.frozen:
         with clock("stability"):
@@ -1799,7 +1801,54 @@ def finish_target(
     record["diagnoses"] = [{**d._asdict(), "fine": d.fine} for d in diagnoses]
     record["telling_features"] = telling
     record["seconds"] = clock.seconds
-    return record
+    return record, report
+
+
+def write_page(
+    p: Prepared,
+    record: dict,
+    report: list[dict],
+    records: Sequence[dict],
+    model: Classifier,
+    pre: Preactivations,
+    data: Data,
+) -> None:
+    """feature_report.html of one target; `records` are those of all targets, for the frontier."""
+    sae, given = p.trained.sae, (p.trained.sae, pre.mu, pre.std)
+    first_layer = model.hidden.bias - model.hidden.weight @ model.pixel_mean  # the page knows no mean image
+    network = fa.Network(model.hidden.weight, first_layer, model.head.weight, model.head.bias)
+    results = [
+        ("accuracy of the network", f"{record['baseline_acc']:.2%}"),
+        ("accuracy through the SAE", f"{record['recon_acc_jumprelu']:.2%}"),
+        ("predictions kept through the SAE", f"{record['agreement_jumprelu']:.2%}"),
+        ("share of variance it leaves out (FVU)", f"{record['fvu']:.4f}"),
+        ("features active per image (L0)", f"{record['achieved_actives_test']:.2f}"),
+        ("features that never fire", str(record["dead_features"])),
+        ("seconds to train the SAE", f"{record['seconds']['sae']:.1f}"),
+    ]
+    if "hypotheses" in record:
+        explained = record["hypotheses"]["shares"]["SAE"]["explained"]
+        results.insert(4, ("features explained in all parts", f"{explained:.0%}"))
+    keys = {"l0": "achieved_actives_test", "fvu": "fvu", "agreement": "agreement_jumprelu"}
+    fa.write_dashboard(
+        p.folder / "feature_report.html",
+        report,
+        p.analysis.bank,
+        fa.collect_activity(model, *data.val, *given),
+        data.val.images,
+        p.analysis.heats,
+        *given,
+        inked=p.analysis.inked,
+        title=f"Features of a digit classifier: {len(sae.threshold)} at target {p.target}",
+        results=results,
+        diagnoses=record["diagnoses"],
+        frontier=[{name: r[key] for name, key in keys.items()} for r in records],
+        network=network,
+        tests=(data.test.images[:PAGE_TESTS], data.test.labels[:PAGE_TESTS]),
+    )
+
+
+PAGE_TESTS = 60  # test images that the page offers
 
 
 def write_statements(tested: Tested, data: Data, target: int, folder: Path) -> None:
@@ -1836,11 +1885,16 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         prepared.append(prepare_target(settings, target, model, model_digest, pre, data, folder))
         if settings.hypotheses:  # on record before anything is measured on a test image
             fa.write_whole(root / "summary.json", to_json([{"target_actives": p.target, **p.frozen} for p in prepared]))
-    records = []
+    records, reports = [], []
     for p in prepared:
-        record = finish_target(settings, p, model, model_digest, pre, data)
+        record, report = finish_target(settings, p, model, model_digest, pre, data)
         record["seconds"] = {**clock.seconds, **record["seconds"]}
         records.append(record)
+        reports.append(report)
+    for p, record, report in zip(prepared, records, reports, strict=True):
+        with p.clock("page"):
+            write_page(p, record, report, records, model, pre, data)
+        record["seconds"]["page"] = p.clock.seconds["page"]
     kept = {name: value for name, value in asdict(settings).items() if name != "fresh"}
     described = {"settings": kept, "data": data.source, "data_digest": data.digest}
     fa.write_whole(root / "settings.json", to_json(described))
@@ -1863,6 +1917,7 @@ def places_to_look(root: Path, settings: Settings, records: Sequence[dict]) -> s
         folder = target_folder(root, settings, record["target_actives"])
         panels = [folder / f"feature_{k}_panel.png" for k in record["telling_features"]]
         lines.append(f"  {panels[0] if panels else folder}   one feature on one page ({len(panels)} such pages)")
+        lines.append(f"  {folder / 'feature_report.html'}   a page to open: meet the features, draw your own digit")
         if settings.hypotheses:
             lines.append(f"  {folder / 'hypotheses.md'}   what each feature means, tested, best first")
         lines.append(f"  {folder / 'feature_report.json'}   every feature as a table (pandas.read_json)")

@@ -29,7 +29,9 @@ remembered between calls is only the vocabulary of strokes.
 
 from __future__ import annotations
 
+import base64
 import functools
+import gzip
 import hashlib
 import io
 import itertools
@@ -2107,6 +2109,13 @@ def _as_pattern(heat) -> np.ndarray:
     return array
 
 
+def _as_patterns(heats) -> np.ndarray:
+    array = heats.detach().cpu().numpy() if isinstance(heats, Tensor) else np.asarray(heats)
+    if array.ndim != 3:
+        raise ValueError(f"the patterns have shape {array.shape}; expected (d_sae, H, W)")
+    return array
+
+
 def _as_mask(inked, shape: tuple[int, ...]) -> np.ndarray | None:
     """`inked` as a bool array. Raises ValueError when it has not the shape of the pattern."""
     if inked is None:
@@ -2247,9 +2256,7 @@ def write_feature_pictures(
     release Python's lock, go on in a second thread while the next picture is painted.
     """
     folder = Path(folder)
-    heats = heats.detach().cpu().numpy() if isinstance(heats, Tensor) else np.asarray(heats)
-    if heats.ndim != 3:
-        raise ValueError(f"the patterns have shape {heats.shape}; expected (d_sae, H, W)")
+    heats = _as_patterns(heats)
     gallery, pattern = GalleryPainter(images), PatternPainter(heats.shape[1:], inked)
     with ThreadPoolExecutor(1) as writer:
         waiting: list[Future] = []
@@ -2263,3 +2270,207 @@ def write_feature_pictures(
                 waiting.pop(0).result()
         for done in waiting:
             done.result()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A page to look at all this, and to draw a digit: one file that needs neither network nor server
+# ---------------------------------------------------------------------------------------------------------------------
+
+TEMPLATE = Path(__file__).resolve().parent / "templates" / "feature_report.html"
+PAGE_TOP, PAGE_PER_BAND = 12, 4  # images shown for a feature: the strongest, and of each quarter of its range
+HISTOGRAM_BINS = 24
+TOGETHER = 4  # neighbours named for a feature
+
+
+class Network(NamedTuple):
+    """A network that the page can compute by itself: logits = W2 relu(W1 x + b1) + b2 of pixels x in [0, 1]."""
+
+    W1: Tensor  # (d_in, n_pixels)
+    b1: Tensor  # (d_in,)
+    W2: Tensor  # (C, d_in)
+    b2: Tensor  # (C,)
+
+
+def activation_histograms(activity: Activity, bins: int = HISTOGRAM_BINS) -> tuple[np.ndarray, np.ndarray]:
+    """How the positive activations of each feature are spread between 0 and its largest: counts (d_sae, bins), largest
+    (d_sae,), 0 for a silent feature."""
+    feature = np.repeat(np.arange(len(activity.n_active)), activity.n_active.numpy())
+    values, largest = activity.activation.numpy(), np.zeros(len(activity.n_active), np.float32)
+    np.maximum.at(largest, feature, values)
+    place = np.minimum((values / largest[feature] * bins).astype(int), bins - 1)
+    return np.bincount(feature * bins + place, minlength=len(largest) * bins).reshape(-1, bins), largest
+
+
+def firing_together(activity: Activity, n: int = TOGETHER) -> tuple[Tensor, Tensor]:
+    """For every feature the n others whose activity (0 or 1) correlates most with its own, and the correlations:
+    (d_sae, n) each. A silent feature correlates with none."""
+    d_sae, n_images = len(activity.n_active), len(activity.labels)
+    both = torch.zeros(d_sae, d_sae)
+    which = torch.repeat_interleave(torch.arange(d_sae), activity.n_active)
+    for first in range(0, n_images, ROWS):
+        here = (activity.image >= first) & (activity.image < first + ROWS)
+        active = torch.zeros(min(ROWS, n_images - first), d_sae)
+        active[activity.image[here] - first, which[here]] = 1
+        both += active.T @ active
+    share = activity.n_active / n_images
+    spread = (share * (1 - share)).sqrt()
+    correlation = (both / n_images - share[:, None] * share) / (spread[:, None] * spread).clamp(min=1e-9)
+    correlation.fill_diagonal_(-2.0)
+    best = correlation.topk(min(n, d_sae - 1), dim=1)
+    return best.indices, best.values
+
+
+def _pack(arrays: dict[str, np.ndarray]) -> tuple[dict[str, dict], str]:
+    """Arrays one after the other, compressed, as base64; and where each is. Offsets are multiples of four."""
+    kinds, places, raw = {"uint8": "u1", "int8": "i1", "float32": "f4"}, {}, bytearray()
+    for name, array in arrays.items():
+        raw += bytes(-len(raw) % 4)
+        places[name] = {"type": kinds[str(array.dtype)], "offset": len(raw), "length": array.size}
+        raw += np.ascontiguousarray(array).tobytes()
+    return places, base64.b64encode(gzip.compress(bytes(raw), 6, mtime=0)).decode()
+
+
+def _safe_json(value: object) -> str:
+    """JSON that may stand in a script element: no character of it can end the element or a line of a script."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # ASCII alone: the rest is escaped
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _rounded(values) -> list[float]:
+    return [float(f"{value:.4g}") for value in values]
+
+
+def _page_examples(bank: FeatureBank, features: Sequence[int]) -> tuple[list[dict], list[int]]:
+    """For each feature its strongest and its band examples as (slot, label, activation); and the image of each slot."""
+    slots: dict[int, int] = {}
+
+    def listed(examples: Examples, n: int) -> list[list]:
+        rows = zip(*(column[:n].tolist() for column in examples), strict=True)
+        return [[slots.setdefault(i, len(slots)), label, float(f"{a:.4g}")] for i, a, label in rows]
+
+    found = [
+        {
+            "top": listed(bank.top.of(k), PAGE_TOP),
+            "bands": [listed(band, PAGE_PER_BAND) for band in bank.bands(k, per_band=PAGE_PER_BAND)],
+        }
+        for k in features
+    ]
+    return found, list(slots)
+
+
+def _page_feature(record: dict) -> dict:
+    """What the page says about a feature, from its record in feature_report.json."""
+    effect = (record.get("evidence") or {}).get("effect")
+    claimed = (record.get("hypothesis") or {}).get("effect") or {}
+    detected = (record.get("evidence") or {}).get("detected") or {}
+    verdicts = (record.get("evidence") or {}).get("verdicts", {}).get("parts", {})
+    dose = None
+    if effect:
+        pairs = (("raises", "dose_raises", "linear_raises"), ("lowers", "dose_lowers", "linear_lowers"))
+        curves = [
+            [claimed[name], _rounded(effect[curve]), _rounded(effect[line])]
+            for name, curve, line in pairs
+            if claimed.get(name) is not None
+        ]
+        dose = {"at": list(effect["doses"]), "curves": curves}
+    return {
+        "feature": record["feature"],
+        "density": float(f"{record['mean_active']:.6g}"),
+        "mode": record["label_mode_when_active"],
+        "labels": record["label_histogram"],
+        "logit": _rounded(record["logit_delta_vector"]),
+        "ablation": _rounded(record["ablation_delta_vector"]),
+        "raises": record["logit_boost_class"],
+        "statement": record.get("statement"),
+        "evidence": (record.get("evidence") or {}).get("text"),
+        "lines": record.get("measured", []),
+        "confidence": record.get("confidence"),
+        "verdict": record.get("verdict"),
+        "explained": bool(verdicts)
+        and all(v == CONFIRMED for v in verdicts.values())
+        and record["verdict"] == CONFIRMED,
+        "auroc": float(f"{detected['both']['auroc']:.4g}") if "both" in detected else None,
+        "dose": dose,
+    }
+
+
+def _as_bytes(images: Tensor) -> np.ndarray:
+    """Images with ink in [0, 1] as uint8."""
+    return (images.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+
+
+def write_dashboard(
+    path: str | Path,
+    records: Sequence[dict],
+    bank: FeatureBank,
+    activity: Activity,
+    images: Tensor,
+    heats: Tensor,
+    sae,
+    mu: Tensor,
+    std: Tensor,
+    inked: np.ndarray | None = None,
+    title: str = "Features of an image classifier",
+    results: Sequence[tuple[str, str]] = (),
+    diagnoses: Sequence[dict] = (),
+    frontier: Sequence[dict] = (),
+    network: Network | None = None,
+    tests: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Write one HTML file that shows the features of `records`, the records of feature_report.json.
+
+    bank, activity and images (N, 1, H, W) belong to the same images; heats (d_sae, H, W). With `network`, and an SAE
+    that has `b_enc`, `threshold` and `b_dec`, the page computes: one can draw a digit, or take one of `tests` (images
+    (n, 1, H, W), labels (n,)), and switch features off. `results` are (name, value) pairs for its overview, `diagnoses`
+    as in summary.json, `frontier` records with l0, fvu and agreement. Raises ValueError when images are not grey.
+    """
+    features = [record["feature"] for record in records]
+    examples, used = _page_examples(bank, features)
+    histograms, largest = activation_histograms(activity)
+    partner, correlation = firing_together(activity)
+    unit = torch.nn.functional.normalize(sae.W_dec.detach().cpu(), dim=1)
+    cosine = unit[features] @ unit.T
+    cosine[torch.arange(len(features)), features] = -2.0
+    near = cosine.topk(min(TOGETHER, len(unit) - 1), dim=1)
+    shown = [_page_feature(record) for record in records]
+    threshold = getattr(sae, "threshold", torch.zeros(len(unit))).detach().cpu()
+    for row, (k, feature) in enumerate(zip(features, shown, strict=True)):
+        pairs = {"near": (near.indices[row], near.values[row]), "together": (partner[k], correlation[k])}
+        for name, (others, values) in pairs.items():
+            feature[name] = [[int(g), round(float(v), 3)] for g, v in zip(others, values, strict=True)]
+        feature |= {"largest": float(f"{largest[k]:.4g}"), "threshold": float(f"{threshold[k]:.4g}"), **examples[row]}
+
+    grey = torch.from_numpy(_grey_images(images))
+    patterns = _as_patterns(heats)[features]
+    mask = _as_mask(inked, patterns.shape[1:])
+    scales = np.array([_display_scale(heat, mask) or 1.0 for heat in patterns])[:, None, None]
+    arrays = {
+        "images": _as_bytes(grey[used]) if used else np.zeros(0, np.uint8),
+        "heats": (127 * (patterns / scales).clip(-1, 1)).round().astype(np.int8),
+        "inked": (np.ones(patterns.shape[1:]) if mask is None else mask).astype(np.uint8),
+        "histograms": histograms[features].astype(np.float32),
+    }
+    described = None
+    if network is not None:
+        weights = {**network._asdict(), "mu": mu, "std": std}
+        weights |= {name: getattr(sae, name) for name in ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")}
+        arrays |= {name: value.detach().cpu().float().numpy() for name, value in weights.items()}
+        described = {"d_in": len(mu), "d_sae": len(unit)}
+    if tests is not None:
+        arrays["tests"] = _as_bytes(tests[0])
+    places, packed = _pack(arrays)
+    meta = {
+        "title": title,
+        "shape": list(patterns.shape[1:]),
+        "classes": len(bank.label_histogram[0]),
+        "bins": HISTOGRAM_BINS,
+        "results": list(results),
+        "diagnoses": list(diagnoses),
+        "frontier": list(frontier),
+        "features": shown,
+        "network": described,
+        "tests": [] if tests is None else tests[1].tolist(),
+        "arrays": places,
+    }
+    page = TEMPLATE.read_text(encoding="utf-8").replace("{{PACK}}", packed).replace("{{META}}", _safe_json(meta))
+    write_whole(path, page.encode("utf-8"))
