@@ -1251,12 +1251,15 @@ def write_pictures(folder: Path, analysis: Analysis, features: Sequence[int], da
     fa.write_feature_pictures(folder, bar, analysis.bank, data.val.images, analysis.heats, analysis.inked)
 
 
-def write_panels(folder: Path, analysis: Analysis, features: Sequence[int], data: Data) -> None:
+def write_panels(
+    folder: Path, analysis: Analysis, features: Sequence[int], data: Data, captions: dict[int, str]
+) -> None:
     """All about each of `features` on one page."""
     for k in features:
         effects = (analysis.logit.mean_delta[k], analysis.ablation.mean_delta[k])
         path = folder / f"feature_{k}_panel.png"
-        fa.show_feature_panel(k, analysis.bank, data.val.images, analysis.heats[k], *effects, path, analysis.inked)
+        shown = (k, analysis.bank, data.val.images, analysis.heats[k], *effects)
+        fa.show_feature_panel(*shown, path, analysis.inked, captions.get(k, ""))
 
 
 class Diagnosis(NamedTuple):
@@ -1288,7 +1291,7 @@ def diagnose(record: dict, analysis: Analysis, features: Sequence[int], seconds:
             boolean_loss,
             0.02,
             "accuracy lost when features are on or off",
-            "raise TARGET_ACTIVES",
+            "compare several TARGET_ACTIVES",
         ),
         (
             "dead latents",
@@ -1325,7 +1328,8 @@ class Tested(NamedTuple):
     evidence: list[fa.Evidence]
     judgements: list[fa.Judgement]
     held_aside: list[bool | None]  # whether they held on the images set aside; None: too few
-    firing: list[list[int]]  # numbers of some test images that fire the feature
+    firing: list[list[int]]  # numbers of the test images that fire each feature most
+    edited: list[tuple[list[int], list[int]]]  # numbers of the test images edited: some that fire it, some that do not
     returned: Tensor | None  # (d_sae,) in how many of the stability runs it returned
     record: dict  # for summary.json
     shares: dict[str, fa.Shares]  # of the SAE's features and of those it is compared with
@@ -1355,7 +1359,7 @@ def refuse_changed_hypotheses(root: Path, settings: Settings, target: int) -> No
         try:
             fa.read_hypotheses(path, recorded)
         except ValueError as error:
-            raise InputError(f"{error}; move it away, or run with --fresh") from error
+            raise InputError(f"{error}; to start over, move the file away or give --fresh") from error
 
 
 def compared_features(sae: JumpReLUSAE, pre: Preactivations, settings: Settings, target: int) -> dict[str, object]:
@@ -1424,7 +1428,8 @@ def confidence_check(judgements: Sequence[fa.Judgement], held_aside: Sequence[bo
     """Of the statements of each confidence, the share that held on the images set aside."""
     check = {}
     for confidence in ("High", "Medium", "Low"):
-        held = [h for j, h in zip(judgements, held_aside, strict=True) if j.confidence == confidence]
+        pairs = zip(judgements, held_aside, strict=True)
+        held = [h for j, h in pairs if j.confidence == confidence and j.verdict != fa.NONE]
         seen = [h for h in held if h is not None]
         check[confidence] = {
             "statements": len(held),
@@ -1473,7 +1478,12 @@ def test_statements(
         found = fa.test_hypotheses(claims, model, *judging, features, *common, n_bootstrap=0, seed=seed, rule=rule)
         shares[name] = fa.shares_explained(found, fa.judge_hypotheses(claims, found, rule), rule)
         aurocs[name] = both_aurocs(found)
-    firing = [(2 * activity.of(h.feature)[0][:10]).tolist() for h in hypotheses]  # their numbers among all test images
+    firing, edited = [], []  # by their numbers among all test images
+    for h in hypotheses:
+        at, acts = activity.of(h.feature)
+        strongest = torch.argsort(acts, descending=True, stable=True)[:10]
+        firing.append((2 * at[strongest]).tolist())
+        edited.append(tuple((2 * images).tolist() for images in fa.edited_images(activity, h.feature)))
     record = {
         "sha256": sha256,
         "rule": rule._asdict(),
@@ -1486,11 +1496,13 @@ def test_statements(
         fires = activity.n_active > 0
         share = float((2 * returned >= len(others))[fires].float().mean()) if fires.any() else None
         record["stability"] = {"runs": len(others), "returned_in_half_of_them": share}
-    return Tested(hypotheses, evidence, judgements, held_aside, firing, returned, record, shares, aurocs)
+    return Tested(hypotheses, evidence, judgements, held_aside, firing, edited, returned, record, shares, aurocs)
 
 
 def both_aurocs(evidence: Sequence[fa.Evidence]) -> list[float]:
-    return [e.detected["both"].auroc for e in evidence if "both" in e.detected]
+    """AUROC of the statements on features that fire; 0 for one without a statement to predict by."""
+    firing = [e for e in evidence if e.n_active >= 0.001 * e.n_images]
+    return [e.detected["both"].auroc if "both" in e.detected else 0.0 for e in firing]
 
 
 def statement_record(k: int, t: Tested) -> dict:
@@ -1513,6 +1525,7 @@ def statement_record(k: int, t: Tested) -> dict:
             "verdicts": {"tests": j.tests, "parts": j.parts},
             "held_aside": t.held_aside[k],
             "test_images": t.firing[k],
+            "edited_images": {"firing": t.edited[k][0], "silent": t.edited[k][1]} if e.erasing else None,
         },
         **({} if t.returned is None else {"returned_in_runs": int(t.returned[k])}),
     }
@@ -1528,6 +1541,7 @@ the strokes, {both_auroc} of the statement as a whole.
 images that do not, the places named are inked and those named empty are cleared, and as much elsewhere. What is named
 must turn the feature off or on {times_elsewhere:g} times as often as what is not, and on {edit_share:.0%} of the
 images at least. (That a place must be empty is tested by prediction and by clearing it.)
+- The images edited are in feature_report.json (`edited_images`); `#316` is `run.data.test.images[316]`.
 - Effect: removing the feature must move each logit named by {effect_share:.0%} of what was predicted, further than as
 much of a random direction does, and each larger dose must move it further.
 
@@ -1788,10 +1802,11 @@ def finish_target(
         write_statements(tested, data, p.target, folder)
     with clock("pictures"):
         write_pictures(folder, p.analysis, features, data)
-    with clock("panels"):
-        write_panels(folder, p.analysis, telling, data)
-    diagnoses = diagnose(record, p.analysis, features, clock.seconds)
     by_feature = {entry["feature"]: entry for entry in report}
+    captions = {k: "\n".join(line.strip() for line in statement_block(by_feature[k])) for k in telling}
+    with clock("panels"):
+        write_panels(folder, p.analysis, telling, data, captions)
+    diagnoses = diagnose(record, p.analysis, features, clock.seconds)
     print(f"\nTarget {p.target}: {TELLING}\n")
     for k in telling:
         print(feature_block(by_feature[k], len(data.val.labels)), end="\n\n")

@@ -39,6 +39,7 @@ import json
 import math
 import os
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -1061,7 +1062,7 @@ def _listed(words: Sequence[str], last: str = "and") -> str:
 def _apart(place: Place, others: Sequence[Place]) -> str:
     """The place in words; where one of the others has the same words, with the way from there."""
     for other in others:
-        if other.words() == place.words():
+        if other.words().removeprefix("long ") == place.words().removeprefix("long "):
             down, right = place.row - other.row, place.col - other.col
             steps = [(down, "lower" if down > 0 else "higher"), (right, f"further {'right' if right > 0 else 'left'}")]
             return f"{place.words()} {_listed([f'{abs(n)} pixels {way}' for n, way in steps if n])}"
@@ -1147,10 +1148,7 @@ def read_hypotheses(path: str | Path, sha256: str) -> tuple[list[Hypothesis], Ru
     content = Path(path).read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
-        raise ValueError(
-            f"{path} was changed after it was frozen: its SHA-256 is {found}, recorded was {sha256}; "
-            f"propose and freeze again"
-        )
+        raise ValueError(f"{path} was changed after it was frozen: its SHA-256 is {found}, recorded was {sha256}")
     frozen = json.loads(content)
     return [_hypothesis_of(record) for record in frozen["hypotheses"]], Rule(**frozen["rule"])
 
@@ -1346,6 +1344,12 @@ def _generator(seed: int, feature: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + feature) % 2**63)
 
 
+def edited_images(activity: Activity, k: int) -> tuple[Tensor, Tensor]:
+    """The images that the tests of feature k edit: up to N_EDIT that fire it and N_EDIT that do not, spread evenly."""
+    silent = torch.from_numpy(np.flatnonzero(~activity.is_active(k)))
+    return _spread(activity.of(k)[0], N_EDIT), _spread(silent, N_EDIT)
+
+
 def edit_tests(
     hypotheses: Sequence[Hypothesis], model, images: Tensor, activity: Activity, sae, mu: Tensor, std: Tensor, seed: int
 ) -> tuple[dict[int, EditTest], dict[int, EditTest]]:
@@ -1353,9 +1357,9 @@ def edit_tests(
     editor = _Editor(hypotheses, model, images, sae, mu, std, seed)
     firing, silent = [], []
     for h in hypotheses:
-        firing.append((h.feature, _spread(activity.of(h.feature)[0], N_EDIT)))
-        off = torch.from_numpy(np.flatnonzero(~activity.is_active(h.feature)))
-        silent.append((h.feature, _spread(off, N_EDIT)))
+        on, off = edited_images(activity, h.feature)
+        firing.append((h.feature, on))
+        silent.append((h.feature, off))
     with torch.no_grad():
         return editor.test(editor.erased, firing), editor.test(editor.painted, silent)
 
@@ -1754,9 +1758,9 @@ def _p_words(p: float) -> str:
     return "p < 1e-99" if p < 1e-99 else f"p = {p:.1g}"
 
 
-def measured_lines(h: Hypothesis, e: Evidence, j: Judgement) -> list[str]:
-    """One line for each test: what was measured, and the verdict."""
-    lines = []
+def measured_lines(h: Hypothesis, e: Evidence, j: Judgement, rule: Rule | None = None) -> list[str]:
+    """One line for each test: what was measured with its 95% interval, the bar, and the verdict."""
+    lines, margins = [], measurements(e, rule or Rule())
     for part, d in e.detected.items():
         low, high = d.intervals.get("auroc", (0.0, 1.0))
         whole = "labels and strokes together" if h.labels and h.stroke else "the statement as a whole"
@@ -1767,9 +1771,11 @@ def measured_lines(h: Hypothesis, e: Evidence, j: Judgement) -> list[str]:
         )
     for name, verb, t in (("erasing", "off", e.erasing), ("painting", "on", e.painting)):
         if t is not None:
+            m = margins[name]
             lines.append(
                 f"{name} what is named turns it {verb} on {t.named} of {t.n} images, as much ink elsewhere on "
-                f"{t.elsewhere}, {_p_words(t.p)}: {j.tests[name]}"
+                f"{t.elsewhere}; {m.value:+.2f} [{m.low:+.2f}, {m.high:+.2f}] above the bar, {_p_words(t.p)}: "
+                f"{j.tests[name]}"
             )
     if e.effect is not None:
         t = e.effect
@@ -1783,9 +1789,11 @@ def measured_lines(h: Hypothesis, e: Evidence, j: Judgement) -> list[str]:
                 moves.append(f"{verb} the logit of {c} by {found:.3f} (predicted {predicted:.3f})")
                 steps = ", ".join(f"{value:+.3f}" for value in curve[1:])
                 doses.append(f"logit of {c} {steps} (linear {', '.join(f'{value:+.3f}' for value in line[1:])})")
+        m = margins["effect"]
         lines.append(
-            f"removing it {' and '.join(moves)}; further than as much of a random direction on {t.only_named} of {t.n} "
-            f"images, {_p_words(t.p)}: {j.tests['effect']}"
+            f"removing it {' and '.join(moves)}; {m.value:.2f} [{m.low:.2f}, {m.high:.2f}] of the prediction, bar "
+            f"{m.bar:g}; further than as much of a random direction on {t.only_named} of {t.n} images, "
+            f"{_p_words(t.p)}: {j.tests['effect']}"
         )
         lines.append(
             f"adding {', '.join(f'{dose:g}' for dose in t.doses[1:])} times its typical activation: {'; '.join(doses)}"
@@ -1813,9 +1821,7 @@ def evidence_line(h: Hypothesis, e: Evidence) -> str:
 
 def shares_lines(shares: dict[str, Shares]) -> list[str]:
     """A Markdown table of several sets of features."""
-    rows = [
-        "| features | how many | fire on (median) | all three confirmed | class | stroke | effect | AUROC reached |"
-    ]
+    rows = ["| features | how many | fire on (median) | all three confirmed | class | stroke | effect | predicted |"]
     rows.append("|---" * 8 + "|")
     for name, s in shares.items():
         cells = [s.explained, s.class_confirmed, s.stroke_confirmed, s.effect_confirmed, s.predicted]
@@ -1828,14 +1834,16 @@ def shares_lines(shares: dict[str, Shares]) -> list[str]:
 def feature_lines(
     h: Hypothesis, e: Evidence, j: Judgement, held_aside: bool | None, firing: Sequence[int], returned: str = ""
 ) -> list[str]:
-    """The Markdown section of one feature; `firing` names images that fire it."""
+    """The Markdown section of one feature; `firing` are the test images that fire it most."""
     aside = {True: "held", False: "did not hold", None: "too few images to see"}[held_aside]
     lines = [f"### Feature {h.feature}: {statement(h)}", "", f"- Evidence: {evidence_line(h, e)}"]
     lines.append(f"- Confidence: **{j.confidence}**; verdict {j.verdict}; on images set aside: {aside}{returned}")
     lines += [f"- {line}" for line in measured_lines(h, e, j)]
     lines += [f"- no {part} part: {why}" for part, why in h.why_not.items()]
     if firing:
-        lines.append(f"- test images that fire it: {', '.join(f'#{i}' for i in firing)}")
+        lines.append(
+            f"- strongest of the {e.n_active:,} test images that fire it: {', '.join(f'#{i}' for i in firing)}"
+        )
     return [*lines, ""]
 
 
@@ -1897,6 +1905,7 @@ TILE = 56  # screen pixels across an image in a gallery, about: images are enlar
 PATTERN = 224  # and in a pattern
 COLUMNS = 10  # tiles in a row of a gallery
 HEADER = 24  # screen pixels above a block of tiles, for the line that says what it shows
+CAPTION_LETTERS, CAPTION_LINE = 100, 17  # letters in a line of a panel's caption, and its height in screen pixels
 MARGIN, TITLE = 12, 30  # screen pixels around a picture, and above it for the title
 FRAME = 217  # grey level of a tile's frame; ink is drawn dark on white, 255
 
@@ -2177,17 +2186,19 @@ def show_feature_panel(
     ablation_delta,
     save_path: str | Path | None = None,
     inked=None,
+    caption: str = "",
 ) -> Figure:
     """Everything about feature k in one picture: gallery, input pattern, label histogram and both logit effects.
 
     `heat` (H, W) comes from `feature_input_pattern`, `logit_delta` and `ablation_delta` (C,) from
-    `feature_logit_effect` and `feature_ablation_effect`; the rest is as in `show_feature_gallery` and
-    `visualize_feature_pattern`.
+    `feature_logit_effect` and `feature_ablation_effect`; `caption` is written below the gallery; the rest is as in
+    `show_feature_gallery` and `visualize_feature_pattern`.
     """
     heat, images = _as_pattern(heat), _grey_images(images)
     mosaic = _gallery_mosaic(check_feature(k, len(bank.n_active)), bank, images, _Typewriter(7))
     height, width = mosaic.shape
-    full_width, full_height = width + 440, max(height + TITLE + MARGIN, 530)
+    lines = [line for paragraph in caption.splitlines() for line in textwrap.wrap(paragraph, CAPTION_LETTERS)]
+    full_width, full_height = width + 440, max(height + TITLE + MARGIN + CAPTION_LINE * (len(lines) + 1), 530)
     figure = _new_figure(full_width, full_height)
 
     def axes_at(left: float, top: float, w: float, h: float):
@@ -2198,6 +2209,9 @@ def show_feature_panel(
     axes.imshow(mosaic, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
     axes.set_axis_off()
     _write_gallery_headers(figure, MARGIN, TITLE, width, (height - 3 * HEADER) // 4)
+    for row, line in enumerate(lines):
+        y = 1 - (TITLE + height + CAPTION_LINE * (row + 1.2)) / full_height
+        figure.text(MARGIN / full_width, y, line, fontsize=8.5, parse_math=False)
 
     left = width + 90
     axes = axes_at(left, 34, 150, 150)
@@ -2227,14 +2241,17 @@ def draw_explained(aurocs: dict[str, Sequence[float]], shares: dict[str, Shares]
         ranked = np.sort(values)
         left.step([*ranked, 1.0], [*(1 - np.arange(len(ranked)) / max(1, len(ranked))), 0.0], color=colour, label=name)
     left.axvline(bar, color="0.6", linestyle=":")
+    left.text(bar - 0.01, 0.03, f"bar {bar:g}", ha="right", fontsize=8.5, color="0.4")
     left.set_xlim(0.5, 1)
     left.set_ylim(0, 1.02)
     left.set_xlabel("AUROC on unseen images")
-    left.set_title("share of statements that predict at least so well", fontsize=10, loc="left")
-    left.legend(fontsize=8.5, loc="lower left")
+    left.set_title("share of features predicted at least so well", fontsize=10, loc="left")
+    left.legend(fontsize=8.5, loc="center left")
     names = list(shares)[::-1]
     values = [100 * shares[name].explained for name in names]
-    right.barh(names, values, color=colours[: len(names)][::-1])
+    rates = [shares[name].median_density for name in names]
+    ticks = [name if rate is None else f"{name}\n(fire on {rate:.1%})" for name, rate in zip(names, rates, strict=True)]
+    right.barh(ticks, values, color=colours[: len(names)][::-1])
     for row, value in enumerate(values):
         right.text(value + 1, row, f"{value:.0f}%", va="center", fontsize=9)
     right.set_xlim(0, 105)

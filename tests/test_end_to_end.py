@@ -200,7 +200,8 @@ def test_statements_are_in_every_output(stated):
     assert record["hypotheses"]["rule"] == fa.Rule()._asdict()
     sources = {"SAE", "untrained SAE", "random directions", "neurons", "principal directions"}
     assert set(record["hypotheses"]["shares"]) == sources
-    assert sum(c["statements"] for c in record["hypotheses"]["confidence"].values()) == 64
+    made = [h for h in json.loads(frozen)["hypotheses"] if h["class"] or h["stroke"] or h["effect"]]
+    assert sum(c["statements"] for c in record["hypotheses"]["confidence"].values()) == len(made) > 10
     assert record["hypotheses"]["chance"]["activations shuffled"]["confirmed"] <= 0.02
     assert record["hypotheses"]["stability"]["runs"] == 1
     frame = pd.read_json(folder / "feature_report.json")
@@ -230,7 +231,8 @@ def test_a_statement_can_be_checked_by_hand(stated):
     acts = run.sae.encode((raw - run.mu) / run.std)[:, k]
     active = acts > 0
     assert evidence["n_active"] == int(active.sum())
-    assert [i // 2 for i in evidence["test_images"]] == torch.nonzero(active)[:10, 0].tolist()
+    strongest = torch.argsort(acts, descending=True, stable=True)[: min(10, int(active.sum()))]
+    assert [i // 2 for i in evidence["test_images"]] == strongest.tolist()
     named = torch.isin(labels, torch.tensor(record["hypothesis"]["class"]["labels"]))
     auroc = (named[active].float().mean() + 1 - named[~active].float().mean()) / 2
     assert evidence["detected"]["class"]["auroc"] == pytest.approx(float(auroc), abs=1e-6)
@@ -310,7 +312,9 @@ def test_hypotheses_edited_after_a_run_are_refused_by_the_next(stated, tmp_path,
     path = tmp_path / "hypotheses.json"
     path.write_text(path.read_text().replace('"class_auroc": 0.65', '"class_auroc": 0.55'))
     done = run_script(*STATED, "--out", tmp_path, status=2)
-    assert re.search(r"SHA-256 is \w{64}, recorded was \w{64}; .*move it away, or run with --fresh", done.stderr)
+    assert re.search(
+        r"SHA-256 is \w{64}, recorded was \w{64}; .*to start over, move the file away or give --fresh", done.stderr
+    )
     assert '"class_auroc": 0.55' in path.read_text()  # the edit is still there
     driver.refuse_changed_hypotheses(tmp_path, driver.Settings(target_actives=(8,), fresh=True), 8)
 

@@ -748,7 +748,7 @@ def test_every_measurement_is_told(world):
     for words in (
         f"### Feature 0: {fa.statement(hypotheses[0])}",
         f"AUROC {e.detected['stroke'].auroc:.3f}",
-        f"turns it off on {e.erasing.named} of {e.erasing.n} images, as much ink elsewhere on {e.erasing.elsewhere}",
+        f"turns it off on {e.erasing.named} of {e.erasing.n} images, as much ink elsewhere on {e.erasing.elsewhere}; ",
         f"turns it on on {e.painting.named} of {e.painting.n}",
         f"by {e.effect.raised_by:.3f} (predicted {hypotheses[0].effect.raised_by:.3f})",
         f"{e.effect.dose_raises[3]:+.3f} (linear",
@@ -778,3 +778,4 @@ def test_the_picture_shows_every_source():
     curve = left.lines[0].get_xydata()
     assert curve.tolist() == [[0.8, 1.0], [0.9, 0.5], [1.0, 0.0]]
     assert [bar.get_width() for bar in right.patches] == [40, 40]
+    assert [tick.get_text() for tick in right.get_yticklabels()] == ["neurons\n(fire on 1.0%)", "SAE\n(fire on 1.0%)"]
