@@ -271,6 +271,19 @@ def test_drawing_switching_off_and_sliding(visit, written):
     page.wait_for_function(f"document.querySelector('#changed').dataset.logits !== '{' '.join(map(str, off))}'")
     page.click("#reset")
     assert logits("changed") == before
+    slider = page.locator("#active input[type=range]").nth(1)
+    slider.scroll_into_view_if_needed()
+    bar, seen = slider.bounding_box(), []
+    page.mouse.move(bar["x"] + bar["width"] / 2, bar["y"] + bar["height"] / 2)
+    page.mouse.down()
+    for share in (0.6, 0.7, 0.8, 0.9):  # one drag: the slider must stay under the pointer all the way
+        page.mouse.move(bar["x"] + share * bar["width"], bar["y"] + bar["height"] / 2)
+        page.wait_for_timeout(60)
+        seen.append(logits("changed"))
+    page.mouse.up()
+    assert len({tuple(values) for values in seen}) == 4
+    page.click("#reset")
+    assert logits("changed") == before
     page.locator("text=pixels").first.click()
     assert page.locator("#why canvas").count() == 1
     page.click("#clear")
