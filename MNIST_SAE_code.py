@@ -1325,6 +1325,7 @@ class Tested(NamedTuple):
     """Hypotheses with all that is known about them, in the order of the features."""
 
     hypotheses: list[fa.Hypothesis]
+    rule: fa.Rule
     evidence: list[fa.Evidence]
     judgements: list[fa.Judgement]
     held_aside: list[bool | None]  # whether they held on the images set aside; None: too few
@@ -1383,6 +1384,31 @@ def compared_features(sae: JumpReLUSAE, pre: Preactivations, settings: Settings,
         "neurons": fa.neurons(pre.mu, pre.std),
         "principal directions": fa.principal_directions(z, density[ends], mean_activation[ends]),
     }
+
+
+def compare(
+    others: dict[str, object],
+    model: Classifier,
+    seen: Split,
+    judging: Split,
+    pre: Preactivations,
+    rule: fa.Rule,
+    seed: int,
+) -> tuple[dict[str, fa.Shares], dict[str, list[float]]]:
+    """The SAE's path, from proposals to shares explained, for other features: by name, the shares and the AUROCs."""
+    shares, aurocs = {}, {}
+    for name, features in others.items():
+        given = (features, pre.mu, pre.std)
+        claims = fa.propose_hypotheses(model, *seen, *given, rule)
+        found = fa.test_hypotheses(claims, model, *judging, *given, n_bootstrap=0, seed=seed, rule=rule)
+        shares[name] = fa.shares_explained(found, fa.judge_hypotheses(claims, found, rule), rule)
+        aurocs[name] = both_aurocs(found)
+    return shares, aurocs
+
+
+def both_aurocs(evidence: Sequence[fa.Evidence]) -> list[float]:
+    """AUROC of the statements on features that fire; 0 for one without a statement to predict by."""
+    return [e.detected["both"].auroc if "both" in e.detected else 0.0 for e in evidence if e.fires]
 
 
 def measure_chance(
@@ -1471,13 +1497,9 @@ def test_statements(
         judgements = fa.with_stability(judgements, returned, len(others))
     again = fa.test_hypotheses(hypotheses, model, *aside, sae, *common, n_bootstrap=0, seed=seed + 1, rule=rule)
     held_aside = [fa.held(e, rule) for e in again]
-    shares = {"SAE": fa.shares_explained(evidence, judgements, rule)}
-    aurocs = {"SAE": both_aurocs(evidence)}
-    for name, features in compared_features(sae, pre, settings, target).items():
-        claims = fa.propose_hypotheses(model, *data.val, features, *common, rule)
-        found = fa.test_hypotheses(claims, model, *judging, features, *common, n_bootstrap=0, seed=seed, rule=rule)
-        shares[name] = fa.shares_explained(found, fa.judge_hypotheses(claims, found, rule), rule)
-        aurocs[name] = both_aurocs(found)
+    shares, aurocs = compare(compared_features(sae, pre, settings, target), model, data.val, judging, pre, rule, seed)
+    shares = {"SAE": fa.shares_explained(evidence, judgements, rule), **shares}
+    aurocs = {"SAE": both_aurocs(evidence), **aurocs}
     firing, edited = [], []  # by their numbers among all test images
     for h in hypotheses:
         at, acts = activity.of(h.feature)
@@ -1496,13 +1518,7 @@ def test_statements(
         fires = activity.n_active > 0
         share = float((2 * returned >= len(others))[fires].float().mean()) if fires.any() else None
         record["stability"] = {"runs": len(others), "returned_in_half_of_them": share}
-    return Tested(hypotheses, evidence, judgements, held_aside, firing, edited, returned, record, shares, aurocs)
-
-
-def both_aurocs(evidence: Sequence[fa.Evidence]) -> list[float]:
-    """AUROC of the statements on features that fire; 0 for one without a statement to predict by."""
-    firing = [e for e in evidence if e.n_active >= 0.001 * e.n_images]
-    return [e.detected["both"].auroc if "both" in e.detected else 0.0 for e in firing]
+    return Tested(hypotheses, rule, evidence, judgements, held_aside, firing, edited, returned, record, shares, aurocs)
 
 
 def statement_record(k: int, t: Tested) -> dict:
@@ -1514,7 +1530,7 @@ def statement_record(k: int, t: Tested) -> dict:
         "statement": fa.statement(h),
         "confidence": j.confidence,
         "verdict": j.verdict,
-        "measured": fa.measured_lines(h, e, j),
+        "measured": fa.measured_lines(h, e, j, t.rule),
         "hypothesis": fa.hypothesis_record(h),
         "evidence": {
             "text": fa.evidence_line(h, e),
@@ -1564,7 +1580,7 @@ shuffled over images, and the class parts with labels permuted."""
 def summary_lines(t: Tested, n_aside: int) -> list[str]:
     """How the statements were tested, and how they did as a whole."""
     told = {"discovery": t.hypotheses[0].n_images, "judging": t.evidence[0].n_images, "aside": n_aside}
-    words = HOW_TESTED.format(**told, sha256=t.record["sha256"], confidence=fa.CONFIDENCE_RULE, **t.record["rule"])
+    words = HOW_TESTED.format(**told, sha256=t.record["sha256"], confidence=fa.CONFIDENCE_RULE, **t.rule._asdict())
     lines = [words, "## Do they hold?", "", "| confidence | statements | seen again | held |", "|---|---|---|---|"]
     for name, c in t.record["confidence"].items():
         held = "none seen" if c["held"] is None else f"{c['held']:.0%}"
@@ -1585,7 +1601,7 @@ def statements_markdown(t: Tested, n_aside: int, title: str) -> str:
         h, back = t.hypotheses[i], ""
         if t.returned is not None:
             back = f"; returned in {int(t.returned[h.feature])} of {t.record['stability']['runs']} runs"
-        lines += fa.feature_lines(h, t.evidence[i], t.judgements[i], t.held_aside[i], t.firing[i], back)
+        lines += fa.feature_lines(h, t.evidence[i], t.judgements[i], t.held_aside[i], t.firing[i], t.rule, back)
     return "\n".join(lines)
 
 
@@ -1854,7 +1870,7 @@ def write_page(
         p.analysis.heats,
         *given,
         inked=p.analysis.inked,
-        title=f"Features of a digit classifier: {len(sae.threshold)} at target {p.target}",
+        title=f"{len(sae.threshold)} features of a digit classifier, target {p.target} ({data.source})",
         results=results,
         diagnoses=record["diagnoses"],
         frontier=[{name: r[key] for name, key in keys.items()} for r in records],
@@ -1871,9 +1887,7 @@ def write_statements(tested: Tested, data: Data, target: int, folder: Path) -> N
     title = f"{len(tested.hypotheses)} features at target {target} ({data.source})"
     text = statements_markdown(tested, len(confirmation_splits(data.test)[1].labels), title)
     fa.write_whole(folder / "hypotheses.md", text.encode())
-    fa.save_figure(
-        fa.draw_explained(tested.aurocs, tested.shares, tested.record["rule"]["both_auroc"]), folder / "explained.png"
-    )
+    fa.save_figure(fa.draw_explained(tested.aurocs, tested.shares, tested.rule.both_auroc), folder / "explained.png")
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:

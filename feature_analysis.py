@@ -57,6 +57,7 @@ from torch import Tensor
 N_BANDS = 4  # quantile bands of the active range that examples are drawn from
 PER_BAND = 5  # examples shown for each band
 SAMPLE_PER_FEATURE = 64  # active images remembered per feature to find those bands; a uniform random sample
+ROWS = 512  # images the tests of statements give the model at once: few enough to stay in the processor's cache
 HEAD_ROWS = 16_384  # rows the classifier's head is given at once, or n_eval if that is more: bounds the memory
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -798,8 +799,6 @@ def _as_loader(images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 PARTS = ("class", "stroke", "effect")
-ROWS = 512  # images given to the model at once: few enough to stay in the processor's cache
-MIN_ACTIVE = 8  # active images below which nothing is proposed or judged
 MOST_DIGITS = 3  # a class part names at most so many labels ...
 LEAST_LIFT = 1.5  # a label is named when it is so many times as frequent among the active images as among all
 MOST_PLACES = 3  # ... and a stroke part so many places with ink, and so many without
@@ -818,7 +817,7 @@ class Rule(NamedTuple):
     times_elsewhere: float = 2.0  # named ink must turn the feature off or on so many times as often as other ink
     edit_share: float = 0.25  # ... and on at least this share of the images
     effect_share: float = 0.5  # smallest share of the predicted change of each named logit that must be found
-    min_active: int = MIN_ACTIVE  # active images below which the verdict is "inconclusive"
+    min_active: int = 8  # active images below which nothing is proposed, and the verdict is "inconclusive"
     false_discovery_rate: float = 0.01  # of all tests of all features together
 
 
@@ -1065,7 +1064,8 @@ def _apart(place: Place, others: Sequence[Place]) -> str:
         if other.words().removeprefix("long ") == place.words().removeprefix("long "):
             down, right = place.row - other.row, place.col - other.col
             steps = [(down, "lower" if down > 0 else "higher"), (right, f"further {'right' if right > 0 else 'left'}")]
-            return f"{place.words()} {_listed([f'{abs(n)} pixels {way}' for n, way in steps if n])}"
+            apart = [f"{abs(n)} pixels {way}" for n, way in steps if n]
+            return f"{place.words()} {_listed(apart) if apart else 'around that one'}"
     return place.words()
 
 
@@ -1243,6 +1243,11 @@ class Evidence(NamedTuple):
     erasing: EditTest | None
     painting: EditTest | None
     effect: EffectTest | None
+
+    @property
+    def fires(self) -> bool:
+        """Whether the feature fires on at least one in a thousand of these images."""
+        return self.n_active >= 0.001 * self.n_images
 
 
 @functools.cache
@@ -1615,7 +1620,7 @@ class Shares(NamedTuple):
 def shares_explained(evidence: Sequence[Evidence], judgements: Sequence[Judgement], rule: Rule | None = None) -> Shares:
     """The shares of one set of features; zeros where none fires."""
     rule = rule or Rule()
-    firing = [(e, j) for e, j in zip(evidence, judgements, strict=True) if e.n_active >= 0.001 * e.n_images]
+    firing = [(e, j) for e, j in zip(evidence, judgements, strict=True) if e.fires]
     auroc = [e.detected["both"].auroc for e, _ in firing if "both" in e.detected]
     n = max(1, len(firing))
     confirmed = [sum(j.parts[part] == CONFIRMED for _, j in firing) / n for part in PARTS]
@@ -1832,13 +1837,19 @@ def shares_lines(shares: dict[str, Shares]) -> list[str]:
 
 
 def feature_lines(
-    h: Hypothesis, e: Evidence, j: Judgement, held_aside: bool | None, firing: Sequence[int], returned: str = ""
+    h: Hypothesis,
+    e: Evidence,
+    j: Judgement,
+    held_aside: bool | None,
+    firing: Sequence[int],
+    rule: Rule | None = None,
+    returned: str = "",
 ) -> list[str]:
     """The Markdown section of one feature; `firing` are the test images that fire it most."""
     aside = {True: "held", False: "did not hold", None: "too few images to see"}[held_aside]
     lines = [f"### Feature {h.feature}: {statement(h)}", "", f"- Evidence: {evidence_line(h, e)}"]
     lines.append(f"- Confidence: **{j.confidence}**; verdict {j.verdict}; on images set aside: {aside}{returned}")
-    lines += [f"- {line}" for line in measured_lines(h, e, j)]
+    lines += [f"- {line}" for line in measured_lines(h, e, j, rule)]
     lines += [f"- no {part} part: {why}" for part, why in h.why_not.items()]
     if firing:
         lines.append(

@@ -213,6 +213,11 @@ def test_sorting_filtering_and_searching(visit, written, world):
     assert shown() == [3, 13, 23]
     assert page.locator("#count").inner_text() == "3 of 24 features"
     page.fill("#search", "")
+    page.select_option("#rate", "at least 10%")
+    assert shown() == [k for k in range(24) if density[k] >= 0.1] != list(range(24))
+    page.select_option("#rate", "never")
+    assert shown() == [23]
+    page.select_option("#rate", "")
     page.select_option("#label", str(world.records[0]["label_mode_when_active"]))
     assert 0 in shown()
 

@@ -362,6 +362,12 @@ def test_no_ink_next_to_ink_of_the_same_words_says_where():
     )
 
 
+def test_a_long_stroke_around_a_short_one_is_told_apart():
+    places = (fa.Place(13, 13, "vertical", 7), fa.Place(13, 13, "vertical", 13))
+    text = fa.statement(blank(0, stroke=fa.Stroke(places, (0.6, -0.4))))
+    assert text == "Vertical stroke in the centre; no long vertical stroke in the centre around that one"
+
+
 def test_labels_are_named_for_their_lift():
     usual = np.array([100, 100, 100, 100, 600])
     assert fa._name_labels(np.array([40, 14, 16, 0, 30]), usual) == (0, 2)  # 4, 1.4, 1.6, 0, 0.5 times
@@ -744,6 +750,8 @@ def test_every_measurement_is_told(world):
     evidence = evidence_in(world)
     judgements = fa.judge_hypotheses(hypotheses, evidence)
     text = "\n".join(fa.feature_lines(hypotheses[0], evidence[0], judgements[0], True, [2, 4]))
+    strict = fa.measured_lines(hypotheses[0], evidence[0], judgements[0], fa.Rule(effect_share=0.75))
+    assert any("bar 0.75" in line for line in strict)
     e = evidence[0]
     for words in (
         f"### Feature 0: {fa.statement(hypotheses[0])}",
