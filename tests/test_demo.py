@@ -3,7 +3,9 @@
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 import demo_feature_analysis as demo
 import feature_analysis as fa
+import feature_hypotheses as fh
 
 SCRIPT = Path(demo.__file__).resolve()
 
@@ -24,30 +27,31 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def failed_checks(text):
+def failed_checks(text: str) -> list[str]:
     return [line.split("  ")[0] for line in text.splitlines() if line.endswith("FAILED")]
 
 
 @pytest.fixture(autouse=True)
 def no_statements(monkeypatch):
-    """test_hypotheses.py has them; here, only the demo that runs as a script tries them, too."""
+    """They take most of the time: only the demo that runs as a script tries them."""
     monkeypatch.setattr(demo, "statement_checks", lambda: iter(()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # It passes
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_demo_runs_as_a_script_and_writes_every_picture(tmp_path):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--out", "new/pictures"], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, SCRIPT, "--out", "new/pictures"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
+
     lines = done.stdout.splitlines()
     checks = [line for line in lines if line.endswith(" ok")]
-    assert lines[-1].startswith(f"{len(checks)} checks passed, 0 failed; pictures in new/pictures, see feature_0_panel")
-    assert len(checks) > 30
+    passed = "47 checks passed, 0 failed; pictures in new/pictures, see feature_0_panel.png first"
+    assert lines[-1] == passed
+    assert len(checks) == 47
     assert len({len(line) for line in checks}) == 1  # columns of fixed width
     kinds = ("gallery.png", "pattern.png", "pattern.npy", "panel.png")
     expected = {f"feature_{k}_{kind}" for k in range(len(demo.PLANTED)) for kind in kinds}
@@ -56,14 +60,15 @@ def test_demo_runs_as_a_script_and_writes_every_picture(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
+NAMED = """collect_feature_bank merge_feature_banks bands feature_input_pattern
+feature_input_patterns feature_logit_effect feature_logit_effects feature_ablation_effect
+feature_ablation_effects nearest_features pattern_roughness"""
+
+
 def test_every_analysis_function_is_named_in_the_output(no_pictures, tmp_path, capsys):
     assert demo.main(["--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    for name in (
-        "collect_feature_bank merge_feature_banks bands feature_input_pattern feature_input_patterns "
-        "feature_logit_effect feature_logit_effects feature_ablation_effect feature_ablation_effects "
-        "nearest_features pattern_roughness"
-    ).split():
+    for name in NAMED.split():
         assert f"\n{name}" in shown
 
 
@@ -74,13 +79,22 @@ def test_checks_hold_for_other_images_too(seed, no_pictures, monkeypatch, tmp_pa
     assert demo.main(["--out", str(tmp_path)]) == 0
 
 
-def test_the_table_can_grow(no_pictures, monkeypatch, tmp_path):
+def blots(n: int) -> list[demo.Planted]:
+    """n more strokes of two pixels each, where nothing is drawn yet."""
     taken = np.any([row.mask for row in demo.PLANTED] + [demo.STAIN], axis=0)
-    spots = [demo.box(r, r, c, c + 1) for r in range(3, 25, 2) for c in range(3, 24, 2)]
-    free = [spot for spot in spots if not (spot & taken).any()][:24]
-    blots = [demo.Planted(f"blot {i}", spot, i % 6, (i + 1) % 6, 0.7 + 0.05 * i) for i, spot in enumerate(free)]
-    monkeypatch.setattr(demo, "PLANTED", (*demo.PLANTED, *blots))
-    assert len(demo.PLANTED) > 32
+    rows = []
+    for r, c in np.ndindex(11, 11):
+        top, left = 3 + 2 * r, 3 + 2 * c
+        spot = demo.box(top, top, left, left + 1)
+        i = len(rows)
+        if i < n and not (spot & taken).any():
+            rows.append(demo.Planted(f"blot {i}", spot, i % 6, (i + 1) % 6, 0.7 + 0.05 * i))
+    return rows
+
+
+def test_the_table_can_grow(no_pictures, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "PLANTED", (*demo.PLANTED, *blots(24)))
+    assert len(demo.PLANTED) == 33
     assert demo.main(["--out", str(tmp_path)]) == 0
 
 
@@ -90,9 +104,9 @@ def test_a_stroke_without_own_pixels_is_refused():
         demo.make_plan((*demo.PLANTED, hidden))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is planted is as difficult as it claims
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -146,16 +160,18 @@ def test_features_have_what_they_should(planted):
 
 def test_the_head_saturates_and_the_sae_errs(planted):
     plan, scene, hand, (model, sae, mu, std) = planted
-    once, thrice = (demo.effects_by_hand(plan, hand, "logit", 2000, alpha) for alpha in (1.0, 3.0))
+    once = demo.effects_by_hand(plan, hand, "logit", 2000, alpha=1.0)
+    thrice = demo.effects_by_hand(plan, hand, "logit", 2000, alpha=3.0)
     assert abs(thrice - 3 * once).max() > 0.3
+
     z = (model.preactivations(scene.images) - mu) / std
     error = (z - sae.decode(sae.encode(z))).square().sum() / (z - z.mean(0)).square().sum()
     assert error > 0.1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # It fails when it should
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -166,7 +182,11 @@ def no_pictures(monkeypatch):
 
 
 def slow_ablation(error: str):
-    """Ablation through the decoder, one feature at a time; `error` is "kept", "forgotten" or "in the effect"."""
+    """Ablation through the decoder, one feature at a time.
+
+    What becomes of the SAE's error is right when it is "kept", and wrong when it is "forgotten" or
+    "in the effect".
+    """
 
     def effect(model, loader, sae, mu, std, k, n_eval=2000):
         z = (model.preactivations(torch.cat([images for images, _ in loader])) - mu) / std
@@ -174,6 +194,7 @@ def slow_ablation(error: str):
         at = (feature_acts[:, k] > 0).nonzero()[:n_eval, 0]
         if len(at) == 0:
             return fa.LogitEffect(torch.zeros(demo.N_CLASSES), -1)
+
         without = feature_acts[at].clone()
         without[:, k] = 0
         before, after = sae.decode(feature_acts[at]), sae.decode(without)
@@ -181,8 +202,11 @@ def slow_ablation(error: str):
             before, after = z[at], after + z[at] - before
         elif error == "in the effect":
             before = z[at]
-        delta = [model.logits_from_preactivations(state * std + mu).mean(0) for state in (after, before)]
-        return fa.LogitEffect(delta[0] - delta[1], int((delta[0] - delta[1]).argmax()))
+
+        logits_before = model.logits_from_preactivations(before * std + mu)
+        logits_after = model.logits_from_preactivations(after * std + mu)
+        delta = logits_after.mean(0) - logits_before.mean(0)
+        return fa.LogitEffect(delta, int(delta.argmax()))
 
     return effect
 
@@ -192,9 +216,12 @@ def for_all(effect):
 
     def effects(model, loader, sae, mu, std, n_eval=2000):
         each = [effect(model, loader, sae, mu, std, k, n_eval) for k in range(len(sae.W_dec))]
+        deltas = torch.stack([one.mean_delta for one in each])
+        tops = torch.tensor([one.top_class for one in each])
+
         z = (model.preactivations(torch.cat([images for images, _ in loader])) - mu) / std
         n_images = (sae.encode(z) > 0).sum(0).clamp(max=n_eval)
-        return fa.LogitEffects(torch.stack([e.mean_delta for e in each]), torch.tensor([e[1] for e in each]), n_images)
+        return fa.LogitEffects(deltas, tops, n_images)
 
     return effects
 
@@ -205,10 +232,31 @@ def test_a_correct_but_slow_ablation_passes(no_pictures, monkeypatch, tmp_path):
     assert demo.main(["--out", str(tmp_path)]) == 0
 
 
+# Each takes a true function and gives a wrong one.
+
+
+def forgotten(_):
+    return slow_ablation("forgotten")
+
+
+def in_the_effect(_):
+    return slow_ablation("in the effect")
+
+
+def all_forgotten(_):
+    return for_all(slow_ablation("forgotten"))
+
+
+def all_in_the_effect(_):
+    return for_all(slow_ablation("in the effect"))
+
+
 def without_std(true):
-    return lambda model, loader, sae, mu, std, *a, **kw: true(
-        model, loader, sae._replace(W_dec=sae.W_dec / std), mu, std, *a, **kw
-    )
+    def broken(model, loader, sae, mu, std, *args, **kw):
+        divided = sae._replace(W_dec=sae.W_dec / std)
+        return true(model, loader, divided, mu, std, *args, **kw)
+
+    return broken
 
 
 def reversed_topk(true):
@@ -232,7 +280,11 @@ def shifted_labels(true):
 
 
 def second_forgotten(true):
-    return lambda a, b: true(a, b)._replace(label_histogram=a.label_histogram, n_images=a.n_images + b.n_images)
+    def broken(a, b):
+        n_images = a.n_images + b.n_images
+        return true(a, b)._replace(label_histogram=a.label_histogram, n_images=n_images)
+
+    return broken
 
 
 def linear_in_alpha(true):
@@ -255,56 +307,79 @@ def all_images(true):
     return lambda *args, n_eval=2000, **kw: true(*args, **kw)
 
 
-BREAKAGES = {  # name: (attribute of feature_analysis, what makes the wrong function, check that must fail)
-    "ablation, error forgotten": ("feature_ablation_effect", lambda _: slow_ablation("forgotten"), ""),
-    "ablation, error in the effect": ("feature_ablation_effect", lambda _: slow_ablation("in the effect"), ""),
-    "ablations, error forgotten": ("feature_ablation_effects", lambda _: for_all(slow_ablation("forgotten")), ""),
-    "ablations, error in it": ("feature_ablation_effects", lambda _: for_all(slow_ablation("in the effect")), ""),
-    "ablation without std": ("feature_ablation_effect", without_std, ""),
-    "ablations without std": ("feature_ablation_effects", without_std, ""),
-    "ablations, n_eval ignored": ("feature_ablation_effects", all_images, ": n_eval=25"),
-    "ablation, wrong class": ("feature_ablation_effect", negated_top, ": class raised most"),
-    "logit without std": ("feature_logit_effect", without_std, ""),
-    "logits without std": ("feature_logit_effects", without_std, ""),
-    "logits linear in alpha": ("feature_logit_effects", linear_in_alpha, ": n_eval=25, alpha=3"),
-    "logits, n_eval ignored": ("feature_logit_effects", all_images, ": n_eval=25, alpha=3"),
-    "logits, wrong class": ("feature_logit_effects", negated_top, ": class raised most"),
-    "top-k reversed": ("collect_feature_bank", reversed_topk, ": strongest activations"),
-    "histogram shifted": ("collect_feature_bank", shifted_labels, ": images that fire it, by label"),
-    "merge, top-k reversed": ("merge_feature_banks", reversed_topk, ": strongest activations"),
-    "merge, half a histogram": ("merge_feature_banks", second_forgotten, ": images that fire it, by label"),
-    "pattern transposed": ("feature_input_pattern", lambda true: lambda *a, **kw: true(*a, **kw).mT, ""),
-    "patterns transposed": ("feature_input_patterns", lambda true: lambda *a, **kw: true(*a, **kw).mT, ""),
-    "pattern without std": (
-        "feature_input_pattern",
-        lambda true: lambda model, sae, mu, std, k: true(model, sae, mu, torch.ones_like(std), k),
-        "",
-    ),
-    "patterns of other sign": ("feature_input_patterns", lambda true: lambda *a, **kw: -true(*a, **kw), ""),
-    "roughness doubled": ("pattern_roughness", lambda true: lambda heats: 2 * true(heats), ""),
-    "nearest to itself": (
-        "nearest_features",
-        lambda _: lambda W: fa.NearestFeatures(torch.arange(len(W)), torch.ones(len(W))),
-        ": cosine",
-    ),
+def transposed(true):
+    return lambda *args, **kw: true(*args, **kw).mT
+
+
+def negative(true):
+    return lambda *args, **kw: -true(*args, **kw)
+
+
+def doubled(true):
+    return lambda *args, **kw: 2 * true(*args, **kw)
+
+
+def pattern_without_std(true):
+    return lambda model, sae, mu, std, k: true(model, sae, mu, torch.ones_like(std), k)
+
+
+def nearest_to_itself(_):
+    return lambda W_dec: fa.NearestFeatures(torch.arange(len(W_dec)), torch.ones(len(W_dec)))
+
+
+class Breakage(NamedTuple):
+    function: str  # of feature_analysis
+    breaking: Callable  # what makes the wrong function
+    check: str = ""  # the check that must fail, behind the function's name
+
+
+COUNTS, STRONGEST = ": images that fire it, by label", ": strongest activations"
+RAISED, FEW, MUCH = ": class raised most", ": n_eval=25", ": n_eval=25, alpha=3"
+BREAKAGES = {
+    "ablation, error forgotten": Breakage("feature_ablation_effect", forgotten),
+    "ablation, error in the effect": Breakage("feature_ablation_effect", in_the_effect),
+    "ablations, error forgotten": Breakage("feature_ablation_effects", all_forgotten),
+    "ablations, error in it": Breakage("feature_ablation_effects", all_in_the_effect),
+    "ablation without std": Breakage("feature_ablation_effect", without_std),
+    "ablations without std": Breakage("feature_ablation_effects", without_std),
+    "ablations, n_eval ignored": Breakage("feature_ablation_effects", all_images, FEW),
+    "ablation, wrong class": Breakage("feature_ablation_effect", negated_top, RAISED),
+    "logit without std": Breakage("feature_logit_effect", without_std),
+    "logits without std": Breakage("feature_logit_effects", without_std),
+    "logits linear in alpha": Breakage("feature_logit_effects", linear_in_alpha, MUCH),
+    "logits, n_eval ignored": Breakage("feature_logit_effects", all_images, MUCH),
+    "logits, wrong class": Breakage("feature_logit_effects", negated_top, RAISED),
+    "top-k reversed": Breakage("collect_feature_bank", reversed_topk, STRONGEST),
+    "histogram shifted": Breakage("collect_feature_bank", shifted_labels, COUNTS),
+    "merge, top-k reversed": Breakage("merge_feature_banks", reversed_topk, STRONGEST),
+    "merge, half a histogram": Breakage("merge_feature_banks", second_forgotten, COUNTS),
+    "pattern transposed": Breakage("feature_input_pattern", transposed),
+    "patterns transposed": Breakage("feature_input_patterns", transposed),
+    "pattern without std": Breakage("feature_input_pattern", pattern_without_std),
+    "patterns of other sign": Breakage("feature_input_patterns", negative),
+    "roughness doubled": Breakage("pattern_roughness", doubled),
+    "nearest to itself": Breakage("nearest_features", nearest_to_itself, ": cosine"),
 }
+
+
+def keep_collecting_right(monkeypatch) -> None:
+    """Collecting merges its batches by a function that is to be broken: let it use the true one."""
+    merge, collect = fa.merge_feature_banks, fa.collect_feature_bank
+
+    def collecting(*args, **kw):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fa, "merge_feature_banks", merge)
+            return collect(*args, **kw)
+
+    monkeypatch.setattr(fa, "collect_feature_bank", collecting)
 
 
 @pytest.mark.parametrize("name", BREAKAGES)
 def test_demo_fails_when_a_function_is_wrong(name, no_pictures, monkeypatch, tmp_path, capsys):
     function, breaking, check = BREAKAGES[name]
-    true = getattr(fa, function)
-    merge = fa.merge_feature_banks
-    monkeypatch.setattr(fa, function, breaking(true))
-    if function == "merge_feature_banks":  # collecting merges its batches by the same function: keep that one right
-        collect = fa.collect_feature_bank
-
-        def collecting(*args, **kw):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(fa, "merge_feature_banks", merge)
-                return collect(*args, **kw)
-
-        monkeypatch.setattr(fa, "collect_feature_bank", collecting)
+    if function == "merge_feature_banks":
+        keep_collecting_right(monkeypatch)
+    monkeypatch.setattr(fa, function, breaking(getattr(fa, function)))
     assert demo.main(["--out", str(tmp_path)]) == 1
     shown = capsys.readouterr().out
     failed = failed_checks(shown)
@@ -312,7 +387,9 @@ def test_demo_fails_when_a_function_is_wrong(name, no_pictures, monkeypatch, tmp
     assert f", {len(failed)} failed; " in shown.splitlines()[-1]
 
 
-def test_demo_fails_when_halves_are_merged_with_wrong_indices(no_pictures, monkeypatch, tmp_path, capsys):
+def test_demo_fails_when_halves_are_merged_with_wrong_indices(
+    no_pictures, monkeypatch, tmp_path, capsys
+):
     monkeypatch.setattr(fa, "collect_feature_bank", first_index_ignored(fa.collect_feature_bank))
     assert demo.main(["--out", str(tmp_path)]) == 1
     failed = failed_checks(capsys.readouterr().out)
@@ -327,45 +404,145 @@ def test_demo_fails_when_bands_are_reversed(no_pictures, monkeypatch, tmp_path, 
     assert failed_checks(capsys.readouterr().out) == ["bands: quarters of the active range"]
 
 
-@pytest.mark.parametrize(
-    ("painter", "breaking", "checks"),
-    [
-        (
-            "GalleryPainter",
-            lambda true: lambda self, k, bank: true(self, (k + 1) % 3, bank),
-            [
-                "write_feature_pictures: strongest image comes first",
-                "show_feature_gallery: strongest image comes first",
-            ],
-        ),
-        (
-            "PatternPainter",
-            lambda true: lambda self, heat, k: true(self, -heat, k),
-            ["write_feature_pictures: red less blue pixels", "visualize_feature_pattern: red less blue pixels"],
-        ),
-    ],
-)
-def test_demo_fails_when_a_picture_is_wrong(painter, breaking, checks, monkeypatch, tmp_path, capsys):
+def gallery_of_another(true):
+    return lambda self, k, bank: true(self, (k + 1) % 3, bank)
+
+
+def pattern_of_other_sign(true):
+    return lambda self, heat, k: true(self, -heat, k)
+
+
+GALLERIES = ("write_feature_pictures", "show_feature_gallery")
+PATTERNS = ("write_feature_pictures", "visualize_feature_pattern")
+PAINTERS = [  # the painter, what breaks it, who must fail, and in what
+    (fa.GalleryPainter, gallery_of_another, GALLERIES, "strongest image comes first"),
+    (fa.PatternPainter, pattern_of_other_sign, PATTERNS, "red less blue pixels"),
+]
+
+
+@pytest.mark.parametrize(("painter", "breaking", "functions", "what"), PAINTERS)
+def test_demo_fails_when_a_picture_is_wrong(
+    painter, breaking, functions, what, monkeypatch, tmp_path, capsys
+):
     monkeypatch.setattr(demo, "PLANTED", demo.PLANTED[:3])
     assert demo.main(["--out", str(tmp_path)]) == 0
     capsys.readouterr()
-    monkeypatch.setattr(getattr(fa, painter), "paint", breaking(getattr(fa, painter).paint))
+    monkeypatch.setattr(painter, "paint", breaking(painter.paint))
     assert demo.main(["--out", str(tmp_path)]) == 1
     failed = failed_checks(capsys.readouterr().out)
-    assert failed == checks
+    assert {f"{function}: {what}" for function in functions} <= set(failed)
+    assert all(check.endswith(what) for check in failed)
 
 
 def test_compare_shows_the_worst_value_and_refuses_nan_and_shapes():
     names = ["a", "b"]
-    assert demo.compare("x", names, [[1, 2], [3, 4]], [[1, 2.5], [3, 4]]) == ("x", "a [1]", "2", "2.5", False)
+    table = demo.compare("x", names, [[1, 2], [3, 4]], [[1, 2.5], [3, 4]])
+    assert table == ("x", "a [1]", "2", "2.5", False)
     assert demo.compare("x", names, [1, 2], [1, 2]) == ("x", "b", "2", "2", True)
     assert demo.compare("x", names, [1, 2], [1, float("nan")]) == ("x", "b", "2", "nan", False)
     assert demo.compare("x", names, [1, 2], [1, 2, 3]).where == "shape"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Statements: the pieces of which their checks are made
+# --------------------------------------------------------------------------------------------------
+
+
+def claim_about(row: demo.Planted, place: fh.Place) -> fh.Hypothesis:
+    """A claim that names the classes of `row` and a stroke at `place`."""
+    return fh.Hypothesis(
+        feature=0,
+        labels=(row.pushes,),
+        stroke=fh.Stroke((place,), (1.0,)),
+        effect=fh.Effect(row.pushes, 0.3, row.against, 0.2),
+        label_weight=0.0,
+        typical_activation=1.0,
+        label_histogram=(1,) * demo.N_CLASSES,
+        n_images=10,
+        why_not={},
+    )
+
+
+def test_a_claim_is_right_where_it_says_what_was_planted():
+    row = demo.stroke_table(0)[0]
+    centre = demo.CENTRES[0]
+    right = claim_about(row, fh.Place(*centre, row.name.split()[0], 7))
+    everything = {"class": True, "place": True, "orientation": True, "effect": True}
+    assert demo.is_right(right, row, centre) == everything
+
+    other_class = right._replace(labels=(row.pushes, row.against))
+    assert demo.is_right(other_class, row, centre) == everything | {"class": False}
+    turned = claim_about(row, fh.Place(centre[0] + 4, centre[1], "dot", 7))
+    assert demo.is_right(turned, row, centre) == everything | {"orientation": False}
+    far = claim_about(row, fh.Place(centre[0] + 3, centre[1] + 3, row.name.split()[0], 7))
+    assert demo.is_right(far, row, centre) == everything | {"place": False}
+    exchanged = right._replace(effect=fh.Effect(row.against, 0.3, row.pushes, 0.2))
+    assert demo.is_right(exchanged, row, centre) == everything | {"effect": False}
+    nothing = right._replace(labels=None, stroke=None, effect=None)
+    assert set(demo.is_right(nothing, row, centre).values()) == {False}
+
+
+def test_shuffling_keeps_activations_and_moves_them_to_other_images():
+    scene = demo.draw_scene(demo.make_plan(demo.PLANTED))
+    layer = demo.plant(demo.make_plan(demo.PLANTED))
+    true = fa.collect_activity(layer, scene.images, scene.labels)
+    found = demo.shuffled(true, seed=1)
+    assert torch.equal(found.start, true.start)
+    assert torch.equal(found.activation, true.activation)
+    assert torch.equal(found.labels, true.labels)
+    assert not torch.equal(found.image, true.image)
+    for k in range(len(demo.PLANTED)):
+        images = found.of(k)[0]
+        assert torch.equal(images, images.unique())  # ascending, each once
+        assert (images < len(scene.labels)).all()
+    assert torch.equal(found.image, demo.shuffled(true, seed=1).image)
+
+
+def test_strokes_of_the_four_turns_stand_in_the_same_places():
+    tables = [demo.stroke_table(turn) for turn in range(4)]
+    for k, (r, c) in enumerate(demo.CENTRES):
+        orientations = {table[k].name.split()[0] for table in tables}
+        assert orientations == set(demo.ORIENTATIONS)
+        for table in tables:
+            rows, columns = np.nonzero(table[k].mask)
+            assert abs(rows.mean() - r) <= 0.5
+            assert abs(columns.mean() - c) <= 0.5
+            assert table[k].pushes != table[k].against
+
+
+def test_shares_are_checked_against_their_bars():
+    outcomes = [True] * 19 + [False]
+    assert demo.at_least("x", outcomes, 0.95) == ("x", "20 features", ">= 95%", "95.0%", True)
+    assert not demo.at_least("x", outcomes, 0.96).ok
+    assert demo.at_most("x", outcomes, 0.95) == ("x", "20 features", "<= 95%", "95.0%", True)
+    assert not demo.at_most("x", outcomes, 0.94).ok
+
+
+def one_statement(**wrong: bool) -> demo.Statements:
+    """One feature right in all but `wrong`, and as many null statements, none confirmed."""
+    right = {"class": True, "place": True, "confirmed": True} | wrong
+    return demo.Statements([right], {"activations shuffled": [False]})
+
+
+def test_statements_that_are_wrong_or_confirmed_by_chance_fail(monkeypatch):
+    monkeypatch.undo()  # the checks of statements themselves
+
+    def checked(*tried: demo.Statements) -> list[str]:
+        """The checks that fail when the models give `tried`, one after the other."""
+        monkeypatch.setattr(demo, "try_statements", lambda turn: tried[turn % len(tried)])
+        return [check.what for check in demo.statement_checks() if not check.ok]
+
+    fine = one_statement()
+    assert checked(fine) == []
+    misplaced = one_statement(place=False)
+    assert checked(fine, misplaced) == ["statements: place", "statements: all of these"]
+    lucky = fine._replace(null_confirmed={"activations shuffled": [True]})
+    assert checked(fine, lucky) == ["null statements confirmed: activations shuffled"]
+
+
+# --------------------------------------------------------------------------------------------------
 # Nowhere to write
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("below", ["", "sub"])
@@ -386,5 +563,5 @@ def test_a_full_disk_gives_one_line_and_status_2(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(fa, "write_whole", full)
     assert demo.main(["--out", str(tmp_path)]) == 2
-    expected = f"cannot write pictures into {tmp_path} (No space left on device): give another folder with --out\n"
-    assert capsys.readouterr() == ("", expected)
+    problem = f"cannot write pictures into {tmp_path} (No space left on device)"
+    assert capsys.readouterr() == ("", f"{problem}: give another folder with --out\n")

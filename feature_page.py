@@ -1,0 +1,350 @@
+"""How can a person meet every feature of an SAE? In one HTML file that needs no server.
+
+    shown = Shown(bank, activity, images, heats, inked)  # all of the same images
+    write_dashboard("feature_report.html", records, layer, shown)
+
+The room takes what others have measured: the records of feature_report.json, where each
+feature fires, its input pattern, and the weights of a network that the page can compute.
+It fills templates/feature_report.html: META is JSON, what is said about the features and
+where each array is; PACK is the arrays, one after the other, gzip, base64.
+
+It may not judge: statements, verdicts and effects are shown as the records have them.
+
+Key: N images, C classes, d_in preactivations, d_sae features, F features on the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import feature_analysis as fa
+import feature_confirmation as fc
+
+TEMPLATE = Path(__file__).resolve().parent / "templates" / "feature_report.html"
+TOP_SHOWN = 12  # strongest images of a feature
+BAND_SHOWN = 4  # images from each quarter of its active range
+HISTOGRAM_BINS = 24
+NEIGHBOURS = 4  # other features named next to a feature, of either kind
+SAE_WEIGHTS = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")  # what the page computes with
+ARRAY_KINDS = {"uint8": "u1", "int8": "i1", "float32": "f4"}  # what the template calls them
+
+
+class Shown(NamedTuple):
+    """What is shown of the features; bank, activity and images belong to the same images."""
+
+    bank: fa.FeatureBank
+    activity: fa.Activity
+    images: Tensor  # (N, 1, H, W), ink in [0, 1]
+    heats: Tensor  # (d_sae, H, W), input patterns
+    inked: np.ndarray | None = None  # (H, W) bool, pixels that images ink; None: all
+
+
+class Overview(NamedTuple):
+    """What the page says before any feature."""
+
+    title: str = "Features of an image classifier"
+    results: Sequence[tuple[str, str]] = ()  # (name, value)
+    diagnoses: Sequence[dict] = ()  # with complaint, value, limit, advice and fine
+    frontier: Sequence[dict] = ()  # with l0, fvu and agreement, one for each SAE
+
+
+class Network(NamedTuple):
+    """logits = W2 relu(W1 x + b1) + b2 of pixels x in [0, 1]: a network the page can compute."""
+
+    W1: Tensor  # (d_in, n_pixels)
+    b1: Tensor  # (d_in,)
+    W2: Tensor  # (C, d_in)
+    b2: Tensor  # (C,)
+
+
+# --------------------------------------------------------------------------------------------------
+# How strongly does a feature fire, and which others are like it?
+# --------------------------------------------------------------------------------------------------
+
+
+def _features_of_pairs(activity: fa.Activity) -> Tensor:
+    """(P,) the feature of each pair of the activity."""
+    return torch.repeat_interleave(torch.arange(len(activity.n_active)), activity.n_active)
+
+
+def activation_histograms(
+    activity: fa.Activity, bins: int = HISTOGRAM_BINS
+) -> tuple[np.ndarray, np.ndarray]:
+    """How each feature's activations are spread between 0 and the largest of them.
+
+    Returns counts (d_sae, bins) and the largest (d_sae,); 0 for a silent feature.
+    """
+    feature = _features_of_pairs(activity).numpy()
+    activation = activity.activation.numpy()
+    d_sae = len(activity.n_active)
+
+    largest = np.zeros(d_sae, np.float32)
+    np.maximum.at(largest, feature, activation)
+
+    place = (activation / largest[feature] * bins).astype(int)
+    place = np.minimum(place, bins - 1)  # the largest is in the last bin
+    counts = np.bincount(feature * bins + place, minlength=d_sae * bins)
+    return counts.reshape(d_sae, bins), largest
+
+
+def _images_in_common(activity: fa.Activity, columns: int = 128) -> Tensor:
+    """(d_sae, d_sae) how many images fire both; memory for N x columns at a time."""
+    d_sae = len(activity.n_active)
+    feature = _features_of_pairs(activity)
+    common = torch.zeros(d_sae, d_sae)
+    for first in range(0, d_sae, columns):
+        last = min(first + columns, d_sae)
+        pairs = slice(int(activity.start[first]), int(activity.start[last]))
+        active = torch.zeros(len(activity.labels), last - first)
+        active[activity.image[pairs], feature[pairs] - first] = 1
+
+        # For every feature, the sum of the rows of those images that fire it.
+        common[:, first:last] = torch.nn.functional.embedding_bag(
+            activity.image, active, activity.start[:-1], mode="sum"
+        )
+    return common
+
+
+def _most_alike(similarity: Tensor, own: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n largest of each row (F, d_sae) but column own (F,): columns, values (F, n)."""
+    others = similarity.scatter(1, own[:, None], -2.0)
+    best = others.topk(min(n, similarity.shape[1] - 1), dim=1)
+    return best.indices, best.values
+
+
+def firing_together(activity: fa.Activity, n: int = NEIGHBOURS) -> tuple[Tensor, Tensor]:
+    """For every feature the n others whose activity, 0 or 1, correlates most with its own.
+
+    Where p and q of the images fire two features, and r fire both, Pearson's correlation is
+    (r - p q) / sqrt(p (1 - p) q (1 - q)). It counts as 0 for a silent feature.
+
+    Returns the others, best first, and the correlations, (d_sae, n) each.
+    """
+    n_images = len(activity.labels)
+    share = activity.n_active / n_images
+    spread = (share * (1 - share)).sqrt()
+
+    covariance = _images_in_common(activity) / n_images - torch.outer(share, share)
+    correlation = covariance / torch.outer(spread, spread).clamp(min=1e-9)
+    return _most_alike(correlation, torch.arange(len(share)), n)
+
+
+# --------------------------------------------------------------------------------------------------
+# What the page says about a feature
+# --------------------------------------------------------------------------------------------------
+
+
+def _rounded(values: Iterable[float]) -> list[float]:
+    """Four significant digits: more than the page shows."""
+    return [float(f"{value:.4g}") for value in values]
+
+
+def _listed(examples: fa.Examples, slots: dict[int, int]) -> list[tuple]:
+    """Examples (m,) as (slot, label, activation); `slots` gains the images it lacks."""
+    places = [slots.setdefault(image, len(slots)) for image in examples.index.tolist()]
+    labels = examples.label.tolist()
+    activations = _rounded(examples.activation.tolist())
+    return list(zip(places, labels, activations, strict=True))
+
+
+def _examples(bank: fa.FeatureBank, k: int, slots: dict[int, int]) -> dict:
+    """The strongest images of feature k, and some of each quarter of its range."""
+    top = fa.Examples(*(column[:TOP_SHOWN] for column in bank.top.of(k)))
+    bands = bank.bands(k, per_band=BAND_SHOWN)
+    return {"top": _listed(top, slots), "bands": [_listed(band, slots) for band in bands]}
+
+
+def _dose_response(claimed: dict, effect: dict) -> dict:
+    """The logit of each class that is claimed, at each dose, measured and linear."""
+    curves = []
+    for name in ("raises", "lowers"):
+        if claimed.get(name) is not None:
+            measured = _rounded(effect[f"dose_{name}"])
+            linear = _rounded(effect[f"linear_{name}"])
+            curves.append([claimed[name], measured, linear])
+    return {"at": list(effect["doses"]), "curves": curves}
+
+
+def _said(record: dict) -> dict:
+    """The statement about a feature and what came of it; empty where there is none."""
+    evidence = record.get("evidence") or {}
+    claimed = (record.get("hypothesis") or {}).get("effect") or {}
+    detected = evidence.get("detected") or {}
+    effect = evidence.get("effect")
+    parts = evidence.get("verdicts", {}).get("parts", {})
+    verdicts = [record.get("verdict"), *parts.values()]
+
+    return {
+        "statement": record.get("statement"),
+        "evidence": evidence.get("text"),
+        "lines": record.get("measured", []),
+        "confidence": record.get("confidence"),
+        "verdict": record.get("verdict"),
+        "explained": bool(parts) and all(verdict == fc.CONFIRMED for verdict in verdicts),
+        "auroc": _rounded([detected["both"]["auroc"]])[0] if "both" in detected else None,
+        "dose": _dose_response(claimed, effect) if effect else None,
+    }
+
+
+def _measured(record: dict) -> dict:
+    """What is known of a feature without any statement."""
+    return {
+        "feature": record["feature"],
+        "density": float(f"{record['mean_active']:.6g}"),
+        "mode": record["label_mode_when_active"],
+        "labels": record["label_histogram"],
+        "logit": _rounded(record["logit_delta_vector"]),
+        "ablation": _rounded(record["ablation_delta_vector"]),
+        "raises": record["logit_boost_class"],
+    }
+
+
+def _named(neighbours: tuple[Tensor, Tensor]) -> list[list[list]]:
+    """For each feature its neighbours as [feature, similarity]."""
+    others, similarities = (column.tolist() for column in neighbours)
+    named = []
+    for row, values in zip(others, similarities, strict=True):
+        named.append([[k, round(value, 3)] for k, value in zip(row, values, strict=True)])
+    return named
+
+
+def _entries(
+    records: Sequence[dict], sae, shown: Shown, largest: np.ndarray
+) -> tuple[list[dict], list[int]]:
+    """What the page says about each feature (F,), and the images that it shows.
+
+    An example's slot is a place in the second list; `largest` (d_sae,) are activations.
+    """
+    own = torch.tensor([record["feature"] for record in records], dtype=torch.int64)
+    unit = torch.nn.functional.normalize(sae.W_dec.detach().cpu(), dim=1)
+    near = _named(_most_alike(unit[own] @ unit.T, own, NEIGHBOURS))
+    together = _named(firing_together(shown.activity))
+    threshold = getattr(sae, "threshold", torch.zeros(len(largest)))
+
+    entries = []
+    slots: dict[int, int] = {}  # of each image
+    for record, nearest in zip(records, near, strict=True):
+        k = record["feature"]
+        entry = _measured(record) | _said(record) | _examples(shown.bank, k, slots)
+        entry |= {"near": nearest, "together": together[k]}
+        entry["largest"], entry["threshold"] = _rounded([largest[k], threshold[k]])
+        entries.append(entry)
+    return entries, list(slots)
+
+
+# --------------------------------------------------------------------------------------------------
+# Arrays, and the file
+# --------------------------------------------------------------------------------------------------
+
+
+def _as_bytes(images: Tensor) -> np.ndarray:
+    """Images with ink in [0, 1] as uint8."""
+    ink = images.detach().cpu().clamp(0, 1)
+    return ink.mul_(255).round_().to(torch.uint8).numpy()
+
+
+def _pattern_arrays(shown: Shown, features: Sequence[int]) -> dict[str, np.ndarray]:
+    """Input patterns from -127 to 127, full colour, and the pixels (H, W) that images ink."""
+    patterns = fa.as_patterns(shown.heats)[features]
+    shape = patterns.shape[1:]
+    mask = fa.as_mask(shown.inked, shape)
+
+    scales = np.ones((len(features), 1, 1))
+    for row, heat in enumerate(patterns):
+        scales[row] = fa.display_scale(heat, mask) or 1.0  # 0 for a pattern of zeros
+    heats = 127 * (patterns / scales).clip(-1, 1)
+    inked = np.ones(shape) if mask is None else mask
+    return {"heats": heats.round().astype(np.int8), "inked": inked.astype(np.uint8)}
+
+
+def _weight_arrays(layer: fa.ExplainedLayer, network: Network) -> dict[str, np.ndarray]:
+    """The weights with which the page computes."""
+    weights = {**network._asdict(), "mu": layer.mu, "std": layer.std}
+    for name in SAE_WEIGHTS:
+        weights[name] = getattr(layer.sae, name)
+    return {name: weight.detach().cpu().float().numpy() for name, weight in weights.items()}
+
+
+def _pack(arrays: dict[str, np.ndarray]) -> tuple[dict[str, dict], str]:
+    """Where each array is among all, one after the other; and these as base64 of gzip.
+
+    Offsets are multiples of four, as the browser needs them for floats. The gzip header
+    holds no time: the same arrays give the same text.
+    """
+    places = {}
+    raw = bytearray()
+    for name, array in arrays.items():
+        raw += bytes(-len(raw) % 4)
+        kind = ARRAY_KINDS[str(array.dtype)]
+        places[name] = {"type": kind, "offset": len(raw), "length": array.size}
+        raw += array.tobytes()
+
+    # What repeats in digits is blank paper: to look for runs alone makes the file as small
+    # as a full search does, in a quarter of the time.
+    compressor = zlib.compressobj(wbits=16 + zlib.MAX_WBITS, strategy=zlib.Z_RLE)  # 16: gzip
+    packed = compressor.compress(raw) + compressor.flush()
+    return places, base64.b64encode(packed).decode("ascii")
+
+
+def _safe_json(value: object) -> str:
+    """JSON no character of which can end a script element; beyond ASCII all is escaped."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def write_dashboard(
+    path: str | Path,
+    records: Sequence[dict],
+    layer: fa.ExplainedLayer,
+    shown: Shown,
+    overview: Overview | None = None,
+    network: Network | None = None,
+    tests: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Write one HTML file that shows the features of `records`, whole or not at all.
+
+    Args:
+        records: of feature_report.json, with or without statements.
+        network: the layer's model, with which the page computes: one can draw a digit and
+            switch features off. The SAE then needs all SAE_WEIGHTS, otherwise only W_dec.
+        tests: images (n, 1, H, W) and labels (n,) to take instead of drawing.
+
+    Raises ValueError for images that are not grey, or patterns or `inked` of another shape.
+    """
+    overview = overview or Overview()
+    features = [record["feature"] for record in records]
+    images = torch.from_numpy(fa.grey_images(shown.images))
+    counts, largest = activation_histograms(shown.activity)
+    entries, pictured = _entries(records, layer.sae, shown, largest)
+
+    arrays = {"images": _as_bytes(images[pictured])}
+    arrays |= _pattern_arrays(shown, features)
+    arrays["histograms"] = counts[features].astype(np.float32)
+    if network is not None:
+        arrays |= _weight_arrays(layer, network)
+    if tests is not None:
+        arrays["tests"] = _as_bytes(tests[0])
+    places, packed = _pack(arrays)
+
+    meta = {
+        **overview._asdict(),
+        "shape": arrays["inked"].shape,
+        "classes": shown.bank.label_histogram.shape[1],
+        "bins": HISTOGRAM_BINS,
+        "features": entries,
+        "network": {"d_in": len(layer.mu), "d_sae": layer.d_sae} if network else None,
+        "tests": tests[1].tolist() if tests else [],
+        "arrays": places,
+    }
+    page = TEMPLATE.read_text(encoding="utf-8").replace("{{PACK}}", packed)
+    page = page.replace("{{META}}", _safe_json(meta))  # last: its words may be any
+    fa.write_whole(path, page.encode("utf-8"))
