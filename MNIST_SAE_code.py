@@ -1,54 +1,65 @@
 """Train a small MNIST classifier, look inside it with a sparse autoencoder, explain every feature.
 
-    python MNIST_SAE_code.py                              # everything, from nothing to artifacts_mnist_sae/
+    python MNIST_SAE_code.py                              # everything, into artifacts_mnist_sae/
     python MNIST_SAE_code.py --target-actives 10 20 40    # one SAE per sparsity, and their frontier
-    python MNIST_SAE_code.py --data sample --features 50  # the bundled sample, the 50 busiest features
+    python MNIST_SAE_code.py --data sample --features 50  # the bundled sample, 50 busiest features
 
-The stages, each a function below, called in this order by ``main``:
+The stages, each a function below, called in this order by `main`:
 
-    data            the full MNIST set, or the bundled sample of it
+    data            the full MNIST set, or the bundled sample of it (mnist_data.py)
     classifier      784-128-10, ReLU; what we want to understand
     preactivations  its 128 hidden values before the ReLU, for every image
-    SAE             JumpReLU sparse autoencoder on them; lambda calibrated while it trains, thresholds after
-    analysis        per feature: images, pixels, classes (feature_analysis.py), on the validation images
-    hypotheses      per feature: a statement from the validation images, frozen, then tested on the test images
+    SAE             JumpReLU sparse autoencoder on them; lambda calibrated while it trains,
+                    thresholds after
+    analysis        per feature: images, pixels, classes (feature_analysis.py), on the validation
+                    images
+    claims          per feature: what it may mean, from the validation images, frozen
+                    (feature_hypotheses.py)
+    trial           the claims on the test images (feature_confirmation.py)
     fidelity        what the classifier loses when it must think through the SAE, on the test images
+    page            all of it in one HTML file (feature_page.py)
 
-Dimension key: N images, B images in a batch, C classes, d_in hidden units of the classifier, d_sae latents.
+Small matrices are multiplied by one thread, which other processes cannot stall; further cores take
+whole jobs: SAEs of other targets and seeds, comparisons, pictures. What comes out does not depend
+on how many there are.
+
+Dimension key: N images, B images in a batch, C classes, d_in hidden units, d_sae latents.
 
 References
     Rajamanoharan et al. 2024, "Jumping Ahead: Improving Reconstruction Fidelity with JumpReLU SAEs"
     Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (auxiliary loss on dying latents)
-    Blumensath & Davies 2008, "Iterative thresholding for sparse approximations" (threshold = sqrt(lambda))
+    Blumensath & Davies 2008, "Iterative thresholding for sparse approximations" (threshold =
+    sqrt(lambda))
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import gzip
 import hashlib
 import inspect
 import json
 import math
+import multiprocessing
 import os
+import pickle
 import platform
 import re
-import socket
-import struct
+import signal
 import sys
 import tempfile
+import threading
 import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple, get_type_hints
 
-STARTED = time.perf_counter()  # before the heavy imports, so that the table of seconds can include them
+STARTED = time.perf_counter()  # before the heavy imports: the table of seconds includes them
 
-import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
 import safetensors  # noqa: E402
 import safetensors.torch  # noqa: E402
@@ -58,37 +69,49 @@ from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import feature_analysis as fa  # noqa: E402
+import feature_confirmation as fc  # noqa: E402
+import feature_hypotheses as fh  # noqa: E402
+import feature_page as fp  # noqa: E402
+from mnist_data import (  # noqa: E402
+    FULL_TRAIN_IMAGES,
+    Data,
+    DataError,
+    Split,
+    TensorLoader,
+    load_mnist,
+)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings: edit a line here, or give the flag of the same name (TARGET_ACTIVES is --target-actives).
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Settings: edit a line here, or give the flag of the same name (TARGET_ACTIVES: --target-actives)
+# --------------------------------------------------------------------------------------------------
 
-TARGET_ACTIVES = [20]  # mean number of active features per image; each target gets an SAE of its own
-SAE_LATENTS = 512  # four per hidden unit: enough for rare strokes, few enough to look at all of them
-EPOCHS_SAE_FINAL = 5  # passes over the training images; more lowers FVU slowly (and keeps L0 on target)
-BATCH_SAE = 128  # many small steps beat few large ones at a fixed number of epochs: 256 is faster, FVU a tenth worse
+TARGET_ACTIVES = [20]  # mean number of active features per image; each target gets its own SAE
+SAE_LATENTS = 512  # four per hidden unit: enough for rare strokes, few enough to look at them all
+EPOCHS_SAE_FINAL = 5  # passes over the training images; more lowers FVU slowly
+BATCH_SAE = 128  # many small steps beat few large ones: 256 is faster, FVU a tenth worse
 LR_SAE = 1e-2  # peak Adam rate; 1e-3 trebles FVU in so few epochs
-HEAD_KL = 0.1  # weight of the classifier's logits in the SAE loss; 0 ignores what the network does with z
-NORMALIZE_Z = True  # standardise each hidden unit first, so that loud units do not own the dictionary
+HEAD_KL = 0.1  # weight of the classifier's logits in the SAE loss; 0 ignores what z is used for
+NORMALIZE_Z = True  # standardise each hidden unit first, so that loud ones do not own the SAE
 HIDDEN_UNITS = 128  # width of the classifier's hidden layer, d_in of the SAE
 EPOCHS_FFN = 3  # passes over the training images for the classifier
 BATCH_FFN = 256  # images per classifier step
-LR_FFN = 2e-2  # peak AdamW rate of the one-cycle schedule; reaches in 3 epochs what 1e-3 needs 12 for
-WEIGHT_DECAY_FFN = 1.2  # strong on purpose: pixels without evidence lose their weight, so patterns are legible
+LR_FFN = 2e-2  # peak AdamW rate of one cycle; reaches in 3 epochs what 1e-3 needs 12 for
+WEIGHT_DECAY_FFN = 1.2  # strong on purpose: pixels without evidence lose their weight
 TOPK = 20  # strongest images kept per feature
 N_EVAL = 2000  # images over which an effect on the logits is averaged
 ALPHA = 1.0  # how much of a feature is added when its logit effect is measured
 HYPOTHESES = True  # propose a statement about every feature, freeze it, test it on the test images
-STABILITY_SEEDS = 0  # train so many more SAEs from other seeds and see which features return
+STABILITY_SEEDS = 1  # train so many more SAEs from other seeds and see which features return
 FEATURES = 0  # analyse only this many of the most active features; 0 analyses all
-SEED = 0  # same seed, device and thread count: the same artifacts
+SEED = 0  # same seed and device: the same artifacts
 DATA = "data"  # folder that holds MNIST/raw, or "sample" for the bundled 5,000 digits
 OUT = "artifacts_mnist_sae"  # where everything is written
 DEVICE = "auto"  # auto takes a CUDA GPU when there is one
+WORKERS = -1  # processes beside this one; -1 takes one for each further core
 FRESH = False  # retrain although finished stages could be reused
 
 
-def setting(default, what):
+def setting(default, what: str):
     """A dataclass field with the help text of its flag."""
     return field(default=default, metadata={"help": what})
 
@@ -97,7 +120,9 @@ def setting(default, what):
 class Settings:
     """Settings of one run, checked; every field is also a flag of the command line."""
 
-    target_actives: tuple[int, ...] = setting(tuple(TARGET_ACTIVES), "mean active features per image, one SAE for each")
+    target_actives: tuple[int, ...] = setting(
+        tuple(TARGET_ACTIVES), "mean active features per image, one SAE for each"
+    )
     sae_latents: int = setting(SAE_LATENTS, "number of SAE features")
     epochs_sae_final: int = setting(EPOCHS_SAE_FINAL, "SAE epochs on the full set")
     batch_sae: int = setting(BATCH_SAE, "images per SAE step")
@@ -112,44 +137,61 @@ class Settings:
     topk: int = setting(TOPK, "strongest images kept per feature")
     n_eval: int = setting(N_EVAL, "images over which an effect is averaged")
     alpha: float = setting(ALPHA, "how much of a feature is added to measure its logit effect")
-    hypotheses: bool = setting(HYPOTHESES, "propose, freeze and test a statement about every feature")
-    stability_seeds: int = setting(STABILITY_SEEDS, "more SAEs to train, to see which features return")
-    features: int = setting(FEATURES, "analyse only this many of the most active features; 0 means all")
+    hypotheses: bool = setting(HYPOTHESES, "state what every feature means, freeze and test it")
+    stability_seeds: int = setting(
+        STABILITY_SEEDS, "more SAEs to train, to see which features return"
+    )
+    features: int = setting(FEATURES, "analyse only so many of the most active features; 0: all")
     seed: int = setting(SEED, "seed of every random choice")
     data: str = setting(DATA, "folder that holds MNIST/raw, or 'sample'")
     out: str = setting(OUT, "folder for everything that is written")
     device: str = setting(DEVICE, "auto, cpu, cuda or cuda:N")
+    workers: int = setting(WORKERS, "processes beside this one; -1: one for each further core")
     fresh: bool = setting(FRESH, "retrain instead of reusing finished stages")
 
     def __post_init__(self) -> None:
+        self._refuse_fractions()
+        self._refuse_targets()
+        positive = """epochs_sae_final batch_sae lr_sae hidden_units epochs_ffn batch_ffn lr_ffn
+        topk n_eval"""
+        for name in positive.split():
+            if not 0 < getattr(self, name) < math.inf:
+                raise self._refusal(name, "it must be a positive number")
+        for name in "head_kl weight_decay_ffn stability_seeds features seed".split():
+            if not 0 <= getattr(self, name) < math.inf:
+                raise self._refusal(name, "it must not be negative")
+        if self.seed >= 2**63:
+            raise self._refusal("seed", "it must be below 2**63")
+        if not math.isfinite(self.alpha):
+            raise self._refusal("alpha", "it must be a finite number")
+        if self.workers < -1:
+            raise self._refusal("workers", "it must be 0 or more, or -1 for all cores")
+
+    def _refusal(self, name: str, why: str) -> InputError:
+        return InputError(f"{flag_name(name)} is {getattr(self, name)}; {why}")
+
+    def _refuse_fractions(self) -> None:
         whole = [name for name, kind in get_type_hints(Settings).items() if kind is int]
-        for name, value in [
-            *((n, getattr(self, n)) for n in whole),
-            *(("target_actives", t) for t in self.target_actives),
-        ]:
+        given = [(name, getattr(self, name)) for name in whole]
+        given += [("target_actives", target) for target in self.target_actives]
+        for name, value in given:
             if not isinstance(value, int):
                 raise InputError(f"{flag_name(name)} is {value}; it must be a whole number")
+
+    def _refuse_targets(self) -> None:
         targets = self.target_actives
         if not targets:
             raise InputError("--target-actives is empty; give at least one number, such as 20")
         if len(set(targets)) < len(targets):
-            raise InputError(f"--target-actives {list(targets)} names a target twice; give each once")
+            raise InputError(
+                f"--target-actives {list(targets)} names a target twice; give each once"
+            )
         for target in targets:
             if not 0 < target < self.sae_latents:
                 raise InputError(
-                    f"--target-actives {target} must be positive and below --sae-latents {self.sae_latents}"
+                    f"--target-actives {target} must be positive and below --sae-latents "
+                    f"{self.sae_latents}"
                 )
-        positive = "epochs_sae_final batch_sae lr_sae hidden_units epochs_ffn batch_ffn lr_ffn topk n_eval".split()
-        for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{flag_name(name)} is {getattr(self, name)}; it must be a positive number")
-        for name in "head_kl weight_decay_ffn stability_seeds features seed".split():
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{flag_name(name)} is {getattr(self, name)}; it must not be negative")
-        if self.seed >= 2**63:
-            raise InputError(f"--seed is {self.seed}; it must be below 2**63")
-        if not math.isfinite(self.alpha):
-            raise InputError(f"--alpha is {self.alpha}; it must be a finite number")
 
 
 class InputError(ValueError):
@@ -173,8 +215,11 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     """Flags to Settings. Raises InputError for values that cannot be used."""
-    parser = OneLineParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    types = get_type_hints(Settings)  # not the types of the defaults: an edited HEAD_KL = 0 is still a float
+    parser = OneLineParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    types = get_type_hints(Settings)  # not those of the defaults: HEAD_KL = 0 is still a float
     for f in fields(Settings):
         kind: dict = {"type": types[f.name]}
         if types[f.name] is bool:
@@ -188,7 +233,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' to the best device of this machine. Raises InputError when the device is unknown or absent."""
+    """'auto' to the best device of this machine. Raises InputError for one it does not have."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -198,201 +243,35 @@ def pick_device(name: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:N")
     if device.type == "cpu":
-        return torch.device("cpu")
-    if not 0 <= (device.index or 0) < torch.cuda.device_count():
+        return torch.device("cpu")  # without an index
+    n_devices = torch.cuda.device_count()
+    if not 0 <= (device.index or 0) < n_devices:
         raise InputError(
-            f"--device {name}: this machine shows {torch.cuda.device_count()} CUDA devices; use --device cpu"
+            f"--device {name}: this machine shows {n_devices} CUDA devices; use --device cpu"
         )
     return device
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
-
-SAMPLE_FILE = Path(__file__).resolve().parent / "data" / "mnist_5k.npz"
-IDX_FILES = {  # name without .gz: (magic number, shape, MD5 of the decompressed file)
-    "train-images-idx3-ubyte": (2051, (60_000, 28, 28), "6bbc9ace898e44ae57da46a324031adb"),
-    "train-labels-idx1-ubyte": (2049, (60_000,), "a25bea736e30d166cdddb491f175f624"),
-    "t10k-images-idx3-ubyte": (2051, (10_000, 28, 28), "2646ac647ad5339dbf082846283269ea"),
-    "t10k-labels-idx1-ubyte": (2049, (10_000,), "27ae3e4e09519cfbb04c329615203637"),
-}
-FULL_TRAIN_IMAGES = 48_000  # epochs are counted on this many images; a smaller set is passed over more often
-DOWNLOAD_TIMEOUT = 10.0  # seconds a mirror may stay silent
+def make_cuda_repeatable() -> None:
+    """The same bits again; one thread of a CPU gives them anyway, and asking costs a second."""
+    # CUDA's matrix products repeat themselves only with this.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
-class Split(NamedTuple):
-    """Images (N, 1, 28, 28) float32 in [0, 1] and labels (N,) int64."""
-
-    images: Tensor
-    labels: Tensor
-
-
-class Data(NamedTuple):
-    """The three disjoint splits, where they came from in words, and a digest of the digits and of the split."""
-
-    train: Split
-    val: Split
-    test: Split
-    source: str
-    digest: str
-
-
-def parse_idx(raw: bytes, name: str) -> np.ndarray:
-    """One decompressed IDX file as a uint8 array of the shape MNIST has. Raises InputError naming the file."""
-    magic, shape, md5 = IDX_FILES[name.removesuffix(".gz")]
-    header = 4 * (1 + len(shape))
-    if len(raw) < header:
-        raise InputError(f"{name} is damaged: {len(raw)} bytes are too few for a header; fetch the file again")
-    found_magic, *found_shape = struct.unpack(f">{1 + len(shape)}I", raw[:header])
-    if found_magic != magic:
-        raise InputError(f"{name} is not what its name says: magic number {found_magic}, expected {magic}")
-    if tuple(found_shape) != shape:
-        raise InputError(f"{name} announces the shape {tuple(found_shape)}, expected {shape}; fetch the file again")
-    if len(raw) != header + math.prod(shape):
-        raise InputError(
-            f"{name} is damaged: {len(raw):,} bytes, expected {header + math.prod(shape):,}; fetch it again"
-        )
-    found_md5 = hashlib.md5(raw, usedforsecurity=False).hexdigest()
-    if found_md5 != md5:  # also what catches labels that belong to other images
-        raise InputError(f"{name} differs from MNIST's own file: MD5 {found_md5}, expected {md5}; fetch the file again")
-    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
-
-
-def read_idx(folder: Path, name: str) -> np.ndarray:
-    """The IDX file `name` of `folder`, plain or gzipped. Raises InputError when it is missing or damaged."""
-    plain, packed = folder / name, folder / f"{name}.gz"
-    if plain.exists():
-        return parse_idx(plain.read_bytes(), plain.name)
-    if not packed.exists():
-        raise InputError(f"{folder} holds some of MNIST's files but neither {name} nor {name}.gz; add it")
-    try:
-        raw = gzip.decompress(packed.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{packed.name} is damaged ({error}); fetch the file again") from error
-    return parse_idx(raw, packed.name)
-
-
-def download_mnist(data_dir: Path) -> None:
-    """Fetch MNIST into `data_dir`/MNIST/raw with torchvision; half a download never stays there.
-
-    Raises whatever torchvision's import or the network raises; the caller turns it into words.
-    """
-    from torchvision.datasets import MNIST  # only here: a torchvision without its C++ operators fails on import
-
-    data_dir.mkdir(parents=True, exist_ok=True)
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-    try:
-        with tempfile.TemporaryDirectory(dir=data_dir) as unfinished:
-            MNIST(unfinished, download=True)
-            target = data_dir / "MNIST" / "raw"
-            target.parent.mkdir(exist_ok=True)
-            if target.exists():
-                target.rmdir()  # empty, or there would be nothing to download
-            os.replace(Path(unfinished) / "MNIST" / "raw", target)
-    finally:
-        socket.setdefaulttimeout(patience)
-
-
-def read_full_set(raw_dir: Path) -> tuple[np.ndarray, np.ndarray]:
-    """All 70,000 images and labels, training images first."""
-    arrays = [read_idx(raw_dir, name) for name in IDX_FILES]
-    return np.concatenate(arrays[0::2]), np.concatenate(arrays[1::2])
-
-
-def read_sample() -> tuple[np.ndarray, np.ndarray]:
-    """The 5,000 bundled digits. Raises InputError when the file is missing or damaged."""
-    try:
-        with np.load(SAMPLE_FILE) as stored:
-            images, labels = stored["images"], stored["labels"]
-    except (OSError, KeyError, ValueError, EOFError, zlib.error) as error:
-        raise InputError(
-            f"the bundled sample {SAMPLE_FILE.name} is damaged or missing ({error}); restore it"
-        ) from error
-    if images.shape != (5000, 28, 28) or labels.shape != (5000,) or np.bincount(labels).tolist() != [500] * 10:
-        raise InputError(
-            f"the bundled sample {SAMPLE_FILE.name} holds {images.shape} images, not 500 a class; restore it"
-        )
-    return images, labels
-
-
-def sample_split(labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Indices of 70 / 10 / 20 per cent of every class (3,500 / 500 / 1,000), each part in random order."""
-    parts: list[list[np.ndarray]] = [[], [], []]
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        cuts = [len(members) * 7 // 10, len(members) * 8 // 10]
-        for part, chosen in zip(parts, np.split(members, cuts), strict=True):
-            part.append(chosen)
-    return tuple(rng.permutation(np.concatenate(part)) for part in parts)
-
-
-def load_mnist(data_dir: str, seed: int = 0, device: torch.device | str = "cpu") -> Data:
-    """The digits, split into training, validation and test images, on `device`.
-
-    Takes the first of: the four IDX files under `data_dir`/MNIST/raw; a download into it; the bundled sample (outright
-    when `data_dir` is 'sample'). The full set is split 48,000 / 12,000 / 10,000, the last being MNIST's own test set.
-
-    Raises InputError when a file that is there is damaged, incomplete or not MNIST's.
-    """
-    raw_dir = Path(data_dir) / "MNIST" / "raw"
-    found = any((raw_dir / name).exists() or (raw_dir / f"{name}.gz").exists() for name in IDX_FILES)
-    if data_dir != "sample" and not found:
-        try:
-            download_mnist(Path(data_dir))
-            found = True
-        except Exception as error:
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
-            print(
-                f"No MNIST under {raw_dir} and no download ({reason}): using the bundled 5,000 digits, so accuracy is "
-                f"lower and features are coarser. For the full set put the four IDX files there, or give --data DIR."
-            )
-    rng = np.random.default_rng(seed)
-    if data_dir != "sample" and found:
-        images, labels = read_full_set(raw_dir)
-        shuffled = rng.permutation(60_000)
-        parts = (shuffled[:FULL_TRAIN_IMAGES], shuffled[FULL_TRAIN_IMAGES:], np.arange(60_000, 70_000))
-        source = "MNIST, full set of 70,000 digits"
-    else:
-        images, labels = read_sample()
-        parts = sample_split(labels, rng)
-        source = "bundled sample of 5,000 MNIST training digits"
-    digest = hashlib.sha256(
-        images.tobytes() + labels.tobytes() + b"".join(part.tobytes() for part in parts)
-    ).hexdigest()
-    splits = []
-    for part in parts:
-        pixels = torch.from_numpy(images[part]).to(device).float().div_(255).unsqueeze(1)
-        splits.append(Split(pixels, torch.from_numpy(labels[part].astype(np.int64)).to(device)))
-    return Data(*splits, source=source, digest=digest)
-
-
-class TensorLoader:
-    """Batches of a Split in its own order, without copying; what the analysis functions take as `loader`."""
-
-    def __init__(self, split: Split, batch_size: int = 2000):
-        self.split, self.batch_size = split, batch_size
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.split.labels) / self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self.split.images.split(self.batch_size), self.split.labels.split(self.batch_size), strict=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training, what both networks share
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def scaled_epochs(epochs: int, n_train: int) -> int:
-    """Passes over `n_train` images that make about as many steps as `epochs` passes over the full training set."""
+    """Passes over `n_train` images that make about as many steps as `epochs` over the full set."""
     return max(1, round(epochs * FULL_TRAIN_IMAGES / n_train))
 
 
 def batches(n: int, batch_size: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Index tensors (B,) of `epochs` shuffled passes over `n` images; an incomplete last batch is left out."""
+    """Index tensors (B,) of `epochs` shuffled passes over `n` images; an incomplete last batch is
+    left out."""
     batch_size = min(batch_size, n)
     for _ in range(epochs):
         order = torch.randperm(n, generator=generator, device=generator.device)
@@ -405,45 +284,86 @@ def n_steps(n: int, batch_size: int, epochs: int) -> int:
 
 
 def ramp(progress: float, rise_until: float, fall_from: float) -> float:
-    """Learning-rate factor at `progress` in [0, 1]: linear up from 0, flat at 1, linear down to 0."""
+    """Learning-rate factor at `progress` in [0, 1]: linear up from 0, flat at 1, linear to 0."""
     return min(1.0, progress / rise_until, (1 - progress) / (1 - fall_from))
 
 
-CHECK_EVERY = 250  # steps between two looks at the loss: each makes a GPU wait, so not at every step
+def progress_bar(plan: Iterable, what: str, steps: int) -> Iterable:
+    """A bar where somebody watches, and only for the process that they started."""
+    if multiprocessing.parent_process() is not None:
+        return plan
+    return tqdm(plan, what, steps, leave=False, disable=None)
+
+
+class Adam:
+    """Adam (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019).
+
+    torch.optim would do, but its first optimizer imports PyTorch's compiler, which takes longer
+    than training the classifier.
+    """
+
+    BETA1 = 0.9
+    BETA2 = 0.99  # 0.999 would average over more steps than a short training has
+    EPSILON = 1e-8
+
+    def __init__(self, weights: Sequence[Tensor], weight_decay: float = 0.0):
+        self.weights = list(weights)
+        self.weight_decay = weight_decay
+        self.mean = [torch.zeros_like(w) for w in self.weights]
+        self.square = [torch.zeros_like(w) for w in self.weights]
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor], lr: float) -> None:
+        self.steps += 1
+        correction1 = 1 - self.BETA1**self.steps
+        correction2 = math.sqrt(1 - self.BETA2**self.steps)
+        moments = zip(self.weights, gradients, self.mean, self.square, strict=True)
+        for weight, gradient, mean, square in moments:
+            mean.lerp_(gradient, 1 - self.BETA1)
+            square.mul_(self.BETA2).addcmul_(gradient, gradient, value=1 - self.BETA2)
+            if self.weight_decay:
+                weight.mul_(1 - lr * self.weight_decay)
+            spread = square.sqrt().add_(self.EPSILON * correction2)
+            weight.addcdiv_(mean, spread, value=-lr * correction2 / correction1)
+
+
+CHECK_EVERY = 250  # steps between two looks at the loss: each makes a GPU wait
 
 
 def refuse_divergence(losses: Tensor, step: int, stage: str, flag: str, rate: float) -> None:
-    """Every CHECK_EVERY steps and at the last: raise TrainingError naming the first step whose loss is not finite.
-
-    `losses` (steps,) holds those of the steps 0 to `step`.
-    """
+    """Every CHECK_EVERY steps and at the last: raise TrainingError naming the first step whose
+    loss is not finite. `losses` (steps,) holds those of the steps 0 to `step`."""
     if (step + 1) % CHECK_EVERY and step + 1 < len(losses):
         return
     bad = torch.nonzero(~torch.isfinite(losses[: step + 1])).flatten()
     if len(bad):
         raise TrainingError(
-            f"{stage} diverged: its loss is not finite at step {int(bad[0])}; lower {flag} (now {rate})"
+            f"{stage} diverged: its loss is not finite at step {int(bad[0])}; "
+            f"lower {flag} (now {rate})"
         )
 
 
 def refuse_bad_weights(module: nn.Module, stage: str, flag: str, rate: float) -> None:
-    """Raise TrainingError when the last step, whose loss nobody sees any more, broke the weights."""
+    """Raise TrainingError when the last step, whose loss nobody sees any more, broke the
+    weights."""
     if not all(value.isfinite().all() for value in module.state_dict().values()):
         raise TrainingError(
-            f"{stage} diverged: its weights are not finite after the last step; lower {flag} (now {rate})"
+            f"{stage} diverged: its weights are not finite after the last step; "
+            f"lower {flag} (now {rate})"
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Classifier
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Classifier(nn.Module):
     """logits = W2 relu(z) + b2 with preactivations z = W1 (x - pixel_mean) + b1.
 
-    The mean image is subtracted because centred inputs let the first layer learn several times faster.
-    The analysis uses `preactivations` and `logits_from_preactivations`, and nothing else of a model.
+    The mean image is subtracted because centred inputs let the first layer learn several times
+    faster. The analysis uses `preactivations` and `logits_from_preactivations`, and nothing else.
     """
 
     def __init__(self, n_pixels: int = 784, hidden_units: int = 128, n_classes: int = 10):
@@ -464,41 +384,41 @@ class Classifier(nn.Module):
         return self.logits_from_preactivations(self.preactivations(images))
 
 
+def new_classifier(hidden_units: int, seed: int, device: torch.device) -> Classifier:
+    """An untrained one. nn.Linear draws from torch's own generator, which is left as it was."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        return Classifier(hidden_units=hidden_units).to(device)
+
+
 def train_classifier(train: Split, settings: Settings) -> Classifier:
     """Cross entropy, AdamW, one cycle of the learning rate. Raises TrainingError on divergence."""
-    device = train.labels.device
-    generator = torch.Generator(device).manual_seed(settings.seed)
-    with torch.random.fork_rng(
-        devices=[device] if device.type == "cuda" else []
-    ):  # nn.Linear draws from the global generator: leave it as it was
-        torch.manual_seed(settings.seed)
-        model = Classifier(hidden_units=settings.hidden_units).to(device)
+    device, n = train.labels.device, len(train.labels)
+    model = new_classifier(settings.hidden_units, settings.seed, device)
     model.pixel_mean.copy_(train.images.flatten(1).mean(0))
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=settings.lr_ffn,
-        betas=(0.9, 0.99),  # 0.999 would average over more steps than the cycle has
-        weight_decay=settings.weight_decay_ffn,
-        fused=True,
-    )
-    n, epochs = len(train.labels), scaled_epochs(settings.epochs_ffn, len(train.labels))
+    weights = list(model.parameters())
+    optimizer = Adam(weights, settings.weight_decay_ffn)
+
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    epochs = scaled_epochs(settings.epochs_ffn, n)
     steps = n_steps(n, settings.batch_ffn, epochs)
     losses = torch.zeros(steps, device=device)
     plan = batches(n, settings.batch_ffn, epochs, generator)
-    for step, index in enumerate(tqdm(plan, "classifier", steps, leave=False, disable=None)):
-        optimizer.param_groups[0]["lr"] = settings.lr_ffn * ramp((step + 0.5) / steps, 0.2, 0.2)
+    blame = ("classifier training", "--lr-ffn", settings.lr_ffn)
+
+    for step, index in enumerate(progress_bar(plan, "classifier", steps)):
         loss = F.cross_entropy(model(train.images[index]), train.labels[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        gradients = torch.autograd.grad(loss, weights)
+        optimizer.step(gradients, settings.lr_ffn * ramp((step + 0.5) / steps, 0.2, 0.2))
         losses[step] = loss.detach()
-        refuse_divergence(losses, step, "classifier training", "--lr-ffn", settings.lr_ffn)
-    refuse_bad_weights(model, "classifier training", "--lr-ffn", settings.lr_ffn)
+        refuse_divergence(losses, step, *blame)
+    refuse_bad_weights(model, *blame)
     return model.requires_grad_(False).eval()
 
 
 class Preactivations(NamedTuple):
-    """Raw preactivations (N, d_in) of each split, and what standardises them: z = (raw - mu) / std, (d_in,) each."""
+    """Raw preactivations (N, d_in) of each split, and what standardises them, (d_in,) each."""
 
     train: Tensor
     val: Tensor
@@ -506,27 +426,33 @@ class Preactivations(NamedTuple):
     mu: Tensor
     std: Tensor
 
+    def standardised(self, split: str) -> Tensor:
+        """z = (raw - mu) / std of "train", "val" or "test", (N, d_in)."""
+        return (getattr(self, split) - self.mu) / self.std
+
 
 @torch.no_grad()
 def collect_preactivations(model: Classifier, data: Data, normalize: bool) -> Preactivations:
     """The classifier's preactivations for every image. Without `normalize`, mu = 0 and std = 1.
 
-    A unit that never varies gets std = 1: it carries nothing, and dividing by zero would spread NaN.
+    A unit that never varies gets std = 1: it carries nothing, and dividing by zero would spread
+    NaN.
     """
-    train, val, test = (
-        torch.cat([model.preactivations(images) for images, _ in TensorLoader(split)])
-        for split in (data.train, data.val, data.test)
-    )
+    raw = []
+    for split in (data.train, data.val, data.test):
+        parts = [model.preactivations(images) for images, _ in TensorLoader(split)]
+        raw.append(torch.cat(parts))
+    train = raw[0]
     mu, std = torch.zeros_like(train[0]), torch.ones_like(train[0])
     if normalize:
         mu, std = train.mean(0), train.std(0)
         std = torch.where(std > 1e-6 * std.max(), std, torch.ones_like(std))
-    return Preactivations(train, val, test, mu, std)
+    return Preactivations(*raw, mu, std)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # SAE
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class JumpReLUSAE(nn.Module):
@@ -536,8 +462,9 @@ class JumpReLUSAE(nn.Module):
         f     = pre * 1[pre > threshold]        (B, d_sae), threshold >= 0
         z_hat = f W_dec + b_dec                 (B, d_in), rows of W_dec of unit norm
 
-    The same three lines run in training, in evaluation and in whatever loads the saved weights. Parameters: W_enc
-    (d_in, d_sae), b_enc (d_sae,), W_dec (d_sae, d_in), b_dec (d_in,); buffer: threshold (d_sae,).
+    The same three lines run in training, in evaluation and in whatever loads the saved weights.
+    Parameters: W_enc (d_in, d_sae), b_enc (d_sae,), W_dec (d_sae, d_in), b_dec (d_in,); buffer:
+    threshold (d_sae,).
     """
 
     def __init__(self, d_in: int, d_sae: int):
@@ -553,8 +480,10 @@ class JumpReLUSAE(nn.Module):
         return torch.addmm(self.b_enc, z, self.W_enc)
 
     def jump(self, pre: Tensor) -> Tensor:
-        """pre (B, d_sae) -> feature_acts (B, d_sae); the gradient flows through active features only"""
-        return torch.where(pre > self.threshold, pre, 0.0)
+        """pre (B, d_sae) -> feature_acts (B, d_sae); gradients flow where a feature is active"""
+        # Compared into numbers: on CPUs four times faster than into booleans.
+        active = torch.gt(pre.detach(), self.threshold, out=torch.empty_like(pre))
+        return pre * active
 
     def encode(self, z: Tensor) -> Tensor:
         """z (B, d_in) -> feature_acts (B, d_sae)"""
@@ -569,11 +498,12 @@ class JumpReLUSAE(nn.Module):
 
 
 class TrainingFrame(NamedTuple):
-    """Coordinates the SAE is trained in: x = (z - center) @ basis / scale, with x centred and of mean square 1.
+    """Coordinates the SAE is trained in: x = (z - center) @ basis / scale, centred, mean square 1.
 
-    The basis holds the principal directions of z. A rotation changes neither the model nor the loss, but Adam scales
-    every coordinate by itself, so in these coordinates it can give quiet directions the larger steps they need: FVU at
-    L0 20 falls by about a tenth. Thresholds and lambda become independent of the scale of z.
+    The basis holds the principal directions of z. A rotation changes neither the model nor the
+    loss, but Adam scales every coordinate by itself, so in these coordinates it can give quiet
+    directions the larger steps they need: FVU at L0 20 falls by about a tenth. Thresholds and
+    lambda become independent of the scale of z.
     """
 
     center: Tensor  # (d_in,)
@@ -593,46 +523,55 @@ class TrainingFrame(NamedTuple):
     def leave(self, x: Tensor) -> Tensor:
         return torch.addmm(self.center, x, self.basis.T * self.scale)
 
+    @torch.no_grad()
     def fold(self, sae: JumpReLUSAE) -> JumpReLUSAE:
-        """The SAE of x written as an SAE of z: the same features, activations multiplied by scale."""
+        """The SAE of x written as an SAE of z: the same features, activations times scale."""
         folded = JumpReLUSAE(*sae.W_enc.shape).to(sae.W_enc.device)
-        with torch.no_grad():
-            folded.W_enc.copy_(self.basis @ sae.W_enc)
-            folded.b_enc.copy_(sae.b_enc * self.scale - self.center @ folded.W_enc)
-            folded.W_dec.copy_(sae.W_dec @ self.basis.T)
-            folded.b_dec.copy_(self.leave(sae.b_dec[None])[0])
-            folded.threshold.copy_(sae.threshold * self.scale)
-        return folded
+        folded.W_enc.copy_(self.basis @ sae.W_enc)
+        folded.b_enc.copy_(sae.b_enc * self.scale - self.center @ folded.W_enc)
+        folded.W_dec.copy_(sae.W_dec @ self.basis.T)
+        folded.b_dec.copy_(self.leave(sae.b_dec[None])[0])
+        folded.threshold.copy_(sae.threshold * self.scale)
+        return folded.requires_grad_(False)
 
 
-# How training is steered. These belong to the method rather than to a run, so they are not flags.
-START_L0_FACTOR = 4.0  # training starts this many times denser than asked, so that every latent first finds a use
-L0_SETTLED_AT = 0.3  # share of training after which the target itself is aimed at
-START_THRESHOLD = 0.5  # sqrt(lambda) at the start, in units of the preactivations' standard deviation
-HEAD_FROM = 0.5  # share of training after which the classifier's logits count too: earlier they only slow it down
-HEAD_TEMPERATURE = 4.0  # softened logits compare all classes on all images; at 1 a few unsure images drown the rest
-RARE_DENSITY = 0.002  # a latent that fires on fewer images than this is dying, and the auxiliary loss trains it
-RARE_COEFFICIENT = 0.1  # its weight there: from 0.03 to 3 little but the number of dead latents depends on it
-RARE_EVERY = 4  # that loss joins in at every so many steps: it is a nudge, and at all of them a third more work
-RARE_AT_ONCE = 32  # at most so many rare latents explain one image
-FAIR_SHARE = 1.25  # latents below this share of the mean density pay less lambda, down to none: spreads the work
+class Steering(NamedTuple):
+    """How training is steered. This belongs to the method rather than to a run: no flags."""
+
+    start_l0_factor: float = 4.0  # it starts so many times denser, so that every latent finds a use
+    l0_settled_at: float = 0.3  # share of training after which the target itself is aimed at
+    start_threshold: float = 0.5  # sqrt(lambda) at the start, in units of x
+    head_from: float = 0.5  # share of training after which the logits count: earlier they slow it
+    head_temperature: float = 4.0  # softened logits compare all classes on all images
+    rare_density: float = 0.002  # a latent that fires on fewer images is dying and is helped
+    rare_coefficient: float = 0.1  # weight of that help; from 0.03 to 3 little depends on it
+    rare_every: int = 4  # steps between two such helps: at all of them a fifth more work
+    rare_at_once: int = 32  # at most so many rare latents explain one image
+    rare_share: float = 0.25  # at most this share of the latents is helped at a time, the rarest
+    fair_share: float = 1.25  # latents below this share of the mean density pay less lambda
+
+
+STEERING = Steering()
 
 
 class LambdaController:
     """Finds the lambda that gives the L0 asked for, while the SAE trains.
 
-    The objective is  ||x - x_hat||^2 + lambda * L0  per image. With unit decoder rows, keeping a feature whose
-    activation is a lowers the first term by about a^2 and costs lambda, so the best threshold is sqrt(lambda) (hard
-    thresholding, Blumensath & Davies 2008). Raising lambda therefore lowers L0 at once, and a proportional-integral
-    controller on log sqrt(lambda) holds L0 at its target: no trial runs, no coefficient to tune.
+    The objective is  ||x - x_hat||^2 + lambda * L0  per image. With unit decoder rows, keeping a
+    feature whose activation is a lowers the first term by about a^2 and costs lambda, so the best
+    threshold is sqrt(lambda) (hard thresholding, Blumensath & Davies 2008). Raising lambda
+    therefore lowers L0 at once, and a proportional-integral controller on log sqrt(lambda) holds
+    L0 at its target: no trial runs, no coefficient to tune.
 
     Everything is a tensor of shape () on the device: a step costs no synchronisation.
     """
 
-    INTEGRAL, PROPORTIONAL, MEMORY = 0.1, 0.3, 0.9  # gains on log(L0 / target); memory of the L0 average, per step
+    INTEGRAL = 0.1  # gain on log(L0 / target), per step
+    PROPORTIONAL = 0.3  # gain on its change
+    MEMORY = 0.9  # of the L0 average, per step
 
     def __init__(self, start_l0: float, device: torch.device):
-        self.log_threshold = torch.tensor(math.log(START_THRESHOLD), device=device)
+        self.log_threshold = torch.tensor(math.log(STEERING.start_threshold), device=device)
         self.l0 = torch.tensor(start_l0, device=device)
         self.error = torch.zeros((), device=device)
 
@@ -644,173 +583,275 @@ class LambdaController:
         """One step: the batch had `l0` active features per image, `target` are wanted."""
         self.l0 = torch.lerp(l0, self.l0, self.MEMORY)
         error = torch.log(self.l0.clamp(min=1e-2) / target)
-        self.log_threshold = self.log_threshold + self.INTEGRAL * error + self.PROPORTIONAL * (error - self.error)
+        change = self.INTEGRAL * error + self.PROPORTIONAL * (error - self.error)
+        self.log_threshold = self.log_threshold + change
         self.error = error
 
 
 def l0_target_at(progress: float, target: float, d_sae: int) -> float:
-    """Mean active features aimed at: from START_L0_FACTOR times the target geometrically down to it."""
-    start = max(target, min(START_L0_FACTOR * target, d_sae / 2))
-    return target * (start / target) ** max(0.0, 1 - progress / L0_SETTLED_AT)
+    """Mean active features aimed at: from a multiple of the target geometrically down to it."""
+    start = max(target, min(STEERING.start_l0_factor * target, d_sae / 2))
+    return target * (start / target) ** max(0.0, 1 - progress / STEERING.l0_settled_at)
 
 
 @torch.no_grad()
 def initial_sae(x: Tensor, d_sae: int, start_l0: float, generator: torch.Generator) -> JumpReLUSAE:
-    """Random unit decoder rows, the encoder their transpose, every latent active on start_l0 / d_sae of `x` (N, d_in).
+    """Random unit decoder rows, the encoder their transpose, every latent active on a share
+    start_l0 / d_sae of `x` (N, d_in).
 
-    The encoder is scaled so that the first reconstruction is as close to `x` as one number can make it.
+    The encoder is scaled so that the first reconstruction is as close to `x` as one number can
+    make it.
     """
     sae = JumpReLUSAE(x.shape[1], d_sae).to(x.device).requires_grad_(False)
     rows = torch.randn(sae.W_dec.shape, generator=generator, device=generator.device)
     sae.W_dec.copy_(F.normalize(rows, dim=1))
     projection = x @ sae.W_dec.T  # (N, d_sae)
-    cut = projection.sort(dim=0).values[int((1 - start_l0 / d_sae) * (len(x) - 1))]  # (d_sae,)
+    rank = int((1 - start_l0 / d_sae) * (len(x) - 1))
+    cut = projection.sort(dim=0).values[rank]  # (d_sae,)
     active = (projection > cut).float()
-    # Activations will be START_THRESHOLD + length * (projection - cut): least squares for the length.
-    slope, rest = ((projection - cut) * active) @ sae.W_dec, x - START_THRESHOLD * active @ sae.W_dec
+
+    # Activations will be start + length * (projection - cut): least squares for the length.
+    start = STEERING.start_threshold
+    slope = ((projection - cut) * active) @ sae.W_dec
+    rest = x - start * active @ sae.W_dec
     length = (slope * rest).sum() / slope.square().sum()
     sae.W_enc.copy_(length * sae.W_dec.T)
-    sae.b_enc.copy_(START_THRESHOLD - length * cut)
-    sae.threshold.fill_(START_THRESHOLD)
-    return sae.requires_grad_(True)
+    sae.b_enc.copy_(start - length * cut)
+    sae.threshold.fill_(start)
+    return sae
+
+
+# Gradients are written out rather than left to autograd, which takes a tenth longer. Tests compare
+# them with autograd's.
+
+
+def sae_gradients(
+    sae: JumpReLUSAE, x: Tensor, feature_acts: Tensor, active: Tensor, d_x_hat: Tensor
+) -> list[Tensor]:
+    """Gradients of W_enc, b_enc, W_dec and b_dec, given that of the reconstruction.
+
+    x, d_x_hat (B, d_in), feature_acts, active (B, d_sae), the latter 0 or 1. Through the jump the
+    gradient flows where a feature is active; the thresholds have none: sqrt(lambda) sets them.
+    """
+    d_pre = (d_x_hat @ sae.W_dec.T).mul_(active)  # (B, d_sae)
+    return [x.T @ d_pre, d_pre.sum(0), feature_acts.T @ d_x_hat, d_x_hat.sum(0)]
 
 
 def soft_kl(teacher: Tensor, logits: Tensor) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(logits / T)), (B, C) each, T = HEAD_TEMPERATURE (Hinton et al. 2015)."""
-    p, log_q = (F.log_softmax(a / HEAD_TEMPERATURE, dim=1) for a in (teacher, logits))
-    return HEAD_TEMPERATURE**2 * F.kl_div(log_q, p, log_target=True, reduction="batchmean")
+    """T^2 KL(softmax(teacher / T) || softmax(logits / T)), (B, C) each (Hinton et al. 2015)."""
+    temperature = STEERING.head_temperature
+    log_p = F.log_softmax(teacher / temperature, dim=1)
+    log_q = F.log_softmax(logits / temperature, dim=1)
+    return temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
-def rare_latents_loss(sae: JumpReLUSAE, pre: Tensor, residual: Tensor, rare: Tensor) -> Tensor:
-    """What is left of the residual (B, d_in) when the rare latents, (d_sae,) bool, with the largest pre explain it.
+def head_gradient(
+    teacher: Tensor, logits_of: Callable[[Tensor], Tensor], frame: TrainingFrame, x_hat: Tensor
+) -> Tensor:
+    """Gradient of the `soft_kl` between the logits (B, C) of x and of x_hat, for x_hat (B, d_in).
 
-    Threshold and sign of pre are ignored, which gives latents that no longer fire a gradient towards
-    what the others leave over (after the AuxK loss of Gao et al. 2024).
+    Left to autograd, since the head may be any network.
     """
-    candidates = pre.detach().masked_fill(~rare, -math.inf)
-    cut = candidates.topk(min(RARE_AT_ONCE, len(rare)), dim=1).values[:, -1:]
-    explained = torch.where(rare & (candidates >= cut), pre, 0.0) @ sae.W_dec
-    return F.mse_loss(explained, residual)
+    with torch.enable_grad():
+        leaf = x_hat.detach().requires_grad_(True)
+        loss = soft_kl(teacher, logits_of(frame.leave(leaf)))
+        return torch.autograd.grad(loss, leaf)[0]
+
+
+def add_rare_gradients(
+    gradients: list[Tensor],
+    sae: JumpReLUSAE,
+    x: Tensor,
+    pre: Tensor,
+    error: Tensor,
+    density: Tensor,
+) -> None:
+    """Pull latents that hardly fire towards what the others leave over (after AuxK, Gao et al.).
+
+    The loss is rare_coefficient times the mean square of what remains of the residual -error
+    (B, d_in) when, for each image, the rare latents with the largest pre (B, d_sae) explain it,
+    threshold and sign of pre being ignored. `gradients` are those of `sae_gradients`; density
+    (d_sae,).
+    """
+    n = max(1, round(STEERING.rare_share * len(density)))
+    latents = density.topk(n, largest=False).indices
+    rare = density[latents] < STEERING.rare_density
+    own = pre.index_select(1, latents)  # (B, n)
+    candidates = own.masked_fill(~rare, -math.inf)
+    cut = candidates.topk(min(STEERING.rare_at_once, n), dim=1).values[:, -1:]
+    chosen = rare & (candidates >= cut)
+    acts = torch.where(chosen, own, 0.0)
+
+    rows = sae.W_dec.index_select(0, latents)  # (n, d_in)
+    remaining = error + acts @ rows
+    d_explained = remaining * (2 * STEERING.rare_coefficient / remaining.numel())
+    d_pre = torch.where(chosen, d_explained @ rows.T, 0.0)
+    d_W_enc, d_b_enc, d_W_dec, _ = gradients
+    d_W_enc.index_add_(1, latents, x.T @ d_pre)
+    d_b_enc.index_add_(0, latents, d_pre.sum(0))
+    d_W_dec.index_add_(0, latents, acts.T @ d_explained)
 
 
 class SAECourse(NamedTuple):
-    """How training went, each (steps,): reconstruction loss (share of variance), L0 of the batch, lambda."""
+    """How training went, each (steps,): reconstruction loss (share of variance), L0 of the batch,
+    lambda."""
 
     loss: Tensor
     l0: Tensor
     l0_coefficient: Tensor
 
 
+class SAETraining:
+    """The state of one SAE's training; `step` takes it one batch further.
+
+    x (N, d_in) in the coordinates of `frame`, teacher (N, C) the classifier's logits there,
+    `logits_of` as in `train_sae`.
+    """
+
+    def __init__(
+        self,
+        z: Tensor,
+        logits_of: Callable[[Tensor], Tensor],
+        target: float,
+        settings: Settings,
+        generator: torch.Generator,
+    ):
+        self.logits_of = logits_of
+        self.target = target
+        self.settings = settings
+        self.frame = TrainingFrame.of(z)
+        self.x = self.frame.enter(z)
+        self.teacher = torch.cat([logits_of(chunk) for chunk in z.split(EVAL_ROWS)])
+        d_sae = settings.sae_latents
+        start_l0 = l0_target_at(0, target, d_sae)
+        self.sae = initial_sae(self.x[: 16 * settings.batch_sae], d_sae, start_l0, generator)
+        sae = self.sae
+        self.optimizer = Adam([sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec])
+        self.controller = LambdaController(start_l0, z.device)
+        # Moving average of how often each latent fires.
+        self.density = torch.full((d_sae,), start_l0 / d_sae, device=z.device)
+
+    @torch.no_grad()
+    def step(self, index: Tensor, number: int, progress: float) -> tuple[Tensor, Tensor, Tensor]:
+        """One step on the images `index` (B,); returns loss, L0 and lambda, () each."""
+        sae, settings = self.sae, self.settings
+        l0_target = l0_target_at(progress, self.target, settings.sae_latents)
+        l0_coefficient = (self.controller.threshold() * self.frame.scale).square()
+        sae.threshold.copy_(self.thresholds(l0_target))
+
+        x = self.x.index_select(0, index)  # (B, d_in); faster than self.x[index]
+        pre = sae.pre_threshold(x)  # (B, d_sae)
+        feature_acts = sae.jump(pre)
+        active = feature_acts.sign()  # 1 or 0: activations are positive or 0
+        x_hat = sae.decode(feature_acts)
+        error = x_hat - x
+        loss = error.square().mean()  # 1 for a constant prediction: x has mean square 1
+        d_x_hat = error * (2 / error.numel())
+        if settings.head_kl and progress > STEERING.head_from:
+            d_head = head_gradient(self.teacher[index], self.logits_of, self.frame, x_hat)
+            d_x_hat.add_(d_head, alpha=settings.head_kl)
+        gradients = sae_gradients(sae, x, feature_acts, active, d_x_hat)
+        if number % STEERING.rare_every == 0:
+            add_rare_gradients(gradients, sae, x, pre, error, self.density)
+        self.optimizer.step(gradients, settings.lr_sae * ramp(progress, 0.02, 0.3))
+        sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
+
+        fired = active.mean(0)  # (d_sae,)
+        self.density.lerp_(fired, 0.01)
+        l0 = fired.sum()
+        self.controller.observe(l0, l0_target)
+        return loss, l0, l0_coefficient
+
+    def thresholds(self, l0_target: float) -> Tensor:
+        """(d_sae,) sqrt(lambda) for a latent that has its fair share of the work, less for rarer
+        ones: a latent's lambda is proportional to its density, so rare ones are cheap to use."""
+        fair = STEERING.fair_share * l0_target / self.settings.sae_latents
+        return self.controller.threshold() * (self.density / fair).clamp(max=1).sqrt()
+
+
 def train_sae(
     z: Tensor, logits_of: Callable[[Tensor], Tensor], target: float, settings: Settings
 ) -> tuple[JumpReLUSAE, SAECourse]:
-    """An SAE of `z` (N, d_in) with `target` active features per image on average, found in one run.
+    """An SAE of `z` (N, d_in) with `target` active features per image on average, in one run.
 
-    `logits_of` maps standardised preactivations (B, d_in) to the classifier's logits (B, C). Raises TrainingError on
-    divergence. The lambda of the course is that of ||z - z_hat||^2 + lambda * L0.
+    `logits_of` maps standardised preactivations (B, d_in) to the classifier's logits (B, C).
+    Raises TrainingError on divergence. The lambda of the course is that of
+    ||z - z_hat||^2 + lambda * L0.
     """
     generator = torch.Generator(z.device).manual_seed(settings.seed)
-    frame = TrainingFrame.of(z)
-    x = frame.enter(z)
-    teacher = torch.cat([logits_of(chunk) for chunk in z.split(EVAL_ROWS)])
-    d_sae, start_l0 = settings.sae_latents, l0_target_at(0, target, settings.sae_latents)
-    sae = initial_sae(x[: 16 * settings.batch_sae], d_sae, start_l0, generator)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=settings.lr_sae, betas=(0.9, 0.99), fused=True)
-    controller = LambdaController(start_l0, z.device)
-    density = torch.full((d_sae,), start_l0 / d_sae, device=z.device)  # moving average of how often each latent fires
     epochs = scaled_epochs(settings.epochs_sae_final, len(z))
     steps = n_steps(len(z), settings.batch_sae, epochs)
-    course = SAECourse(*(torch.zeros(steps, device=z.device) for _ in range(3)))
+    course = SAECourse(*torch.zeros(3, steps, device=z.device))
+    blame = (f"SAE training for {target} actives", "--lr-sae", settings.lr_sae)
 
+    training = SAETraining(z, logits_of, target, settings, generator)
     plan = batches(len(z), settings.batch_sae, epochs, generator)
-    for step, index in enumerate(tqdm(plan, f"SAE, {target} active", steps, leave=False, disable=None)):
-        progress = (step + 0.5) / steps
-        l0_target = l0_target_at(progress, target, d_sae)
-        optimizer.param_groups[0]["lr"] = settings.lr_sae * ramp(progress, 0.02, 0.3)
-        # A latent's lambda is proportional to its density until it has its fair share: rare ones are cheap to use.
-        discount = (density / (FAIR_SHARE * l0_target / d_sae)).clamp(max=1)
-        sae.threshold.copy_(controller.threshold() * discount.sqrt())
-
-        batch = x[index]  # (B, d_in)
-        pre = sae.pre_threshold(batch)  # (B, d_sae)
-        feature_acts = sae.jump(pre)
-        x_hat = sae.decode(feature_acts)
-        reconstruction = F.mse_loss(x_hat, batch)  # 1 for a constant prediction: x has mean square 1
-        loss = reconstruction
-        if step % RARE_EVERY == 0:
-            rare = density < RARE_DENSITY
-            loss = loss + RARE_COEFFICIENT * rare_latents_loss(sae, pre, (batch - x_hat).detach(), rare)
-        if settings.head_kl and progress > HEAD_FROM:
-            loss = loss + settings.head_kl * soft_kl(teacher[index], logits_of(frame.leave(x_hat)))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-        with torch.no_grad():
-            sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
-            fired = (feature_acts > 0).float().mean(0)  # (d_sae,)
-            density.lerp_(fired, 0.01)
-            l0, l0_coefficient = fired.sum(), (controller.threshold() * frame.scale).square()
-            for record, value in zip(course, (reconstruction, l0, l0_coefficient), strict=True):
-                record[step] = value
-            controller.observe(l0, l0_target)
-        refuse_divergence(course.loss, step, f"SAE training for {target} actives", "--lr-sae", settings.lr_sae)
-    refuse_bad_weights(sae, f"SAE training for {target} actives", "--lr-sae", settings.lr_sae)
-    return frame.fold(sae).requires_grad_(False), course
+    for number, index in enumerate(progress_bar(plan, f"SAE, {target} active", steps)):
+        measured = training.step(index, number, (number + 0.5) / steps)
+        for record, value in zip(course, measured, strict=True):
+            record[number] = value
+        refuse_divergence(course.loss, number, *blame)
+    refuse_bad_weights(training.sae, *blame)
+    return training.frame.fold(training.sae), course
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Calibration of the thresholds
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-EVAL_ROWS = 4096  # rows per step where preactivations are evaluated: bounds the memory
+EVAL_ROWS = 4096  # rows at once where preactivations are evaluated: bounds the memory
 
 
 @torch.no_grad()
 def mean_actives(sae: JumpReLUSAE, z: Tensor) -> float:
     """L0: mean number of active features over z (N, d_in)."""
-    return sum(int((sae.encode(chunk) > 0).sum()) for chunk in z.split(EVAL_ROWS)) / len(z)
+    active = sum(int((sae.encode(chunk) > 0).sum()) for chunk in z.split(EVAL_ROWS))
+    return active / len(z)
 
 
 @torch.no_grad()
 def threshold_shift(sae: JumpReLUSAE, z: Tensor, target: float) -> float:
-    """The number to add to every threshold so that `target` features are active per image of z (N, d_in) on average.
+    """What to add to every threshold so that `target` features are active per image of z (N, d_in).
 
-    A feature is active when pre > max(threshold + shift, 0): when pre > 0 and its excess pre - threshold is above the
-    shift. So the shift lies between the last of the target * N largest excesses and the next one: an order statistic.
-    Where those two are equal no shift is exact, and theirs is returned, which leaves the tied ones out. When fewer pre
-    are positive than asked for, the shift is -inf: every threshold becomes 0.
+    A feature is active when pre > max(threshold + shift, 0): when pre > 0 and its excess
+    pre - threshold is above the shift. So the shift lies between the last of the target * N
+    largest excesses and the next one: an order statistic. Where those two are equal no shift is
+    exact, and theirs is returned, which leaves the tied ones out. When fewer pre are positive than
+    asked for, the shift is -inf: every threshold becomes 0.
     """
     wanted = round(target * len(z))
-    largest = torch.empty(0, device=z.device)  # the wanted + 1 largest excesses so far, descending
+    largest = torch.empty(0, device=z.device)  # the wanted + 1 largest excesses, descending
     for chunk in z.split(EVAL_ROWS):
         pre = sae.pre_threshold(chunk)
         candidates = torch.cat([largest, (pre - sae.threshold)[pre > 0]])
         largest = candidates.topk(min(wanted + 1, len(candidates))).values
     if len(largest) <= wanted:
         return -math.inf
-    last_in, first_out = largest[wanted - 1].item(), largest[wanted].item()  # float64 from here on
+    last_in = largest[wanted - 1].item()  # float64 from here on
+    first_out = largest[wanted].item()
     return (last_in + first_out) / 2
 
 
 @torch.no_grad()
 def adjust_thresholds(sae: JumpReLUSAE, z: Tensor, target: float) -> tuple[JumpReLUSAE, float]:
-    """A copy of the SAE with exactly `target` active features on z (N, d_in) unless excesses tie, and the shift."""
+    """A copy of the SAE with exactly `target` active features on z (N, d_in) unless excesses tie,
+    and the shift."""
     shift = threshold_shift(sae, z, target)
     adjusted = copy.deepcopy(sae)
     adjusted.threshold.copy_((sae.threshold.double() + shift).clamp(min=0))
     return adjusted, shift
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Fidelity: what the classifier loses when it must think through the SAE
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 MODES = ("jumprelu", "boolean", "boolean_scaled")
 
 
 class Usage(NamedTuple):
-    """How the features are used on some images, each (d_sae,): share of images, and mean activation when active."""
+    """How the features are used on some images, (d_sae,) each: share of images, and mean
+    activation when active."""
 
     feature_density: Tensor
     mean_activation: Tensor
@@ -819,8 +860,9 @@ class Usage(NamedTuple):
 @torch.no_grad()
 def feature_usage(sae: JumpReLUSAE, z: Tensor) -> Usage:
     """Usage over z (N, d_in). The mean activation of a feature that never fires is 0."""
-    counts = torch.zeros(len(sae.threshold), dtype=torch.int64, device=z.device)
-    sums = torch.zeros(len(sae.threshold), dtype=torch.float64, device=z.device)
+    d_sae = len(sae.threshold)
+    counts = torch.zeros(d_sae, dtype=torch.int64, device=z.device)
+    sums = torch.zeros(d_sae, dtype=torch.float64, device=z.device)
     for chunk in z.split(EVAL_ROWS):
         feature_acts = sae.encode(chunk)
         counts += (feature_acts > 0).sum(0)
@@ -829,12 +871,14 @@ def feature_usage(sae: JumpReLUSAE, z: Tensor) -> Usage:
 
 
 def reconstruct(sae: JumpReLUSAE, z: Tensor, mode: str, mean_activation: Tensor) -> Tensor:
-    """z (B, d_in) through the SAE. `jumprelu`: as it is. `boolean`: an active feature counts 1. `boolean_scaled`: it
-    counts its mean activation, (d_sae,)."""
+    """z (B, d_in) through the SAE. `jumprelu`: as it is. `boolean`: an active feature counts 1.
+    `boolean_scaled`: it counts its mean activation, (d_sae,)."""
     feature_acts = sae.encode(z)
     if mode != "jumprelu":
         feature_acts = (feature_acts > 0).float()
-    return sae.decode(feature_acts * mean_activation if mode == "boolean_scaled" else feature_acts)
+    if mode == "boolean_scaled":
+        feature_acts = feature_acts * mean_activation
+    return sae.decode(feature_acts)
 
 
 class Fidelity(NamedTuple):
@@ -843,24 +887,30 @@ class Fidelity(NamedTuple):
     accuracy: float
     agreement: float  # share of images on which the prediction stays the classifier's own
     cross_entropy: float
-    ce_recovered: float | None  # 1: none of what mean ablation costs is lost, 0: all; None when it costs nothing
+    ce_recovered: float | None  # 1: nothing of what mean ablation costs is lost; None: it is free
     kl: float  # mean KL(classifier || classifier through the SAE)
     fvu: float  # sum ||z - z_hat||^2 / sum ||z - mean(z)||^2, the mean over these same images
 
 
 @torch.no_grad()
-def fidelity(z: Tensor, z_hat: Tensor, labels: Tensor, logits_of: Callable, z_mean: Tensor) -> Fidelity:
-    """Compare the classifier on z_hat (N, d_in) with the classifier on z; `z_mean` (d_in,) is what mean ablation uses.
+def fidelity(
+    z: Tensor, z_hat: Tensor, labels: Tensor, logits_of: Callable, z_mean: Tensor
+) -> Fidelity:
+    """The classifier on z_hat (N, d_in) against the classifier on z; mean ablation uses `z_mean`
+    (d_in,).
 
     ce_recovered = (CE(mean) - CE(z_hat)) / (CE(mean) - CE(z)), as in Bricken et al. 2023.
     """
     logits, logits_hat = logits_of(z), logits_of(z_hat)
     logits_mean = logits_of(z_mean[None]).expand_as(logits)
-    ce, ce_hat, ce_mean = (F.cross_entropy(a, labels).item() for a in (logits, logits_hat, logits_mean))
+    ce = F.cross_entropy(logits, labels).item()
+    ce_hat = F.cross_entropy(logits_hat, labels).item()
+    ce_mean = F.cross_entropy(logits_mean, labels).item()
     log_p, log_q = F.log_softmax(logits, 1), F.log_softmax(logits_hat, 1)
+    predicted = logits_hat.argmax(1)
     return Fidelity(
-        accuracy=(logits_hat.argmax(1) == labels).double().mean().item(),
-        agreement=(logits_hat.argmax(1) == logits.argmax(1)).double().mean().item(),
+        accuracy=(predicted == labels).double().mean().item(),
+        agreement=(predicted == logits.argmax(1)).double().mean().item(),
         cross_entropy=ce_hat,
         ce_recovered=(ce_mean - ce_hat) / (ce_mean - ce) if ce_mean != ce else None,
         kl=F.kl_div(log_q, log_p, log_target=True, reduction="batchmean").item(),
@@ -869,22 +919,27 @@ def fidelity(z: Tensor, z_hat: Tensor, labels: Tensor, logits_of: Callable, z_me
 
 
 @torch.no_grad()
-def measure(before: JumpReLUSAE, after: JumpReLUSAE, pre: Preactivations, data: Data, logits_of: Callable) -> dict:
-    """Everything summary.json says about one SAE's fidelity; `before` and `after` the adjustment of the thresholds."""
-    z_train, z_val, z_test = ((raw - pre.mu) / pre.std for raw in (pre.train, pre.val, pre.test))
-    usage, z_mean, labels = feature_usage(after, z_train), z_train.mean(0), data.test.labels
+def measure(trained: TrainedSAE, subject: Subject, labels: Tensor) -> dict:
+    """Everything summary.json says about one SAE's fidelity, on the test images with `labels`
+    (N,)."""
+    pre, logits_of = subject.pre, subject.logits_of
+    z_train, z_val, z_test = (pre.standardised(split) for split in ("train", "val", "test"))
+    usage, z_mean = feature_usage(trained.sae, z_train), z_train.mean(0)
 
-    def of(sae: JumpReLUSAE, mode: str) -> Fidelity:
-        z_hat = torch.cat([reconstruct(sae, chunk, mode, usage.mean_activation) for chunk in z_test.split(EVAL_ROWS)])
+    def through(sae: JumpReLUSAE, mode: str) -> Fidelity:
+        chunks = z_test.split(EVAL_ROWS)
+        z_hat = torch.cat([reconstruct(sae, z, mode, usage.mean_activation) for z in chunks])
         return fidelity(z_test, z_hat, labels, logits_of, z_mean)
 
-    by_mode = {mode: of(after, mode) for mode in MODES}
+    by_mode = {mode: through(trained.sae, mode) for mode in MODES}
     baseline = fidelity(z_test, z_test, labels, logits_of, z_mean)
-    l0 = torch.cat([(after.encode(chunk) > 0).sum(1) for chunk in z_test.split(EVAL_ROWS)]).double()
+    active = [(trained.sae.encode(z) > 0).sum(1) for z in z_test.split(EVAL_ROWS)]
+    l0 = torch.cat(active).double()
     jump = by_mode["jumprelu"]
+    density = usage.feature_density
     return {
-        "achieved_actives_before_shift": mean_actives(before, z_val),
-        "achieved_actives_val": mean_actives(after, z_val),
+        "achieved_actives_before_shift": mean_actives(trained.before, z_val),
+        "achieved_actives_val": mean_actives(trained.sae, z_val),
         "achieved_actives_test": l0.mean().item(),
         "l0_std_test": l0.std().item(),
         "baseline_acc": baseline.accuracy,
@@ -896,16 +951,136 @@ def measure(before: JumpReLUSAE, after: JumpReLUSAE, pre: Preactivations, data: 
         "ce": jump.cross_entropy,
         "ce_recovered": jump.ce_recovered,
         "kl": jump.kl,
-        "before_shift": of(before, "jumprelu")._asdict(),
-        "dead_features": int((usage.feature_density == 0).sum()),
-        "dense_features": int((usage.feature_density > 0.5).sum()),
-        "rare_features": int((usage.feature_density < 0.001).sum()),
+        "before_shift": through(trained.before, "jumprelu")._asdict(),
+        "dead_features": int((density == 0).sum()),
+        "dense_features": int((density > 0.5).sum()),
+        "rare_features": int((density < 0.001).sum()),
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Whole jobs on free cores
+# --------------------------------------------------------------------------------------------------
+
+MOST_WORKERS = 7  # each holds a few hundred MB, and a run has few jobs that wait for one
+
+
+def available_cores() -> int:
+    """Those this process may use, where the system tells; otherwise all there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def torch_threads(n: int) -> Iterator[None]:
+    """torch with so many threads, and as it was afterwards.
+
+    Two threads wait for each other at every small product: little gain on idle cores, ten times
+    slower when something else uses one of them. With one, results do not depend on the machine's
+    number of cores either.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _become_worker() -> None:
+    """What a worker does first: one thread, Ctrl-C left to the parent, no life after it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+    def leave_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+def _timed(function: Callable, args: tuple) -> tuple[object, float]:
+    started = time.perf_counter()
+    result = function(*args)
+    return result, time.perf_counter() - started
+
+
+def _run_pickled(job: bytes) -> bytes:
+    """Pickled by hand: multiprocessing would put tensors into shared memory, of which containers
+    have little."""
+    return pickle.dumps(_timed(*pickle.loads(job)))
+
+
+@dataclass
+class Job:
+    """A function with its arguments, and what has become of them."""
+
+    name: str
+    function: Callable
+    args: tuple
+    future: Future | None = None  # of the worker that was asked to run it
+    outcome: tuple[object, float] | None = None  # result and seconds
+
+    def run_here(self) -> None:
+        self.outcome = _timed(self.function, self.args)
+
+
+class Jobs:
+    """Runs jobs in worker processes while this process goes on; a context manager.
+
+    A job that no worker has begun when its result is needed is run here, and without workers all
+    are: what comes out is the same. Functions and arguments must be picklable, and a script that
+    uses this needs the usual `if __name__ == "__main__"`.
+    """
+
+    def __init__(self, workers: int):
+        self.seconds: dict[str, float] = {}  # by name, wherever the jobs ran
+        self.pool = None
+        if workers:
+            spawn = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(workers, spawn, _become_worker)
+            for _ in range(workers):
+                self.pool.submit(os.getpid)  # starts a worker, which imports what it will need
+
+    def __enter__(self) -> Jobs:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.pool is not None:
+            for process in multiprocessing.active_children():  # nobody waits for them any more
+                process.terminate()
+            self.pool.shutdown(cancel_futures=True)
+
+    def start(self, name: str, function: Callable, *args, here: bool = False) -> Job:
+        """Let a worker run `function(*args)`; with `here`, leave it until its result is needed."""
+        job = Job(name, function, args)
+        if self.pool is not None and not here:
+            job.future = self.pool.submit(_run_pickled, pickle.dumps((function, args)))
+        return job
+
+    def results(self, jobs: Sequence[Job]) -> list:
+        """Of all `jobs`, in their order. Those kept here are run first; then, from the last one on,
+        those that no worker has begun.
+
+        Raises what the functions raise, and BrokenProcessPool when a worker died.
+        """
+        for job in [job for job in jobs if job.future is None]:
+            job.run_here()
+        for job in reversed(jobs):
+            if job.future is not None and job.future.cancel():
+                job.run_here()
+        for job in jobs:
+            if job.outcome is None:
+                job.outcome = pickle.loads(job.future.result())
+            _, seconds = job.outcome
+            self.seconds[job.name] = self.seconds.get(job.name, 0.0) + seconds
+        return [result for result, _ in (job.outcome for job in jobs)]
+
+
+# --------------------------------------------------------------------------------------------------
 # Saving finished stages, and using them again
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def to_json(record: object) -> bytes:
@@ -914,42 +1089,56 @@ def to_json(record: object) -> bytes:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder and make sure that files can be written there. Raises InputError when they cannot."""
+    """Make the folder and make sure that files can be written there. Raises InputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"--out {folder} cannot be written to ({error.strerror}); choose another folder") from error
+        raise InputError(
+            f"--out {folder} cannot be written to ({error.strerror}); choose another folder"
+        ) from error
 
 
-def fingerprint(settings: Settings, names: Sequence[str], functions: Sequence[Callable], **inputs: object) -> str:
-    """SHA-256 over all that decides a stage's outcome: those settings, its code and its inputs."""
-    decisive = {name: getattr(settings, name) for name in names}
-    code = [inspect.getsource(function) for function in functions]
-    surroundings = [FULL_TRAIN_IMAGES, EVAL_ROWS, torch.__version__, torch.get_num_threads()]
-    text = json.dumps([decisive, code, inputs, surroundings], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+class Recipe(NamedTuple):
+    """What decides a stage's outcome besides its inputs."""
 
+    settings: tuple[str, ...]
+    code: tuple[Callable, ...]
+    constants: tuple = ()
 
-def save_stage(folder: Path, name: str, print_of: str, tensors: dict[str, Tensor], record: dict) -> str:
-    """Write name.safetensors and name.json, tensors first; returns the SHA-256 of the tensors.
+    def chosen(self, settings: Settings) -> dict:
+        return {name: getattr(settings, name) for name in self.settings}
 
-    The JSON holds the fingerprint and that SHA-256: an interruption between the two leaves a pair that does not match.
-    """
-    stored = safetensors.torch.save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
-    digest = hashlib.sha256(stored).hexdigest()
-    fa.write_whole(folder / f"{name}.safetensors", stored)
-    fa.write_whole(folder / f"{name}.json", to_json({"fingerprint": print_of, "sha256": digest, **record}))
-    return digest
+    def fingerprint(self, settings: Settings, **inputs: object) -> str:
+        """SHA-256 over those settings, the code, the constants and the stage's inputs."""
+        code = [inspect.getsource(function) for function in self.code]
+        constants = [repr(constant) for constant in self.constants]
+        decisive = [self.chosen(settings), code, constants, inputs, torch.__version__]
+        text = json.dumps(decisive, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Stage(NamedTuple):
-    """A stage as it was saved: its tensors, the record beside them and the SHA-256 of the tensors."""
+    """A stage as it was saved: its tensors, the record beside them, the tensors' SHA-256."""
 
     tensors: dict[str, Tensor]
     record: dict
     digest: str
+
+
+def save_stage(folder: Path, name: str, tensors: dict[str, Tensor], record: dict) -> Stage:
+    """Write name.safetensors and name.json, tensors first.
+
+    The JSON holds the SHA-256 of the tensors: an interruption between the two leaves a pair that
+    does not match.
+    """
+    on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    stored = safetensors.torch.save(on_cpu)
+    digest = hashlib.sha256(stored).hexdigest()
+    fa.write_whole(folder / f"{name}.safetensors", stored)
+    fa.write_whole(folder / f"{name}.json", to_json({"sha256": digest, **record}))
+    return Stage(on_cpu, record, digest)
 
 
 def read_stage(folder: Path, name: str) -> Stage:
@@ -967,53 +1156,83 @@ def read_stage(folder: Path, name: str) -> Stage:
         ) from error
 
 
+STAGE_FILES = ("safetensors", "json")
+
+
 def keep_aside(folder: Path, name: str) -> str:
     """Rename name.safetensors and name.json to the first free name.kept-N; returns that name."""
     n = 1
-    while any((folder / f"{name}.kept-{n}.{ending}").exists() for ending in ("safetensors", "json")):
+    while any((folder / f"{name}.kept-{n}.{ending}").exists() for ending in STAGE_FILES):
         n += 1
-    for ending in ("safetensors", "json"):
+    for ending in STAGE_FILES:
         path = folder / f"{name}.{ending}"
         if path.exists():
             os.replace(path, folder / f"{name}.kept-{n}.{ending}")
     return f"{name}.kept-{n}"
 
 
-def reusable_stage(folder: Path, name: str, print_of: str, fresh: bool) -> Stage | None:
-    """The saved stage if it is the one asked for; otherwise None, what was there kept aside, and a line saying so."""
-    if not any((folder / f"{name}.{ending}").exists() for ending in ("safetensors", "json")):
-        return None
+def reusable_stage(
+    folder: Path, name: str, fingerprint: str, fresh: bool
+) -> tuple[Stage | None, str]:
+    """The saved stage if it is the one asked for; otherwise None, and what was there is kept
+    aside unless `fresh`. And what to tell the user, if anything."""
+    if not any((folder / f"{name}.{ending}").exists() for ending in STAGE_FILES):
+        return None, ""
+    stage, reason = None, ""
     try:
         stage = read_stage(folder, name)
-        reason = None if stage.record.get("fingerprint") == print_of else "it belongs to other settings, data or code"
+        if stage.record.get("fingerprint") != fingerprint:
+            reason = "it belongs to other settings, data or code"
     except InputError as error:
-        stage, reason = None, str(error)
-    if reason is None:
-        if not fresh:
-            print(f"{name}: reused, its settings and data did not change (--fresh retrains)")
-            return stage
-        return None
-    print(f"{name}: retrained, because {reason}; the old one is kept as {keep_aside(folder, name)}")
-    return None
+        reason = str(error)
+    if reason:
+        kept = keep_aside(folder, name)
+        return None, f"{name}: retrained, because {reason}; the old one is kept as {kept}"
+    if fresh:
+        return None, ""
+    return stage, f"{name}: reused, its settings and data did not change (--fresh retrains)"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stages: train, or take what an earlier run saved
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+TRAINING_CODE = (batches, n_steps, scaled_epochs, ramp, Adam)
+CLASSIFIER = Recipe(
+    ("hidden_units", "epochs_ffn", "batch_ffn", "lr_ffn", "weight_decay_ffn", "seed"),
+    (*TRAINING_CODE, Classifier, new_classifier, train_classifier),
+)
+SAE = Recipe(
+    ("sae_latents", "epochs_sae_final", "batch_sae", "lr_sae", "head_kl", "normalize_z", "seed"),
+    (
+        *(*TRAINING_CODE, collect_preactivations, JumpReLUSAE, TrainingFrame, LambdaController),
+        *(l0_target_at, initial_sae, sae_gradients, soft_kl, head_gradient, add_rare_gradients),
+        *(SAETraining, train_sae, threshold_shift, adjust_thresholds),
+    ),
+    (STEERING, EVAL_ROWS),
+)
 
 
-def classifier_stage(settings: Settings, data: Data, folder: Path) -> tuple[Classifier, str]:
-    """The classifier, and the SHA-256 of its weights."""
-    names = ("hidden_units", "epochs_ffn", "batch_ffn", "lr_ffn", "weight_decay_ffn", "seed")
-    code = (Classifier, train_classifier, batches, n_steps, scaled_epochs, ramp)
-    device = data.train.labels.device
-    print_of = fingerprint(settings, names, code, data=data.digest, device=device.type)
-    stage = reusable_stage(folder, "classifier", print_of, settings.fresh)
-    if stage is not None:
-        return restored_classifier(stage.tensors).to(device), stage.digest
-    model = train_classifier(data.train, settings)
-    record = {"data": data.source, "settings": {name: getattr(settings, name) for name in names}}
-    return model, save_stage(folder, "classifier", print_of, model.state_dict(), record)
+class Subject(NamedTuple):
+    """What an SAE is trained on: the classifier, and what it makes of every image."""
+
+    model: Classifier
+    digest: str  # SHA-256 of its weights
+    pre: Preactivations
+    source: str  # of the images, in words
+    data_digest: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.pre.mu.device
+
+    def logits_of(self, z: Tensor) -> Tensor:
+        """The classifier's logits (B, C) of standardised preactivations (B, d_in)."""
+        raw = torch.addcmul(self.pre.mu, z, self.pre.std)
+        return self.model.logits_from_preactivations(raw)
+
+    def layer(self, sae: object) -> fa.ExplainedLayer:
+        return fa.ExplainedLayer(self.model, sae, self.pre.mu, self.pre.std)
 
 
 def restored_classifier(tensors: dict[str, Tensor]) -> Classifier:
@@ -1023,66 +1242,129 @@ def restored_classifier(tensors: dict[str, Tensor]) -> Classifier:
     return model.requires_grad_(False).eval()
 
 
-class TrainedSAE(NamedTuple):
-    """An SAE before and after the adjustment of its thresholds, and what sae.json says about it."""
-
-    before: JumpReLUSAE
-    sae: JumpReLUSAE
-    record: dict
-
-
-COURSE_POINTS = 100  # how many points of the course are kept in sae.json
-
-
-def sae_stage(
-    settings: Settings, target: int, model: Classifier, model_digest: str, pre: Preactivations, data: Data, folder: Path
-) -> TrainedSAE:
-    """The SAE for one target, calibrated."""
-    names = ("sae_latents", "epochs_sae_final", "batch_sae", "lr_sae", "head_kl", "normalize_z", "seed")
-    code = (JumpReLUSAE, TrainingFrame, LambdaController, l0_target_at, initial_sae, soft_kl, rare_latents_loss)
-    code += (train_sae, threshold_shift, adjust_thresholds, batches, n_steps, scaled_epochs, ramp)
-    code += (collect_preactivations, standardised_head)
-    method = [START_L0_FACTOR, L0_SETTLED_AT, START_THRESHOLD, HEAD_FROM, HEAD_TEMPERATURE]
-    method += [RARE_DENSITY, RARE_COEFFICIENT, RARE_EVERY, RARE_AT_ONCE, FAIR_SHARE]
-    device = pre.mu.device
-    print_of = fingerprint(
-        settings, names, code, target=target, method=method, model=model_digest, data=data.digest, device=device.type
-    )
-    stage = reusable_stage(folder, "sae", print_of, settings.fresh)
-    if stage is None:
-        z_train, z_val = ((raw - pre.mu) / pre.std for raw in (pre.train, pre.val))
-        before, course = train_sae(z_train, standardised_head(model, pre), target, settings)
-        sae, shift = adjust_thresholds(before, z_val, target)
-        every = max(1, len(course.l0) // COURSE_POINTS)
-        steps = list(range(every - 1, len(course.l0), every))
-        kept = {name: values[steps].tolist() for name, values in course._asdict().items()}
-        record = {
-            "data": data.source,
-            "target_actives": target,
-            "classifier_sha256": model_digest,
-            "settings": {name: getattr(settings, name) for name in names},
-            "threshold_shift": shift if math.isfinite(shift) else None,
-            "lambda": course.l0_coefficient[-1].item(),
-            "course": {"step": steps, **kept},
-        }
-        tensors = {**sae.state_dict(), "threshold_before_shift": before.threshold, "mu": pre.mu, "std": pre.std}
-        digest = save_stage(folder, "sae", print_of, tensors, record)
-        stage = Stage(tensors, record, digest)
-    sae = restored_sae(stage.tensors).to(device)
-    before = copy.deepcopy(sae)
-    before.threshold.copy_(stage.tensors["threshold_before_shift"])
-    return TrainedSAE(before, sae, stage.record)
-
-
 def restored_sae(tensors: dict[str, Tensor]) -> JumpReLUSAE:
     sae = JumpReLUSAE(*tensors["W_enc"].shape)
     sae.load_state_dict({name: tensors[name] for name in sae.state_dict()})
     return sae.requires_grad_(False)
 
 
-def standardised_head(model: Classifier, pre: Preactivations) -> Callable[[Tensor], Tensor]:
-    """The classifier's logits (B, C) as a function of standardised preactivations (B, d_in)."""
-    return lambda z: model.logits_from_preactivations(torch.addcmul(pre.mu, z, pre.std))
+def classifier_stage(settings: Settings, data: Data, folder: Path) -> tuple[Classifier, str]:
+    """The classifier, and the SHA-256 of its weights."""
+    device = data.train.labels.device
+    fingerprint = CLASSIFIER.fingerprint(settings, data=data.digest, device=device.type)
+    stage, news = reusable_stage(folder, "classifier", fingerprint, settings.fresh)
+    if news:
+        print(news)
+    if stage is None:
+        model = train_classifier(data.train, settings)
+        record = {
+            "fingerprint": fingerprint,
+            "data": data.source,
+            "settings": CLASSIFIER.chosen(settings),
+        }
+        stage = save_stage(folder, "classifier", model.state_dict(), record)
+    return restored_classifier(stage.tensors).to(device), stage.digest
+
+
+LARGE_SAE = 2**18  # entries of W_enc from which all cores work on one product
+
+
+def is_large(settings: Settings) -> bool:
+    return settings.hidden_units * settings.sae_latents >= LARGE_SAE
+
+
+class TrainedSAE(NamedTuple):
+    """An SAE before and after the adjustment of its thresholds, what sae.json says about it, and
+    what to tell the user, if anything."""
+
+    before: JumpReLUSAE
+    sae: JumpReLUSAE
+    record: dict
+    news: str
+
+
+COURSE_POINTS = 100  # how many points of the course are kept in sae.json
+
+
+def thinned(course: SAECourse) -> dict[str, list]:
+    """The course at about COURSE_POINTS steps, the last one included."""
+    n = len(course.l0)
+    every = max(1, n // COURSE_POINTS)
+    steps = list(range((n - 1) % every, n, every))
+    kept = {name: values[steps].tolist() for name, values in course._asdict().items()}
+    return {"step": steps, **kept}
+
+
+def train_and_save_sae(
+    settings: Settings, target: int, subject: Subject, folder: Path, fingerprint: str
+) -> Stage:
+    """The SAE for one target, calibrated and saved."""
+    pre = subject.pre
+    with torch_threads(available_cores() if is_large(settings) else 1):
+        before, course = train_sae(pre.standardised("train"), subject.logits_of, target, settings)
+    sae, shift = adjust_thresholds(before, pre.standardised("val"), target)
+    record = {
+        "fingerprint": fingerprint,
+        "data": subject.source,
+        "target_actives": target,
+        "classifier_sha256": subject.digest,
+        "settings": SAE.chosen(settings),
+        "threshold_shift": shift if math.isfinite(shift) else None,
+        "lambda": course.l0_coefficient[-1].item(),
+        "course": thinned(course),
+    }
+    tensors = {
+        **sae.state_dict(),
+        "threshold_before_shift": before.threshold,
+        "mu": pre.mu,
+        "std": pre.std,
+    }
+    return save_stage(folder, "sae", tensors, record)
+
+
+def sae_stage(settings: Settings, target: int, subject: Subject, folder: Path) -> TrainedSAE:
+    """The SAE for one target: what was saved, or a new one."""
+    prepare_folder(folder)
+    fingerprint = SAE.fingerprint(
+        settings,
+        target=target,
+        model=subject.digest,
+        data=subject.data_digest,
+        device=subject.device.type,
+    )
+    stage, news = reusable_stage(folder, "sae", fingerprint, settings.fresh)
+    if stage is None:
+        stage = train_and_save_sae(settings, target, subject, folder, fingerprint)
+    sae = restored_sae(stage.tensors).to(subject.device)
+    before = copy.deepcopy(sae)
+    before.threshold.copy_(stage.tensors["threshold_before_shift"])
+    return TrainedSAE(before, sae, stage.record, news)
+
+
+def train_saes(settings: Settings, subject: Subject, jobs: Jobs) -> dict[int, list[TrainedSAE]]:
+    """By target, its SAE and those of the other seeds, each trained or taken from where it is."""
+    one_at_a_time = subject.device.type != "cpu" or is_large(settings)  # it takes the whole machine
+    seeds = range(settings.seed, settings.seed + settings.stability_seeds + 1)
+    started = []
+    for target in settings.target_actives:
+        folder = target_folder(Path(settings.out), settings, target)
+        for seed in seeds:
+            place = folder if seed == settings.seed else folder / f"stability_seed_{seed}"
+            here = one_at_a_time or not started  # the first one is for this process
+            given = (replace(settings, seed=seed), target, subject, place)
+            started.append(jobs.start("sae", sae_stage, *given, here=here))
+
+    trained = jobs.results(started)
+    for news in [one.news for one in trained if one.news]:
+        print(news)
+    n = len(seeds)
+    of_target = [trained[first : first + n] for first in range(0, len(trained), n)]
+    return dict(zip(settings.target_actives, of_target, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------
+# A finished run, for notebooks
+# --------------------------------------------------------------------------------------------------
 
 
 class Run(NamedTuple):
@@ -1096,67 +1378,81 @@ class Run(NamedTuple):
     settings: Settings
     data: Data
 
+    @property
+    def layer(self) -> fa.ExplainedLayer:
+        """What the functions of feature_hypotheses and feature_confirmation take."""
+        return fa.ExplainedLayer(self.model, self.sae, self.mu, self.std)
 
-def load_run(folder: str, target: int | None = None, data_dir: str | None = None, device: str = "auto") -> Run:
-    """What a run saved in `folder`: model, SAE, mu, std, loaders and settings.
 
-    `target` chooses among several SAEs; `data_dir` says where the digits are now, if not where they were. Raises
-    InputError when there is no such run, it is damaged, or the digits are others than those it was trained on.
+def read_settings(root: Path) -> tuple[Settings, str, str]:
+    """Settings of a finished run, where its images came from, and their digest.
+
+    Raises InputError when there is no such run.
     """
-    root = Path(folder)
     try:
         stored = json.loads((root / "settings.json").read_bytes())
-        settings = Settings(**{**stored["settings"], "target_actives": tuple(stored["settings"]["target_actives"])})
-        source, digest = stored["data"], stored["data_digest"]
+        given = stored["settings"]
+        settings = Settings(**{**given, "target_actives": tuple(given["target_actives"])})
+        return settings, stored["data"], stored["data_digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{root} holds no finished run ({error}); run MNIST_SAE_code.py --out {root} first") from error
+        raise InputError(
+            f"{root} holds no finished run ({error}); run MNIST_SAE_code.py --out {root} first"
+        ) from error
+
+
+def load_run(
+    folder: str, target: int | None = None, data_dir: str | None = None, device: str = "auto"
+) -> Run:
+    """What a run saved in `folder`: model, SAE, mu, std, loaders and settings.
+
+    `target` chooses among several SAEs; `data_dir` says where the digits are now, if not where
+    they were. Raises InputError when there is no such run, it is damaged, or the digits are others
+    than those it was trained on.
+    """
+    root = Path(folder)
+    settings, source, digest = read_settings(root)
     targets = settings.target_actives
     if target is None and len(targets) == 1:
         target = targets[0]
     if target not in targets:
-        raise InputError(f"{root} has SAEs for the targets {list(targets)}, not {target}; choose one of them")
+        raise InputError(
+            f"{root} has SAEs for the targets {list(targets)}, not {target}; choose one of them"
+        )
+
     where = pick_device(device)
     data = load_mnist(data_dir or settings.data, settings.seed, where)
     if data.digest != digest:
         raise InputError(f"{root} was made with: {source}; found now: {data.source}. Give data_dir")
-    classifier, sae = read_stage(root, "classifier"), read_stage(target_folder(root, settings, target), "sae")
-    if (sae.record.get("classifier_sha256"), sae.record.get("target_actives")) != (classifier.digest, target):
+
+    classifier = read_stage(root, "classifier")
+    sae = read_stage(target_folder(root, settings, target), "sae")
+    belongs = (classifier.digest, target)
+    if (sae.record.get("classifier_sha256"), sae.record.get("target_actives")) != belongs:
         raise InputError(
-            f"{root} holds an SAE of another classifier or target: a later run stopped half way; run it again"
+            f"{root} holds an SAE of another classifier or target: a later run stopped half way; "
+            f"run it again"
         )
-    tensors = sae.tensors
     return Run(
-        restored_classifier(classifier.tensors).to(where),
-        restored_sae(tensors).to(where),
-        tensors["mu"].to(where),
-        tensors["std"].to(where),
-        {name: TensorLoader(getattr(data, name)) for name in ("train", "val", "test")},
-        settings,
-        data,
+        model=restored_classifier(classifier.tensors).to(where),
+        sae=restored_sae(sae.tensors).to(where),
+        mu=sae.tensors["mu"].to(where),
+        std=sae.tensors["std"].to(where),
+        loaders={name: TensorLoader(getattr(data, name)) for name in ("train", "val", "test")},
+        settings=settings,
+        data=data,
     )
 
 
 def target_folder(root: Path, settings: Settings, target: int) -> Path:
-    """Where the files of one target are: the run's folder, or a subfolder when there are several targets."""
+    """Where the files of one target are: the run's folder, or a subfolder of several."""
     return root if len(settings.target_actives) == 1 else root / f"target_{target}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Analysis: every feature, by the functions of feature_analysis.py
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-INKED_SHARE = 0.01  # pixels inked in fewer of the training images are drawn grey: hardly any evidence about them
-
-
-class Analysis(NamedTuple):
-    """All that is known about the features; computed on the validation images, so that the test images stay unseen."""
-
-    bank: fa.FeatureBank
-    heats: Tensor  # (d_sae, 28, 28)
-    logit: fa.LogitEffects
-    ablation: fa.LogitEffects
-    nearest: fa.NearestFeatures
-    inked: np.ndarray  # (28, 28) bool
+INKED_SHARE = 0.01  # pixels inked in fewer training images are drawn grey: no evidence about them
 
 
 class Clock:
@@ -1171,41 +1467,51 @@ class Clock:
         yield
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+        passed = time.perf_counter() - started
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + passed
 
 
-def analyse(
-    model: Classifier, sae: JumpReLUSAE, pre: Preactivations, data: Data, settings: Settings, clock: Clock
-) -> Analysis:
-    """The five questions of feature_analysis.py, for all features at once."""
-    loader, common = TensorLoader(data.val), (sae, pre.mu, pre.std)
+def analyse(layer: fa.ExplainedLayer, data: Data, settings: Settings, clock: Clock) -> fa.Analysis:
+    """Images, pixels and classes of all features, from the validation images alone."""
+    loader = TensorLoader(data.val)
+    topk = min(settings.topk, len(data.val.labels))
+    n_eval = settings.n_eval
+    model, sae, mu, std = layer
     with clock("bank"):
-        bank = fa.collect_feature_bank(model, loader, *common, topk=min(settings.topk, len(data.val.labels)))
+        bank = fa.collect_feature_bank(model, loader, sae, mu, std, topk=topk)
     with clock("patterns"):
-        heats = fa.feature_input_patterns(model, *common).cpu()
+        heats = fa.feature_input_patterns(model, sae, mu, std).cpu()
         inked = (data.train.images > 0).float().mean(0)[0] >= INKED_SHARE
     with clock("effects"):
-        logit = fa.feature_logit_effects(model, loader, *common, alpha=settings.alpha, n_eval=settings.n_eval)
-        ablation = fa.feature_ablation_effects(model, loader, *common, n_eval=settings.n_eval)
+        logit = fa.feature_logit_effects(
+            model, loader, sae, mu, std, alpha=settings.alpha, n_eval=n_eval
+        )
+        ablation = fa.feature_ablation_effects(model, loader, sae, mu, std, n_eval=n_eval)
         nearest = fa.nearest_features(sae.W_dec)
-    on_cpu = (fa.LogitEffects(*(tensor.cpu() for tensor in effects)) for effects in (logit, ablation))
-    return Analysis(bank, heats, *on_cpu, nearest, inked.cpu().numpy())
+    logit = fa.LogitEffects(*(tensor.cpu() for tensor in logit))
+    ablation = fa.LogitEffects(*(tensor.cpu() for tensor in ablation))
+    return fa.Analysis(bank, heats, logit, ablation, nearest, inked.cpu().numpy())
 
 
 def analysed_features(bank: fa.FeatureBank, limit: int) -> list[int]:
-    """Features by falling activation rate, ties by number; the first `limit` of them, or all when it is 0."""
+    """Features by falling activation rate, ties by number; the first `limit`, or all when it is
+    0."""
     order = torch.argsort(bank.n_active, descending=True, stable=True).tolist()
     return order[: limit or None]
 
 
 TELLING = """features to look at first, at most one per digit. Those come first where one
-label makes up more than half of the images; among them, whose removal costs that label's logit most."""
+label makes up more than half of the images; among them, whose removal costs that label's logit
+most."""
 
 
-def telling_features(analysis: Analysis, features: Sequence[int], how_many: int = 5) -> list[int]:
+def telling_features(
+    analysis: fa.Analysis, features: Sequence[int], how_many: int = 5
+) -> list[int]:
     """Features that matter: the choice and its order are those that TELLING describes.
 
-    A feature counts as pure only when at least 20 images fire it; one that never fires is not chosen.
+    A feature counts as pure only when at least 20 images fire it; one that never fires is not
+    chosen.
     """
     histogram, active = analysis.bank.label_histogram, analysis.bank.n_active
     digit = histogram.argmax(1)
@@ -1218,48 +1524,46 @@ def telling_features(analysis: Analysis, features: Sequence[int], how_many: int 
     return list(chosen.values())[:how_many]
 
 
-def feature_record(k: int, a: Analysis) -> dict:
-    """One line of feature_report.json."""
-    histogram, top = a.bank.label_histogram[k], a.bank.top.of(k)
-    active = int(histogram.sum())
-    return {
-        "feature": k,
-        "mean_active": float(a.bank.feature_density[k]),
-        "mean_activation_when_active": float(a.bank.mean_activation_when_active[k]),
-        "n_active": active,
-        "label_histogram": histogram.tolist(),
-        "label_mode_when_active": int(histogram.argmax()) if active else None,
-        "top_examples": top.index.tolist(),
-        "top_scores": top.activation.tolist(),
-        "top_labels": top.label.tolist(),
-        "logit_boost_class": int(a.logit.top_class[k]),
-        "logit_delta_vector": a.logit.mean_delta[k].tolist(),
-        "ablation_delta_vector": a.ablation.mean_delta[k].tolist(),
-        "ablation_images": int(a.ablation.n_images[k]),
-        "nearest_feature": int(a.nearest.feature[k]),
-        "nearest_cosine": float(a.nearest.cosine[k]),
-        "pattern_roughness": float(fa.pattern_roughness(a.heats[k : k + 1])[0]),
-    }
-
-
-def write_pictures(folder: Path, analysis: Analysis, features: Sequence[int], data: Data) -> None:
-    """Gallery and pattern of each of `features`; the pictures of an earlier run go first."""
+def remove_pictures(folder: Path) -> None:
+    """Those of an earlier run, which may have had other features."""
     for old in folder.iterdir():
         if re.fullmatch(r"feature_\d+_(gallery|pattern|panel)\.(png|npy)", old.name):
             old.unlink()
-    bar = tqdm(features, "pictures", leave=False, disable=None)
-    fa.write_feature_pictures(folder, bar, analysis.bank, data.val.images, analysis.heats, analysis.inked)
 
 
-def write_panels(
-    folder: Path, analysis: Analysis, features: Sequence[int], data: Data, captions: dict[int, str]
-) -> None:
-    """All about each of `features` on one page."""
-    for k in features:
-        effects = (analysis.logit.mean_delta[k], analysis.ablation.mean_delta[k])
-        path = folder / f"feature_{k}_panel.png"
-        shown = (k, analysis.bank, data.val.images, analysis.heats[k], *effects)
-        fa.show_feature_panel(*shown, path, analysis.inked, captions.get(k, ""))
+PICTURE_JOBS = 2  # each is sent all images, so not more than keeps two cores busy
+
+
+def start_pictures(
+    folder: Path, analysis: fa.Analysis, features: Sequence[int], images: Tensor, jobs: Jobs
+) -> list[Job]:
+    """Gallery and pattern of each of `features`."""
+    remove_pictures(folder)
+    on_cpu = images.cpu()
+    started = []
+    for part in range(PICTURE_JOBS):
+        started.append(
+            jobs.start(
+                "pictures",
+                fa.write_feature_pictures,
+                folder,
+                features[part::PICTURE_JOBS],
+                analysis.bank,
+                on_cpu,
+                analysis.heats,
+                analysis.inked,
+            )
+        )
+    return started
+
+
+def returned_share(matches: Sequence[fa.Matches], fires: Tensor) -> dict:
+    """Of the features that fire, (d_sae,) bool, the share that returned in half of the SAEs of
+    other seeds or more."""
+    times = torch.stack([m.returned for m in matches]).sum(0)
+    returned = 2 * times[fires] >= len(matches)
+    share = returned.double().mean().item() if fires.any() else None
+    return {"runs": len(matches), "features": share}
 
 
 class Diagnosis(NamedTuple):
@@ -1276,372 +1580,170 @@ class Diagnosis(NamedTuple):
         return self.value <= self.limit
 
 
-def diagnose(record: dict, analysis: Analysis, features: Sequence[int], seconds: dict[str, float]) -> list[Diagnosis]:
-    """Five complaints, each with its number, the limit from which it deserves attention, and what to change."""
-    roughness = fa.pattern_roughness(analysis.heats[features]).median().item()
-    redundant = (analysis.nearest.cosine > 0.9).float().mean().item()
-    of_all = seconds["bank"] + seconds["patterns"] + seconds["effects"]  # these always take in every feature
-    slow = 1000 * (of_all / record["sae_latents"] + seconds["pictures"] / len(features))
-    boolean_loss, dead = record["delta_acc_boolean_scaled"], record["dead_features"] / record["sae_latents"]
-    rows = (
-        ("noisy patterns", roughness, 0.5, "median roughness, 1 for white noise", "raise WEIGHT_DECAY_FFN"),
-        ("redundant features", redundant, 0.05, "share with a neighbour above cosine 0.9", "lower SAE_LATENTS"),
-        (
-            "low boolean fidelity",
-            boolean_loss,
-            0.02,
-            "accuracy lost when features are on or off",
-            "compare several TARGET_ACTIVES",
-        ),
-        (
-            "dead latents",
-            dead,
-            0.05,
-            "share silent on all training images",
-            "lower SAE_LATENTS or raise TARGET_ACTIVES",
-        ),
-        ("slow analysis", slow, 100.0, "milliseconds per feature, pictures included", "set FEATURES"),
-    )
-    return [Diagnosis(*row) for row in rows]
+COMPLAINTS = {  # limit, what is measured, what to change
+    "noisy patterns": (0.5, "median roughness, 1 for white noise", "raise WEIGHT_DECAY_FFN"),
+    "redundant features": (0.05, "share with a neighbour above cosine 0.9", "lower SAE_LATENTS"),
+    "low boolean fidelity": (
+        *(0.02, "accuracy lost when features are on or off", "compare several TARGET_ACTIVES"),
+    ),
+    "dead latents": (
+        *(0.05, "share silent on all training images", "lower SAE_LATENTS or raise TARGET_ACTIVES"),
+    ),
+    "slow analysis": (100.0, "milliseconds per feature, pictures included", "set FEATURES"),
+}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Hypotheses: proposed and frozen on the validation images, tested on the test images
-# ---------------------------------------------------------------------------------------------------------------------
-
-COMPARED = 256  # at most so many untrained features and random directions are put through the same tests
-CHANCE = 128  # so many hypotheses are tested again in ways in which only chance can confirm them
-
-
-def confirmation_splits(test: Split) -> tuple[Split, Split]:
-    """The test images with even numbers, which judge, and those with odd numbers, set aside to check the judgement.
-
-    Every other one, because the first and the second half of MNIST's test images were written by different people.
-    """
-    return Split(*(values[0::2] for values in test)), Split(*(values[1::2] for values in test))
-
-
-class Tested(NamedTuple):
-    """Hypotheses with all that is known about them, in the order of the features."""
-
-    hypotheses: list[fa.Hypothesis]
-    rule: fa.Rule
-    evidence: list[fa.Evidence]
-    judgements: list[fa.Judgement]
-    held_aside: list[bool | None]  # whether they held on the images set aside; None: too few
-    firing: list[list[int]]  # numbers of the test images that fire each feature most
-    edited: list[tuple[list[int], list[int]]]  # numbers of the test images edited: some that fire it, some that do not
-    returned: Tensor | None  # (d_sae,) in how many of the stability runs it returned
-    record: dict  # for summary.json
-    shares: dict[str, fa.Shares]  # of the SAE's features and of those it is compared with
-    aurocs: dict[str, list[float]]
+def diagnose(
+    record: dict, analysis: fa.Analysis, features: Sequence[int], seconds: dict[str, float]
+) -> list[Diagnosis]:
+    """Usual complaints, each with its number, the limit from which it deserves attention, and what
+    to change."""
+    of_all = seconds["bank"] + seconds["patterns"] + seconds["effects"]
+    of_each = of_all / record["sae_latents"] + seconds["pictures"] / len(features)
+    measured = {
+        "noisy patterns": fa.pattern_roughness(analysis.heats[features]).median().item(),
+        "redundant features": (analysis.nearest.cosine > 0.9).float().mean().item(),
+        "low boolean fidelity": record["delta_acc_boolean_scaled"],
+        "dead latents": record["dead_features"] / record["sae_latents"],
+        "slow analysis": 1000 * of_each,
+    }
+    return [Diagnosis(name, measured[name], *COMPLAINTS[name]) for name in COMPLAINTS]
 
 
-def freeze(model: Classifier, sae: JumpReLUSAE, pre: Preactivations, data: Data, folder: Path) -> str:
-    """Propose from the validation images, write hypotheses.json; returns its SHA-256."""
-    hypotheses = fa.propose_hypotheses(model, data.val.images, data.val.labels, sae, pre.mu, pre.std)
-    return fa.freeze_hypotheses(hypotheses, folder / "hypotheses.json")
+# --------------------------------------------------------------------------------------------------
+# Claims and their trial, by feature_hypotheses.py and feature_confirmation.py
+# --------------------------------------------------------------------------------------------------
 
 
 def refuse_changed_hypotheses(root: Path, settings: Settings, target: int) -> None:
-    """Raise InputError when the hypotheses an earlier run froze are not those its summary.json recorded.
+    """Raise InputError when the hypotheses an earlier run froze are not those it recorded.
 
     Whoever edited them should not lose the edit, nor mistake it for something that was tested.
     """
     path = target_folder(root, settings, target) / "hypotheses.json"
-    if settings.fresh or not path.exists() or not (root / "summary.json").exists():
+    summary = root / "summary.json"
+    if settings.fresh or not path.exists() or not summary.exists():
         return
     try:
-        records = json.loads((root / "summary.json").read_bytes())
-        recorded = {r["target_actives"]: r.get("hypotheses_sha256") for r in records}.get(target)
+        records = json.loads(summary.read_bytes())
+        hashes = {r["target_actives"]: r.get("hypotheses_sha256") for r in records}
     except (ValueError, KeyError, TypeError):
         return  # not a summary of ours: nothing was recorded
-    if recorded is not None:
+    if hashes.get(target) is not None:
         try:
-            fa.read_hypotheses(path, recorded)
+            fh.read_hypotheses(path, hashes[target])
         except ValueError as error:
-            raise InputError(f"{error}; to start over, move the file away or give --fresh") from error
+            raise InputError(
+                f"{error}; to start over, move the file away or give --fresh"
+            ) from error
 
 
-def compared_features(sae: JumpReLUSAE, pre: Preactivations, settings: Settings, target: int) -> dict[str, object]:
-    """What the SAE's features are compared with. Firing rates are those of the SAE's features, or its L0."""
-    z = (pre.val - pre.mu) / pre.std
-    usage = feature_usage(sae, z)
-    order = torch.argsort(usage.feature_density, stable=True)
-    some = order[torch.linspace(0, len(order) - 1, min(COMPARED, len(order))).round().long()]  # of all firing rates
-    density, mean_activation = usage.feature_density[some], usage.mean_activation[some]
+def remove_statements(folder: Path) -> None:
+    """Those of an earlier run."""
+    for name in ("hypotheses.json", "hypotheses.md", "explained.png"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def untrained_sae(settings: Settings, target: int, z: Tensor) -> JumpReLUSAE:
+    """The SAE as training starts, its thresholds adjusted to the target on z (N, d_in)."""
     generator = torch.Generator(z.device).manual_seed(settings.seed)
-    untrained = initial_sae(
-        z[: 16 * settings.batch_sae], settings.sae_latents, l0_target_at(0, target, settings.sae_latents), generator
-    )
-    untrained, _ = adjust_thresholds(untrained.requires_grad_(False), z, target)
-    n, ends = min(COMPARED, settings.sae_latents), slice(None, None, 2)  # both ends of half as many directions
-    return {
-        "untrained SAE": fa.LinearFeatures(
-            untrained.W_enc[:, :n], untrained.b_enc[:n], untrained.W_dec[:n], untrained.threshold[:n]
-        ),
-        "random directions": fa.random_directions(z, density, mean_activation, settings.seed),
-        "neurons": fa.neurons(pre.mu, pre.std),
-        "principal directions": fa.principal_directions(z, density[ends], mean_activation[ends]),
-    }
+    start_l0 = l0_target_at(0, target, settings.sae_latents)
+    start = initial_sae(z[: 16 * settings.batch_sae], settings.sae_latents, start_l0, generator)
+    return adjust_thresholds(start, z, target)[0]
 
 
-def compare(
-    others: dict[str, object],
-    model: Classifier,
-    seen: Split,
-    judging: Split,
-    pre: Preactivations,
-    rule: fa.Rule,
-    seed: int,
-) -> tuple[dict[str, fa.Shares], dict[str, list[float]]]:
-    """The SAE's path, from proposals to shares explained, for other features: by name, the shares and the AUROCs."""
-    shares, aurocs = {}, {}
-    for name, features in others.items():
-        given = (features, pre.mu, pre.std)
-        claims = fa.propose_hypotheses(model, *seen, *given, rule)
-        found = fa.test_hypotheses(claims, model, *judging, *given, n_bootstrap=0, seed=seed, rule=rule)
-        shares[name] = fa.shares_explained(found, fa.judge_hypotheses(claims, found, rule), rule)
-        aurocs[name] = both_aurocs(found)
-    return shares, aurocs
+COMPARED = ("untrained SAE", "random directions", "neurons", "principal directions")
 
 
-def both_aurocs(evidence: Sequence[fa.Evidence]) -> list[float]:
-    """AUROC of the statements on features that fire; 0 for one without a statement to predict by."""
-    return [e.detected["both"].auroc if "both" in e.detected else 0.0 for e in evidence if e.fires]
-
-
-def measure_chance(
-    hypotheses: list[fa.Hypothesis],
-    evidence: list[fa.Evidence],
-    model: Classifier,
-    sae: JumpReLUSAE,
-    split: Split,
-    activity: fa.Activity,
-    pre: Preactivations,
-    rule: fa.Rule,
-    seed: int,
-) -> dict[str, dict]:
-    """Of statements that should not hold, the share that was confirmed, test by test and as a whole.
-
-    They are judged among the real ones, so that the same p-values count as significant. Tests that do not depend on
-    what was mixed up are left out.
-    """
-    claiming = [h for h, e in zip(hypotheses, evidence, strict=True) if e.detected]
-    picked = torch.linspace(0, len(claiming) - 1, min(CHANCE, len(claiming))).round().int().tolist()
-    some = [claiming[i] for i in picked]
-    class_only = [h._replace(stroke=None, effect=None) for h in some if h.labels]
-    mixed = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(seed)).to(split.labels.device)
-    every_test = [test for tests in fa.TESTS_OF.values() for test in tests]
-    by_chance = {
-        "another feature's statement": (fa.swapped(some, activity.n_active), split.labels, activity, every_test),
-        "activations shuffled": (some, split.labels, fa.shuffled(activity, seed), ["class", "stroke", "both"]),
-        "labels permuted": (class_only, split.labels[mixed], activity, ["class"]),
-    }
-    chance = {}
-    for name, (claims, labels, active, tests) in by_chance.items():
-        common = (sae, pre.mu, pre.std, active)
-        found = fa.test_hypotheses(claims, model, split.images, labels, *common, n_bootstrap=0, seed=seed, rule=rule)
-        judged = fa.judge_hypotheses([*hypotheses, *claims], [*evidence, *found], rule)[len(hypotheses) :]
-        verdicts = {test: [j.tests[test] for j in judged if test in j.tests] for test in tests}
-        confirmed = {test: v.count(fa.CONFIRMED) / len(v) for test, v in verdicts.items() if v}
-        whole = sum(j.verdict == fa.CONFIRMED for j in judged) / max(1, len(judged))
-        chance[name] = {"statements": len(judged), "confirmed": whole, "by_test": confirmed}
-    return chance
-
-
-def confidence_check(judgements: Sequence[fa.Judgement], held_aside: Sequence[bool | None]) -> dict[str, dict]:
-    """Of the statements of each confidence, the share that held on the images set aside."""
-    check = {}
-    for confidence in ("High", "Medium", "Low"):
-        pairs = zip(judgements, held_aside, strict=True)
-        held = [h for j, h in pairs if j.confidence == confidence and j.verdict != fa.NONE]
-        seen = [h for h in held if h is not None]
-        check[confidence] = {
-            "statements": len(held),
-            "checked": len(seen),
-            "held": sum(seen) / len(seen) if seen else None,
-        }
-    return check
-
-
-def test_statements(
+def compare_with(
+    kind: str,
     settings: Settings,
     target: int,
-    model: Classifier,
-    sae: JumpReLUSAE,
-    pre: Preactivations,
-    data: Data,
-    folder: Path,
-    sha256: str,
-    others: Sequence[JumpReLUSAE],
-) -> Tested:
-    """Test what was frozen, judge it, measure chance and the comparisons. `others` are the SAEs of the stability runs.
+    layer: fa.ExplainedLayer,
+    seen: tuple[Tensor, Tensor],
+    judging: tuple[Tensor, Tensor],
+) -> fc.Comparison:
+    """The same trial for features that training did not find; `kind` is one of COMPARED, `seen`
+    and `judging` are images and labels."""
+    z, n = layer.standardised(seen[0]), fc.COMPARED
+    if kind == "untrained SAE":
+        sae = untrained_sae(settings, target, z)
+        weights = (sae.W_enc[:, :n], sae.b_enc[:n], sae.W_dec[:n], sae.threshold[:n])
+        features = fc.LinearFeatures(*weights)
+    else:
+        features = fc.other_features(kind, layer, z, *feature_usage(layer.sae, z), settings.seed)
+    return fc.compare_features(features, layer, seen, judging, fh.Rule(), settings.seed)
+
+
+def hold_trial(
+    p: Prepared, settings: Settings, subject: Subject, data: Data, jobs: Jobs
+) -> tuple[fc.Trial, dict[str, fc.Comparison]]:
+    """Test what was frozen on the test images, judge it, and compare it.
 
     Raises InputError when hypotheses.json is not the file that was frozen.
     """
     try:
-        hypotheses, rule = fa.read_hypotheses(folder / "hypotheses.json", sha256)
+        hypotheses, rule = fh.read_hypotheses(p.folder / "hypotheses.json", p.frozen)
     except ValueError as error:
         raise InputError(str(error)) from error
-    judging, aside = confirmation_splits(data.test)
-    common, seed = (pre.mu, pre.std), settings.seed
-    activity = fa.collect_activity(model, *judging, sae, *common)
-    evidence = fa.test_hypotheses(hypotheses, model, *judging, sae, *common, activity, seed=seed, rule=rule)
-    judgements = fa.judge_hypotheses(hypotheses, evidence, rule)
-    returned = None
-    if others:
-        returned = sum(
-            fa.match_features(model, data.val.images, sae, other, *common).returned.long() for other in others
-        )
-        judgements = fa.with_stability(judgements, returned, len(others))
-    again = fa.test_hypotheses(hypotheses, model, *aside, sae, *common, n_bootstrap=0, seed=seed + 1, rule=rule)
-    held_aside = [fa.held(e, rule) for e in again]
-    shares, aurocs = compare(compared_features(sae, pre, settings, target), model, data.val, judging, pre, rule, seed)
-    shares = {"SAE": fa.shares_explained(evidence, judgements, rule), **shares}
-    aurocs = {"SAE": both_aurocs(evidence), **aurocs}
-    firing, edited = [], []  # by their numbers among all test images
-    for h in hypotheses:
-        at, acts = activity.of(h.feature)
-        strongest = torch.argsort(acts, descending=True, stable=True)[:10]
-        firing.append((2 * at[strongest]).tolist())
-        edited.append(tuple((2 * images).tolist() for images in fa.edited_images(activity, h.feature)))
-    record = {
-        "sha256": sha256,
-        "rule": rule._asdict(),
-        "confidence_rule": " ".join(fa.CONFIDENCE_RULE.split()),
-        "shares": {name: s._asdict() for name, s in shares.items()},
-        "confidence": confidence_check(judgements, held_aside),
-        "chance": measure_chance(hypotheses, evidence, model, sae, judging, activity, pre, rule, seed),
-    }
-    if returned is not None:
-        fires = activity.n_active > 0
-        share = float((2 * returned >= len(others))[fires].float().mean()) if fires.any() else None
-        record["stability"] = {"runs": len(others), "returned_in_half_of_them": share}
-    return Tested(hypotheses, rule, evidence, judgements, held_aside, firing, edited, returned, record, shares, aurocs)
+    layer, seed = subject.layer(p.trained.sae), settings.seed
+    judging, aside = fc.confirmation_splits(*data.test)
+    here = subject.device.type != "cpu"
+    started = []
+    for kind in COMPARED:
+        given = (kind, settings, p.target, layer, tuple(data.val), judging)
+        started.append(jobs.start("comparisons", compare_with, *given, here=here))
+    given = (hypotheses, layer, *aside, None, seed + 1, rule)
+    started.append(jobs.start("images set aside", fc.test_hypotheses, *given, here=here))
+
+    with p.clock("test and judge"):
+        activity = fa.collect_activity(layer, *judging)
+        evidence = fc.test_hypotheses(hypotheses, layer, *judging, activity, seed, rule)
+    with p.clock("comparisons, waited for"):
+        *comparisons, again = jobs.results(started)
+    trial = fc.make_trial(hypotheses, rule, evidence, again, activity)
+    return trial, dict(zip(COMPARED, comparisons, strict=True))
 
 
-def statement_record(k: int, t: Tested) -> dict:
-    """What feature_report.json says about the statement on feature k."""
-    h, e, j = t.hypotheses[k], t.evidence[k], t.judgements[k]
-    detected = {part: d._asdict() for part, d in e.detected.items()}
-    tests = {name: getattr(e, name) for name in ("erasing", "painting", "effect")}
-    return {
-        "statement": fa.statement(h),
-        "confidence": j.confidence,
-        "verdict": j.verdict,
-        "measured": fa.measured_lines(h, e, j, t.rule),
-        "hypothesis": fa.hypothesis_record(h),
-        "evidence": {
-            "text": fa.evidence_line(h, e),
-            "n_active": e.n_active,
-            "n_images": e.n_images,
-            "detected": detected,
-            **{name: None if test is None else {**test._asdict(), "p": test.p} for name, test in tests.items()},
-            "verdicts": {"tests": j.tests, "parts": j.parts},
-            "held_aside": t.held_aside[k],
-            "test_images": t.firing[k],
-            "edited_images": {"firing": t.edited[k][0], "silent": t.edited[k][1]} if e.erasing else None,
-        },
-        **({} if t.returned is None else {"returned_in_runs": int(t.returned[k])}),
-    }
+def write_statements(
+    folder: Path, trial: fc.Trial, comparisons: dict[str, fc.Comparison], record: dict, title: str
+) -> None:
+    """hypotheses.md and explained.png; `record` is that of `fc.trial_record`."""
+    text = fc.statements_markdown(trial, record, title)
+    fa.write_whole(folder / "hypotheses.md", text.encode())
+    fa.save_figure(fc.draw_explained(trial, comparisons), folder / "explained.png")
 
 
-HOW_TESTED = """Each statement was made from {discovery:,} validation images and frozen before it was tested, once, on
-the {judging:,} test images with even numbers. The {aside:,} with odd numbers were set aside to see whether
-confidence is deserved. SHA-256 of hypotheses.json: `{sha256}`.
-
-- Labels and strokes predict where the feature fires: AUROC {class_auroc} is asked of the labels, {stroke_auroc} of
-the strokes, {both_auroc} of the statement as a whole.
-- Erasing: on images that fire it, the ink in the places named is removed, and as much ink elsewhere. Painting: on
-images that do not, the places named are inked and those named empty are cleared, and as much elsewhere. What is named
-must turn the feature off or on {times_elsewhere:g} times as often as what is not, and on {edit_share:.0%} of the
-images at least. (That a place must be empty is tested by prediction and by clearing it.)
-- The images edited are in feature_report.json (`edited_images`); `#316` is `run.data.test.images[316]`.
-- Effect: removing the feature must move each logit named by {effect_share:.0%} of what was predicted, further than as
-much of a random direction does, and each larger dose must move it further.
-
-A test is confirmed when its value reaches the bar and it is significant among all tests of all features at a false
-discovery rate of {false_discovery_rate}; refuted when its 95% interval stays below the bar; otherwise inconclusive.
-One refuted test refutes the statement, and all must be confirmed to confirm it. Fewer than {min_active} images that
-fire a feature, or do not, are too few to judge it.
-
-{confidence}
-"""
-TRAINING_ADDED = """Of the features that fire on at least one in a thousand test images. A statement can be true of a
-random direction, too: that it predicts does not say that training found anything. The more images fire a feature, the
-easier its tests are: random and principal directions fire as often as the SAE's features do, an untrained SAE fires
-evenly, and neurons fire often."""
-CHANCE_WORDS = """Statements that should not hold, judged among the real ones: those of another feature of like firing
-rate (which may share a label or an effect with this one, so that single tests can be right), those about activations
-shuffled over images, and the class parts with labels permuted."""
-
-
-def summary_lines(t: Tested, n_aside: int) -> list[str]:
-    """How the statements were tested, and how they did as a whole."""
-    told = {"discovery": t.hypotheses[0].n_images, "judging": t.evidence[0].n_images, "aside": n_aside}
-    words = HOW_TESTED.format(**told, sha256=t.record["sha256"], confidence=fa.CONFIDENCE_RULE, **t.rule._asdict())
-    lines = [words, "## Do they hold?", "", "| confidence | statements | seen again | held |", "|---|---|---|---|"]
-    for name, c in t.record["confidence"].items():
-        held = "none seen" if c["held"] is None else f"{c['held']:.0%}"
-        lines.append(f"| {name} | {c['statements']} | {c['checked']} | {held} |")
-    lines += ["", "## What did training add?", "", TRAINING_ADDED, "", *fa.shares_lines(t.shares), ""]
-    lines += ["## What does chance give?", "", CHANCE_WORDS, ""]
-    for name, c in t.record["chance"].items():
-        tests = ", ".join(f"{test} {share:.1%}" for test, share in c["by_test"].items())
-        lines.append(f"- {name}: {c['confirmed']:.1%} of {c['statements']} statements as a whole; {tests}")
-    return lines
-
-
-def statements_markdown(t: Tested, n_aside: int, title: str) -> str:
-    """hypotheses.md: the summary, then every feature, best first."""
-    lines = [f"# What the features mean: {title}", "", *summary_lines(t, n_aside), ""]
-    lines += ["## Feature by feature, best first", ""]
-    for i in fa.best_first(t.judgements, t.evidence):
-        h, back = t.hypotheses[i], ""
-        if t.returned is not None:
-            back = f"; returned in {int(t.returned[h.feature])} of {t.record['stability']['runs']} runs"
-        lines += fa.feature_lines(h, t.evidence[i], t.judgements[i], t.held_aside[i], t.firing[i], t.rule, back)
-    return "\n".join(lines)
-
-
-def stability_saes(
-    settings: Settings, target: int, model: Classifier, model_digest: str, pre: Preactivations, data: Data, folder: Path
-) -> list[JumpReLUSAE]:
-    """SAEs of the same classifier from other seeds, saved in subfolders so that they are not trained twice."""
-    saes = []
-    for seed in range(settings.seed + 1, settings.seed + 1 + settings.stability_seeds):
-        where = folder / f"stability_seed_{seed}"
-        prepare_folder(where)
-        saes.append(sae_stage(replace(settings, seed=seed), target, model, model_digest, pre, data, where).sae)
-    return saes
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the terminal shows
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def feature_block(record: dict, n_images: int) -> str:
     """The lines a reader expects for one feature."""
     histogram, active = record["label_histogram"], record["n_active"]
     common = sorted(range(len(histogram)), key=lambda c: (-histogram[c], c))[:4]
-    shares = ", ".join(f"{c}: {100 * histogram[c] / active:.0f}%" for c in common if histogram[c])
+    shares = [f"{c}: {100 * histogram[c] / active:.0f}%" for c in common if histogram[c]]
     boost = record["logit_boost_class"]
-    examples = ", ".join(
-        f"#{i} ({score:.2f})" for i, score in zip(record["top_examples"][:5], record["top_scores"][:5], strict=True)
-    )
-    return "\n".join(
-        [
-            f"Feature {record['feature']}",
-            f"  mean active      {record['mean_active']:.4f} ({active:,} of {n_images:,} validation images)",
-            f"  label histogram  {shares}",
-            f"  boosts class     {boost} by {record['logit_delta_vector'][boost]:+.3f} when added",
-            f"  when removed     class {boost} changes by {record['ablation_delta_vector'][boost]:+.3f}",
-            f"  top examples     {examples}",
-            *statement_block(record),
-        ]
-    )
+    top = zip(record["top_examples"][:5], record["top_scores"][:5], strict=True)
+    examples = [f"#{i} ({score:.2f})" for i, score in top]
+    added = record["logit_delta_vector"][boost]
+    removed = record["ablation_delta_vector"][boost]
+    lines = [
+        f"Feature {record['feature']}",
+        f"  mean active      {record['mean_active']:.4f} ({active:,} of {n_images:,} validation "
+        f"images)",
+        f"  label histogram  {', '.join(shares)}",
+        f"  boosts class     {boost} by {added:+.3f} when added",
+        f"  when removed     class {boost} changes by {removed:+.3f}",
+        f"  top examples     {', '.join(examples)}",
+    ]
+    return "\n".join(lines + statement_block(record))
+
+
+def caption_of(record: dict) -> str:
+    """What a panel says below its gallery."""
+    return "\n".join(line.strip() for line in statement_block(record))
 
 
 def statement_block(record: dict) -> list[str]:
@@ -1655,38 +1757,12 @@ def statement_block(record: dict) -> list[str]:
     ]
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in columns, the first aligned left, the others right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
-
-
-def statements_table(tested: Tested) -> str:
-    """How the statements did, beside those about untrained features; and what their confidence is worth."""
-    rows = [["share of features that fire", *tested.shares]]
-    for title, key in (
-        ("all three parts confirmed", "explained"),
-        ("  class", "class_confirmed"),
-        ("  stroke", "stroke_confirmed"),
-        ("  effect", "effect_confirmed"),
-        ("predicted on unseen images", "predicted"),
-    ):
-        rows.append([title, *(f"{getattr(s, key):.1%}" for s in tested.shares.values())])
-    held = [["confidence", "statements", "held on images set aside"]]
-    for name, c in tested.record["confidence"].items():
-        share = "none seen" if c["held"] is None else f"{c['held']:.1%} of {c['checked']}"
-        held.append([name, str(c["statements"]), share])
-    return table(rows) + "\n\n" + table(held)
-
-
 def diagnoses_table(diagnoses: Sequence[Diagnosis]) -> str:
     rows = [("complaint", "measured", "limit", "verdict")]
     for d in diagnoses:
-        rows.append((d.complaint, f"{d.value:.3g}", f"{d.limit:g}", "fine" if d.fine else f"attention: {d.advice}"))
-    return table(rows)
+        verdict = "fine" if d.fine else f"attention: {d.advice}"
+        rows.append((d.complaint, f"{d.value:.3g}", f"{d.limit:g}", verdict))
+    return fc.text_table(rows)
 
 
 def seconds_table(records: Sequence[dict]) -> str:
@@ -1694,42 +1770,64 @@ def seconds_table(records: Sequence[dict]) -> str:
     rows = [["seconds", *(str(r["target_actives"]) for r in records)]]
     for stage in records[0]["seconds"]:
         rows.append([stage, *(f"{r['seconds'][stage]:.2f}" for r in records)])
-    return table(rows)
+    return fc.text_table(rows)
+
+
+class Result(NamedTuple):
+    """A number of summary.json as people see it."""
+
+    title: str
+    key: str
+    form: str
+    on_page: str = ""  # its words on the page, if it stands there
+
+
+RESULTS = (
+    Result("active before shift", "achieved_actives_before_shift", "{:.2f}"),
+    Result("active, validation", "achieved_actives_val", "{:.4f}"),
+    Result("active, test", "achieved_actives_test", "{:.2f}", "features active per image (L0)"),
+    Result("lambda", "lambda", "{:.4f}"),
+    Result("threshold shift", "threshold_shift", "{:+.5f}"),
+    Result("accuracy, classifier", "baseline_acc", "{:.2%}", "accuracy of the network"),
+    Result("accuracy through SAE", "recon_acc_jumprelu", "{:.2%}", "accuracy through the SAE"),
+    Result("  boolean", "recon_acc_boolean", "{:.2%}"),
+    Result("  boolean, scaled", "recon_acc_boolean_scaled", "{:.2%}"),
+    Result("agreement", "agreement_jumprelu", "{:.2%}", "predictions kept through the SAE"),
+    Result("FVU", "fvu", "{:.4f}", "share of variance it leaves out (FVU)"),
+    Result("cross entropy recovered", "ce_recovered", "{:.4f}"),
+    Result("KL", "kl", "{:.5f}"),
+    Result("dead features", "dead_features", "{}", "features that never fire"),
+    Result("dense features", "dense_features", "{}"),
+)
+
+
+def shown_result(result: Result, record: dict) -> str:
+    value = record[result.key]
+    return result.form.format(math.nan if value is None else value)
 
 
 def results_table(records: Sequence[dict]) -> str:
     """One column per target."""
     rows = [["target", *(str(r["target_actives"]) for r in records)]]
-    for title, key, form in (
-        ("active before shift", "achieved_actives_before_shift", "{:.2f}"),
-        ("active, validation", "achieved_actives_val", "{:.4f}"),
-        ("active, test", "achieved_actives_test", "{:.2f}"),
-        ("lambda", "lambda", "{:.4f}"),
-        ("threshold shift", "threshold_shift", "{:+.5f}"),
-        ("accuracy, classifier", "baseline_acc", "{:.2%}"),
-        ("accuracy through SAE", "recon_acc_jumprelu", "{:.2%}"),
-        ("  boolean", "recon_acc_boolean", "{:.2%}"),
-        ("  boolean, scaled", "recon_acc_boolean_scaled", "{:.2%}"),
-        ("agreement", "agreement_jumprelu", "{:.2%}"),
-        ("FVU", "fvu", "{:.4f}"),
-        ("cross entropy recovered", "ce_recovered", "{:.4f}"),
-        ("KL", "kl", "{:.5f}"),
-        ("dead features", "dead_features", "{}"),
-        ("dense features", "dense_features", "{}"),
-    ):
-        rows.append([title, *(form.format(math.nan if r[key] is None else r[key]) for r in records)])
-    return table(rows)
+    for result in RESULTS:
+        rows.append([result.title, *(shown_result(result, r) for r in records)])
+    if all("returned" in r for r in records):
+        shares = [f"{r['returned']['features'] or 0:.1%}" for r in records]
+        rows.append(["features that return", *shares])
+    return fc.text_table(rows)
 
 
 def draw_frontier(records: Sequence[dict], path: Path) -> None:
     """Sparsity against fidelity, one point per target."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.4), dpi=110, layout="constrained")
     records = sorted(records, key=lambda r: r["achieved_actives_test"])
     l0 = [r["achieved_actives_test"] for r in records]
+    figure = fa.new_figure(880, 370)
+    figure.set_layout_engine("constrained")
     figure.suptitle("What the classifier loses when it must think through fewer features")
-    charts = (("fvu", "share of variance unexplained (FVU)"), ("agreement_jumprelu", "share of predictions kept"))
+    charts = (
+        ("fvu", "share of variance unexplained (FVU)"),
+        ("agreement_jumprelu", "share of predictions kept"),
+    )
     for axes, (key, title) in zip(figure.subplots(1, 2), charts, strict=True):
         axes.plot(l0, [r[key] for r in records], "o-", color="#2166ac")
         axes.set_xscale("log")
@@ -1742,15 +1840,38 @@ def draw_frontier(records: Sequence[dict], path: Path) -> None:
     fa.save_figure(figure, path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def places_to_look(root: Path, settings: Settings, records: Sequence[dict]) -> str:
+    """The last lines of a run."""
+    lines = ["\nWhere to look next"]
+
+    def tell(path: Path, what: str) -> None:
+        lines.append(f"  {path}   {what}")
+
+    for record in records:
+        folder = target_folder(root, settings, record["target_actives"])
+        panels = [folder / f"feature_{k}_panel.png" for k in record["telling_features"]]
+        first = panels[0] if panels else folder
+        tell(first, f"one feature on one page ({len(panels)} such pages)")
+        tell(folder / "feature_report.html", "a page to open: meet the features, draw a digit")
+        if settings.hypotheses:
+            tell(folder / "hypotheses.md", "what each feature means, tested, best first")
+        tell(folder / "feature_report.json", "every feature as a table (pandas.read_json)")
+    if len(records) > 1:
+        tell(root / "frontier.png", "sparsity against fidelity")
+    tell(root / "summary.json", "all the numbers above, with the diagnoses")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
 # The whole run
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def versions() -> dict[str, str]:
+    modules = (torch, np, safetensors)
     return {
         "python": platform.python_version(),
-        **{module.__name__: module.__version__ for module in (torch, np, matplotlib, safetensors)},
+        **{module.__name__: module.__version__ for module in modules},
     }
 
 
@@ -1760,41 +1881,88 @@ class Prepared(NamedTuple):
     target: int
     folder: Path
     trained: TrainedSAE
-    analysis: Analysis
-    frozen: dict[str, str]  # the SHA-256 of hypotheses.json, if there are hypotheses
+    matches: list[fa.Matches]  # its features in the SAE of each other seed
+    analysis: fa.Analysis
+    features: list[int]  # those that are reported
+    frozen: str | None  # the SHA-256 of hypotheses.json, if there are hypotheses
+    pictures: list[Job]
     clock: Clock
 
 
 def prepare_target(
-    settings: Settings, target: int, model: Classifier, model_digest: str, pre: Preactivations, data: Data, folder: Path
+    target: int,
+    saes: list[TrainedSAE],
+    settings: Settings,
+    subject: Subject,
+    data: Data,
+    jobs: Jobs,
 ) -> Prepared:
-    """Train the SAE of one target, analyse its features, state and freeze what they mean."""
-    clock, frozen = Clock(), {}
-    with clock("sae"):
-        trained = sae_stage(settings, target, model, model_digest, pre, data, folder)
-    analysis = analyse(model, trained.sae, pre, data, settings, clock)
-    for name in ("hypotheses.json", "hypotheses.md", "explained.png"):  # of an earlier run
-        (folder / name).unlink(missing_ok=True)
+    """Analyse the features of one target's SAE, state and freeze what they mean."""
+    clock, frozen = Clock(), None
+    folder = target_folder(Path(settings.out), settings, target)
+    trained, *others = saes
+    layer = subject.layer(trained.sae)
+    analysis = analyse(layer, data, settings, clock)
+    features = analysed_features(analysis.bank, settings.features)
+    pictures = start_pictures(folder, analysis, features, data.val.images, jobs)
+    remove_statements(folder)
     if settings.hypotheses:
         with clock("propose and freeze"):
-            frozen = {"hypotheses_sha256": freeze(model, trained.sae, pre, data, folder)}
-    return Prepared(target, folder, trained, analysis, frozen, clock)
+            hypotheses = fh.propose_hypotheses(layer, *data.val)
+            frozen = fh.freeze_hypotheses(hypotheses, folder / "hypotheses.json")
+    with clock("matching"):
+        matches = [fa.match_features(layer, data.val.images, other.sae) for other in others]
+    return Prepared(target, folder, trained, matches, analysis, features, frozen, pictures, clock)
 
 
 def finish_target(
-    settings: Settings, p: Prepared, model: Classifier, model_digest: str, pre: Preactivations, data: Data
+    p: Prepared, settings: Settings, subject: Subject, data: Data, jobs: Jobs
 ) -> tuple[dict, list[dict]]:
-    """Test and measure on the test images, write the files of the target; returns its record of summary.json and the
-    records of feature_report.json."""
-    clock, folder, sae, tested = p.clock, p.folder, p.trained.sae, None
+    """Test and measure on the test images, write the files of the target; returns its record of
+    summary.json and the records of feature_report.json."""
+    trial, comparisons = None, {}
     if p.frozen:
-        with clock("stability"):
-            others = stability_saes(settings, p.target, model, model_digest, pre, data, folder)
-        with clock("test and judge"):
-            digest = p.frozen["hypotheses_sha256"]
-            tested = test_statements(settings, p.target, model, sae, pre, data, folder, digest, others)
-    with clock("fidelity"):
-        measured = measure(p.trained.before, sae, pre, data, standardised_head(model, pre))
+        trial, comparisons = hold_trial(p, settings, subject, data, jobs)
+    report = feature_report(p, trial)
+    by_feature = {entry["feature"]: entry for entry in report}
+    telling = telling_features(p.analysis, p.features)
+    captions = {k: caption_of(by_feature[k]) for k in telling}
+    given = (p.folder, telling, p.analysis, data.val.images.cpu(), captions)
+    drawing = [*p.pictures, jobs.start("panels", fa.write_feature_panels, *given)]
+    record = target_record(p, settings, subject, data)
+    record["telling_features"] = telling
+    if trial:
+        record["hypotheses_sha256"] = p.frozen
+        record["hypotheses"] = fc.trial_record(trial, comparisons, p.frozen)
+        title = f"{len(trial.hypotheses)} features at target {p.target} ({data.source})"
+        given = (p.folder, trial, comparisons, record["hypotheses"], title)
+        drawing.append(jobs.start("statements", write_statements, *given))
+    fa.write_whole(p.folder / "feature_report.json", to_json(report))
+    with p.clock("pictures, waited for"):
+        jobs.results(drawing)
+
+    diagnoses = diagnose(record, p.analysis, p.features, {**p.clock.seconds, **jobs.seconds})
+    record["diagnoses"] = [{**d._asdict(), "fine": d.fine} for d in diagnoses]
+    tell_target(record, by_feature, diagnoses, len(data.val.labels))
+    return record, report
+
+
+def feature_report(p: Prepared, trial: fc.Trial | None) -> list[dict]:
+    """The records of feature_report.json."""
+    report = []
+    for k in p.features:
+        entry = fa.feature_record(k, p.analysis)
+        entry["returned_in_runs"] = sum(bool(m.returned[k]) for m in p.matches)
+        if trial:
+            entry |= fc.statement_record(k, trial)
+        report.append(entry)
+    return report
+
+
+def target_record(p: Prepared, settings: Settings, subject: Subject, data: Data) -> dict:
+    """What summary.json says about one target, but for its statements."""
+    with p.clock("fidelity"):
+        measured = measure(p.trained, subject, data.test.labels)
     record = {
         "target_actives": p.target,
         "lambda": p.trained.record["lambda"],
@@ -1804,174 +1972,178 @@ def finish_target(
         "normalize_z": settings.normalize_z,
         "seed": settings.seed,
         "data": data.source,
-        "device": str(pre.mu.device),
-        "threads": torch.get_num_threads(),
+        "device": str(subject.device),
         "versions": versions(),
-        **p.frozen,
     }
-    features = analysed_features(p.analysis.bank, settings.features)
-    telling = telling_features(p.analysis, features)
-    report = [{**feature_record(k, p.analysis), **(statement_record(k, tested) if tested else {})} for k in features]
-    fa.write_whole(folder / "feature_report.json", to_json(report))
-    if tested:
-        record["hypotheses"] = tested.record
-        write_statements(tested, data, p.target, folder)
-    with clock("pictures"):
-        write_pictures(folder, p.analysis, features, data)
-    by_feature = {entry["feature"]: entry for entry in report}
-    captions = {k: "\n".join(line.strip() for line in statement_block(by_feature[k])) for k in telling}
-    with clock("panels"):
-        write_panels(folder, p.analysis, telling, data, captions)
-    diagnoses = diagnose(record, p.analysis, features, clock.seconds)
-    print(f"\nTarget {p.target}: {TELLING}\n")
-    for k in telling:
-        print(feature_block(by_feature[k], len(data.val.labels)), end="\n\n")
-    if tested:
-        print(statements_table(tested), end="\n\n")
+    if p.matches:
+        record["returned"] = returned_share(p.matches, p.analysis.bank.n_active > 0)
+    return record
+
+
+def tell_target(
+    record: dict, by_feature: dict[int, dict], diagnoses: Sequence[Diagnosis], n_images: int
+) -> None:
+    """What the terminal shows of one target as soon as it is finished."""
+    print(f"\nTarget {record['target_actives']}: {TELLING}\n")
+    for k in record["telling_features"]:
+        print(feature_block(by_feature[k], n_images), end="\n\n")
+    if "hypotheses" in record:
+        print(fc.statements_table(record["hypotheses"]), end="\n\n")
     print(diagnoses_table(diagnoses))
-    record["diagnoses"] = [{**d._asdict(), "fine": d.fine} for d in diagnoses]
-    record["telling_features"] = telling
-    record["seconds"] = clock.seconds
-    return record, report
+
+
+PAGE_TESTS = 60  # test images that the page offers
 
 
 def write_page(
     p: Prepared,
     record: dict,
     report: list[dict],
-    records: Sequence[dict],
-    model: Classifier,
-    pre: Preactivations,
+    frontier: list[dict],
+    subject: Subject,
     data: Data,
 ) -> None:
-    """feature_report.html of one target; `records` are those of all targets, for the frontier."""
-    sae, given = p.trained.sae, (p.trained.sae, pre.mu, pre.std)
-    first_layer = model.hidden.bias - model.hidden.weight @ model.pixel_mean  # the page knows no mean image
-    network = fa.Network(model.hidden.weight, first_layer, model.head.weight, model.head.bias)
-    results = [
-        ("accuracy of the network", f"{record['baseline_acc']:.2%}"),
-        ("accuracy through the SAE", f"{record['recon_acc_jumprelu']:.2%}"),
-        ("predictions kept through the SAE", f"{record['agreement_jumprelu']:.2%}"),
-        ("share of variance it leaves out (FVU)", f"{record['fvu']:.4f}"),
-        ("features active per image (L0)", f"{record['achieved_actives_test']:.2f}"),
-        ("features that never fire", str(record["dead_features"])),
-        ("seconds to train the SAE", f"{record['seconds']['sae']:.1f}"),
-    ]
+    """feature_report.html of one target; `frontier` has a record of each target."""
+    model, layer = subject.model, subject.layer(p.trained.sae)
+    first_bias = model.hidden.bias - model.hidden.weight @ model.pixel_mean  # no mean image there
+    network = fp.Network(model.hidden.weight, first_bias, model.head.weight, model.head.bias)
+    results = [(r.on_page, shown_result(r, record)) for r in RESULTS if r.on_page]
     if "hypotheses" in record:
         explained = record["hypotheses"]["shares"]["SAE"]["explained"]
-        results.insert(4, ("features explained in all parts", f"{explained:.0%}"))
-    keys = {"l0": "achieved_actives_test", "fvu": "fvu", "agreement": "agreement_jumprelu"}
-    fa.write_dashboard(
+        results.append(("features explained in all parts", f"{explained:.0%}"))
+    n_features = len(p.analysis.heats)
+    title = f"{n_features} features of a digit classifier, target {p.target} ({data.source})"
+    activity = fa.collect_activity(layer, *data.val)
+    a = p.analysis
+    fp.write_dashboard(
         p.folder / "feature_report.html",
         report,
-        p.analysis.bank,
-        fa.collect_activity(model, *data.val, *given),
-        data.val.images,
-        p.analysis.heats,
-        *given,
-        inked=p.analysis.inked,
-        title=f"{len(sae.threshold)} features of a digit classifier, target {p.target} ({data.source})",
-        results=results,
-        diagnoses=record["diagnoses"],
-        frontier=[{name: r[key] for name, key in keys.items()} for r in records],
+        layer,
+        fp.Shown(a.bank, activity, data.val.images, a.heats, a.inked),
+        fp.Overview(title, results, record["diagnoses"], frontier),
         network=network,
         tests=(data.test.images[:PAGE_TESTS], data.test.labels[:PAGE_TESTS]),
     )
 
 
-PAGE_TESTS = 60  # test images that the page offers
+def prepare_subject(settings: Settings, clock: Clock) -> tuple[Data, Subject]:
+    """The images, and the classifier with what it makes of them."""
+    device = pick_device(settings.device)
+    if device.type == "cuda":
+        make_cuda_repeatable()
+    with clock("data"):
+        data = load_mnist(settings.data, settings.seed, device)
+    sizes = " / ".join(f"{len(split.labels):,}" for split in data[:3])
+    print(
+        f"data: {data.source}; {sizes} train, validation, test; device {device}, "
+        f"seed {settings.seed}"
+    )
+    with clock("classifier"):
+        model, digest = classifier_stage(settings, data, Path(settings.out))
+    with clock("preactivations"):
+        pre = collect_preactivations(model, data, settings.normalize_z)
+    return data, Subject(model, digest, pre, data.source, data.digest)
 
 
-def write_statements(tested: Tested, data: Data, target: int, folder: Path) -> None:
-    """hypotheses.md and explained.png."""
-    title = f"{len(tested.hypotheses)} features at target {target} ({data.source})"
-    text = statements_markdown(tested, len(confirmation_splits(data.test)[1].labels), title)
-    fa.write_whole(folder / "hypotheses.md", text.encode())
-    fa.save_figure(fa.draw_explained(tested.aurocs, tested.shares, tested.rule.both_auroc), folder / "explained.png")
+def prepare_targets(
+    settings: Settings, subject: Subject, data: Data, clock: Clock, jobs: Jobs
+) -> list[Prepared]:
+    """Train all SAEs, then analyse each target's and freeze what its features may mean.
+
+    Everything is on record before anything is measured on a test image.
+    """
+    root = Path(settings.out)
+    with clock("sae"):
+        trained = train_saes(settings, subject, jobs)
+    prepared = []
+    for target, saes in trained.items():
+        prepared.append(prepare_target(target, saes, settings, subject, data, jobs))
+        if settings.hypotheses:
+            frozen = [{"target_actives": p.target, "hypotheses_sha256": p.frozen} for p in prepared]
+            fa.write_whole(root / "summary.json", to_json(frozen))
+    return prepared
+
+
+def write_settings(settings: Settings, data: Data) -> None:
+    """settings.json: what makes a folder a finished run."""
+    kept = asdict(settings)
+    for passing in ("fresh", "workers"):  # decide nothing about what comes out
+        del kept[passing]
+    described = {"settings": kept, "data": data.source, "data_digest": data.digest}
+    fa.write_whole(Path(settings.out) / "settings.json", to_json(described))
+
+
+def run_all(settings: Settings, clock: Clock, jobs: Jobs) -> list[dict]:
+    """Every stage; returns the records of summary.json."""
+    root = Path(settings.out)
+    data, subject = prepare_subject(settings, clock)
+    prepared = prepare_targets(settings, subject, data, clock, jobs)
+    finished = [finish_target(p, settings, subject, data, jobs) for p in prepared]
+    records = [record for record, _ in finished]
+
+    keys = {"l0": "achieved_actives_test", "fvu": "fvu", "agreement": "agreement_jumprelu"}
+    frontier = [{name: r[key] for name, key in keys.items()} for r in records]
+    for p, (record, report) in zip(prepared, finished, strict=True):
+        with p.clock("page"):
+            write_page(p, record, report, frontier, subject, data)
+    if len(records) > 1:
+        draw_frontier(records, root / "frontier.png")
+    write_settings(settings, data)
+
+    total = time.perf_counter() - STARTED
+    for p, record in zip(prepared, records, strict=True):
+        in_jobs = {f"{name}, in jobs": s for name, s in jobs.seconds.items()}
+        record["seconds"] = {**clock.seconds, **p.clock.seconds, **in_jobs, "whole run": total}
+    fa.write_whole(root / "summary.json", to_json(records))
+    return records
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
-    """The whole run; returns the records of summary.json. Raises InputError or TrainingError."""
+    """The whole run; returns the records of summary.json. Raises InputError, DataError or
+    TrainingError."""
     clock = Clock()
     clock.seconds["imports"] = time.perf_counter() - STARTED
     settings = parse_settings(argv)
-    device = pick_device(settings.device)
     root = Path(settings.out)
     for target in settings.target_actives:
         prepare_folder(target_folder(root, settings, target))
         refuse_changed_hypotheses(root, settings, target)
-    with clock("data"):
-        data = load_mnist(settings.data, settings.seed, device)
-    sizes = " / ".join(f"{len(split.labels):,}" for split in data[:3])
-    print(f"data: {data.source}; {sizes} train, validation, test; device {device}, seed {settings.seed}")
-    with clock("classifier"):
-        model, model_digest = classifier_stage(settings, data, root)
-    with clock("preactivations"):
-        pre = collect_preactivations(model, data, settings.normalize_z)
-    prepared = []
-    for target in settings.target_actives:
-        folder = target_folder(root, settings, target)
-        prepared.append(prepare_target(settings, target, model, model_digest, pre, data, folder))
-        if settings.hypotheses:  # on record before anything is measured on a test image
-            fa.write_whole(root / "summary.json", to_json([{"target_actives": p.target, **p.frozen} for p in prepared]))
-    records, reports = [], []
-    for p in prepared:
-        record, report = finish_target(settings, p, model, model_digest, pre, data)
-        record["seconds"] = {**clock.seconds, **record["seconds"]}
-        records.append(record)
-        reports.append(report)
-    for p, record, report in zip(prepared, records, reports, strict=True):
-        with p.clock("page"):
-            write_page(p, record, report, records, model, pre, data)
-        record["seconds"]["page"] = p.clock.seconds["page"]
-    kept = {name: value for name, value in asdict(settings).items() if name != "fresh"}
-    described = {"settings": kept, "data": data.source, "data_digest": data.digest}
-    fa.write_whole(root / "settings.json", to_json(described))
-    if len(records) > 1:
-        draw_frontier(records, root / "frontier.png")
-    total = time.perf_counter() - STARTED
-    for record in records:
-        record["seconds"]["whole run"] = total
-    fa.write_whole(root / "summary.json", to_json(records))
+    workers = settings.workers
+    if workers < 0:
+        workers = min(available_cores() - 1, MOST_WORKERS)
+    with torch_threads(1), Jobs(workers) as jobs:
+        records = run_all(settings, clock, jobs)
     print("\n" + results_table(records))
     print("\n" + seconds_table(records))
     print(places_to_look(root, settings, records))
     return records
 
 
-def places_to_look(root: Path, settings: Settings, records: Sequence[dict]) -> str:
-    """The last lines of a run."""
-    lines = ["\nWhere to look next"]
-    for record in records:
-        folder = target_folder(root, settings, record["target_actives"])
-        panels = [folder / f"feature_{k}_panel.png" for k in record["telling_features"]]
-        lines.append(f"  {panels[0] if panels else folder}   one feature on one page ({len(panels)} such pages)")
-        lines.append(f"  {folder / 'feature_report.html'}   a page to open: meet the features, draw your own digit")
-        if settings.hypotheses:
-            lines.append(f"  {folder / 'hypotheses.md'}   what each feature means, tested, best first")
-        lines.append(f"  {folder / 'feature_report.json'}   every feature as a table (pandas.read_json)")
-    if len(records) > 1:
-        lines.append(f"  {root / 'frontier.png'}   sparsity against fidelity")
-    lines.append(f"  {root / 'summary.json'}   all the numbers above, with the diagnoses")
-    return "\n".join(lines)
-
-
 def run_script() -> int:
     """main, with the errors a user can cause as one line on stderr and exit status 2."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA's matrix products repeat themselves only then
-    torch.use_deterministic_algorithms(True)
     try:
         main()
-    except (InputError, TrainingError) as error:
+    except (InputError, DataError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (MemoryError, torch.OutOfMemoryError):
-        print("error: out of memory; lower --sae-latents, --hidden-units or --batch-sae", file=sys.stderr)
+        print(
+            "error: out of memory; lower --sae-latents, --hidden-units or --batch-sae",
+            file=sys.stderr,
+        )
+        return 2
+    except BrokenProcessPool:
+        print(
+            "error: a worker process was ended from outside (out of memory?); finished stages are "
+            "saved, try --workers 0",
+            file=sys.stderr,
+        )
         return 2
     except BrokenPipeError:  # whoever read our output has had enough
         return 2
     except OSError as error:
-        print(f"error: {error.filename or 'a file'} could not be written or read ({error.strerror})", file=sys.stderr)
+        name = error.filename or "a file"
+        print(f"error: {name} could not be written or read ({error.strerror})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; finished stages are saved and will be reused", file=sys.stderr)

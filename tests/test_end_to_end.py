@@ -1,4 +1,4 @@
-"""The script as a person runs it: small runs on the bundled sample, and the bars on the full set."""
+"""The script as a person runs it: small runs on the bundled sample, bars on the full set."""
 
 import hashlib
 import json
@@ -14,24 +14,31 @@ import pytest
 import torch
 
 import feature_analysis as fa
+import feature_confirmation as fc
+import feature_hypotheses as fh
+import mnist_data as md
 import MNIST_SAE_code as driver
 
 ROOT = Path(driver.__file__).parent
-STATED = "--data sample --sae-latents 64 --target-actives 8 --features 3 --epochs-sae-final 1 --epochs-ffn 1".split()
-SMALL = [*STATED, "--no-hypotheses"]
+STATED = """--data sample --sae-latents 64 --target-actives 8 --features 3 --epochs-sae-final 1
+--epochs-ffn 1""".split()
+SMALL = [*STATED, "--no-hypotheses", "--stability-seeds", "0"]
 
 
-def run_script(*flags: object, status: int = 0) -> subprocess.CompletedProcess:
+def run_script(*flags: object, status: int = 0, env=None) -> subprocess.CompletedProcess:
     """The script in a process of its own."""
     command = [sys.executable, str(ROOT / "MNIST_SAE_code.py"), *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, env=env)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
     """Name and content of every file, the timings taken out."""
-    contents = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    contents = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            contents[str(path.relative_to(folder))] = path.read_bytes()
     records = json.loads(contents["summary.json"])
     for record in records:
         del record["seconds"]
@@ -39,8 +46,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     contents["summary.json"] = json.dumps(records).encode()
     for name in contents:
         if name.endswith(".html"):
-            page = re.sub(rb'"diagnoses":\[.*?\]', b"", contents[name])
-            contents[name] = re.sub(rb'\["seconds to train the SAE","[\d.]+"\]', b"", page)
+            contents[name] = re.sub(rb'"diagnoses":\[.*?\]', b"", contents[name])
     return contents
 
 
@@ -55,7 +61,14 @@ def test_a_run_says_what_it_used_and_where_to_look(first):
     folder, done = first
     assert done.stderr == ""  # no progress bars where nobody watches
     assert "data: bundled sample of 5,000 MNIST training digits; 3,500 / 500 / 1,000" in done.stdout
-    for line in ("mean active", "label histogram", "boosts class", "top examples", "dead latents", "whole run"):
+    for line in (
+        "mean active",
+        "label histogram",
+        "boosts class",
+        "top examples",
+        "dead latents",
+        "whole run",
+    ):
         assert line in done.stdout
     for path in re.findall(r"\S+\.(?:png|json)", done.stdout):
         assert Path(path).exists(), path
@@ -64,19 +77,22 @@ def test_a_run_says_what_it_used_and_where_to_look(first):
 
 def test_summary_has_what_it_promises(first):
     (record,) = json.loads((first[0] / "summary.json").read_text())
-    promised = """target_actives achieved_actives_before_shift achieved_actives_val achieved_actives_test lambda
-    threshold_shift baseline_acc recon_acc_jumprelu recon_acc_boolean recon_acc_boolean_scaled delta_acc_jumprelu
-    agreement_jumprelu fvu ce_recovered kl dead_features dense_features sae_latents normalize_z seed data device
-    versions seconds""".split()
+    promised = """target_actives achieved_actives_before_shift achieved_actives_val
+    achieved_actives_test lambda threshold_shift baseline_acc recon_acc_jumprelu recon_acc_boolean
+    recon_acc_boolean_scaled delta_acc_jumprelu agreement_jumprelu fvu ce_recovered kl
+    dead_features dense_features sae_latents normalize_z seed data device versions
+    seconds""".split()
     assert set(promised) <= set(record)
     assert record["target_actives"] == 8
     assert record["achieved_actives_val"] == pytest.approx(8, abs=2 / 500)
-    assert record["delta_acc_jumprelu"] == pytest.approx(record["baseline_acc"] - record["recon_acc_jumprelu"])
+    assert record["delta_acc_jumprelu"] == pytest.approx(
+        record["baseline_acc"] - record["recon_acc_jumprelu"]
+    )
     assert 0.8 < record["baseline_acc"] <= 1
     assert 0 < record["fvu"] < 1
     assert record["lambda"] > 0
     assert record["versions"]["torch"] == torch.__version__
-    assert {"imports", "data", "classifier", "sae", "bank", "effects", "pictures", "whole run"} <= set(
+    assert {"imports", "data", "classifier", "sae", "bank", "effects", "whole run"} <= set(
         record["seconds"]
     )
     assert len(record["diagnoses"]) == 5
@@ -103,8 +119,9 @@ def test_course_of_lambda_is_recorded(first):
 def test_report_is_a_table_sorted_by_rate(first):
     folder = first[0]
     frame = pd.read_json(folder / "feature_report.json")
-    promised = """feature mean_active label_histogram label_mode_when_active top_examples top_scores logit_boost_class
-    logit_delta_vector ablation_delta_vector nearest_feature nearest_cosine""".split()
+    promised = """feature mean_active label_histogram label_mode_when_active top_examples top_scores
+    logit_boost_class logit_delta_vector ablation_delta_vector nearest_feature
+    nearest_cosine""".split()
     assert set(promised) <= set(frame.columns)
     assert len(frame) == 3
     assert frame.mean_active.is_monotonic_decreasing
@@ -125,7 +142,10 @@ def test_report_agrees_with_the_saved_weights(first):
     active = acts > 0
     assert record["mean_active"] == pytest.approx(active.double().mean().item())
     assert record["label_histogram"] == torch.bincount(labels[active], minlength=10).tolist()
-    assert record["top_examples"] == torch.sort(acts, descending=True, stable=True).indices[:20].tolist()
+    assert (
+        record["top_examples"]
+        == torch.sort(acts, descending=True, stable=True).indices[:20].tolist()
+    )
     direction = run.sae.W_dec[k] * run.std
     logits = run.model.logits_from_preactivations
     added = (logits(raw + direction) - logits(raw)).mean(0)
@@ -154,9 +174,14 @@ def test_other_settings_and_damage_retrain_only_what_they_concern(first, tmp_pat
     pictures = set(folder.glob("feature_*_gallery.png"))
     other = run_script(*SMALL, "--out", folder, "--epochs-sae-final", 2, "--features", 2)
     assert "classifier: reused" in other.stdout
-    assert "sae: retrained, because it belongs to other settings, data or code; the old one is kept" in other.stdout
+    assert (
+        "sae: retrained, because it belongs to other settings, data or code; the old one is kept"
+        in other.stdout
+    )
     assert driver.read_stage(folder, "sae.kept-1").record["settings"]["epochs_sae_final"] == 1
-    assert len(list(folder.glob("feature_*_gallery.png"))) == 2 != len(pictures)  # none left of the other SAE
+    assert (
+        len(list(folder.glob("feature_*_gallery.png"))) == 2 != len(pictures)
+    )  # none left of the other SAE
     path = folder / "classifier.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     mended = run_script(*SMALL, "--out", folder)
@@ -181,7 +206,7 @@ def test_several_targets_without_standardisation(tmp_path):
         driver.load_run(str(tmp_path))
 
 
-# --- Statements about features ----------------------------------------------------------------------------------------
+# --- Statements about features ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -195,17 +220,29 @@ def test_statements_are_in_every_output(stated):
     folder, done = stated
     (record,) = json.loads((folder / "summary.json").read_text())
     frozen = (folder / "hypotheses.json").read_bytes()
-    assert record["hypotheses_sha256"] == hashlib.sha256(frozen).hexdigest() == record["hypotheses"]["sha256"]
+    assert (
+        record["hypotheses_sha256"]
+        == hashlib.sha256(frozen).hexdigest()
+        == record["hypotheses"]["sha256"]
+    )
     assert len(json.loads(frozen)["hypotheses"]) == 64
-    assert record["hypotheses"]["rule"] == fa.Rule()._asdict()
+    assert record["hypotheses"]["rule"] == fh.Rule()._asdict()
     sources = {"SAE", "untrained SAE", "random directions", "neurons", "principal directions"}
     assert set(record["hypotheses"]["shares"]) == sources
     made = [h for h in json.loads(frozen)["hypotheses"] if h["class"] or h["stroke"] or h["effect"]]
-    assert sum(c["statements"] for c in record["hypotheses"]["confidence"].values()) == len(made) > 10
-    assert record["hypotheses"]["chance"]["activations shuffled"]["confirmed"] <= 0.02
-    assert record["hypotheses"]["stability"]["runs"] == 1
+    assert (
+        sum(c["statements"] for c in record["hypotheses"]["confidence"].values()) == len(made) > 10
+    )
+    assert record["returned"]["runs"] == 1
     frame = pd.read_json(folder / "feature_report.json")
-    assert {"hypothesis", "evidence", "confidence", "verdict", "statement", "returned_in_runs"} <= set(frame.columns)
+    assert {
+        "hypothesis",
+        "evidence",
+        "confidence",
+        "verdict",
+        "statement",
+        "returned_in_runs",
+    } <= set(frame.columns)
     text = (folder / "hypotheses.md").read_text()
     assert len(re.findall("^### Feature", text, re.MULTILINE)) == 64
     for row in frame.itertuples():
@@ -219,11 +256,13 @@ def test_statements_are_in_every_output(stated):
 
 
 def test_a_statement_can_be_checked_by_hand(stated):
-    """The first feature's firing, its labels' AUROC and the effect of its removal, from the saved weights."""
+    """A feature's firing, its labels' AUROC and its removal's effect, from the saved weights."""
     run = driver.load_run(str(stated[0]))
     report = json.loads((stated[0] / "feature_report.json").read_text())
     record = next(
-        r for r in report if r["hypothesis"]["class"] and r["hypothesis"]["effect"] and r["evidence"]["effect"]
+        r
+        for r in report
+        if r["hypothesis"]["class"] and r["hypothesis"]["effect"] and r["evidence"]["effect"]
     )
     k, evidence = record["feature"], record["evidence"]
     images, labels = run.data.test.images[0::2], run.data.test.labels[0::2]
@@ -236,14 +275,18 @@ def test_a_statement_can_be_checked_by_hand(stated):
     named = torch.isin(labels, torch.tensor(record["hypothesis"]["class"]["labels"]))
     auroc = (named[active].float().mean() + 1 - named[~active].float().mean()) / 2
     assert evidence["detected"]["class"]["auroc"] == pytest.approx(float(auroc), abs=1e-6)
-    if evidence["n_active"] <= fa.N_EDIT:
+    if evidence["n_active"] <= fc.N_EDIT:
         logits, effect = run.model.logits_from_preactivations, record["hypothesis"]["effect"]
         without = raw[active] - acts[active, None] * run.sae.W_dec[k] * run.std
         delta = (logits(raw[active]) - logits(without)).mean(0)
         if effect["raises"] is not None:
-            assert evidence["effect"]["raised_by"] == pytest.approx(float(delta[effect["raises"]]), abs=1e-4)
+            assert evidence["effect"]["raised_by"] == pytest.approx(
+                float(delta[effect["raises"]]), abs=1e-4
+            )
         if effect["lowers"] is not None:
-            assert evidence["effect"]["lowered_by"] == pytest.approx(-float(delta[effect["lowers"]]), abs=1e-4)
+            assert evidence["effect"]["lowered_by"] == pytest.approx(
+                -float(delta[effect["lowers"]]), abs=1e-4
+            )
 
 
 def test_the_same_run_states_the_same(stated):
@@ -253,11 +296,28 @@ def test_the_same_run_states_the_same(stated):
     assert files_of(stated[0]) == before
 
 
+def test_nothing_depends_on_the_number_of_cores(stated, tmp_path):
+    """Without workers and with more of them, and with several threads for whoever wants them."""
+    expected = files_of(stated[0])
+    for workers, threads in ((0, "1"), (3, "2")):
+        folder = tmp_path / str(workers)
+        flags = [*STATED, "--stability-seeds", 1, "--workers", workers, "--out", folder]
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+        run_script(*flags, env=environment)
+        found = files_of(folder)
+        assert sorted(found) == sorted(expected)
+        for name, content in found.items():
+            if name != "settings.json":  # which names the folder
+                assert content == expected[name], name
+
+
 def test_without_hypotheses_none_are_left(stated, tmp_path):
     for name in ("hypotheses.json", "hypotheses.md", "explained.png"):
         (tmp_path / name).write_bytes((stated[0] / name).read_bytes())
     run_script(*SMALL, "--out", tmp_path)
-    assert not {"hypotheses.json", "hypotheses.md", "explained.png"} & {path.name for path in tmp_path.iterdir()}
+    assert not {"hypotheses.json", "hypotheses.md", "explained.png"} & {
+        path.name for path in tmp_path.iterdir()
+    }
     assert "verdict" not in json.loads((tmp_path / "feature_report.json").read_text())[0]
 
 
@@ -265,17 +325,19 @@ class StopHere(Exception):  # noqa: N818
     pass
 
 
-def test_hypotheses_are_frozen_before_a_test_image_is_looked_at(tmp_path, monkeypatch):
-    def stop(*args, **kwargs):
-        raise StopHere
+def stop(*args, **kwargs):
+    raise StopHere
 
-    for name in ("test_hypotheses", "match_features"):
-        monkeypatch.setattr(fa, name, stop)
+
+def test_hypotheses_are_frozen_before_a_test_image_is_looked_at(tmp_path, monkeypatch):
+    for name in ("test_hypotheses", "compare_features"):
+        monkeypatch.setattr(fc, name, stop)
     monkeypatch.setattr(driver, "measure", stop)
     with pytest.raises(StopHere):
-        driver.main([*STATED, "--out", str(tmp_path)])
+        driver.main([*STATED, "--workers", "0", "--out", str(tmp_path)])
     digest = hashlib.sha256((tmp_path / "hypotheses.json").read_bytes()).hexdigest()
-    assert json.loads((tmp_path / "summary.json").read_text()) == [{"target_actives": 8, "hypotheses_sha256": digest}]
+    expected = [{"target_actives": 8, "hypotheses_sha256": digest}]
+    assert json.loads((tmp_path / "summary.json").read_text()) == expected
 
 
 def test_proposals_do_not_depend_on_the_test_images(stated, tmp_path, monkeypatch):
@@ -283,11 +345,15 @@ def test_proposals_do_not_depend_on_the_test_images(stated, tmp_path, monkeypatc
 
     def blank_test_images(*args):
         data = load(*args)
-        return data._replace(test=driver.Split(torch.zeros_like(data.test.images), data.test.labels))
+        return data._replace(test=md.Split(torch.zeros_like(data.test.images), data.test.labels))
 
     monkeypatch.setattr(driver, "load_mnist", blank_test_images)
-    driver.main([*STATED, "--out", str(tmp_path)])  # nothing fires on blank images, and that is no reason to fail
-    assert (tmp_path / "hypotheses.json").read_bytes() == (stated[0] / "hypotheses.json").read_bytes()
+    driver.main(
+        [*STATED, "--out", str(tmp_path)]
+    )  # nothing fires on blank images, and that is no reason to fail
+    assert (tmp_path / "hypotheses.json").read_bytes() == (
+        stated[0] / "hypotheses.json"
+    ).read_bytes()
 
 
 def test_hypotheses_changed_after_freezing_are_refused(tmp_path, monkeypatch):
@@ -297,10 +363,11 @@ def test_hypotheses_changed_after_freezing_are_refused(tmp_path, monkeypatch):
         path.write_text(path.read_text().replace('"class_auroc": 0.65', '"class_auroc": 0.55'))
         return digest
 
-    freeze = driver.freeze
-    monkeypatch.setattr(driver, "freeze", meddle)
+    freeze = fh.freeze_hypotheses
+    monkeypatch.setattr(fh, "freeze_hypotheses", meddle)
     with pytest.raises(
-        driver.InputError, match=r"hypotheses.json was changed .* SHA-256 is \w{64}, recorded was \w{64}"
+        driver.InputError,
+        match=r"hypotheses.json was changed .* SHA-256 is \w{64}, recorded was \w{64}",
     ):
         driver.main([*STATED, "--out", str(tmp_path)])
 
@@ -313,7 +380,8 @@ def test_hypotheses_edited_after_a_run_are_refused_by_the_next(stated, tmp_path,
     path.write_text(path.read_text().replace('"class_auroc": 0.65', '"class_auroc": 0.55'))
     done = run_script(*STATED, "--out", tmp_path, status=2)
     assert re.search(
-        r"SHA-256 is \w{64}, recorded was \w{64}; .*to start over, move the file away or give --fresh", done.stderr
+        r"SHA-256 is \w{64}, recorded was \w{64}; .*start over, move the file away or give --fresh",
+        done.stderr,
     )
     assert '"class_auroc": 0.55' in path.read_text()  # the edit is still there
     driver.refuse_changed_hypotheses(tmp_path, driver.Settings(target_actives=(8,), fresh=True), 8)
@@ -323,7 +391,10 @@ def test_hypotheses_edited_after_a_run_are_refused_by_the_next(stated, tmp_path,
     ("flags", "message"),
     [
         (["--stability-seeds", -1], "error: --stability-seeds is -1; it must not be negative"),
-        (["--target-actives", 600], "error: --target-actives 600 must be positive and below --sae-latents 512"),
+        (
+            ["--target-actives", 600],
+            "error: --target-actives 600 must be positive and below --sae-latents 512",
+        ),
         (["--device", "warp"], "error: --device warp is unknown"),
         (["--nonsense"], "error: unrecognized arguments: --nonsense"),
         (["--out", ROOT / "README.md"], "README.md cannot be written to"),
@@ -340,13 +411,16 @@ def test_divergence_is_one_line_and_loses_nothing(tmp_path):
     done = run_script(*SMALL, "--lr-sae", "1e38", "--out", tmp_path, status=2)
     (line,) = done.stderr.splitlines()
     assert re.fullmatch(
-        r"error: SAE training for 8 actives diverged: .* at step \d+; lower --lr-sae \(now 1e\+38\)", line
+        r"error: SAE training for 8 actives diverged: .* step \d+; lower --lr-sae \(now 1e\+38\)",
+        line,
     )
     assert driver.read_stage(tmp_path, "classifier").tensors["head.bias"].shape == (10,)
 
 
 def readme_block(containing: str) -> str:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     (block,) = [block for block in blocks if containing in block]
     return block
 
@@ -377,7 +451,7 @@ def test_load_run_refuses_other_digits(first, tmp_path):
         driver.load_run(str(tmp_path))
 
 
-# --- The full set -----------------------------------------------------------------------------------------------------
+# --- The full set -------------------------------------------------------------------------------
 
 needs_mnist = pytest.mark.skipif(
     "MNIST_DATA" not in os.environ, reason="MNIST_DATA does not name the full set's folder"
@@ -387,15 +461,18 @@ needs_mnist = pytest.mark.skipif(
 def trained(seed: int, target: int, cache: dict) -> dict:
     """The record of one target with the default settings."""
     settings = driver.Settings(seed=seed, target_actives=(target,))
-    if seed not in cache:
-        data = driver.load_mnist(os.environ["MNIST_DATA"], seed)
-        model = driver.train_classifier(data.train, settings)
-        cache[seed] = data, model, driver.collect_preactivations(model, data, settings.normalize_z)
-    data, model, pre = cache[seed]
-    head = driver.standardised_head(model, pre)
-    before, _ = driver.train_sae((pre.train - pre.mu) / pre.std, head, target, settings)
-    after, _ = driver.adjust_thresholds(before, (pre.val - pre.mu) / pre.std, target)
-    return driver.measure(before, after, pre, data, head)
+    with driver.torch_threads(1):
+        if seed not in cache:
+            data = md.load_mnist(os.environ["MNIST_DATA"], seed)
+            model = driver.train_classifier(data.train, settings)
+            pre = driver.collect_preactivations(model, data, settings.normalize_z)
+            cache[seed] = data, driver.Subject(model, "", pre, data.source, data.digest)
+        data, subject = cache[seed]
+        z_train, z_val = (subject.pre.standardised(split) for split in ("train", "val"))
+        before, _ = driver.train_sae(z_train, subject.logits_of, target, settings)
+        after, _ = driver.adjust_thresholds(before, z_val, target)
+        sae = driver.TrainedSAE(before, after, {}, "")
+        return driver.measure(sae, subject, data.test.labels)
 
 
 @pytest.fixture(scope="module")
@@ -406,19 +483,36 @@ def cache():
 @pytest.mark.full
 @needs_mnist
 def test_full_set_is_mnist():
-    data = driver.load_mnist(os.environ["MNIST_DATA"])
+    data = md.load_mnist(os.environ["MNIST_DATA"])
     assert [len(split.labels) for split in data[:3]] == [48_000, 12_000, 10_000]
-    assert torch.bincount(data.test.labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert torch.bincount(data.test.labels).tolist() == [
+        980,
+        1135,
+        1032,
+        1010,
+        982,
+        892,
+        958,
+        1028,
+        974,
+        1009,
+    ]
     every = torch.bincount(torch.cat([data.train.labels, data.val.labels]))
     assert every.tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
-    images, _ = driver.read_sample()  # the sample's digits are training images of the full set
-    training = {row.tobytes() for split in data[:2] for row in (split.images * 255).round().byte().flatten(1).numpy()}
+    images, _ = md.read_sample()  # the sample's digits are training images of the full set
+    training = {
+        row.tobytes()
+        for split in data[:2]
+        for row in (split.images * 255).round().byte().flatten(1).numpy()
+    }
     assert all(row.tobytes() in training for row in images.reshape(5000, -1))
 
 
 @pytest.mark.full
 @needs_mnist
-@pytest.mark.parametrize(("target", "most_dead"), [(5, 0.15), (10, 0.15), (20, 0.05), (40, 0.05), (80, 0.05)])
+@pytest.mark.parametrize(
+    ("target", "most_dead"), [(5, 0.15), (10, 0.15), (20, 0.05), (40, 0.05), (80, 0.05)]
+)
 def test_calibration_at_every_target(cache, target, most_dead):
     record = trained(0, target, cache)
     assert record["achieved_actives_before_shift"] == pytest.approx(target, rel=0.03)
@@ -452,7 +546,9 @@ def three_runs(tmp_path_factory):
     records = []
     for seed in range(3):
         folder = tmp_path_factory.mktemp(f"seed{seed}")
-        run_script("--data", os.environ["MNIST_DATA"], "--seed", seed, "--features", 1, "--out", folder)
+        run_script(
+            "--data", os.environ["MNIST_DATA"], "--seed", seed, "--features", 1, "--out", folder
+        )
         records += json.loads((folder / "summary.json").read_text())
     return [record["hypotheses"] for record in records]
 
@@ -478,7 +574,6 @@ def test_confidence_is_deserved_over_three_seeds(three_runs):
 
     assert held("High") >= 0.95
     assert held("High") > held("Medium") > held("Low")
-    assert all(c["confirmed"] <= 0.02 for record in three_runs for c in record["chance"].values())
 
 
 @pytest.mark.full

@@ -1,18 +1,18 @@
-"""MNIST_SAE_code.py: settings, data, the SAE and its calibration, fidelity, saved stages."""
+"""MNIST_SAE_code.py: settings, the SAE and its calibration, fidelity, jobs, saved stages."""
 
-import gzip
 import hashlib
 import math
-import struct
+import os
 import sys
 import types
+from concurrent.futures.process import BrokenProcessPool
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import MNIST_SAE_code as driver
+from mnist_data import Split, load_mnist
 from MNIST_SAE_code import InputError, JumpReLUSAE, Settings, TrainingError, TrainingFrame
 
 
@@ -30,7 +30,7 @@ def random_sae(d_in: int = 6, d_sae: int = 9, seed: int = 0) -> JumpReLUSAE:
     return sae.requires_grad_(False)
 
 
-# --- Settings ---------------------------------------------------------------------------------------------------------
+# --- Settings -------------------------------------------------------------------------------------
 
 
 def test_a_line_edited_in_the_settings_block_is_what_the_script_uses():
@@ -56,7 +56,9 @@ def test_a_line_edited_in_the_settings_block_is_what_the_script_uses():
 
 
 def test_flags_override_the_settings_block():
-    settings = driver.parse_settings("--target-actives 10 20 --no-normalize-z --lr-sae 0.5 --out there".split())
+    settings = driver.parse_settings(
+        "--target-actives 10 20 --no-normalize-z --lr-sae 0.5 --out there".split()
+    )
     assert (settings.target_actives, settings.normalize_z, settings.lr_sae, settings.out) == (
         (10, 20),
         False,
@@ -72,7 +74,10 @@ def test_flags_override_the_settings_block():
         ("--target-actives", "--target-actives is empty"),
         ("--target-actives 0", "--target-actives 0 must be positive and below --sae-latents 512"),
         ("--target-actives -3", "--target-actives -3 must be positive"),
-        ("--target-actives 512", "--target-actives 512 must be positive and below --sae-latents 512"),
+        (
+            "--target-actives 512",
+            "--target-actives 512 must be positive and below --sae-latents 512",
+        ),
         ("--target-actives 5 5", "names a target twice"),
         ("--target-actives 2.5", "invalid int value: '2.5'"),
         ("--epochs-ffn 0", "--epochs-ffn is 0; it must be a positive number"),
@@ -88,6 +93,7 @@ def test_flags_override_the_settings_block():
         ("--seed -1", "--seed is -1"),
         ("--seed 99999999999999999999", r"must be below 2\*\*63"),
         ("--alpha nan", "--alpha is nan"),
+        ("--workers -2", "--workers is -2; it must be 0 or more, or -1"),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
     ],
 )
@@ -113,155 +119,7 @@ def test_automatic_device_exists():
     assert torch.zeros(1, device=driver.pick_device("auto")).item() == 0
 
 
-# --- Data -------------------------------------------------------------------------------------------------------------
-
-SMALL = {"images": (2051, (3, 2, 2)), "labels": (2049, (3,))}
-
-
-def idx_bytes(name: str, magic: int | None = None, shape: tuple[int, ...] | None = None) -> bytes:
-    expected_magic, expected_shape = SMALL[name]
-    shape = shape or expected_shape
-    content = bytes(range(math.prod(expected_shape)))
-    return struct.pack(f">{1 + len(shape)}I", magic or expected_magic, *shape) + content
-
-
-@pytest.fixture
-def small_idx(monkeypatch):
-    """IDX files of three tiny images instead of MNIST's."""
-    table = {name: (magic, shape, hashlib.md5(idx_bytes(name)).hexdigest()) for name, (magic, shape) in SMALL.items()}
-    monkeypatch.setattr(driver, "IDX_FILES", table)
-
-
-@pytest.mark.usefixtures("small_idx")
-def test_idx_files_are_read_plain_and_gzipped(tmp_path):
-    (tmp_path / "images").write_bytes(idx_bytes("images"))
-    (tmp_path / "labels.gz").write_bytes(gzip.compress(idx_bytes("labels")))
-    assert driver.read_idx(tmp_path, "images").tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [10, 11]]]
-    assert driver.read_idx(tmp_path, "labels").tolist() == [0, 1, 2]
-
-
-@pytest.mark.usefixtures("small_idx")
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"\0\0\x08", "images is damaged: 3 bytes are too few"),
-        (idx_bytes("images", magic=2049), "images is not what its name says: magic number 2049, expected 2051"),
-        (idx_bytes("images", shape=(4, 2, 2)), r"images announces the shape \(4, 2, 2\), expected \(3, 2, 2\)"),
-        (idx_bytes("images")[:-1], "images is damaged: 27 bytes, expected 28"),
-        (idx_bytes("images") + b"\0", "images is damaged: 29 bytes, expected 28"),
-        (idx_bytes("images")[:-1] + b"\xff", "images differs from MNIST's own file: MD5"),
-    ],
-)
-def test_damaged_idx_files_are_named(tmp_path, content, message):
-    (tmp_path / "images").write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        driver.read_idx(tmp_path, "images")
-
-
-@pytest.mark.usefixtures("small_idx")
-@pytest.mark.parametrize("cut", [3, 20, -4])
-def test_a_damaged_gzip_is_named(tmp_path, cut):
-    (tmp_path / "images.gz").write_bytes(gzip.compress(idx_bytes("images"))[:cut])
-    with pytest.raises(InputError, match=r"images\.gz is damaged"):
-        driver.read_idx(tmp_path, "images")
-
-
-@pytest.mark.usefixtures("small_idx")
-def test_some_files_without_the_others_is_an_error_not_a_fallback(tmp_path):
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    (raw / "images").write_bytes(idx_bytes("images"))
-    with pytest.raises(InputError, match=r"holds some of MNIST's files but neither labels nor labels\.gz"):
-        driver.load_mnist(str(tmp_path))
-
-
-def test_sample_is_split_by_class_without_overlap():
-    data = driver.load_mnist("sample", seed=3)
-    assert [len(split.labels) for split in data[:3]] == [3500, 500, 1000]
-    for split, per_class in zip(data[:3], (350, 50, 100), strict=True):
-        assert torch.bincount(split.labels).tolist() == [per_class] * 10
-        assert split.images.shape[1:] == (1, 28, 28)
-        assert split.images.dtype == torch.float32
-        assert 0 == split.images.min() < split.images.max() == 1
-    everything = torch.cat([split.images.flatten(1) for split in data[:3]])
-    images, _ = driver.read_sample()
-    original = np.unique(images.reshape(5000, -1), axis=0)
-    assert np.array_equal(np.unique((everything * 255).round().byte().numpy(), axis=0), original)
-    assert "sample" in data.source
-
-
-def test_the_seed_decides_the_split():
-    a, b, c = (driver.load_mnist("sample", seed) for seed in (0, 0, 1))
-    assert a.digest == b.digest != c.digest
-    assert torch.equal(a.train.images, b.train.images)
-    assert not torch.equal(a.train.labels, c.train.labels)
-
-
-@pytest.mark.parametrize("content", [b"not an archive", b""])
-def test_a_damaged_sample_is_an_error(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(driver, "SAMPLE_FILE", tmp_path / "mnist_5k.npz")
-    driver.SAMPLE_FILE.write_bytes(content)
-    with pytest.raises(InputError, match=r"mnist_5k\.npz is damaged or missing"):
-        driver.load_mnist("sample")
-
-
-def test_a_sample_of_the_wrong_size_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(driver, "SAMPLE_FILE", tmp_path / "mnist_5k.npz")
-    np.savez(driver.SAMPLE_FILE, images=np.zeros((4, 28, 28), np.uint8), labels=np.zeros(4, np.uint8))
-    with pytest.raises(InputError, match=r"holds \(4, 28, 28\) images"):
-        driver.load_mnist("sample")
-
-
-def fake_torchvision(monkeypatch, download) -> None:
-    datasets = types.ModuleType("torchvision.datasets")
-    datasets.MNIST = download
-    package = types.ModuleType("torchvision")
-    package.datasets = datasets
-    monkeypatch.setitem(sys.modules, "torchvision", package)
-    monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
-
-
-def test_without_a_download_the_sample_is_used_and_one_line_says_so(tmp_path, monkeypatch, capsys):
-    def unreachable(root, download):
-        raise RuntimeError("no mirror\nanswered")
-
-    fake_torchvision(monkeypatch, unreachable)
-    data = driver.load_mnist(str(tmp_path))
-    (line,) = capsys.readouterr().out.splitlines()
-    assert "no mirror answered" in line
-    assert "bundled 5,000 digits" in line
-    assert "--data DIR" in line
-    assert "sample" in data.source
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_torchvision_that_cannot_be_imported_is_survived(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    assert "sample" in driver.load_mnist(str(tmp_path / "new")).source
-    assert "torchvision" in capsys.readouterr().out
-
-
-def test_a_download_lands_where_the_next_run_looks(tmp_path, monkeypatch):
-    def mirror(root, download):
-        raw = types.SimpleNamespace(path=driver.Path(root) / "MNIST" / "raw").path
-        raw.mkdir(parents=True)
-        (raw / "images").write_bytes(b"1")
-
-    fake_torchvision(monkeypatch, mirror)
-    driver.download_mnist(tmp_path / "data")
-    assert (tmp_path / "data" / "MNIST" / "raw" / "images").read_bytes() == b"1"
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["MNIST"]
-
-
-def test_loader_gives_the_split_in_order_and_more_than_once():
-    split = driver.Split(torch.arange(10.0).reshape(10, 1, 1, 1), torch.arange(10))
-    loader = driver.TensorLoader(split, batch_size=4)
-    assert len(loader) == 3
-    for _ in range(2):
-        assert torch.cat([labels for _, labels in loader]).tolist() == list(range(10))
-
-
-# --- Training, shared parts -------------------------------------------------------------------------------------------
+# --- Training, shared parts -----------------------------------------------------------------------
 
 
 def test_a_small_set_is_passed_over_more_often():
@@ -286,7 +144,9 @@ def test_ramp():
 
 def test_divergence_names_stage_step_and_flag():
     losses = torch.tensor([1.0, 2.0, float("nan"), float("inf")])
-    with pytest.raises(TrainingError, match=r"some training diverged: .* step 2; lower --lr-x \(now 3\)"):
+    with pytest.raises(
+        TrainingError, match=r"some training diverged: .* step 2; lower --lr-x \(now 3\)"
+    ):
         driver.refuse_divergence(losses, 3, "some training", "--lr-x", 3)
     driver.refuse_divergence(losses, 2, "some training", "--lr-x", 3)  # looked at only now and then
     driver.refuse_divergence(losses[:2], 1, "some training", "--lr-x", 3)  # finite
@@ -302,9 +162,9 @@ def test_classifier_is_the_composition_of_its_two_methods():
     assert torch.allclose(model(images), logits, atol=1e-5)
 
 
-def tiny_data(n: int = 2000) -> driver.Split:
-    data = driver.load_mnist("sample")
-    return driver.Split(data.train.images[:n], data.train.labels[:n])
+def tiny_data(n: int = 2000) -> Split:
+    data = load_mnist("sample")
+    return Split(data.train.images[:n], data.train.labels[:n])
 
 
 def test_classifier_learns_and_leaves_the_global_generator_alone():
@@ -328,7 +188,7 @@ def test_classifier_divergence_is_reported():
 
 
 def test_preactivations_are_standardised_by_the_training_images_only():
-    data = driver.load_mnist("sample")
+    data = load_mnist("sample")
     model = driver.Classifier().requires_grad_(False)
     model.hidden.weight[3] = 0  # a unit that never varies
     pre = driver.collect_preactivations(model, data, normalize=True)
@@ -343,7 +203,7 @@ def test_preactivations_are_standardised_by_the_training_images_only():
     assert torch.equal(raw.std, torch.ones(128))
 
 
-# --- SAE --------------------------------------------------------------------------------------------------------------
+# --- SAE ------------------------------------------------------------------------------------------
 
 
 def test_jumprelu_by_hand():
@@ -377,13 +237,18 @@ def test_gradients_flow_through_active_features_only():
 
 
 def test_training_frame_can_be_entered_left_and_folded_away():
-    z = torch.randn(500, 6, generator=generator()) @ torch.randn(6, 6, generator=generator(1)) * 30 + 7
+    z = (
+        torch.randn(500, 6, generator=generator()) @ torch.randn(6, 6, generator=generator(1)) * 30
+        + 7
+    )
     frame = TrainingFrame.of(z)
     x = frame.enter(z)
     assert torch.allclose(x.mean(0), torch.zeros(6), atol=1e-4)
     assert x.square().mean().item() == pytest.approx(1, abs=1e-4)
     covariance = x.T @ x / 500
-    assert torch.allclose(covariance, torch.diag(covariance.diagonal()), atol=1e-4)  # principal directions
+    assert torch.allclose(
+        covariance, torch.diag(covariance.diagonal()), atol=1e-4
+    )  # principal directions
     assert torch.allclose(frame.leave(x), z, atol=1e-2)
     sae = random_sae()
     folded = frame.fold(sae)
@@ -399,9 +264,13 @@ def test_initial_sae_fires_as_often_as_asked_and_has_the_best_length():
     assert torch.allclose(density, torch.full((64,), 8 / 64), atol=2e-3)
     best = (x - sae(x)).square().sum()
     for factor in (0.9, 1.1):  # any other length, at the same actives, is worse
-        other = driver.initial_sae(x, 64, start_l0=8.0, generator=generator(1)).requires_grad_(False)
+        other = driver.initial_sae(x, 64, start_l0=8.0, generator=generator(1)).requires_grad_(
+            False
+        )
         other.W_enc.mul_(factor)
-        other.b_enc.copy_(driver.START_THRESHOLD + factor * (sae.b_enc - driver.START_THRESHOLD))
+        other.b_enc.copy_(
+            driver.STEERING.start_threshold + factor * (sae.b_enc - driver.STEERING.start_threshold)
+        )
         assert ((other.encode(x) > 0) != (sae.encode(x) > 0)).sum() <= 64  # those at the threshold
         assert (x - other(x)).square().sum() > best
 
@@ -427,29 +296,127 @@ def test_lambda_controller_finds_the_l0_asked_for(target):
 
 def test_soft_kl_against_its_definition():
     teacher, logits = (3 * torch.randn(50, 10, generator=generator(s)) for s in (0, 1))
-    p, q = (torch.softmax(a.double() / driver.HEAD_TEMPERATURE, 1) for a in (teacher, logits))
-    expected = driver.HEAD_TEMPERATURE**2 * (p * (p / q).log()).sum(1).mean().item()
+    p, q = (
+        torch.softmax(a.double() / driver.STEERING.head_temperature, 1) for a in (teacher, logits)
+    )
+    expected = driver.STEERING.head_temperature**2 * (p * (p / q).log()).sum(1).mean().item()
     assert driver.soft_kl(teacher, logits).item() == pytest.approx(expected, rel=1e-4)
     assert driver.soft_kl(teacher, teacher).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_rare_latents_loss_against_a_loop(monkeypatch):
-    monkeypatch.setattr(driver, "RARE_AT_ONCE", 2)
-    sae, rare = random_sae(), torch.tensor([1, 0, 1, 1, 0, 0, 0, 1, 0]).bool()
-    pre, residual = torch.randn(12, 9, generator=generator(2)), torch.randn(12, 6, generator=generator(3))
-    total = 0.0
-    for row, wanted in zip(pre.tolist(), residual, strict=True):
-        best = sorted((k for k in range(9) if rare[k]), key=lambda k: -row[k])[:2]
-        explained = sum(row[k] * sae.W_dec[k] for k in best)
-        total += (wanted - explained).square().sum().item()
-    assert driver.rare_latents_loss(sae, pre, residual, rare).item() == pytest.approx(
-        total / residual.numel(), rel=1e-5
+def test_gradients_are_autograds():
+    """Of any loss of the reconstruction; features outside their range get none."""
+    sae = random_sae().requires_grad_(True)
+    x = torch.randn(20, 6, generator=generator(1))
+    weights = [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec]
+    feature_acts = sae.encode(x)
+    x_hat = sae.decode(feature_acts)
+    expected = torch.autograd.grad((x_hat - x).square().mean(), weights)
+    d_x_hat = 2 * (x_hat - x) / x.numel()
+    with torch.no_grad():
+        found = driver.sae_gradients(sae, x, feature_acts, feature_acts.sign(), d_x_hat)
+    assert 0 < (feature_acts > 0).float().mean() < 1
+    for name, a, b in zip("W_enc b_enc W_dec b_dec".split(), found, expected, strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_head_gradient_is_that_of_the_divergence():
+    z = torch.randn(30, 6, generator=generator(1))
+    frame = TrainingFrame.of(z)
+    W = torch.randn(6, 4, generator=generator(2))
+    teacher = torch.randn(30, 4, generator=generator(3))
+    x_hat = frame.enter(z)
+    found = driver.head_gradient(teacher, lambda z: z @ W, frame, x_hat)
+    temperature = driver.STEERING.head_temperature
+    softened = [torch.softmax(a / temperature, 1) for a in (z @ W, teacher)]
+    of_logits = temperature * (softened[0] - softened[1]) / 30  # T^2 * (q - p) / (T * B)
+    torch.testing.assert_close(found, of_logits @ W.T @ frame.basis * frame.scale)
+    assert not x_hat.requires_grad
+
+
+def rare_loss(sae, pre, residual, rare, at_once) -> torch.Tensor:
+    """Image by image: the rare latents with the largest pre explain the residual."""
+    total = torch.zeros(())
+    for row, wanted in zip(pre, residual, strict=True):
+        best = sorted((k for k in range(len(row)) if rare[k]), key=lambda k: -row[k].item())
+        explained = sum(row[k] * sae.W_dec[k] for k in best[:at_once])
+        total = total + (wanted - explained).square().sum()
+    return total / residual.numel()
+
+
+def test_rare_latents_are_pulled_as_a_loop_says(monkeypatch):
+    steering = driver.STEERING._replace(rare_at_once=2, rare_share=5 / 9)
+    monkeypatch.setattr(driver, "STEERING", steering)
+    sae = random_sae().requires_grad_(True)
+    density = torch.tensor([0, 0.5, 0.001, 0.0015, 0.5, 0.5, 0.5, 0.0005, 0.5])
+    rare = density < steering.rare_density
+    x, error = torch.randn(2, 12, 6, generator=generator(2))
+    pre = sae.pre_threshold(x)
+    loss = steering.rare_coefficient * rare_loss(sae, pre, -error, rare, at_once=2)
+    expected = torch.autograd.grad(loss, [sae.W_enc, sae.b_enc, sae.W_dec])
+    found = [torch.ones_like(w) for w in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)]
+    with torch.no_grad():
+        driver.add_rare_gradients(found, sae, x, pre, error, density)
+    for a, b in zip(found, expected, strict=False):
+        torch.testing.assert_close(a - 1, b, atol=1e-6, rtol=1e-4)
+    assert torch.equal(found[3], torch.ones(6))
+
+
+def test_without_rare_latents_nothing_is_pulled():
+    sae = random_sae()
+    x, error = torch.randn(2, 12, 6, generator=generator(2))
+    found = [torch.zeros_like(w) for w in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)]
+    driver.add_rare_gradients(found, sae, x, sae.pre_threshold(x), error, torch.full((9,), 0.1))
+    assert not any(gradient.any() for gradient in found)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_adam_is_torchs(weight_decay):
+    start = torch.randn(4, 3, generator=generator())
+    ours, theirs = start.clone(), start.clone()
+    own = driver.Adam([ours], weight_decay)
+    reference = torch.optim.AdamW([theirs], betas=(0.9, 0.99), eps=1e-8, weight_decay=weight_decay)
+    for step in range(20):
+        gradient = torch.randn(4, 3, generator=generator(step))
+        theirs.grad = gradient.clone()
+        reference.param_groups[0]["lr"] = 0.01 * (step + 1)
+        reference.step()
+        own.step([gradient], 0.01 * (step + 1))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_step_is_gradient_descent_on_the_loss():
+    """One step of SAETraining against autograd on the loss written out, and torch's Adam."""
+    settings = Settings(target_actives=(5,), **TOY)
+    z = synthetic_z(400)
+    training = driver.SAETraining(z, head, 5, settings, generator())
+    reference = driver.SAETraining(z, head, 5, settings, generator())
+    index, number, progress = torch.arange(100), 1, 0.7  # after the logits count
+    training.step(index, number, progress)
+
+    sae, frame = reference.sae, reference.frame
+    sae.threshold.copy_(reference.thresholds(driver.l0_target_at(progress, 5, 64)))
+    sae.requires_grad_(True)
+    x = reference.x[index]
+    x_hat = sae(x)
+    divergence = driver.soft_kl(reference.teacher[index], head(frame.leave(x_hat)))
+    loss = F.mse_loss(x_hat, x) + settings.head_kl * divergence
+    optimizer = torch.optim.Adam(
+        [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec],
+        lr=settings.lr_sae * driver.ramp(progress, 0.02, 0.3),
+        betas=(0.9, 0.99),
     )
-    none = driver.rare_latents_loss(sae, pre, residual, torch.zeros(9).bool())
-    assert none.item() == pytest.approx(residual.square().mean().item(), rel=1e-6)
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
+    for name, value in training.sae.state_dict().items():
+        torch.testing.assert_close(value, sae.state_dict()[name], msg=name, atol=1e-5, rtol=1e-4)
 
 
-def synthetic_z(n: int = 4000, d_in: int = 16, scale: float = 1.0, offset: float = 0.0) -> torch.Tensor:
+def synthetic_z(
+    n: int = 4000, d_in: int = 16, scale: float = 1.0, offset: float = 0.0
+) -> torch.Tensor:
     """Sparse non-negative combinations of 40 directions, with a little noise."""
     rng = generator(7)
     directions = F.normalize(torch.randn(40, d_in, generator=rng), dim=1)
@@ -472,7 +439,9 @@ def fvu_of(sae: JumpReLUSAE, z: torch.Tensor) -> float:
 def test_training_reaches_the_target_in_one_run(target):
     z = synthetic_z()
     sae, course = driver.train_sae(z, head, target, Settings(target_actives=(target,), **TOY))
-    assert driver.mean_actives(sae, z) == pytest.approx(target, rel=0.08)  # batches of 100: a noisy L0
+    assert driver.mean_actives(sae, z) == pytest.approx(
+        target, rel=0.08
+    )  # batches of 100: a noisy L0
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-5)
     assert (sae.threshold >= 0).all()
     assert len(course.l0) == driver.n_steps(4000, 100, 12)
@@ -481,7 +450,7 @@ def test_training_reaches_the_target_in_one_run(target):
 
 
 def test_training_does_not_depend_on_the_scale_of_z():
-    """What NORMALIZE_Z = False needs: other units and another origin give the same SAE, in those units."""
+    """What NORMALIZE_Z = False needs: other units and origin give the same SAE, in those units."""
     settings = Settings(target_actives=(5,), head_kl=0.0, **TOY)
     plain, _ = driver.train_sae(synthetic_z(), head, 5, settings)
     other_z = synthetic_z(scale=50.0, offset=3.0)
@@ -505,10 +474,12 @@ def test_training_repeats_itself_and_leaves_its_input_alone():
 
 def test_sae_divergence_is_reported():
     with pytest.raises(TrainingError, match=r"SAE training for 5 actives diverged.*--lr-sae"):
-        driver.train_sae(synthetic_z(1000), head, 5, Settings(target_actives=(5,), lr_sae=1e38, **TOY))
+        driver.train_sae(
+            synthetic_z(1000), head, 5, Settings(target_actives=(5,), lr_sae=1e38, **TOY)
+        )
 
 
-# --- Thresholds -------------------------------------------------------------------------------------------------------
+# --- Thresholds -----------------------------------------------------------------------------------
 
 
 def actives(sae: JumpReLUSAE, z: torch.Tensor) -> int:
@@ -538,7 +509,9 @@ def test_the_shift_does_not_depend_on_how_images_are_cut(monkeypatch):
 def test_thresholds_stay_at_zero_or_above():
     sae, z = random_sae(), torch.randn(1000, 6, generator=generator(1))
     positive = int((sae.pre_threshold(z) > 0).sum())
-    target = (positive - 5) / 1000  # so many that the smallest thresholds would have to fall below zero
+    target = (
+        positive - 5
+    ) / 1000  # so many that the smallest thresholds would have to fall below zero
     adjusted, shift = driver.adjust_thresholds(sae, z, target)
     assert shift < -sae.threshold.min()
     assert (adjusted.threshold >= 0).all()
@@ -564,7 +537,7 @@ def test_ties_are_left_out_together():
         assert actives(adjusted, z) == reached, wanted
 
 
-# --- Fidelity ---------------------------------------------------------------------------------------------------------
+# --- Fidelity -------------------------------------------------------------------------------------
 
 
 def fidelity_case() -> tuple[torch.Tensor, torch.Tensor]:
@@ -600,7 +573,9 @@ def test_fidelity_against_its_definitions():
     assert result.cross_entropy == pytest.approx(ce_hat, rel=1e-5)
     assert result.ce_recovered == pytest.approx((ce_mean - ce_hat) / (ce_mean - ce), rel=1e-4)
     assert result.kl == pytest.approx((p * (p / q).log()).sum(1).mean().item(), rel=1e-4)
-    assert result.agreement == pytest.approx((z.argmax(1) == z_hat.argmax(1)).double().mean().item())
+    assert result.agreement == pytest.approx(
+        (z.argmax(1) == z_hat.argmax(1)).double().mean().item()
+    )
     error, spread = (z - z_hat).double().square().sum(), (z - z.mean(0)).double().square().sum()
     assert result.fvu == pytest.approx((error / spread).item(), rel=1e-5)
     scaled = driver.fidelity(9 * z, 9 * z_hat, labels, head, 9 * z.mean(0))
@@ -625,7 +600,9 @@ def test_the_three_modes_by_hand():
     }
     assert tuple(expected) == driver.MODES
     for mode, z_hat in expected.items():
-        assert torch.allclose(driver.reconstruct(sae, z, mode, usage.mean_activation), torch.tensor(z_hat)), mode
+        assert torch.allclose(
+            driver.reconstruct(sae, z, mode, usage.mean_activation), torch.tensor(z_hat)
+        ), mode
 
 
 def test_usage_of_a_silent_feature_is_zero():
@@ -634,38 +611,90 @@ def test_usage_of_a_silent_feature_is_zero():
     assert (usage.feature_density.item(), usage.mean_activation.item()) == (0, 0)
 
 
-# --- Saved stages -----------------------------------------------------------------------------------------------------
+# --- Jobs -----------------------------------------------------------------------------------------
+
+
+def double_or_fail(value: int) -> int:
+    if value < 0:
+        raise InputError(f"{value} is negative")
+    return 2 * value
+
+
+def threads_and_a_sum() -> tuple[int, float]:
+    values = torch.rand(100_000, generator=generator())
+    return torch.get_num_threads(), values.sum().item()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_jobs_give_their_results_in_order(workers):
+    with driver.Jobs(workers) as jobs:
+        started = [jobs.start("double", double_or_fail, i, here=i % 3 == 0) for i in range(7)]
+        assert jobs.results(started) == [0, 2, 4, 6, 8, 10, 12]
+        assert set(jobs.seconds) == {"double"}
+        assert jobs.results([]) == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_job_raises_arrives(workers):
+    with driver.Jobs(workers) as jobs, pytest.raises(InputError, match="-1 is negative"):
+        jobs.results([jobs.start("fail", double_or_fail, -1)])
+
+
+def test_a_worker_computes_with_one_thread_and_gives_the_same_bits():
+    with driver.torch_threads(1), driver.Jobs(1) as jobs:
+        job = jobs.start("sum", threads_and_a_sum)
+        assert job.future.result()  # run by the worker, not taken back
+        assert jobs.results([job]) == [threads_and_a_sum()]
+        assert threads_and_a_sum()[0] == 1
+
+
+def test_a_worker_that_dies_is_reported():
+    with driver.Jobs(1) as jobs:
+        job = jobs.start("die", os._exit, 1)
+        job.future.exception()  # waits until it is dead
+        with pytest.raises(BrokenProcessPool):
+            jobs.results([job])
+
+
+def test_torch_has_its_threads_back():
+    before = torch.get_num_threads()
+    with driver.torch_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
+# --- Saved stages ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def saved(tmp_path):
-    driver.save_stage(tmp_path, "thing", "print", {"a": torch.arange(3.0)}, {"note": "x"})
+    record = {"fingerprint": "print", "note": "x"}
+    driver.save_stage(tmp_path, "thing", {"a": torch.arange(3.0)}, record)
     return tmp_path
 
 
-def test_a_saved_stage_is_reused(saved, capsys):
-    stage = driver.reusable_stage(saved, "thing", "print", fresh=False)
+def test_a_saved_stage_is_reused(saved):
+    stage, news = driver.reusable_stage(saved, "thing", "print", fresh=False)
     assert stage.tensors["a"].tolist() == [0, 1, 2]
     assert stage.record["note"] == "x"
-    assert "thing: reused" in capsys.readouterr().out
+    assert "thing: reused" in news
 
 
-def test_fresh_ignores_a_saved_stage(saved, capsys):
-    assert driver.reusable_stage(saved, "thing", "print", fresh=True) is None
-    assert capsys.readouterr().out == ""
+def test_fresh_ignores_a_saved_stage(saved):
+    assert driver.reusable_stage(saved, "thing", "print", fresh=True) == (None, "")
 
 
-def test_nothing_saved_is_nothing_to_report(tmp_path, capsys):
-    assert driver.reusable_stage(tmp_path, "thing", "print", fresh=False) is None
-    assert capsys.readouterr().out == ""
+def test_nothing_saved_is_nothing_to_report(tmp_path):
+    assert driver.reusable_stage(tmp_path, "thing", "print", fresh=False) == (None, "")
 
 
-def test_a_stage_of_other_settings_is_kept_aside(saved, capsys):
+def test_a_stage_of_other_settings_is_kept_aside(saved):
     for n in (1, 2):
-        assert driver.reusable_stage(saved, "thing", "another", fresh=False) is None
-        assert f"kept as thing.kept-{n}" in capsys.readouterr().out
+        stage, news = driver.reusable_stage(saved, "thing", "another", fresh=False)
+        assert stage is None
+        assert f"kept as thing.kept-{n}" in news
         assert driver.read_stage(saved, f"thing.kept-{n}").tensors["a"].tolist() == [0, 1, 2]
-        driver.save_stage(saved, "thing", "print", {"a": torch.arange(3.0)}, {})
+        driver.save_stage(saved, "thing", {"a": torch.arange(3.0)}, {"fingerprint": "print"})
 
 
 def damage_tensors(folder):
@@ -692,24 +721,26 @@ def damage_header(folder):
         lambda folder: (folder / "thing.safetensors").unlink(),
     ],
 )
-def test_a_damaged_stage_is_reported_retrained_and_kept_aside(saved, capsys, damage):
+def test_a_damaged_stage_is_reported_retrained_and_kept_aside(saved, damage):
     damage(saved)
     left = sorted(path.read_bytes() for path in saved.iterdir())
-    assert driver.reusable_stage(saved, "thing", "print", fresh=False) is None
-    out = capsys.readouterr().out
-    assert "thing: retrained, because thing.safetensors with thing.json" in out
-    assert "damaged or incomplete" in out
+    stage, news = driver.reusable_stage(saved, "thing", "print", fresh=False)
+    assert stage is None
+    assert "thing: retrained, because thing.safetensors with thing.json" in news
+    assert "damaged or incomplete" in news
     assert sorted(path.read_bytes() for path in saved.iterdir()) == left
     assert all(".kept-1." in path.name for path in saved.iterdir())
 
 
 def test_fingerprint_follows_settings_inputs_and_code():
-    def base(settings=Settings(), names=("seed",), functions=(driver.ramp,), **inputs):  # noqa: B008
-        return driver.fingerprint(settings, names, functions, **inputs)
+    def base(settings=Settings(), code=(driver.ramp,), constants=(), **inputs):  # noqa: B008
+        return driver.Recipe(("seed",), code, constants).fingerprint(settings, **inputs)
 
     assert base() == base()
     assert base() == base(Settings(out="elsewhere"))
-    assert len({base(), base(Settings(seed=1)), base(data="x"), base(functions=(driver.n_steps,))}) == 4
+    others = [base(Settings(seed=1)), base(data="x"), base(code=(driver.n_steps,))]
+    others.append(base(constants=(driver.STEERING,)))
+    assert len({base(), *others}) == 5
 
 
 def test_json_refuses_nan():
