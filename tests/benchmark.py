@@ -733,12 +733,12 @@ def sae_statements(clock: StatementClock, e: Explained) -> Claims:
 def other_statements(clock: StatementClock, e: Explained) -> None:
     """Those about other features of the same layer."""
     first = len(clock.rows)
-    with driver.Jobs(0) as jobs:
-        p = e.prepared(Path())
-        started = driver.start_comparisons(p, e.settings, e.subject, e.data, jobs)
-    for name, job in started.items():
-        features = job.args[0].W_enc.shape[1]
-        clock.run(name, features, job.function, *job.args)
+    judging, _ = fc.confirmation_splits(*e.data.test)
+    n_hidden, n_latents = e.layer.sae.W_enc.shape
+    for kind in driver.COMPARED:
+        features = n_hidden if kind == "neurons" else min(fc.COMPARED, n_latents)
+        given = (kind, e.settings, TARGET, e.layer, tuple(e.data.val), judging)
+        clock.run(kind, features, driver.compare_with, *given)
     compared = clock.rows[first:]
     n = int(total(compared, "features"))
     clock.add("sum of comparisons", total(compared, "seconds"), n)
