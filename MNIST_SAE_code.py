@@ -86,17 +86,17 @@ from mnist_data import (  # noqa: E402
 # --------------------------------------------------------------------------------------------------
 
 TARGET_ACTIVES = [20]  # mean number of active features per image; each target gets its own SAE
-SAE_LATENTS = 512  # four per hidden unit: enough for rare strokes, few enough to look at them all
+SAE_LATENTS = 256  # two per hidden unit: with more, fewer features return from other seeds
 EPOCHS_SAE_FINAL = 5  # passes over the training images; more lowers FVU slowly
 BATCH_SAE = 128  # many small steps beat few large ones: 256 is faster, FVU a tenth worse
-LR_SAE = 1e-2  # peak Adam rate; 1e-3 trebles FVU in so few epochs
-HEAD_KL = 0.1  # weight of the classifier's logits in the SAE loss; 0 ignores what z is used for
+LR_SAE = 1.3e-2  # peak Adam rate; 1e-3 trebles FVU in so few epochs
+HEAD_KL = 0.15  # weight of the classifier's logits in the SAE loss; 0 ignores what z is used for
 NORMALIZE_Z = True  # standardise each hidden unit first, so that loud ones do not own the SAE
 HIDDEN_UNITS = 128  # width of the classifier's hidden layer, d_in of the SAE
 EPOCHS_FFN = 3  # passes over the training images for the classifier
 BATCH_FFN = 256  # images per classifier step
 LR_FFN = 2e-2  # peak AdamW rate of one cycle; reaches in 3 epochs what 1e-3 needs 12 for
-WEIGHT_DECAY_FFN = 1.2  # strong on purpose: pixels without evidence lose their weight
+WEIGHT_DECAY_FFN = 0.4  # pixels without evidence lose their weight; more costs accuracy
 TOPK = 20  # strongest images kept per feature
 N_EVAL = 2000  # images over which an effect on the logits is averaged
 ALPHA = 1.0  # how much of a feature is added when its logit effect is measured
@@ -543,12 +543,13 @@ class Steering(NamedTuple):
     start_threshold: float = 0.5  # sqrt(lambda) at the start, in units of x
     head_from: float = 0.5  # share of training after which the logits count: earlier they slow it
     head_temperature: float = 4.0  # softened logits compare all classes on all images
-    rare_density: float = 0.002  # a latent that fires on fewer images is dying and is helped
-    rare_coefficient: float = 0.1  # weight of that help; from 0.03 to 3 little depends on it
+    rare_below: float = 1 / 16  # a latent below this share of the mean density is dying: helped
+    rare_coefficient: float = 0.2  # weight of that help; from 0.1 to 0.3 little depends on it
     rare_every: int = 4  # steps between two such helps: at all of them a fifth more work
     rare_at_once: int = 32  # at most so many rare latents explain one image
     rare_share: float = 0.25  # at most this share of the latents is helped at a time, the rarest
     fair_share: float = 1.25  # latents below this share of the mean density pay less lambda
+    busy_density: float = 0.25  # latents that fire on a larger share of the images pay more lambda
 
 
 STEERING = Steering()
@@ -569,6 +570,7 @@ class LambdaController:
     INTEGRAL = 0.1  # gain on log(L0 / target), per step
     PROPORTIONAL = 0.3  # gain on its change
     MEMORY = 0.9  # of the L0 average, per step
+    LEAST = 0.005  # threshold: from further down it would not find back before training ends
 
     def __init__(self, start_l0: float, device: torch.device):
         self.log_threshold = torch.tensor(math.log(STEERING.start_threshold), device=device)
@@ -584,7 +586,7 @@ class LambdaController:
         self.l0 = torch.lerp(l0, self.l0, self.MEMORY)
         error = torch.log(self.l0.clamp(min=1e-2) / target)
         change = self.INTEGRAL * error + self.PROPORTIONAL * (error - self.error)
-        self.log_threshold = self.log_threshold + change
+        self.log_threshold = (self.log_threshold + change).clamp(min=math.log(self.LEAST))
         self.error = error
 
 
@@ -594,17 +596,32 @@ def l0_target_at(progress: float, target: float, d_sae: int) -> float:
     return target * (start / target) ** max(0.0, 1 - progress / STEERING.l0_settled_at)
 
 
+def initial_rows(x: Tensor, d_sae: int, generator: torch.Generator) -> Tensor:
+    """Unit decoder rows (d_sae, d_in) to start from: towards images drawn at random, with quiet
+    coordinates of x (N, d_in) amplified; beyond the N-th in random directions.
+
+    Starting from images rather than from random directions, more features are found again when
+    another seed draws other images.
+    """
+    spread = x.std(0)
+    drawn = torch.randperm(len(x), generator=generator, device=generator.device)[:d_sae]
+    towards_images = x[drawn] / spread.clamp(min=1e-3 * spread.max()).sqrt()
+    further = (d_sae - len(drawn), x.shape[1])
+    others = torch.randn(further, generator=generator, device=generator.device)
+    return F.normalize(torch.cat([towards_images, others]), dim=1)
+
+
 @torch.no_grad()
-def initial_sae(x: Tensor, d_sae: int, start_l0: float, generator: torch.Generator) -> JumpReLUSAE:
-    """Random unit decoder rows, the encoder their transpose, every latent active on a share
+def initial_sae(rows: Tensor, x: Tensor, start_l0: float) -> JumpReLUSAE:
+    """Decoder `rows` (d_sae, d_in), the encoder their transpose, every latent active on a share
     start_l0 / d_sae of `x` (N, d_in).
 
     The encoder is scaled so that the first reconstruction is as close to `x` as one number can
     make it.
     """
-    sae = JumpReLUSAE(x.shape[1], d_sae).to(x.device).requires_grad_(False)
-    rows = torch.randn(sae.W_dec.shape, generator=generator, device=generator.device)
-    sae.W_dec.copy_(F.normalize(rows, dim=1))
+    d_sae, d_in = rows.shape
+    sae = JumpReLUSAE(d_in, d_sae).to(x.device).requires_grad_(False)
+    sae.W_dec.copy_(rows)
     projection = x @ sae.W_dec.T  # (N, d_sae)
     rank = int((1 - start_l0 / d_sae) * (len(x) - 1))
     cut = projection.sort(dim=0).values[rank]  # (d_sae,)
@@ -665,17 +682,18 @@ def add_rare_gradients(
     pre: Tensor,
     error: Tensor,
     density: Tensor,
+    rare_below: float,
 ) -> None:
     """Pull latents that hardly fire towards what the others leave over (after AuxK, Gao et al.).
 
     The loss is rare_coefficient times the mean square of what remains of the residual -error
     (B, d_in) when, for each image, the rare latents with the largest pre (B, d_sae) explain it,
-    threshold and sign of pre being ignored. `gradients` are those of `sae_gradients`; density
-    (d_sae,).
+    threshold and sign of pre being ignored. Rare are those whose density (d_sae,) is below
+    `rare_below`. `gradients` are those of `sae_gradients`.
     """
     n = max(1, round(STEERING.rare_share * len(density)))
     latents = density.topk(n, largest=False).indices
-    rare = density[latents] < STEERING.rare_density
+    rare = density[latents] < rare_below
     own = pre.index_select(1, latents)  # (B, n)
     candidates = own.masked_fill(~rare, -math.inf)
     cut = candidates.topk(min(STEERING.rare_at_once, n), dim=1).values[:, -1:]
@@ -724,7 +742,8 @@ class SAETraining:
         self.teacher = torch.cat([logits_of(chunk) for chunk in z.split(EVAL_ROWS)])
         d_sae = settings.sae_latents
         start_l0 = l0_target_at(0, target, d_sae)
-        self.sae = initial_sae(self.x[: 16 * settings.batch_sae], d_sae, start_l0, generator)
+        rows = initial_rows(self.x, d_sae, generator)
+        self.sae = initial_sae(rows, self.x[: 16 * settings.batch_sae], start_l0)
         sae = self.sae
         self.optimizer = Adam([sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec])
         self.controller = LambdaController(start_l0, z.device)
@@ -752,7 +771,8 @@ class SAETraining:
             d_x_hat.add_(d_head, alpha=settings.head_kl)
         gradients = sae_gradients(sae, x, feature_acts, active, d_x_hat)
         if number % STEERING.rare_every == 0:
-            add_rare_gradients(gradients, sae, x, pre, error, self.density)
+            below = STEERING.rare_below * self.target / settings.sae_latents
+            add_rare_gradients(gradients, sae, x, pre, error, self.density, below)
         self.optimizer.step(gradients, settings.lr_sae * ramp(progress, 0.02, 0.3))
         sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
 
@@ -763,10 +783,16 @@ class SAETraining:
         return loss, l0, l0_coefficient
 
     def thresholds(self, l0_target: float) -> Tensor:
-        """(d_sae,) sqrt(lambda) for a latent that has its fair share of the work, less for rarer
-        ones: a latent's lambda is proportional to its density, so rare ones are cheap to use."""
-        fair = STEERING.fair_share * l0_target / self.settings.sae_latents
-        return self.controller.threshold() * (self.density / fair).clamp(max=1).sqrt()
+        """(d_sae,) sqrt(lambda) for a latent that has its fair share of the work.
+
+        A latent's lambda is proportional to its density below that share, so rare ones are cheap
+        to use, and above busy_density (or twice the mean asked for, if that is more), so that none
+        does what several could share.
+        """
+        d_sae = self.settings.sae_latents
+        rare = (self.density / (STEERING.fair_share * l0_target / d_sae)).clamp(max=1)
+        busy = (self.density / max(STEERING.busy_density, 2 * self.target / d_sae)).clamp(min=1)
+        return self.controller.threshold() * (rare * busy).sqrt()
 
 
 def train_sae(
@@ -918,10 +944,21 @@ def fidelity(
     )
 
 
+def principal_reconstruction(z_train: Tensor, z: Tensor, n: int) -> Tensor:
+    """z (N, d_in) through the n strongest principal directions of z_train about its mean: the
+    plainest alternative to an SAE with n active features."""
+    frame = TrainingFrame.of(z_train)
+    strongest = frame.basis[:, -n:]  # eigenvalues ascend
+    return frame.center + (z - frame.center) @ strongest @ strongest.T
+
+
+BUSY = 0.1  # a feature that fires on a larger share of the images is dense
+
+
 @torch.no_grad()
-def measure(trained: TrainedSAE, subject: Subject, labels: Tensor) -> dict:
+def measure(trained: TrainedSAE, subject: Subject, labels: Tensor, target: int) -> dict:
     """Everything summary.json says about one SAE's fidelity, on the test images with `labels`
-    (N,)."""
+    (N,), beside that of `target` principal components."""
     pre, logits_of = subject.pre, subject.logits_of
     z_train, z_val, z_test = (pre.standardised(split) for split in ("train", "val", "test"))
     usage, z_mean = feature_usage(trained.sae, z_train), z_train.mean(0)
@@ -936,7 +973,11 @@ def measure(trained: TrainedSAE, subject: Subject, labels: Tensor) -> dict:
     active = [(trained.sae.encode(z) > 0).sum(1) for z in z_test.split(EVAL_ROWS)]
     l0 = torch.cat(active).double()
     jump = by_mode["jumprelu"]
+    z_pca = principal_reconstruction(z_train, z_test, target)
+    pca = fidelity(z_test, z_pca, labels, logits_of, z_mean)
+    disagreement_pca = 1 - pca.agreement
     density = usage.feature_density
+    dense = density > BUSY
     return {
         "achieved_actives_before_shift": mean_actives(trained.before, z_val),
         "achieved_actives_val": mean_actives(trained.sae, z_val),
@@ -953,7 +994,14 @@ def measure(trained: TrainedSAE, subject: Subject, labels: Tensor) -> dict:
         "kl": jump.kl,
         "before_shift": through(trained.before, "jumprelu")._asdict(),
         "dead_features": int((density == 0).sum()),
-        "dense_features": int((density > 0.5).sum()),
+        "fvu_pca": pca.fvu,
+        "agreement_pca": pca.agreement,
+        "fvu_to_pca": jump.fvu / pca.fvu,
+        "disagreement_to_pca": (1 - jump.agreement) / disagreement_pca
+        if disagreement_pca
+        else None,
+        "dense_features": int(dense.sum()),
+        "dense_share_of_l0": (density[dense].sum() / density.sum()).item(),
         "rare_features": int((density < 0.001).sum()),
     }
 
@@ -1206,7 +1254,15 @@ SAE = Recipe(
     ("sae_latents", "epochs_sae_final", "batch_sae", "lr_sae", "head_kl", "normalize_z", "seed"),
     (
         *(*TRAINING_CODE, collect_preactivations, JumpReLUSAE, TrainingFrame, LambdaController),
-        *(l0_target_at, initial_sae, sae_gradients, soft_kl, head_gradient, add_rare_gradients),
+        *(
+            l0_target_at,
+            initial_rows,
+            initial_sae,
+            sae_gradients,
+            soft_kl,
+            head_gradient,
+            add_rare_gradients,
+        ),
         *(SAETraining, train_sae, threshold_shift, adjust_thresholds),
     ),
     (STEERING, EVAL_ROWS),
@@ -1557,13 +1613,64 @@ def start_pictures(
     return started
 
 
-def returned_share(matches: Sequence[fa.Matches], fires: Tensor) -> dict:
-    """Of the features that fire, (d_sae,) bool, the share that returned in half of the SAEs of
-    other seeds or more."""
-    times = torch.stack([m.returned for m in matches]).sum(0)
-    returned = 2 * times[fires] >= len(matches)
-    share = returned.double().mean().item() if fires.any() else None
-    return {"runs": len(matches), "features": share}
+class Replicates(NamedTuple):
+    """What other seeds made of the same target."""
+
+    seeds: list[int]
+    saes: list[JumpReLUSAE]
+    matches: list[fa.Matches]  # the features of the run's own SAE in each of them
+    record: dict  # for summary.json: how much returns
+
+    def counterparts(self, k: int) -> list[dict]:
+        """What feature_report.json says about feature k in the SAEs of other seeds."""
+        found = []
+        for seed, m in zip(self.seeds, self.matches, strict=True):
+            values = {name: float(getattr(m, name)[k]) for name in ("cosine", "correlation")}
+            found.append({"seed": seed, "feature": int(m.feature[k]), **values})
+        return found
+
+
+def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, and standard deviation (n - 1 in its denominator)."""
+    values = torch.tensor(values, dtype=torch.float64)
+    return {"mean": values.mean().item(), "std": values.std().item()}
+
+
+@torch.no_grad()
+def compare_seeds(
+    target: int, trained: Sequence[TrainedSAE], settings: Settings, subject: Subject, images: Tensor
+) -> Replicates | None:
+    """How much of an SAE returns: each of `trained`, the run's own first, looked for in each other
+    on `images` (N, ...); None where there is no other.
+
+    As a measure of chance, the run's own is also looked for in an SAE of another seed that was not
+    trained.
+    """
+    if len(trained) == 1:
+        return None
+    seeds = [settings.seed + n for n in range(len(trained))]
+    saes = [one.sae for one in trained]
+    z = subject.pre.standardised("val")
+    usage = [feature_usage(sae, z) for sae in saes]
+    found = {}
+    for i, sae in enumerate(saes):
+        for j, other in enumerate(saes):
+            if i != j:
+                found[i, j] = fa.match_features(subject.layer(sae), images, other)
+    returns = [fa.how_much_returns(m, *usage[i]) for (i, _), m in found.items()]
+
+    start = untrained_sae(replace(settings, seed=seeds[1]), target, z)
+    by_chance = fa.match_features(subject.layer(saes[0]), images, start)
+    record = {
+        "seeds": seeds,
+        "pairs": len(found),
+        **{
+            name: mean_and_spread([getattr(r, name) for r in returns]) for name in fa.Return._fields
+        },
+        "untrained": fa.how_much_returns(by_chance, *usage[0])._asdict(),
+    }
+    matches = [found[0, j] for j in range(1, len(saes))]
+    return Replicates(seeds[1:], saes[1:], matches, record)
 
 
 class Diagnosis(NamedTuple):
@@ -1589,6 +1696,12 @@ COMPLAINTS = {  # limit, what is measured, what to change
     "dead latents": (
         *(0.05, "share silent on all training images", "lower SAE_LATENTS or raise TARGET_ACTIVES"),
     ),
+    "features that do not return": (
+        *(0.5, "share of the energy that another seed does not find", "lower TARGET_ACTIVES"),
+    ),
+    "few features do the work": (
+        *(0.6, "share of L0 by those on over a tenth of the images", "lower TARGET_ACTIVES"),
+    ),
     "slow analysis": (100.0, "milliseconds per feature, pictures included", "set FEATURES"),
 }
 
@@ -1605,9 +1718,16 @@ def diagnose(
         "redundant features": (analysis.nearest.cosine > 0.9).float().mean().item(),
         "low boolean fidelity": record["delta_acc_boolean_scaled"],
         "dead latents": record["dead_features"] / record["sae_latents"],
+        "few features do the work": record["dense_share_of_l0"],
         "slow analysis": 1000 * of_each,
     }
-    return [Diagnosis(name, measured[name], *COMPLAINTS[name]) for name in COMPLAINTS]
+    if "returned" in record:
+        measured["features that do not return"] = 1 - record["returned"]["energy"]["mean"]
+    return [
+        Diagnosis(name, measured[name], *COMPLAINTS[name])
+        for name in COMPLAINTS
+        if name in measured
+    ]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1647,8 +1767,9 @@ def remove_statements(folder: Path) -> None:
 def untrained_sae(settings: Settings, target: int, z: Tensor) -> JumpReLUSAE:
     """The SAE as training starts, its thresholds adjusted to the target on z (N, d_in)."""
     generator = torch.Generator(z.device).manual_seed(settings.seed)
+    rows = initial_rows(z, settings.sae_latents, generator)
     start_l0 = l0_target_at(0, target, settings.sae_latents)
-    start = initial_sae(z[: 16 * settings.batch_sae], settings.sae_latents, start_l0, generator)
+    start = initial_sae(rows, z[: 16 * settings.batch_sae], start_l0)
     return adjust_thresholds(start, z, target)[0]
 
 
@@ -1741,9 +1862,18 @@ def feature_block(record: dict, n_images: int) -> str:
     return "\n".join(lines + statement_block(record))
 
 
-def caption_of(record: dict) -> str:
-    """What a panel says below its gallery."""
-    return "\n".join(line.strip() for line in statement_block(record))
+def panel_notes(record: dict, replicates: Replicates | None, subject: Subject) -> fa.PanelNotes:
+    """What a panel says about a feature: its hypothesis, and its counterparts in other SAEs."""
+    caption = "\n".join(line.strip() for line in statement_block(record))
+    counterparts = []
+    for found in record.get("counterparts", []):
+        sae = replicates.saes[replicates.seeds.index(found["seed"])]
+        pre = subject.pre
+        heat = fa.feature_input_pattern(subject.model, sae, pre.mu, pre.std, found["feature"])
+        similarity = min(found["cosine"], found["correlation"])
+        words = f"seed {found['seed']}: {similarity:.2f}"
+        counterparts.append((words, heat.cpu().numpy()))
+    return fa.PanelNotes(caption, tuple(counterparts))
 
 
 def statement_block(record: dict) -> list[str]:
@@ -1793,11 +1923,18 @@ RESULTS = (
     Result("  boolean", "recon_acc_boolean", "{:.2%}"),
     Result("  boolean, scaled", "recon_acc_boolean_scaled", "{:.2%}"),
     Result("agreement", "agreement_jumprelu", "{:.2%}", "predictions kept through the SAE"),
+    Result(
+        "  of as many PCs", "agreement_pca", "{:.2%}", "... through as many principal components"
+    ),
     Result("FVU", "fvu", "{:.4f}", "share of variance it leaves out (FVU)"),
+    Result("  of as many PCs", "fvu_pca", "{:.4f}", "... that as many principal components leave"),
+    Result("FVU relative to PCs", "fvu_to_pca", "{:.3f}"),
+    Result("disagreement, relative", "disagreement_to_pca", "{:.3f}"),
     Result("cross entropy recovered", "ce_recovered", "{:.4f}"),
     Result("KL", "kl", "{:.5f}"),
     Result("dead features", "dead_features", "{}", "features that never fire"),
-    Result("dense features", "dense_features", "{}"),
+    Result("dense features (> 10%)", "dense_features", "{}"),
+    Result("  their share of L0", "dense_share_of_l0", "{:.1%}"),
 )
 
 
@@ -1812,9 +1949,21 @@ def results_table(records: Sequence[dict]) -> str:
     for result in RESULTS:
         rows.append([result.title, *(shown_result(result, r) for r in records)])
     if all("returned" in r for r in records):
-        shares = [f"{r['returned']['features'] or 0:.1%}" for r in records]
-        rows.append(["features that return", *shares])
+        rows += returned_rows(records)
     return fc.text_table(rows)
+
+
+def returned_rows(records: Sequence[dict]) -> list[list[str]]:
+    """How much of an SAE another seed finds again; the spread is that over pairs."""
+    rows = []
+    titles = {"features": "features that return", "energy": "energy that returns"}
+    titles["similarity"] = "similarity of nearest"
+    for name, title in titles.items():
+        found = [r["returned"][name] for r in records]
+        rows.append([title, *(f"{f['mean']:.3f} ± {f['std']:.3f}" for f in found)])
+    untrained = [f"{r['returned']['untrained']['similarity']:.3f}" for r in records]
+    rows.append(["  in an untrained SAE", *untrained])
+    return rows
 
 
 def draw_frontier(records: Sequence[dict], path: Path) -> None:
@@ -1881,7 +2030,7 @@ class Prepared(NamedTuple):
     target: int
     folder: Path
     trained: TrainedSAE
-    matches: list[fa.Matches]  # its features in the SAE of each other seed
+    replicates: Replicates | None
     analysis: fa.Analysis
     features: list[int]  # those that are reported
     frozen: str | None  # the SHA-256 of hypotheses.json, if there are hypotheses
@@ -1900,7 +2049,7 @@ def prepare_target(
     """Analyse the features of one target's SAE, state and freeze what they mean."""
     clock, frozen = Clock(), None
     folder = target_folder(Path(settings.out), settings, target)
-    trained, *others = saes
+    trained = saes[0]
     layer = subject.layer(trained.sae)
     analysis = analyse(layer, data, settings, clock)
     features = analysed_features(analysis.bank, settings.features)
@@ -1911,8 +2060,10 @@ def prepare_target(
             hypotheses = fh.propose_hypotheses(layer, *data.val)
             frozen = fh.freeze_hypotheses(hypotheses, folder / "hypotheses.json")
     with clock("matching"):
-        matches = [fa.match_features(layer, data.val.images, other.sae) for other in others]
-    return Prepared(target, folder, trained, matches, analysis, features, frozen, pictures, clock)
+        replicates = compare_seeds(target, saes, settings, subject, data.val.images)
+    return Prepared(
+        target, folder, trained, replicates, analysis, features, frozen, pictures, clock
+    )
 
 
 def finish_target(
@@ -1926,8 +2077,8 @@ def finish_target(
     report = feature_report(p, trial)
     by_feature = {entry["feature"]: entry for entry in report}
     telling = telling_features(p.analysis, p.features)
-    captions = {k: caption_of(by_feature[k]) for k in telling}
-    given = (p.folder, telling, p.analysis, data.val.images.cpu(), captions)
+    notes = {k: panel_notes(by_feature[k], p.replicates, subject) for k in telling}
+    given = (p.folder, telling, p.analysis, data.val.images.cpu(), notes)
     drawing = [*p.pictures, jobs.start("panels", fa.write_feature_panels, *given)]
     record = target_record(p, settings, subject, data)
     record["telling_features"] = telling
@@ -1952,7 +2103,8 @@ def feature_report(p: Prepared, trial: fc.Trial | None) -> list[dict]:
     report = []
     for k in p.features:
         entry = fa.feature_record(k, p.analysis)
-        entry["returned_in_runs"] = sum(bool(m.returned[k]) for m in p.matches)
+        if p.replicates:
+            entry["counterparts"] = p.replicates.counterparts(k)
         if trial:
             entry |= fc.statement_record(k, trial)
         report.append(entry)
@@ -1962,7 +2114,7 @@ def feature_report(p: Prepared, trial: fc.Trial | None) -> list[dict]:
 def target_record(p: Prepared, settings: Settings, subject: Subject, data: Data) -> dict:
     """What summary.json says about one target, but for its statements."""
     with p.clock("fidelity"):
-        measured = measure(p.trained, subject, data.test.labels)
+        measured = measure(p.trained, subject, data.test.labels, p.target)
     record = {
         "target_actives": p.target,
         "lambda": p.trained.record["lambda"],
@@ -1975,8 +2127,8 @@ def target_record(p: Prepared, settings: Settings, subject: Subject, data: Data)
         "device": str(subject.device),
         "versions": versions(),
     }
-    if p.matches:
-        record["returned"] = returned_share(p.matches, p.analysis.bank.n_active > 0)
+    if p.replicates:
+        record["returned"] = p.replicates.record
     return record
 
 

@@ -652,9 +652,14 @@ class Matches(NamedTuple):
     correlation: Tensor  # of the activations over images
 
     @property
+    def similarity(self) -> Tensor:
+        """(d_sae,) the smaller of cosine and correlation."""
+        return torch.minimum(self.cosine, self.correlation)
+
+    @property
     def returned(self) -> Tensor:
         """(d_sae,) bool"""
-        return (self.cosine >= ALIKE) & (self.correlation >= ALIKE)
+        return self.similarity >= ALIKE
 
 
 def _correlations(layer: ExplainedLayer, images: Tensor, other) -> Tensor:
@@ -697,6 +702,36 @@ def match_features(layer: ExplainedLayer, images: Tensor, other) -> Matches:
     best = torch.minimum(cosine, correlation).argmax(1)
     each = torch.arange(len(best))
     return Matches(best, cosine[each, best], correlation[each, best])
+
+
+class Return(NamedTuple):
+    """How much of one SAE is found again in another, each in [0, 1] but for negative similarity."""
+
+    features: float  # share of the features that fire
+    energy: float  # share of the sum over features of density * mean activation^2
+    similarity: float  # mean over features, weighted by density: without a threshold, so steadier
+
+
+def how_much_returns(matches: Matches, density: Tensor, mean_activation: Tensor) -> Return:
+    """`matches` of an SAE's features, and how they fire: share of images, and mean activation where
+    active, (d_sae,) each. Zeros for an SAE that never fires.
+
+    With unit decoder rows, density * mean activation^2 is about what a feature adds to the
+    reconstruction's square, so that features count by the work they do.
+    """
+    density, mean_activation = density.cpu().double(), mean_activation.cpu().double()
+    returned = matches.returned.double()
+    energy = density * mean_activation.square()
+    fires = (density > 0).double()
+
+    def weighted_mean(values: Tensor, weights: Tensor) -> float:
+        return float((values * weights).sum() / weights.sum().clamp(min=1e-12))
+
+    return Return(
+        features=weighted_mean(returned, fires),
+        energy=weighted_mean(returned, energy),
+        similarity=weighted_mean(matches.similarity.double(), density),
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1176,17 +1211,39 @@ def _draw_charts(histogram, logit_delta, ablation_delta) -> np.ndarray:
     return np.asarray(figure.canvas.buffer_rgba())[:, :, :3]
 
 
+class PanelNotes(NamedTuple):
+    """What a panel says besides the numbers."""
+
+    caption: str = ""  # below the gallery
+    counterparts: tuple[tuple[str, np.ndarray], ...] = ()  # words and pattern (H, W) of each
+
+
+COUNTERPARTS = 4  # a panel has room for so many
+
+
+def _paste_counterparts(page: np.ndarray, notes: PanelNotes, mask, top: int, left: int) -> None:
+    """Patterns of a feature's counterparts, with words below each, two in a row."""
+    for number, (words, heat) in enumerate(notes.counterparts[:COUNTERPARTS]):
+        colours = _pattern_colours(heat, display_scale(heat, mask), mask)
+        pattern = pattern_palette()[_enlarged(colours, _zoom(heat.shape, TILE))]
+        row, column = divmod(number, 2)
+        at = top + row * (len(pattern) + 21), left + column * (TILE + 34)
+        _paste(page, pattern, *at)
+        _paste(page, _lettering(words, 10), at[0] + len(pattern), at[1])
+
+
 def _paint_panel(
-    gallery: GalleryPainter, k: int, bank: FeatureBank, heat: np.ndarray, mask, effects, caption
+    gallery: GalleryPainter, k: int, bank: FeatureBank, heat: np.ndarray, mask, effects, notes
 ) -> np.ndarray:
-    """The panel of feature k, (height, width, 3) uint8; `effects` are logit and ablation delta."""
+    """The panel of feature k, (height, width, 3) uint8; `effects` are logit and ablation delta,
+    `notes` are PanelNotes."""
     zoom = _zoom(heat.shape, PANEL_PATTERN)
     images = gallery.paint(k, bank)
     numbers = _pattern_colours(heat, display_scale(heat, mask), mask)
     pattern = pattern_palette()[_enlarged(numbers, zoom)]
     charts = _draw_charts(bank.label_histogram[k], *effects)
     lines = []
-    for paragraph in caption.splitlines():
+    for paragraph in notes.caption.splitlines():
         lines += textwrap.wrap(paragraph, CAPTION_LETTERS)
 
     left, top = images.shape[1] + NUMBERS, HEADER + MARGIN  # of the pattern
@@ -1199,8 +1256,12 @@ def _paint_panel(
     _paste(page, images, 0, 0)
     for row, line in enumerate(lines):
         _paste(page, _lettering(line), len(images) + CAPTION_LINE * row, MARGIN)
-    _paste(page, _lettering("pixels: red raises it, blue lowers it", 13), MARGIN, left)
+    _paste(page, _lettering("red raises, blue lowers", 13), MARGIN, left)
     _paste(page, pattern, top, left)
+    if notes.counterparts:
+        beside = left + pattern.shape[1] + MARGIN
+        _paste(page, _lettering("nearest of other seeds", 13), MARGIN, beside)
+        _paste_counterparts(page, notes, mask, top, beside)
     _paste(page, charts, charts_top, images.shape[1])
     return page
 
@@ -1225,14 +1286,15 @@ def show_feature_panel(
     heat = _as_array(heat)
     mask = as_mask(inked, heat.shape)
     effects = logit_delta, ablation_delta
-    pixels = _paint_panel(GalleryPainter(images), k, bank, heat, mask, effects, caption)
+    notes = PanelNotes(caption)
+    pixels = _paint_panel(GalleryPainter(images), k, bank, heat, mask, effects, notes)
     return _figure_of(pixels, save_path)
 
 
 def write_feature_panels(
-    folder: str | Path, features: Iterable[int], analysis: Analysis, images, captions: Mapping
+    folder: str | Path, features: Iterable[int], analysis: Analysis, images, notes: Mapping
 ) -> None:
-    """feature_{k}_panel.png of `features`, with captions[k] where there is one.
+    """feature_{k}_panel.png of `features`, with the PanelNotes notes[k] where there are some.
 
     `images` are those the bank was collected on. Raises like `write_feature_pictures`.
     """
@@ -1241,6 +1303,6 @@ def write_feature_panels(
     gallery = GalleryPainter(images)
     for k in features:
         effects = analysis.logit.mean_delta[k], analysis.ablation.mean_delta[k]
-        caption = captions.get(k, "")
-        pixels = _paint_panel(gallery, k, analysis.bank, heats[k], mask, effects, caption)
+        about = notes.get(k, PanelNotes())
+        pixels = _paint_panel(gallery, k, analysis.bank, heats[k], mask, effects, about)
         save_pixels(pixels, Path(folder) / f"feature_{k}_panel.png")

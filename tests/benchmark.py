@@ -364,7 +364,7 @@ class Explained(NamedTuple):
         """What the driver's last stages take; nothing is frozen, no picture is under way."""
         features = driver.analysed_features(self.analysis.bank, 0)
         return driver.Prepared(
-            TARGET, folder, self.trained, [], self.analysis, features, None, [], driver.Clock()
+            TARGET, folder, self.trained, None, self.analysis, features, None, [], driver.Clock()
         )
 
 
@@ -768,7 +768,7 @@ def report_of(e: Explained, claims: Claims) -> list[dict]:
 
 def page(e: Explained, claims: Claims, repeats: int) -> list[Row]:
     report = report_of(e, claims)
-    record = driver.measure(e.trained, e.subject, e.data.test.labels)
+    record = driver.measure(e.trained, e.subject, e.data.test.labels, TARGET)
     record["diagnoses"] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

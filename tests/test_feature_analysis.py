@@ -748,6 +748,71 @@ def test_the_same_sae_in_another_order_returns(scene, rows, monkeypatch):
     assert matches.returned.tolist() == alive.tolist()  # one that never fires cannot return
 
 
+def returned(scene: Scene, other: SAE) -> fa.Return:
+    """How much of the scene's SAE returns in another one."""
+    acts = scene.feature_acts()
+    n_active = (acts > 0).sum(0)
+    mean = acts.sum(0) / n_active.clamp(min=1)
+    matches = fa.match_features(layer_of(scene), scene.images, other)
+    return fa.how_much_returns(matches, n_active / N, mean)
+
+
+def test_all_of_an_identical_permuted_or_scaled_sae_returns(scene):
+    W_enc, b_enc, threshold, W_dec = scene.sae
+    order = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(0))
+    permuted = SAE(W_enc[:, order], b_enc[order], threshold[order], W_dec[order])
+    scaled = SAE(8 * W_enc, 8 * b_enc, 8 * threshold, W_dec / 8)
+    for other in (scene.sae, permuted, scaled):
+        assert returned(scene, other) == pytest.approx((1, 1, 1), abs=1e-5)
+
+
+def test_nothing_of_an_unrelated_or_a_silent_sae_returns():
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randn(300, 64, generator=rng)
+    model = Model(lambda x: x, torch.eye(64), relu=False)
+    rows = torch.randn(2, 20, 64, generator=rng)
+    one, other = (SAE(w.T, torch.zeros(20), torch.full((20,), 4.0), w) for w in rows)
+    silent = one._replace(threshold=torch.full((20,), torch.inf))
+    layer = fa.ExplainedLayer(model, one, torch.zeros(64), torch.ones(64))
+    fires = (one.encode(images) > 0).float().mean(0)
+    assert fires.min() > 0
+    for another in (other, silent):
+        matches = fa.match_features(layer, images, another)
+        found = fa.how_much_returns(matches, fires, torch.ones(20))
+        assert found[:2] == (0, 0)
+        assert found.similarity < 0.3
+
+
+def test_features_that_return_count_by_what_they_do():
+    """Three features that fire: one returns, one is split into halves, one turns to the right."""
+    matches = fa.Matches(
+        feature=torch.tensor([0, 1, 2, 3]),
+        cosine=torch.tensor([0.9, 1.0, 0.0, 1.0]),
+        correlation=torch.tensor([0.8, 0.6, 0.9, 1.0]),
+    )
+    density = torch.tensor([0.5, 0.25, 0.25, 0.0])
+    found = fa.how_much_returns(matches, density, torch.tensor([1.0, 2.0, 4.0, 9.0]))
+    assert found.features == pytest.approx(1 / 3)
+    assert found.energy == pytest.approx(0.5 / (0.5 + 1.0 + 4.0))
+    assert found.similarity == pytest.approx(0.5 * 0.8 + 0.25 * 0.6 + 0.25 * 0.0)
+    assert fa.how_much_returns(matches, torch.zeros(4), torch.zeros(4)) == (0, 0, 0)
+
+
+def test_a_feature_that_was_split_does_not_return():
+    """One direction, two features: one half of the images each."""
+    side = torch.tensor([1.0, -1.0]).repeat(20)
+    images = torch.stack([torch.linspace(1, 2, 40), side], 1)
+    whole = SAE(torch.eye(2)[:, :1], torch.zeros(1), torch.zeros(1), torch.eye(2)[:1])
+    turned = torch.tensor([[1.0, 1.0], [10.0, -10.0]])  # pre is above 10 on one side each
+    halves = SAE(turned, torch.zeros(2), torch.full((2,), 5.0), torch.eye(2)[[0, 0]])
+    model = Model(lambda x: x, torch.eye(2), relu=False)
+    layer = fa.ExplainedLayer(model, whole, torch.zeros(2), torch.ones(2))
+    matches = fa.match_features(layer, images, halves)
+    assert matches.cosine.item() == 1
+    assert matches.correlation.item() < 0.5
+    assert not matches.returned.any()
+
+
 @pytest.mark.parametrize("rows", [fa.ROWS, 5])
 def test_matches_agree_with_a_slow_loop(scene, rows, monkeypatch):
     monkeypatch.setattr(fa, "ROWS", rows)
@@ -1220,8 +1285,9 @@ def test_folder_of_panels_equals_the_single_ones(tmp_path):
     together, single = tmp_path / "together", tmp_path / "single.png"
     together.mkdir()
     captions = {RARE: "A caption of one feature."}
+    notes = {k: fa.PanelNotes(caption) for k, caption in captions.items()}
     chosen = (ALWAYS, RARE, DEAD)
-    fa.write_feature_panels(together, chosen, analysis, scene.images, captions)
+    fa.write_feature_panels(together, chosen, analysis, scene.images, notes)
     names = {f"feature_{k}_panel.png" for k in chosen}
     assert {path.name for path in together.iterdir()} == names
     for k in chosen:
@@ -1229,6 +1295,36 @@ def test_folder_of_panels_equals_the_single_ones(tmp_path):
         given = (k, analysis.bank, scene.images, analysis.heats[k], *effects)
         fa.show_feature_panel(*given, single, analysis.inked, captions.get(k, ""))
         assert single.read_bytes() == (together / f"feature_{k}_panel.png").read_bytes()
+
+
+def places_of(part: np.ndarray, page: np.ndarray) -> list[tuple[int, int]]:
+    """Where `part` (h, w, 3) stands in `page`."""
+    height, width = part.shape[:2]
+    windows = np.lib.stride_tricks.sliding_window_view(page, (1, width, 3))[:, :, 0, 0]
+    tops, lefts = (windows == part[0]).all((2, 3)).nonzero()
+    pairs = zip(tops.tolist(), lefts.tolist(), strict=True)
+    return [(t, e) for t, e in pairs if np.array_equal(page[t : t + height, e : e + width], part)]
+
+
+def test_a_panel_shows_the_counterparts_of_its_feature(tmp_path):
+    scene = make_scene("conv")
+    analysis = analysis_of(scene)._replace(inked=np.ones((SIDE, SIDE), bool))
+    rng = np.random.default_rng(0)
+    heats = [rng.normal(size=(SIDE, SIDE)) for _ in range(5)]
+    shown = tuple((f"seed {n}: 0.9", heat) for n, heat in enumerate(heats))
+    notes = {RARE: fa.PanelNotes("", shown)}
+    fa.write_feature_panels(tmp_path, [RARE], analysis, scene.images, notes)
+    page = np.asarray(Image.open(tmp_path / f"feature_{RARE}_panel.png").convert("RGB"))
+    found = []
+    for heat in heats:
+        scale = fa.display_scale(heat, None)
+        colours = np.rint(fa.STEPS * ((heat / scale).clip(-1, 1) + 1)).astype(int)
+        zoom = round(fa.TILE / SIDE)
+        tile = fa.pattern_palette()[colours].repeat(zoom, 0).repeat(zoom, 1)
+        found.append(places_of(tile, page))
+    assert [len(places) for places in found] == [1, 1, 1, 1, 0]  # there is room for four
+    tops = [places[0][0] for places in found[:4]]
+    assert tops[0] == tops[1] < tops[2] == tops[3]
 
 
 def test_folder_of_pictures_equals_the_single_ones(tmp_path):

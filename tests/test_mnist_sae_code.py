@@ -7,6 +7,7 @@ import sys
 import types
 from concurrent.futures.process import BrokenProcessPool
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,11 +73,11 @@ def test_flags_override_the_settings_block():
     ("flags", "message"),
     [
         ("--target-actives", "--target-actives is empty"),
-        ("--target-actives 0", "--target-actives 0 must be positive and below --sae-latents 512"),
+        ("--target-actives 0", "--target-actives 0 must be positive and below --sae-latents 256"),
         ("--target-actives -3", "--target-actives -3 must be positive"),
         (
             "--target-actives 512",
-            "--target-actives 512 must be positive and below --sae-latents 512",
+            "--target-actives 512 must be positive and below --sae-latents 256",
         ),
         ("--target-actives 5 5", "names a target twice"),
         ("--target-actives 2.5", "invalid int value: '2.5'"),
@@ -259,20 +260,48 @@ def test_training_frame_can_be_entered_left_and_folded_away():
 
 def test_initial_sae_fires_as_often_as_asked_and_has_the_best_length():
     x = torch.randn(2000, 16, generator=generator())
-    sae = driver.initial_sae(x, 64, start_l0=8.0, generator=generator(1)).requires_grad_(False)
+    rows = F.normalize(torch.randn(64, 16, generator=generator(1)), dim=1)
+    sae = driver.initial_sae(rows, x, start_l0=8.0)
+    assert torch.equal(sae.W_dec, rows)
     density = (sae.encode(x) > 0).float().mean(0)
     assert torch.allclose(density, torch.full((64,), 8 / 64), atol=2e-3)
     best = (x - sae(x)).square().sum()
+    start = driver.STEERING.start_threshold
     for factor in (0.9, 1.1):  # any other length, at the same actives, is worse
-        other = driver.initial_sae(x, 64, start_l0=8.0, generator=generator(1)).requires_grad_(
-            False
-        )
+        other = driver.initial_sae(rows, x, start_l0=8.0)
         other.W_enc.mul_(factor)
-        other.b_enc.copy_(
-            driver.STEERING.start_threshold + factor * (sae.b_enc - driver.STEERING.start_threshold)
-        )
+        other.b_enc.copy_(start + factor * (sae.b_enc - start))
         assert ((other.encode(x) > 0) != (sae.encode(x) > 0)).sum() <= 64  # those at the threshold
         assert (x - other(x)).square().sum() > best
+
+
+def test_initial_rows_point_towards_different_images():
+    x = torch.randn(50, 6, generator=generator()) * torch.tensor([4.0, 1, 1, 1, 1, 0.25])
+    rows = driver.initial_rows(x, 20, generator(1))
+    towards = F.normalize(x / x.std(0).sqrt(), dim=1)
+    cosine = rows @ towards.T
+    assert torch.allclose(cosine.amax(1), torch.ones(20), atol=1e-5)
+    assert len(set(cosine.argmax(1).tolist())) == 20
+    assert torch.equal(rows, driver.initial_rows(x, 20, generator(1)))
+    assert not torch.equal(rows, driver.initial_rows(x, 20, generator(2)))
+
+
+def test_initial_rows_of_few_images_and_of_units_that_never_vary():
+    x = torch.randn(5, 4, generator=generator())
+    x[:, 2] = 0
+    rows = driver.initial_rows(x, 12, generator())
+    assert rows.shape == (12, 4)
+    assert rows.norm(dim=1) == pytest.approx(torch.ones(12))
+    assert len(torch.unique(rows, dim=0)) == 12
+
+
+def test_rare_latents_pay_less_and_busy_ones_more():
+    training = driver.SAETraining(synthetic_z(400), head, 5, Settings(**TOY), generator())
+    fair = driver.STEERING.fair_share * 5 / 64
+    busy = driver.STEERING.busy_density
+    training.density = torch.tensor([fair / 9, fair, busy, 4 * busy])
+    factor = training.thresholds(5) / training.controller.threshold()
+    assert factor.tolist() == pytest.approx([1 / 3, 1, 1, 2])
 
 
 def test_l0_target_falls_to_what_is_asked_and_stays():
@@ -292,6 +321,17 @@ def test_lambda_controller_finds_the_l0_asked_for(target):
         controller.observe((pre > controller.threshold()).float().sum(1).mean(), target)
     expected = 200 * 0.5 * math.erfc(controller.threshold().item() / math.sqrt(2))
     assert expected == pytest.approx(target, rel=0.06)
+
+
+def test_the_controller_finds_back_from_a_target_out_of_reach():
+    """While too few latents can fire, lambda falls; it must not fall so far that it stays there."""
+    controller = driver.LambdaController(100.0, torch.device("cpu"))
+    for _ in range(500):
+        controller.observe(torch.tensor(10.0), 50.0)
+    assert controller.threshold().item() == pytest.approx(controller.LEAST)
+    for _ in range(40):
+        controller.observe(torch.tensor(100.0), 50.0)
+    assert controller.threshold().item() > 10 * controller.LEAST
 
 
 def test_soft_kl_against_its_definition():
@@ -349,14 +389,14 @@ def test_rare_latents_are_pulled_as_a_loop_says(monkeypatch):
     monkeypatch.setattr(driver, "STEERING", steering)
     sae = random_sae().requires_grad_(True)
     density = torch.tensor([0, 0.5, 0.001, 0.0015, 0.5, 0.5, 0.5, 0.0005, 0.5])
-    rare = density < steering.rare_density
+    rare = density < 0.002
     x, error = torch.randn(2, 12, 6, generator=generator(2))
     pre = sae.pre_threshold(x)
     loss = steering.rare_coefficient * rare_loss(sae, pre, -error, rare, at_once=2)
     expected = torch.autograd.grad(loss, [sae.W_enc, sae.b_enc, sae.W_dec])
     found = [torch.ones_like(w) for w in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)]
     with torch.no_grad():
-        driver.add_rare_gradients(found, sae, x, pre, error, density)
+        driver.add_rare_gradients(found, sae, x, pre, error, density, 0.002)
     for a, b in zip(found, expected, strict=False):
         torch.testing.assert_close(a - 1, b, atol=1e-6, rtol=1e-4)
     assert torch.equal(found[3], torch.ones(6))
@@ -366,7 +406,8 @@ def test_without_rare_latents_nothing_is_pulled():
     sae = random_sae()
     x, error = torch.randn(2, 12, 6, generator=generator(2))
     found = [torch.zeros_like(w) for w in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)]
-    driver.add_rare_gradients(found, sae, x, sae.pre_threshold(x), error, torch.full((9,), 0.1))
+    pre, density = sae.pre_threshold(x), torch.full((9,), 0.1)
+    driver.add_rare_gradients(found, sae, x, pre, error, density, 0.1)
     assert not any(gradient.any() for gradient in found)
 
 
@@ -603,6 +644,24 @@ def test_the_three_modes_by_hand():
         assert torch.allclose(
             driver.reconstruct(sae, z, mode, usage.mean_activation), torch.tensor(z_hat)
         ), mode
+
+
+def test_principal_components_are_the_best_of_their_number():
+    z = torch.randn(500, 5, generator=generator()) * torch.tensor([3.0, 1, 2, 0.1, 0.5]) + 7
+    turn, _ = torch.linalg.qr(torch.randn(5, 5, generator=generator(1)))
+    z = z @ turn
+    centred = (z - z.mean(0)).double().numpy()
+    singular = np.linalg.svd(centred, compute_uv=False)
+    for n in (1, 3, 5):
+        z_hat = driver.principal_reconstruction(z, z, n)
+        left = (z - z_hat).square().sum().item()
+        assert left == pytest.approx((singular[n:] ** 2).sum(), rel=1e-3, abs=1e-3)
+    other = driver.principal_reconstruction(z, z + 1, 5)  # all of them keep everything
+    assert torch.allclose(other, z + 1, atol=1e-4)
+
+
+def test_mean_and_spread():
+    assert driver.mean_and_spread([1.0, 2.0, 6.0]) == {"mean": 3.0, "std": pytest.approx(7**0.5)}
 
 
 def test_usage_of_a_silent_feature_is_zero():
