@@ -1613,6 +1613,15 @@ def start_pictures(
     return started
 
 
+def untrained_sae(settings: Settings, target: int, z: Tensor) -> JumpReLUSAE:
+    """The SAE as training starts, its thresholds adjusted to the target on z (N, d_in)."""
+    generator = torch.Generator(z.device).manual_seed(settings.seed)
+    rows = initial_rows(z, settings.sae_latents, generator)
+    start_l0 = l0_target_at(0, target, settings.sae_latents)
+    start = initial_sae(rows, z[: 16 * settings.batch_sae], start_l0)
+    return adjust_thresholds(start, z, target)[0]
+
+
 class Replicates(NamedTuple):
     """What other seeds made of the same target."""
 
@@ -1764,15 +1773,6 @@ def remove_statements(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def untrained_sae(settings: Settings, target: int, z: Tensor) -> JumpReLUSAE:
-    """The SAE as training starts, its thresholds adjusted to the target on z (N, d_in)."""
-    generator = torch.Generator(z.device).manual_seed(settings.seed)
-    rows = initial_rows(z, settings.sae_latents, generator)
-    start_l0 = l0_target_at(0, target, settings.sae_latents)
-    start = initial_sae(rows, z[: 16 * settings.batch_sae], start_l0)
-    return adjust_thresholds(start, z, target)[0]
-
-
 COMPARED = ("untrained SAE", "random directions", "neurons", "principal directions")
 
 
@@ -1786,13 +1786,12 @@ def compare_with(
 ) -> fc.Comparison:
     """The same trial for features that training did not find; `kind` is one of COMPARED, `seen`
     and `judging` are images and labels."""
-    z, n = layer.standardised(seen[0]), fc.COMPARED
+    z = layer.standardised(seen[0])
     if kind == "untrained SAE":
-        sae = untrained_sae(settings, target, z)
-        weights = (sae.W_enc[:, :n], sae.b_enc[:n], sae.W_dec[:n], sae.threshold[:n])
-        features = fc.LinearFeatures(*weights)
+        directions = untrained_sae(settings, target, z).W_dec
     else:
-        features = fc.other_features(kind, layer, z, *feature_usage(layer.sae, z), settings.seed)
+        directions = fc.other_directions(kind, z, settings.seed)
+    features = fc.at_the_same_rates(directions, z, *feature_usage(layer.sae, z))
     return fc.compare_features(features, layer, seen, judging, fh.Rule(), settings.seed)
 
 
@@ -1966,26 +1965,32 @@ def returned_rows(records: Sequence[dict]) -> list[list[str]]:
     return rows
 
 
+FRONTIER = (  # (title, what to take from a record of summary.json)
+    ("FVU, relative to as many PCs", lambda r: r["fvu_to_pca"]),
+    ("share of predictions kept", lambda r: r["agreement_jumprelu"]),
+    ("share of L0 by dense features", lambda r: r["dense_share_of_l0"]),
+    ("share of the energy that returns", lambda r: r["returned"]["energy"]["mean"]),
+    ("similarity of nearest features", lambda r: r["returned"]["similarity"]["mean"]),
+)
+
+
 def draw_frontier(records: Sequence[dict], path: Path) -> None:
-    """Sparsity against fidelity, one point per target."""
+    """Sparsity against fidelity, and against what returns where other seeds were trained."""
     records = sorted(records, key=lambda r: r["achieved_actives_test"])
     l0 = [r["achieved_actives_test"] for r in records]
-    figure = fa.new_figure(880, 370)
+    charts = FRONTIER if all("returned" in r for r in records) else FRONTIER[:3]
+    figure = fa.new_figure(250 * len(charts), 300)
     figure.set_layout_engine("constrained")
-    figure.suptitle("What the classifier loses when it must think through fewer features")
-    charts = (
-        ("fvu", "share of variance unexplained (FVU)"),
-        ("agreement_jumprelu", "share of predictions kept"),
-    )
-    for axes, (key, title) in zip(figure.subplots(1, 2), charts, strict=True):
-        axes.plot(l0, [r[key] for r in records], "o-", color="#2166ac")
+    figure.suptitle("Fewer active features: what is lost, and what another seed finds again")
+    for axes, (title, value_of) in zip(figure.subplots(1, len(charts)), charts, strict=True):
+        axes.plot(l0, [value_of(r) for r in records], "o-", color="#2166ac")
         axes.set_xscale("log")
         axes.set_xticks(l0, [f"{r['target_actives']}" for r in records])
         axes.minorticks_off()
-        axes.set_xlabel("active features per image")
-        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("active features per image", fontsize=9)
+        axes.set_title(title, fontsize=9.5)
+        axes.tick_params(labelsize=8.5)
         axes.grid(alpha=0.3)
-    figure.axes[0].set_yscale("log")
     fa.save_figure(figure, path)
 
 
@@ -2006,7 +2011,7 @@ def places_to_look(root: Path, settings: Settings, records: Sequence[dict]) -> s
             tell(folder / "hypotheses.md", "what each feature means, tested, best first")
         tell(folder / "feature_report.json", "every feature as a table (pandas.read_json)")
     if len(records) > 1:
-        tell(root / "frontier.png", "sparsity against fidelity")
+        tell(root / "frontier.png", "sparsity against fidelity and what returns")
     tell(root / "summary.json", "all the numbers above, with the diagnoses")
     return "\n".join(lines)
 

@@ -808,60 +808,48 @@ def matched_directions(
     return LinearFeatures(W_enc, torch.zeros_like(threshold), unit, threshold)
 
 
-def random_directions(
-    z: Tensor, density: Tensor, mean_activation: Tensor, seed: int = 0
-) -> LinearFeatures:
-    """Random directions matched to an SAE's features in firing rate and in the norm of what they
-    contribute."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(density), z.shape[1], generator=generator)
-    return matched_directions(noise, z, density, mean_activation)
-
-
-def principal_directions(z: Tensor, density: Tensor, mean_activation: Tensor) -> LinearFeatures:
-    """Both ends of the principal directions of z (N, d_in), strongest first, matched to the most
-    active features."""
+def principal_ends(z: Tensor) -> Tensor:
+    """Both ends of the principal directions of z (N, d_in), strongest first: (2 d_in, d_in)."""
     centred = z - z.mean(0)
     _, basis = torch.linalg.eigh(centred.T @ centred)
     strongest = basis.T.flip(0)
     largest = strongest.gather(1, strongest.abs().argmax(1, keepdim=True))
     strongest = strongest * largest.sign()  # which end comes first must not be left to chance
-    ends = torch.stack([strongest, -strongest], 1).flatten(0, 1)[: len(density)]
-    order = torch.argsort(density, descending=True, stable=True)[: len(ends)]
-    return matched_directions(ends, z, density[order], mean_activation[order])
+    return torch.stack([strongest, -strongest], 1).flatten(0, 1)
 
 
-def neurons(mu: Tensor, std: Tensor) -> LinearFeatures:
-    """The hidden units themselves: active where the raw preactivation mu + std z is positive, as
-    ReLU has it."""
-    eye = torch.eye(len(mu), device=mu.device)
-    return LinearFeatures(eye, mu / std, eye, torch.zeros_like(mu))
+def other_directions(kind: str, z: Tensor, seed: int) -> Tensor:
+    """What an SAE's features are compared with, (n, d_in): COMPARED "random directions", "neurons",
+    up and down in random order, or "principal directions" of z (N, d_in), strongest first.
 
-
-def other_features(
-    kind: str,
-    layer: fa.ExplainedLayer,
-    z: Tensor,
-    density: Tensor,
-    mean_activation: Tensor,
-    seed: int,
-) -> LinearFeatures:
-    """What an SAE's features are compared with: "random directions", "principal directions" or
-    "neurons".
-
-    z (N, d_in) standardised preactivations; density and mean_activation (d_sae,) of the SAE's
-    features. Directions are matched to COMPARED features of all firing rates, principal ones to
-    half as many, since both ends of each are taken. Raises ValueError for another kind.
+    Raises ValueError for another kind.
     """
-    some = fh.spread(torch.argsort(density, stable=True), COMPARED)
-    density, mean_activation = density[some], mean_activation[some]
+    d_in = z.shape[1]
+    generator = torch.Generator().manual_seed(seed)
     if kind == "random directions":
-        return random_directions(z, density, mean_activation, seed)
-    if kind == "principal directions":
-        return principal_directions(z, density[::2], mean_activation[::2])
+        return torch.randn(COMPARED, d_in, generator=generator)
     if kind == "neurons":
-        return neurons(layer.mu, layer.std)
-    raise ValueError(f"there are no features of the kind {kind!r} to compare with")
+        up = torch.eye(d_in)
+        return torch.cat([up, -up])[torch.randperm(2 * d_in, generator=generator)]
+    if kind == "principal directions":
+        return principal_ends(z)
+    raise ValueError(f"there are no directions of the kind {kind!r} to compare with")
+
+
+def at_the_same_rates(
+    directions: Tensor, z: Tensor, density: Tensor, mean_activation: Tensor
+) -> LinearFeatures:
+    """Features along the first of `directions` (n, d_in), COMPARED at most, that fire on z
+    (N, d_in) as often and as strongly as features of the SAE, of which density and
+    mean_activation (d_sae,) are: as many of all firing rates, the most active first.
+
+    How often a feature fires decides how easily a statement about it is confirmed, so that only
+    features of the same rates can be compared.
+    """
+    n = min(len(directions), len(density), COMPARED)
+    falling = torch.argsort(density, descending=True, stable=True)
+    some = fh.spread(falling, n)
+    return matched_directions(directions[:n], z, density[some], mean_activation[some])
 
 
 class Comparison(NamedTuple):
@@ -1145,10 +1133,10 @@ for pairs.
 
 {confidence}
 """
-TRAINING_ADDED = """Of the features that fire on at least one in a thousand test images. A statement
-can be true of a random direction, too: that it predicts does not say that training found anything.
-The more images fire a feature, the easier its tests are: random and principal directions fire as
-often as the SAE's features do, an untrained SAE fires evenly, and neurons fire often."""
+TRAINING_ADDED = """Of the features that fire on at least one in a thousand test images. The others
+fire as often and as strongly as the SAE's features do: the more images fire a feature, the easier
+its tests are. A statement can be true of a random direction, too: that it predicts does not say
+that training found anything."""
 
 
 def _confidence_rows(record: dict) -> list[list[str]]:

@@ -270,10 +270,13 @@ class Shapes(NamedTuple):
         )
 
     def fidelity(self) -> int:
-        """Usage on train, L0 twice on val and once on test; four reconstructions; the logits of
-        five comparisons."""
+        """Usage on train, L0 twice on val and once on test; four reconstructions; principal
+        components; the logits of six comparisons."""
         codes = self.code(self.train) + 2 * self.code(self.val) + (1 + 4 * 2) * self.code(self.test)
-        return codes + 5 * 2 * self.head(self.test)
+        components = min(TARGET, self.d_in)
+        principal = product(self.d_in, self.train, self.d_in)
+        principal += 2 * product(self.test, self.d_in, components)
+        return codes + principal + 6 * 2 * self.head(self.test)
 
     def bank(self) -> int:
         """Activations; the rest is sorting and counting."""
@@ -426,7 +429,8 @@ def training_stages(
     )
     subject = driver.Subject(model, "", pre, data.source, data.digest)
     trained = clock.run("SAE and calibration", s.training(settings), trained_sae, subject, settings)
-    clock.run("fidelity", s.fidelity(), driver.measure, trained, subject, data.test.labels)
+    given = (trained, subject, data.test.labels, TARGET)
+    clock.run("fidelity", s.fidelity(), driver.measure, *given)
     return data, subject, trained
 
 
@@ -574,7 +578,9 @@ class Batch(NamedTuple):
 
     def rare(self) -> None:
         t = self.training
-        driver.add_rare_gradients(self.gradients, t.sae, self.x, self.pre, self.error, t.density)
+        below = driver.STEERING.rare_below * TARGET / t.settings.sae_latents
+        given = (self.gradients, t.sae, self.x, self.pre, self.error, t.density, below)
+        driver.add_rare_gradients(*given)
 
     def adam(self) -> None:
         self.training.optimizer.step(self.gradients, 0.0)  # a rate at which weights stay
@@ -736,7 +742,9 @@ def other_statements(clock: StatementClock, e: Explained) -> None:
     judging, _ = fc.confirmation_splits(*e.data.test)
     n_hidden, n_latents = e.layer.sae.W_enc.shape
     for kind in driver.COMPARED:
-        features = n_hidden if kind == "neurons" else min(fc.COMPARED, n_latents)
+        features = min(fc.COMPARED, n_latents)
+        if kind in ("neurons", "principal directions"):
+            features = min(features, 2 * n_hidden)  # both ends of each
         given = (kind, e.settings, TARGET, e.layer, tuple(e.data.val), judging)
         clock.run(kind, features, driver.compare_with, *given)
     compared = clock.rows[first:]

@@ -68,7 +68,8 @@ def test_operations_by_hand():
     assert s.logit_effects(30) == 1440 + 720 + 8 * 720
     assert s.logit_effects(1000) == 1920 + 960 + 8 * 960  # there are only 40 images
     assert s.ablation_effects(50) == 1920 + 2560 + 960 + 1200
-    assert s.fidelity() == 6400 + 2 * 2560 + 9 * 1280 + 10 * 480
+    principal = 2 * 4 * 100 * 4 + 2 * (2 * 20 * 4 * 4)  # of d_in = 4 there are only four
+    assert s.fidelity() == 6400 + 2 * 2560 + 9 * 1280 + principal + 12 * 480
 
 
 def test_operations_of_both_trainings_by_hand(monkeypatch):
@@ -107,7 +108,7 @@ def test_operations_are_those_that_pytorch_counts(explained, monkeypatch):
         s.classifier(e.settings): (driver.train_classifier, e.data.train, e.settings),
         s.hidden(1200): (driver.collect_preactivations, model, e.data, True),
         s.training(e.settings): (benchmark.trained_sae, e.subject, e.settings),
-        s.fidelity(): (driver.measure, e.trained, e.subject, labels),
+        s.fidelity(): (driver.measure, e.trained, e.subject, labels, benchmark.TARGET),
         s.bank(): (fa.collect_feature_bank, *given),
         s.patterns(): (fa.feature_input_patterns, model, *coder),
         s.logit_effects(n_eval): (fa.feature_logit_effects, *given, 1.0, n_eval),

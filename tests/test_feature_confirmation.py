@@ -908,7 +908,8 @@ def test_confirmation_splits_take_every_other_image():
 def test_matched_directions_fire_as_often_and_as_strongly():
     z = torch.randn(4000, 6, generator=torch.Generator().manual_seed(0))
     density, mean = torch.tensor([0.01, 0.1, 0.4]), torch.tensor([0.3, 2.0, 1.0])
-    features = fc.random_directions(z, density, mean, seed=1)
+    directions = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    features = fc.matched_directions(directions, z, density, mean)
     acts = features.encode(z)
     active = acts > 0
     assert active.float().mean(0).tolist() == pytest.approx(density.tolist(), abs=1 / 4000)
@@ -926,41 +927,49 @@ def test_directions_fire_only_where_images_point_along_them():
 def test_principal_directions_are_principal():
     scale = torch.tensor([1.0, 5.0, 2.0])
     z = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0)) * scale
-    features = fc.principal_directions(z, torch.full((6,), 0.1), torch.ones(6))
-    strongest = features.W_dec.abs().argmax(1)
+    ends = fc.other_directions("principal directions", z, seed=0)
+    strongest = ends.abs().argmax(1)
     assert strongest.tolist() == [1, 1, 2, 2, 0, 0]
-    assert (features.W_dec[0] + features.W_dec[1]).abs().max() < 1e-6
-    assert features.W_dec.gather(1, strongest[:, None])[::2].min() > 0  # the same end comes first
+    assert (ends[0] + ends[1]).abs().max() < 1e-6
+    assert ends.gather(1, strongest[:, None])[::2].min() > 0  # the same end comes first
 
 
-def test_neurons_are_the_hidden_units():
-    mu, std = torch.tensor([0.5, -1.0]), torch.tensor([2.0, 0.5])
-    raw = torch.tensor([[1.0, -3.0], [-2.0, 4.0]])
-    features = fc.neurons(mu, std)
-    acts = features.encode((raw - mu) / std)
-    torch.testing.assert_close(acts > 0, raw > 0)
-    torch.testing.assert_close(acts @ features.W_dec * std, raw.clamp(min=0))
+def test_neurons_are_taken_up_and_down():
+    found = fc.other_directions("neurons", torch.zeros(5, 3), seed=4)
+    rows = sorted(map(tuple, found.tolist()))
+    eye = torch.eye(3)
+    assert rows == sorted(map(tuple, torch.cat([eye, -eye]).tolist()))
+    assert not torch.equal(found, fc.other_directions("neurons", torch.zeros(5, 3), seed=5))
 
 
-def test_other_features_span_all_firing_rates():
+def test_random_directions_point_everywhere():
+    found = fc.other_directions("random directions", torch.zeros(5, 4), seed=0)
+    assert found.shape == (fc.COMPARED, 4)
+    assert found.mean(0).abs().max() < 0.3
+    covariance = found.T @ found / fc.COMPARED
+    assert covariance == pytest.approx(torch.eye(4), abs=0.35)
+
+
+def test_unknown_directions_are_refused():
+    with pytest.raises(ValueError, match="no directions of the kind 'apples'"):
+        fc.other_directions("apples", torch.zeros(5, 4), seed=0)
+
+
+@pytest.mark.parametrize("n", [40, 1000])
+def test_what_is_compared_fires_at_the_saes_rates(n):
     generator = torch.Generator().manual_seed(0)
-    z = torch.randn(2000, 8, generator=generator)
+    z = torch.randn(4000, 8, generator=generator)
     density, mean = torch.rand(300, generator=generator) / 4, torch.ones(300)
-    layer = fa.ExplainedLayer(None, None, torch.zeros(8), torch.ones(8))
-
-    def rates(kind: str) -> Tensor:
-        features = fc.other_features(kind, layer, z, density, mean, seed=0)
-        return (features.encode(z) > 0).float().mean(0)
-
-    found = rates("random directions")
-    assert len(found) == fc.COMPARED
-    expected = density.sort().values
-    assert found.min() == pytest.approx(float(expected[0]), abs=1e-3)
-    assert found.max() == pytest.approx(float(expected[-1]), abs=1e-3)
-    assert rates("neurons") == pytest.approx((z > 0).float().mean(0))
-    assert len(rates("principal directions")) == 16  # both ends of 8
-    with pytest.raises(ValueError, match="no features of the kind 'apples'"):
-        rates("apples")
+    directions = torch.randn(n, 8, generator=generator)
+    features = fc.at_the_same_rates(directions, z, density, mean)
+    rates = (features.encode(z) > 0).float().mean(0)
+    compared = min(n, fc.COMPARED)
+    assert len(rates) == compared
+    ranked = density.sort(descending=True).values
+    expected = ranked[torch.linspace(0, 299, compared).round().long()]
+    assert rates == pytest.approx(expected, abs=1 / 2000)
+    unit = torch.nn.functional.normalize(directions[:compared], dim=1)
+    assert features.W_dec == pytest.approx(unit, abs=1e-6)
 
 
 def test_comparing_the_sae_with_itself_gives_its_own_shares(world, trial):
