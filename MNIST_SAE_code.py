@@ -53,7 +53,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple, get_type_hints
@@ -1060,18 +1060,15 @@ def _run_pickled(job: bytes) -> bytes:
     return pickle.dumps(_timed(*pickle.loads(job)))
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A function with its arguments, and what has become of them."""
 
     name: str
     function: Callable
     args: tuple
-    future: Future | None = None  # of the worker that was asked to run it
+    future: Future | None = None  # of the worker that runs it
     outcome: tuple[object, float] | None = None  # result and seconds
-
-    def run_here(self) -> None:
-        self.outcome = _timed(self.function, self.args)
 
 
 class Jobs:
@@ -1084,6 +1081,9 @@ class Jobs:
 
     def __init__(self, workers: int):
         self.seconds: dict[str, float] = {}  # by name, wherever the jobs ran
+        self.waiting: list[Job] = []  # for a worker
+        self.idle = workers
+        self.lock = threading.RLock()  # a job that is done at once calls back while it is held
         self.pool = None
         if workers:
             spawn = multiprocessing.get_context("spawn")
@@ -1095,6 +1095,8 @@ class Jobs:
         return self
 
     def __exit__(self, *_) -> None:
+        with self.lock:
+            self.waiting.clear()
         if self.pool is not None:
             for process in multiprocessing.active_children():  # nobody waits for them any more
                 process.terminate()
@@ -1104,22 +1106,39 @@ class Jobs:
         """Let a worker run `function(*args)`; with `here`, leave it until its result is needed."""
         job = Job(name, function, args)
         if self.pool is not None and not here:
-            job.future = self.pool.submit(_run_pickled, pickle.dumps((function, args)))
+            with self.lock:
+                self.waiting.append(job)
+                self._feed()
         return job
 
+    def _feed(self) -> None:
+        """Give waiting jobs to idle workers, never more: the pool would queue them, and what is
+        queued there cannot be taken back."""
+        while self.waiting and self.idle:
+            job = self.waiting.pop(0)
+            self.idle -= 1
+            job.future = self.pool.submit(_run_pickled, pickle.dumps((job.function, job.args)))
+            job.future.add_done_callback(self._worker_is_idle)
+
+    def _worker_is_idle(self, _: Future) -> None:
+        with self.lock, suppress(BrokenProcessPool):  # `results` raises it where it can be told
+            self.idle += 1
+            self._feed()
+
     def results(self, jobs: Sequence[Job]) -> list:
-        """Of all `jobs`, in their order. Those kept here are run first; then, from the last one on,
-        those that no worker has begun.
+        """Of all `jobs`, in their order. Those that no worker has begun are run here, the last one
+        first.
 
         Raises what the functions raise, and BrokenProcessPool when a worker died.
         """
-        for job in [job for job in jobs if job.future is None]:
-            job.run_here()
         for job in reversed(jobs):
-            if job.future is not None and job.future.cancel():
-                job.run_here()
+            with self.lock:
+                if job in self.waiting:
+                    self.waiting.remove(job)
+            if job.future is None:
+                job.outcome = _timed(job.function, job.args)
         for job in jobs:
-            if job.outcome is None:
+            if job.future is not None:
                 job.outcome = pickle.loads(job.future.result())
             _, seconds = job.outcome
             self.seconds[job.name] = self.seconds.get(job.name, 0.0) + seconds
@@ -1779,7 +1798,6 @@ COMPARED = ("untrained SAE", "random directions", "neurons", "principal directio
 def compare_with(
     kind: str,
     settings: Settings,
-    target: int,
     layer: fa.ExplainedLayer,
     seen: tuple[Tensor, Tensor],
     judging: tuple[Tensor, Tensor],
@@ -1788,7 +1806,8 @@ def compare_with(
     and `judging` are images and labels."""
     z = layer.standardised(seen[0])
     if kind == "untrained SAE":
-        directions = untrained_sae(settings, target, z).W_dec
+        generator = torch.Generator(z.device).manual_seed(settings.seed)
+        directions = initial_rows(z, settings.sae_latents, generator)
     else:
         directions = fc.other_directions(kind, z, settings.seed)
     features = fc.at_the_same_rates(directions, z, *feature_usage(layer.sae, z))
@@ -1811,7 +1830,7 @@ def hold_trial(
     here = subject.device.type != "cpu"
     started = []
     for kind in COMPARED:
-        given = (kind, settings, p.target, layer, tuple(data.val), judging)
+        given = (kind, settings, layer, tuple(data.val), judging)
         started.append(jobs.start("comparisons", compare_with, *given, here=here))
     given = (hypotheses, layer, *aside, None, seed + 1, rule)
     started.append(jobs.start("images set aside", fc.test_hypotheses, *given, here=here))

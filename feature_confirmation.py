@@ -781,7 +781,15 @@ class LinearFeatures(NamedTuple):
     def encode(self, z: Tensor) -> Tensor:
         """z (B, d_in) -> feature_acts (B, d_sae)"""
         pre = torch.addmm(self.b_enc, z, self.W_enc)
-        return torch.where(pre > self.threshold, pre, 0.0)
+        return pre * torch.gt(pre, self.threshold, out=torch.empty_like(pre))
+
+
+def _cut_at(values: np.ndarray, n_above: int) -> float:
+    """A cut between the n_above largest of `values` (N,) and the others, but never below 0."""
+    rank = int(np.clip(len(values) - n_above, 1, len(values) - 1))
+    last_below, first_above = np.partition(values, (rank - 1, rank))[rank - 1 : rank + 1]
+    # Not at a value itself, where rounding would decide.
+    return max(0.0, float(0.9 * last_below + 0.1 * first_above))
 
 
 def matched_directions(
@@ -789,23 +797,17 @@ def matched_directions(
 ) -> LinearFeatures:
     """Features along `directions` (n, d_in) that fire on a share `density` (n,) of z (N, d_in), or
     wherever z points along them if that is less, with `mean_activation` (n,) where they do."""
-    unit, density, mean_activation = (t.to(z) for t in (directions, density, mean_activation))
-    unit = torch.nn.functional.normalize(unit, dim=1)
-    W_enc, threshold = torch.empty_like(unit.T), torch.empty_like(density)
-    for some in torch.arange(len(unit), device=z.device).split(64):
-        pre = unit[some] @ z.T  # (64, N)
-        rank = ((1 - density[some]) * len(z)).round().long().clamp(1, len(z)) - 1
-        ranked = pre.sort(dim=1).values
-        last = ranked.gather(1, rank[:, None])
-        following = ranked.gather(1, (rank + 1).clamp(max=len(z) - 1)[:, None])
-        cut = torch.lerp(last, following, 0.1)  # above it, so that no rounding lets it fire
-        cut = cut.clamp(min=0)  # an activation is positive
-        active = pre > cut
-        total = torch.where(active, pre, 0.0).sum(1).clamp(min=1e-9)
-        scale = mean_activation[some] * active.sum(1) / total
-        W_enc[:, some] = unit[some].T * scale
-        threshold[some] = cut[:, 0] * scale
-    return LinearFeatures(W_enc, torch.zeros_like(threshold), unit, threshold)
+    unit = torch.nn.functional.normalize(directions.to(z), dim=1)
+    projected = (z @ unit.T).T.cpu().numpy()  # (n, N)
+    n_above = (density * len(z)).round().long().tolist()
+    cuts = [_cut_at(values, n) for values, n in zip(projected, n_above, strict=True)]
+    means = []
+    for values, cut in zip(projected, cuts, strict=True):
+        above = values[values > cut]
+        means.append(float(above.mean()) if len(above) else 1.0)
+    scale = mean_activation.to(z) / torch.tensor(means).to(z)
+    threshold = torch.tensor(cuts).to(z) * scale
+    return LinearFeatures(unit.T * scale, torch.zeros_like(threshold), unit, threshold)
 
 
 def principal_ends(z: Tensor) -> Tensor:

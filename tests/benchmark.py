@@ -745,7 +745,7 @@ def other_statements(clock: StatementClock, e: Explained) -> None:
         features = min(fc.COMPARED, n_latents)
         if kind in ("neurons", "principal directions"):
             features = min(features, 2 * n_hidden)  # both ends of each
-        given = (kind, e.settings, TARGET, e.layer, tuple(e.data.val), judging)
+        given = (kind, e.settings, e.layer, tuple(e.data.val), judging)
         clock.run(kind, features, driver.compare_with, *given)
     compared = clock.rows[first:]
     n = int(total(compared, "features"))
