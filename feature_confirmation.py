@@ -1231,7 +1231,7 @@ def _draw_aurocs(axes, everything: dict[str, Comparison], bar: float) -> None:
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("AUROC on unseen images")
     axes.set_title("share of features predicted at least so well", fontsize=10, loc="left")
-    axes.legend(fontsize=8.5, loc="center left")
+    axes.legend(fontsize=8.5, loc="lower left")
 
 
 def _draw_explained_shares(axes, everything: dict[str, Comparison]) -> None:
