@@ -21,7 +21,7 @@ The stages, each a function below, called in this order by `main`:
 
 Small matrices are multiplied by one thread, which other processes cannot stall; further cores take
 whole jobs: SAEs of other targets and seeds, comparisons, pictures. What comes out does not depend
-on how many there are.
+on how many there are, except for SAEs so large (LARGE_SAE) that all cores work on one product.
 
 Dimension key: N images, B images in a batch, C classes, d_in hidden units, d_sae latents.
 
@@ -38,6 +38,7 @@ import argparse
 import copy
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -801,8 +802,9 @@ def train_sae(
     """An SAE of `z` (N, d_in) with `target` active features per image on average, in one run.
 
     `logits_of` maps standardised preactivations (B, d_in) to the classifier's logits (B, C).
-    Raises TrainingError on divergence. The lambda of the course is that of
-    ||z - z_hat||^2 + lambda * L0.
+    Raises TrainingError on divergence. The lambda of the course is the base price in
+    ||z - z_hat||^2 + sum_k price_k 1[f_k > 0]; rare latents pay less and busy ones more, see
+    `SAETraining.thresholds`.
     """
     generator = torch.Generator(z.device).manual_seed(settings.seed)
     epochs = scaled_epochs(settings.epochs_sae_final, len(z))
@@ -975,7 +977,8 @@ def measure(trained: TrainedSAE, subject: Subject, labels: Tensor, target: int) 
     jump = by_mode["jumprelu"]
     z_pca = principal_reconstruction(z_train, z_test, target)
     pca = fidelity(z_test, z_pca, labels, logits_of, z_mean)
-    disagreement_pca = 1 - pca.agreement
+    few = target < z_test.shape[1]  # as many components as dimensions leave rounding errors only
+    disagreement, disagreement_pca = 1 - jump.agreement, 1 - pca.agreement
     density = usage.feature_density
     dense = density > BUSY
     return {
@@ -996,9 +999,9 @@ def measure(trained: TrainedSAE, subject: Subject, labels: Tensor, target: int) 
         "dead_features": int((density == 0).sum()),
         "fvu_pca": pca.fvu,
         "agreement_pca": pca.agreement,
-        "fvu_to_pca": jump.fvu / pca.fvu,
-        "disagreement_to_pca": (1 - jump.agreement) / disagreement_pca
-        if disagreement_pca
+        "fvu_to_pca": jump.fvu / pca.fvu if few else None,
+        "disagreement_to_pca": disagreement / disagreement_pca
+        if few and disagreement_pca
         else None,
         "dense_features": int(dense.sum()),
         "dense_share_of_l0": (density[dense].sum() / density.sum()).item(),
@@ -1067,6 +1070,7 @@ class Job:
     name: str
     function: Callable
     args: tuple
+    pickled: bytes = b""  # both, for a worker
     future: Future | None = None  # of the worker that runs it
     outcome: tuple[object, float] | None = None  # result and seconds
 
@@ -1085,11 +1089,13 @@ class Jobs:
         self.idle = workers
         self.lock = threading.RLock()  # a job that is done at once calls back while it is held
         self.pool = None
+        others = set(multiprocessing.active_children())
         if workers:
             spawn = multiprocessing.get_context("spawn")
             self.pool = ProcessPoolExecutor(workers, spawn, _become_worker)
             for _ in range(workers):
                 self.pool.submit(os.getpid)  # starts a worker, which imports what it will need
+        self.processes = set(multiprocessing.active_children()) - others
 
     def __enter__(self) -> Jobs:
         return self
@@ -1098,7 +1104,7 @@ class Jobs:
         with self.lock:
             self.waiting.clear()
         if self.pool is not None:
-            for process in multiprocessing.active_children():  # nobody waits for them any more
+            for process in self.processes:  # nobody waits for them any more
                 process.terminate()
             self.pool.shutdown(cancel_futures=True)
 
@@ -1106,6 +1112,7 @@ class Jobs:
         """Let a worker run `function(*args)`; with `here`, leave it until its result is needed."""
         job = Job(name, function, args)
         if self.pool is not None and not here:
+            job.pickled = pickle.dumps((function, args))
             with self.lock:
                 self.waiting.append(job)
                 self._feed()
@@ -1117,7 +1124,7 @@ class Jobs:
         while self.waiting and self.idle:
             job = self.waiting.pop(0)
             self.idle -= 1
-            job.future = self.pool.submit(_run_pickled, pickle.dumps((job.function, job.args)))
+            job.future = self.pool.submit(_run_pickled, job.pickled)
             job.future.add_done_callback(self._worker_is_idle)
 
     def _worker_is_idle(self, _: Future) -> None:
@@ -1268,23 +1275,7 @@ TRAINING_CODE = (batches, n_steps, scaled_epochs, ramp, Adam)
 CLASSIFIER = Recipe(
     ("hidden_units", "epochs_ffn", "batch_ffn", "lr_ffn", "weight_decay_ffn", "seed"),
     (*TRAINING_CODE, Classifier, new_classifier, train_classifier),
-)
-SAE = Recipe(
-    ("sae_latents", "epochs_sae_final", "batch_sae", "lr_sae", "head_kl", "normalize_z", "seed"),
-    (
-        *(*TRAINING_CODE, collect_preactivations, JumpReLUSAE, TrainingFrame, LambdaController),
-        *(
-            l0_target_at,
-            initial_rows,
-            initial_sae,
-            sae_gradients,
-            soft_kl,
-            head_gradient,
-            add_rare_gradients,
-        ),
-        *(SAETraining, train_sae, threshold_shift, adjust_thresholds),
-    ),
-    (STEERING, EVAL_ROWS),
+    (FULL_TRAIN_IMAGES,),
 )
 
 
@@ -1395,6 +1386,26 @@ def train_and_save_sae(
         "std": pre.std,
     }
     return save_stage(folder, "sae", tensors, record)
+
+
+SAE = Recipe(
+    ("sae_latents", "epochs_sae_final", "batch_sae", "lr_sae", "head_kl", "normalize_z", "seed"),
+    (
+        *(*TRAINING_CODE, collect_preactivations, JumpReLUSAE, TrainingFrame, LambdaController),
+        *(
+            l0_target_at,
+            initial_rows,
+            initial_sae,
+            sae_gradients,
+            soft_kl,
+            head_gradient,
+            add_rare_gradients,
+        ),
+        *(SAETraining, train_sae, threshold_shift, adjust_thresholds, train_and_save_sae),
+        *(Subject.logits_of, Preactivations.standardised),
+    ),
+    (STEERING, EVAL_ROWS, FULL_TRAIN_IMAGES),
+)
 
 
 def sae_stage(settings: Settings, target: int, subject: Subject, folder: Path) -> TrainedSAE:
@@ -1632,13 +1643,11 @@ def start_pictures(
     return started
 
 
-def untrained_sae(settings: Settings, target: int, z: Tensor) -> JumpReLUSAE:
-    """The SAE as training starts, its thresholds adjusted to the target on z (N, d_in)."""
-    generator = torch.Generator(z.device).manual_seed(settings.seed)
-    rows = initial_rows(z, settings.sae_latents, generator)
-    start_l0 = l0_target_at(0, target, settings.sae_latents)
-    start = initial_sae(rows, z[: 16 * settings.batch_sae], start_l0)
-    return adjust_thresholds(start, z, target)[0]
+def starting_rows(z: Tensor, d_sae: int, seed: int) -> Tensor:
+    """Decoder rows (d_sae, d_in) from which training on z (N, d_in) would start, as z has them."""
+    generator = torch.Generator(z.device).manual_seed(seed)
+    frame = TrainingFrame.of(z)
+    return initial_rows(frame.enter(z), d_sae, generator) @ frame.basis.T
 
 
 class Replicates(NamedTuple):
@@ -1658,10 +1667,10 @@ class Replicates(NamedTuple):
         return found
 
 
-def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean, and standard deviation (n - 1 in its denominator)."""
+def mean_and_spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean, and standard deviation (n - 1 in its denominator); None of a single value."""
     values = torch.tensor(values, dtype=torch.float64)
-    return {"mean": values.mean().item(), "std": values.std().item()}
+    return {"mean": values.mean().item(), "std": values.std().item() if len(values) > 1 else None}
 
 
 @torch.no_grad()
@@ -1671,8 +1680,9 @@ def compare_seeds(
     """How much of an SAE returns: each of `trained`, the run's own first, looked for in each other
     on `images` (N, ...); None where there is no other.
 
-    As a measure of chance, the run's own is also looked for in an SAE of another seed that was not
-    trained.
+    The two directions of a pair of SAEs are averaged. As a measure of chance, the run's own is also
+    looked for among directions from which another seed's training would start, made to fire as
+    often and as strongly as its features do.
     """
     if len(trained) == 1:
         return None
@@ -1681,22 +1691,21 @@ def compare_seeds(
     z = subject.pre.standardised("val")
     usage = [feature_usage(sae, z) for sae in saes]
     found = {}
-    for i, sae in enumerate(saes):
-        for j, other in enumerate(saes):
-            if i != j:
-                found[i, j] = fa.match_features(subject.layer(sae), images, other)
-    returns = [fa.how_much_returns(m, *usage[i]) for (i, _), m in found.items()]
+    for i, j in itertools.permutations(range(len(saes)), 2):
+        found[i, j] = fa.match_features(subject.layer(saes[i]), images, saes[j])
+    returns = {(i, j): fa.how_much_returns(m, *usage[i]) for (i, j), m in found.items()}
 
-    start = untrained_sae(replace(settings, seed=seeds[1]), target, z)
-    by_chance = fa.match_features(subject.layer(saes[0]), images, start)
-    record = {
-        "seeds": seeds,
-        "pairs": len(found),
-        **{
-            name: mean_and_spread([getattr(r, name) for r in returns]) for name in fa.Return._fields
-        },
-        "untrained": fa.how_much_returns(by_chance, *usage[0])._asdict(),
-    }
+    rows = starting_rows(z, settings.sae_latents, seeds[1])
+    untrained = fc.at_the_same_rates(rows, z, *usage[0])
+    by_chance = fa.match_features(subject.layer(saes[0]), images, untrained)
+    pairs = list(itertools.combinations(range(len(saes)), 2))
+    record = {"seeds": seeds, "pairs": len(pairs)}
+    for name in fa.Return._fields:
+        of_pairs = [
+            (getattr(returns[i, j], name) + getattr(returns[j, i], name)) / 2 for i, j in pairs
+        ]
+        record[name] = mean_and_spread(of_pairs)
+    record["untrained"] = fa.how_much_returns(by_chance, *usage[0])._asdict()
     matches = [found[0, j] for j in range(1, len(saes))]
     return Replicates(seeds[1:], saes[1:], matches, record)
 
@@ -1806,8 +1815,7 @@ def compare_with(
     and `judging` are images and labels."""
     z = layer.standardised(seen[0])
     if kind == "untrained SAE":
-        generator = torch.Generator(z.device).manual_seed(settings.seed)
-        directions = initial_rows(z, settings.sae_latents, generator)
+        directions = starting_rows(z, settings.sae_latents, settings.seed)
     else:
         directions = fc.other_directions(kind, z, settings.seed)
     features = fc.at_the_same_rates(directions, z, *feature_usage(layer.sae, z))
@@ -1972,20 +1980,23 @@ def results_table(records: Sequence[dict]) -> str:
 
 
 def returned_rows(records: Sequence[dict]) -> list[list[str]]:
-    """How much of an SAE another seed finds again; the spread is that over pairs."""
+    """How much of an SAE another seed finds again, with the spread over pairs of SAEs where there
+    are several; and what directions that were not trained give at the same firing rates."""
     rows = []
     titles = {"features": "features that return", "energy": "energy that returns"}
     titles["similarity"] = "similarity of nearest"
     for name, title in titles.items():
-        found = [r["returned"][name] for r in records]
-        rows.append([title, *(f"{f['mean']:.3f} ± {f['std']:.3f}" for f in found)])
-    untrained = [f"{r['returned']['untrained']['similarity']:.3f}" for r in records]
-    rows.append(["  in an untrained SAE", *untrained])
+        cells, untrained = [], []
+        for r in records:
+            mean, std = r["returned"][name]["mean"], r["returned"][name]["std"]
+            cells.append(f"{mean:.3f}" if std is None else f"{mean:.3f} ± {std:.3f}")
+            untrained.append(f"{r['returned']['untrained'][name]:.3f}")
+        rows += [[title, *cells], ["  among untrained", *untrained]]
     return rows
 
 
 FRONTIER = (  # (title, what to take from a record of summary.json)
-    ("FVU, relative to as many PCs", lambda r: r["fvu_to_pca"]),
+    ("FVU, relative to as many PCs", lambda r: r["fvu_to_pca"] or math.nan),
     ("share of predictions kept", lambda r: r["agreement_jumprelu"]),
     ("share of L0 by dense features", lambda r: r["dense_share_of_l0"]),
     ("share of the energy that returns", lambda r: r["returned"]["energy"]["mean"]),
@@ -2116,7 +2127,8 @@ def finish_target(
     with p.clock("pictures, waited for"):
         jobs.results(drawing)
 
-    diagnoses = diagnose(record, p.analysis, p.features, {**p.clock.seconds, **jobs.seconds})
+    drawn = {"pictures": sum(job.outcome[1] for job in p.pictures)}
+    diagnoses = diagnose(record, p.analysis, p.features, {**p.clock.seconds, **drawn})
     record["diagnoses"] = [{**d._asdict(), "fine": d.fine} for d in diagnoses]
     tell_target(record, by_feature, diagnoses, len(data.val.labels))
     return record, report

@@ -156,6 +156,37 @@ def test_report_agrees_with_the_saved_weights(first):
     assert np.load(first[0] / f"feature_{k}_pattern.npy") == pytest.approx(heat.numpy(), abs=1e-5)
 
 
+def test_fidelity_beside_pca_from_the_saved_weights(first):
+    """By a singular value decomposition of the training preactivations, in float64."""
+    run = driver.load_run(str(first[0]))
+    (record,) = json.loads((first[0] / "summary.json").read_text())
+    z_train, z_test = (
+        run.layer.standardised(split.images).double().numpy()
+        for split in (run.data.train, run.data.test)
+    )
+    mean = z_train.mean(0)
+    _, _, axes = np.linalg.svd(z_train - mean, full_matrices=False)
+    strongest = axes[:8]
+    z_pca = mean + (z_test - mean) @ strongest.T @ strongest
+    spread = ((z_test - z_test.mean(0)) ** 2).sum()
+    assert record["fvu_pca"] == pytest.approx(((z_test - z_pca) ** 2).sum() / spread, rel=1e-4)
+    assert record["fvu_to_pca"] == pytest.approx(record["fvu"] / record["fvu_pca"])
+
+    def predictions(z: np.ndarray) -> torch.Tensor:
+        raw = torch.from_numpy(z).float() * run.std + run.mu
+        return run.model.logits_from_preactivations(raw).argmax(1)
+
+    kept = (predictions(z_pca) == predictions(z_test)).double().mean().item()
+    assert record["agreement_pca"] == pytest.approx(kept, abs=0.002)
+    lost = (1 - record["agreement_jumprelu"]) / (1 - record["agreement_pca"])
+    assert record["disagreement_to_pca"] == pytest.approx(lost)
+    density = (run.sae.encode(torch.from_numpy(z_train).float()) > 0).double().mean(0)
+    dense = density > 0.1
+    assert record["dense_features"] == int(dense.sum())
+    share = (density[dense].sum() / density.sum()).item()
+    assert record["dense_share_of_l0"] == pytest.approx(share, abs=1e-4)
+
+
 def test_the_second_run_reuses_and_the_fresh_one_agrees_byte_for_byte(first, tmp_path):
     folder, _ = first
     before = files_of(folder)
@@ -233,7 +264,8 @@ def test_statements_are_in_every_output(stated):
     assert (
         sum(c["statements"] for c in record["hypotheses"]["confidence"].values()) == len(made) > 10
     )
-    assert record["returned"]["pairs"] == 2
+    assert record["returned"]["pairs"] == 1
+    assert record["returned"]["energy"]["std"] is None
     frame = pd.read_json(folder / "feature_report.json")
     assert {
         "hypothesis",

@@ -3,7 +3,10 @@
 import hashlib
 import math
 import os
+import pickle
+import subprocess
 import sys
+import time
 import types
 from concurrent.futures.process import BrokenProcessPool
 
@@ -662,6 +665,51 @@ def test_principal_components_are_the_best_of_their_number():
 
 def test_mean_and_spread():
     assert driver.mean_and_spread([1.0, 2.0, 6.0]) == {"mean": 3.0, "std": pytest.approx(7**0.5)}
+    assert driver.mean_and_spread([2.0]) == {"mean": 2.0, "std": None}
+
+
+def seeds_compared(saes: list[JumpReLUSAE]) -> driver.Replicates | None:
+    """`compare_seeds` on a model whose preactivations are its images (N, 6)."""
+    images = torch.randn(400, 6, generator=generator(9))
+    model = types.SimpleNamespace(preactivations=lambda x: x)
+    raw = driver.Preactivations(images, images, images, torch.zeros(6), torch.ones(6))
+    subject = driver.Subject(model, "", raw, "", "")
+    trained = [driver.TrainedSAE(sae, sae, {}, "") for sae in saes]
+    settings = Settings(seed=4, sae_latents=9, target_actives=(3,))
+    return driver.compare_seeds(3, trained, settings, subject, images)
+
+
+def test_an_sae_returns_wholly_in_itself_and_not_by_chance():
+    sae = random_sae()
+    found = seeds_compared([sae, sae])
+    assert found.seeds == [5]
+    assert found.matches[0].feature.tolist() == list(range(9))
+    for name in ("features", "energy", "similarity"):
+        assert found.record[name] == {"mean": pytest.approx(1, abs=1e-5), "std": None}
+        assert found.record["untrained"][name] < 0.9
+    (counterpart,) = found.counterparts(3)
+    assert (counterpart["seed"], counterpart["feature"]) == (5, 3)
+    assert counterpart["cosine"] == pytest.approx(1)
+
+
+def test_pairs_of_saes_are_averaged_over_both_directions():
+    """Of three SAEs two are the same, so that one pair of three returns wholly."""
+    one, other = random_sae(), random_sae(seed=1)
+    found = seeds_compared([one, one, other])
+    alone = seeds_compared([one, other])
+    across = alone.record["similarity"]["mean"]
+    assert found.record["pairs"] == 3
+    assert found.record["similarity"]["mean"] == pytest.approx((1 + 2 * across) / 3, abs=1e-5)
+    expected = np.std([1, across, across], ddof=1)
+    assert found.record["similarity"]["std"] == pytest.approx(expected, abs=1e-5)
+    assert seeds_compared([one]) is None
+
+
+def test_starting_rows_are_those_of_training():
+    z = synthetic_z(400)
+    training = driver.SAETraining(z, head, 5, Settings(seed=3, **TOY), generator(3))
+    rows = driver.starting_rows(z, 64, seed=3)
+    assert torch.allclose(rows, training.frame.fold(training.sae).W_dec, atol=1e-5)
 
 
 def test_usage_of_a_silent_feature_is_zero():
@@ -713,6 +761,51 @@ def test_a_worker_that_dies_is_reported():
         job.future.exception()  # waits until it is dead
         with pytest.raises(BrokenProcessPool):
             jobs.results([job])
+
+
+def test_other_processes_are_left_alone():
+    with driver.Jobs(1) as outer:
+        with driver.Jobs(1) as inner:
+            assert inner.results([inner.start("double", double_or_fail, 2)]) == [4]
+        assert outer.results([outer.start("double", double_or_fail, 3)]) == [6]
+
+
+def test_what_cannot_be_sent_is_refused_at_once():
+    with driver.Jobs(1) as jobs:
+        with pytest.raises((AttributeError, pickle.PicklingError)):
+            jobs.start("no", lambda: None)
+        assert jobs.results([jobs.start("double", double_or_fail, 2)]) == [4]
+
+
+PARENT = """
+import sys, time
+import MNIST_SAE_code as driver
+import os
+if __name__ == "__main__":
+    jobs = driver.Jobs(1)
+    job = jobs.start("pid", os.getpid)
+    print(job.future.result() and jobs.results([job])[0], flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes are looked up in another way")
+def test_workers_do_not_outlive_their_parent(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(driver.__file__)}
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        worker = int(parent.stdout.readline())
+        os.kill(worker, 0)  # it is there
+        parent.kill()
+    for _ in range(100):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"worker {worker} is still there")
 
 
 def test_torch_has_its_threads_back():
