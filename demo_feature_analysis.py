@@ -776,7 +776,7 @@ def draw_pictures(
     for k in range(len(plan.table)):
         effects = (added[k], removed[k])
         path = out / f"feature_{k}_panel.png"
-        fa.show_feature_panel(k, bank, images, heats[k], *effects, path, inked)
+        fa.show_feature_panel(k, bank, images, heats[k], *effects, path, fa.PanelNotes(inked=inked))
     fa.show_feature_gallery(0, bank, images, out / "single_gallery.png")
     fa.visualize_feature_pattern(heats[0], 0, inked=inked).savefig(out / "single_pattern.png")
 

@@ -1212,31 +1212,37 @@ def _draw_charts(histogram, logit_delta, ablation_delta) -> np.ndarray:
 
 
 class PanelNotes(NamedTuple):
-    """What a panel says besides the numbers."""
+    """What a panel shows besides the feature's own numbers."""
 
     caption: str = ""  # below the gallery
+    inked: object = None  # (H, W) bool as in `visualize_feature_pattern`
     counterparts: tuple[tuple[str, np.ndarray], ...] = ()  # words and pattern (H, W) of each
 
 
-COUNTERPARTS = 4  # a panel has room for so many
+COUNTERPARTS = 4  # a panel has room for so many, two in a row
+COUNTERPART_WIDTH, COUNTERPART_HEIGHT = 90, 84  # screen pixels from one to the next
+SMALL_LINE = 12  # screen pixels from one line of small letters to the next
 
 
-def _paste_counterparts(page: np.ndarray, notes: PanelNotes, mask, top: int, left: int) -> None:
-    """Patterns of a feature's counterparts, with words below each, two in a row."""
-    for number, (words, heat) in enumerate(notes.counterparts[:COUNTERPARTS]):
-        colours = _pattern_colours(heat, display_scale(heat, mask), mask)
-        pattern = pattern_palette()[_enlarged(colours, _zoom(heat.shape, TILE))]
-        row, column = divmod(number, 2)
-        at = top + row * (len(pattern) + 21), left + column * (TILE + 34)
-        _paste(page, pattern, *at)
-        _paste(page, _lettering(words, 10), at[0] + len(pattern), at[1])
+def _paint_counterpart(page: np.ndarray, words: str, heat: np.ndarray, mask) -> None:
+    """A pattern into the upper left corner of a page, its words, in lines, below it."""
+    colours = _pattern_colours(heat, display_scale(heat, mask), mask)
+    pattern = pattern_palette()[_enlarged(colours, _zoom(heat.shape, TILE))]
+    _paste(page, pattern, 0, 0)
+    for line, text in enumerate(words.splitlines()):
+        _paste(page, _lettering(text, 10), len(pattern) + line * SMALL_LINE, 0)
 
 
 def _paint_panel(
-    gallery: GalleryPainter, k: int, bank: FeatureBank, heat: np.ndarray, mask, effects, notes
+    gallery: GalleryPainter,
+    k: int,
+    bank: FeatureBank,
+    heat: np.ndarray,
+    effects: tuple,
+    notes: PanelNotes,
 ) -> np.ndarray:
-    """The panel of feature k, (height, width, 3) uint8; `effects` are logit and ablation delta,
-    `notes` are PanelNotes."""
+    """The panel of feature k, (height, width, 3) uint8; `effects` are logit and ablation delta."""
+    mask = as_mask(notes.inked, heat.shape)
     zoom = _zoom(heat.shape, PANEL_PATTERN)
     images = gallery.paint(k, bank)
     numbers = _pattern_colours(heat, display_scale(heat, mask), mask)
@@ -1247,7 +1253,9 @@ def _paint_panel(
         lines += textwrap.wrap(paragraph, CAPTION_LETTERS)
 
     left, top = images.shape[1] + NUMBERS, HEADER + MARGIN  # of the pattern
-    charts_top = top + len(pattern) + MARGIN
+    counterparts = notes.counterparts[:COUNTERPARTS]
+    rows_of_counterparts = math.ceil(len(counterparts) / 2)
+    charts_top = top + max(len(pattern), COUNTERPART_HEIGHT * rows_of_counterparts) + MARGIN
     caption_end = len(images) + CAPTION_LINE * len(lines) + MARGIN
     height = max(caption_end, charts_top + len(charts))
     width = images.shape[1] + max(charts.shape[1], NUMBERS + pattern.shape[1] + MARGIN)
@@ -1258,10 +1266,13 @@ def _paint_panel(
         _paste(page, _lettering(line), len(images) + CAPTION_LINE * row, MARGIN)
     _paste(page, _lettering("red raises, blue lowers", 13), MARGIN, left)
     _paste(page, pattern, top, left)
-    if notes.counterparts:
-        beside = left + pattern.shape[1] + MARGIN
-        _paste(page, _lettering("nearest of other seeds", 13), MARGIN, beside)
-        _paste_counterparts(page, notes, mask, top, beside)
+    beside = left + pattern.shape[1] + 3 * MARGIN
+    if counterparts:
+        _paste(page, _lettering("nearest in other SAEs", 13), MARGIN, beside)
+    for number, (words, other) in enumerate(counterparts):
+        row, column = divmod(number, 2)
+        at = top + row * COUNTERPART_HEIGHT, beside + column * COUNTERPART_WIDTH
+        _paint_counterpart(page[at[0] :, at[1] :], words, other, mask)
     _paste(page, charts, charts_top, images.shape[1])
     return page
 
@@ -1274,20 +1285,16 @@ def show_feature_panel(
     logit_delta,
     ablation_delta,
     save_path: str | Path | None = None,
-    inked=None,
-    caption: str = "",
+    notes: PanelNotes | None = None,
 ) -> Figure:
     """Everything about feature k in one picture: gallery, pattern, labels and both logit effects.
 
     `heat` (H, W) comes from `feature_input_pattern`, `logit_delta` and `ablation_delta` (C,) from
-    `feature_logit_effect` and `feature_ablation_effect`; `caption` is written below the gallery;
-    the rest is as in `show_feature_gallery` and `visualize_feature_pattern`.
+    `feature_logit_effect` and `feature_ablation_effect`; the rest is as in `show_feature_gallery`.
     """
-    heat = _as_array(heat)
-    mask = as_mask(inked, heat.shape)
     effects = logit_delta, ablation_delta
-    notes = PanelNotes(caption)
-    pixels = _paint_panel(GalleryPainter(images), k, bank, heat, mask, effects, notes)
+    gallery, notes = GalleryPainter(images), notes or PanelNotes()
+    pixels = _paint_panel(gallery, k, bank, _as_array(heat), effects, notes)
     return _figure_of(pixels, save_path)
 
 
@@ -1296,13 +1303,13 @@ def write_feature_panels(
 ) -> None:
     """feature_{k}_panel.png of `features`, with the PanelNotes notes[k] where there are some.
 
-    `images` are those the bank was collected on. Raises like `write_feature_pictures`.
+    What is inked is the analysis's. `images` are those the bank was collected on. Raises like
+    `write_feature_pictures`.
     """
     heats = as_patterns(analysis.heats)
-    mask = as_mask(analysis.inked, heats.shape[1:])
     gallery = GalleryPainter(images)
     for k in features:
         effects = analysis.logit.mean_delta[k], analysis.ablation.mean_delta[k]
-        about = notes.get(k, PanelNotes())
-        pixels = _paint_panel(gallery, k, analysis.bank, heats[k], mask, effects, about)
+        about = notes.get(k, PanelNotes())._replace(inked=analysis.inked)
+        pixels = _paint_panel(gallery, k, analysis.bank, heats[k], effects, about)
         save_pixels(pixels, Path(folder) / f"feature_{k}_panel.png")

@@ -1180,10 +1180,11 @@ def bars_of(chart: np.ndarray, n: int, colour: str) -> np.ndarray:
     return (chart[:, middles] == colour_of(colour)).all(2).sum(0)
 
 
-def panel_of(shown, k: int = 0, heat=None, added=(1, 1, 1), removed=(1, 1, 1), **settings):
+def panel_of(shown, k: int = 0, heat=None, added=(1, 1, 1), removed=(1, 1, 1), **notes):
     """The colours of the panel of feature k, of a pattern of zeros unless another one is given."""
     heat = np.zeros((SIDE, SIDE)) if heat is None else heat
-    return drawn(fa.show_feature_panel(k, *shown, heat, np.array(added), removed, **settings))
+    given = (heat, np.array(added), removed)
+    return drawn(fa.show_feature_panel(k, *shown, *given, notes=fa.PanelNotes(**notes)))
 
 
 def test_panel_holds_every_part(shown, tmp_path):
@@ -1192,7 +1193,8 @@ def test_panel_holds_every_part(shown, tmp_path):
     inked = np.eye(SIDE) == 0
     added, removed = torch.tensor([0.5, -1.0, 2.0]), np.array([-0.25, 0.0, 1.0])
     path = tmp_path / "panel.png"
-    figure = fa.show_feature_panel(0, bank, images, heat, added, removed, path, inked)
+    notes = fa.PanelNotes(inked=inked)
+    figure = fa.show_feature_panel(0, bank, images, heat, added, removed, path, notes)
     pixels = drawn(figure)
     assert isinstance(figure, Figure)
     assert np.array_equal(read(path), pixels)
@@ -1293,7 +1295,7 @@ def test_folder_of_panels_equals_the_single_ones(tmp_path):
     for k in chosen:
         effects = analysis.logit.mean_delta[k], analysis.ablation.mean_delta[k]
         given = (k, analysis.bank, scene.images, analysis.heats[k], *effects)
-        fa.show_feature_panel(*given, single, analysis.inked, captions.get(k, ""))
+        fa.show_feature_panel(*given, single, fa.PanelNotes(captions.get(k, ""), analysis.inked))
         assert single.read_bytes() == (together / f"feature_{k}_panel.png").read_bytes()
 
 
@@ -1312,7 +1314,7 @@ def test_a_panel_shows_the_counterparts_of_its_feature(tmp_path):
     rng = np.random.default_rng(0)
     heats = [rng.normal(size=(SIDE, SIDE)) for _ in range(5)]
     shown = tuple((f"seed {n}: 0.9", heat) for n, heat in enumerate(heats))
-    notes = {RARE: fa.PanelNotes("", shown)}
+    notes = {RARE: fa.PanelNotes(counterparts=shown)}
     fa.write_feature_panels(tmp_path, [RARE], analysis, scene.images, notes)
     page = np.asarray(Image.open(tmp_path / f"feature_{RARE}_panel.png").convert("RGB"))
     found = []
