@@ -37,7 +37,6 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import inspect
 import itertools
 import json
 import math
@@ -1039,6 +1038,19 @@ def torch_threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def ctrl_c_ignored() -> Iterator[None]:
+    """Where Python lets signals be set: in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _become_worker() -> None:
     """What a worker does first: one thread, Ctrl-C left to the parent, no life after it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1093,8 +1105,9 @@ class Jobs:
         if workers:
             spawn = multiprocessing.get_context("spawn")
             self.pool = ProcessPoolExecutor(workers, spawn, _become_worker)
-            for _ in range(workers):
-                self.pool.submit(os.getpid)  # starts a worker, which imports what it will need
+            with ctrl_c_ignored():  # inherited by workers: it is for the parent to say something
+                for _ in range(workers):
+                    self.pool.submit(os.getpid)  # starts one, which imports what it will need
         self.processes = set(multiprocessing.active_children()) - others
 
     def __enter__(self) -> Jobs:
@@ -1174,23 +1187,25 @@ def prepare_folder(folder: Path) -> None:
         ) from error
 
 
-class Recipe(NamedTuple):
-    """What decides a stage's outcome besides its inputs."""
+CLASSIFIER_SETTINGS = "hidden_units epochs_ffn batch_ffn lr_ffn weight_decay_ffn seed".split()
+SAE_SETTINGS = "sae_latents epochs_sae_final batch_sae lr_sae head_kl normalize_z seed".split()
 
-    settings: tuple[str, ...]
-    code: tuple[Callable, ...]
-    constants: tuple = ()
 
-    def chosen(self, settings: Settings) -> dict:
-        return {name: getattr(settings, name) for name in self.settings}
+def chosen(settings: Settings, names: Sequence[str]) -> dict:
+    return {name: getattr(settings, name) for name in names}
 
-    def fingerprint(self, settings: Settings, **inputs: object) -> str:
-        """SHA-256 over those settings, the code, the constants and the stage's inputs."""
-        code = [inspect.getsource(function) for function in self.code]
-        constants = [repr(constant) for constant in self.constants]
-        decisive = [self.chosen(settings), code, constants, inputs, torch.__version__]
-        text = json.dumps(decisive, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
+
+def code_below_settings() -> str:
+    """This file from the end of the block of settings on: any edit may change what is trained."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    _, below = source.split("\ndef setting(", 1)
+    return below
+
+
+def fingerprint(decisive: dict, **inputs: object) -> str:
+    """SHA-256 over all that decides a stage's outcome: those settings, its inputs, the code."""
+    everything = [decisive, inputs, code_below_settings(), torch.__version__]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
 
 class Stage(NamedTuple):
@@ -1245,9 +1260,7 @@ def keep_aside(folder: Path, name: str) -> str:
     return f"{name}.kept-{n}"
 
 
-def reusable_stage(
-    folder: Path, name: str, fingerprint: str, fresh: bool
-) -> tuple[Stage | None, str]:
+def reusable_stage(folder: Path, name: str, print_of: str, fresh: bool) -> tuple[Stage | None, str]:
     """The saved stage if it is the one asked for; otherwise None, and what was there is kept
     aside unless `fresh`. And what to tell the user, if anything."""
     if not any((folder / f"{name}.{ending}").exists() for ending in STAGE_FILES):
@@ -1255,7 +1268,7 @@ def reusable_stage(
     stage, reason = None, ""
     try:
         stage = read_stage(folder, name)
-        if stage.record.get("fingerprint") != fingerprint:
+        if stage.record.get("fingerprint") != print_of:
             reason = "it belongs to other settings, data or code"
     except InputError as error:
         reason = str(error)
@@ -1270,13 +1283,6 @@ def reusable_stage(
 # --------------------------------------------------------------------------------------------------
 # Stages: train, or take what an earlier run saved
 # --------------------------------------------------------------------------------------------------
-
-TRAINING_CODE = (batches, n_steps, scaled_epochs, ramp, Adam)
-CLASSIFIER = Recipe(
-    ("hidden_units", "epochs_ffn", "batch_ffn", "lr_ffn", "weight_decay_ffn", "seed"),
-    (*TRAINING_CODE, Classifier, new_classifier, train_classifier),
-    (FULL_TRAIN_IMAGES,),
-)
 
 
 class Subject(NamedTuple):
@@ -1317,17 +1323,14 @@ def restored_sae(tensors: dict[str, Tensor]) -> JumpReLUSAE:
 def classifier_stage(settings: Settings, data: Data, folder: Path) -> tuple[Classifier, str]:
     """The classifier, and the SHA-256 of its weights."""
     device = data.train.labels.device
-    fingerprint = CLASSIFIER.fingerprint(settings, data=data.digest, device=device.type)
-    stage, news = reusable_stage(folder, "classifier", fingerprint, settings.fresh)
+    decisive = chosen(settings, CLASSIFIER_SETTINGS)
+    print_of = fingerprint(decisive, data=data.digest, device=device.type)
+    stage, news = reusable_stage(folder, "classifier", print_of, settings.fresh)
     if news:
         print(news)
     if stage is None:
         model = train_classifier(data.train, settings)
-        record = {
-            "fingerprint": fingerprint,
-            "data": data.source,
-            "settings": CLASSIFIER.chosen(settings),
-        }
+        record = {"fingerprint": print_of, "data": data.source, "settings": decisive}
         stage = save_stage(folder, "classifier", model.state_dict(), record)
     return restored_classifier(stage.tensors).to(device), stage.digest
 
@@ -1335,8 +1338,10 @@ def classifier_stage(settings: Settings, data: Data, folder: Path) -> tuple[Clas
 LARGE_SAE = 2**18  # entries of W_enc from which all cores work on one product
 
 
-def is_large(settings: Settings) -> bool:
-    return settings.hidden_units * settings.sae_latents >= LARGE_SAE
+def training_threads(settings: Settings) -> int:
+    """One, unless the SAE is so large that more help."""
+    is_large = settings.hidden_units * settings.sae_latents >= LARGE_SAE
+    return available_cores() if is_large else 1
 
 
 class TrainedSAE(NamedTuple):
@@ -1361,75 +1366,57 @@ def thinned(course: SAECourse) -> dict[str, list]:
     return {"step": steps, **kept}
 
 
-def train_and_save_sae(
-    settings: Settings, target: int, subject: Subject, folder: Path, fingerprint: str
-) -> Stage:
-    """The SAE for one target, calibrated and saved."""
-    pre = subject.pre
-    with torch_threads(available_cores() if is_large(settings) else 1):
-        before, course = train_sae(pre.standardised("train"), subject.logits_of, target, settings)
-    sae, shift = adjust_thresholds(before, pre.standardised("val"), target)
-    record = {
-        "fingerprint": fingerprint,
-        "data": subject.source,
-        "target_actives": target,
-        "classifier_sha256": subject.digest,
-        "settings": SAE.chosen(settings),
-        "threshold_shift": shift if math.isfinite(shift) else None,
-        "lambda": course.l0_coefficient[-1].item(),
-        "course": thinned(course),
-    }
-    tensors = {
-        **sae.state_dict(),
-        "threshold_before_shift": before.threshold,
-        "mu": pre.mu,
-        "std": pre.std,
-    }
-    return save_stage(folder, "sae", tensors, record)
-
-
-SAE = Recipe(
-    ("sae_latents", "epochs_sae_final", "batch_sae", "lr_sae", "head_kl", "normalize_z", "seed"),
-    (
-        *(*TRAINING_CODE, collect_preactivations, JumpReLUSAE, TrainingFrame, LambdaController),
-        *(
-            l0_target_at,
-            initial_rows,
-            initial_sae,
-            sae_gradients,
-            soft_kl,
-            head_gradient,
-            add_rare_gradients,
-        ),
-        *(SAETraining, train_sae, threshold_shift, adjust_thresholds, train_and_save_sae),
-        *(Subject.logits_of, Preactivations.standardised),
-    ),
-    (STEERING, EVAL_ROWS, FULL_TRAIN_IMAGES),
-)
-
-
 def sae_stage(settings: Settings, target: int, subject: Subject, folder: Path) -> TrainedSAE:
-    """The SAE for one target: what was saved, or a new one."""
+    """The SAE for one target, calibrated: what was saved, or a new one."""
     prepare_folder(folder)
-    fingerprint = SAE.fingerprint(
-        settings,
-        target=target,
+    decisive = {"target_actives": target, **chosen(settings, SAE_SETTINGS)}
+    print_of = fingerprint(
+        decisive,
         model=subject.digest,
         data=subject.data_digest,
         device=subject.device.type,
+        threads=training_threads(settings),
     )
-    stage, news = reusable_stage(folder, "sae", fingerprint, settings.fresh)
+    stage, news = reusable_stage(folder, "sae", print_of, settings.fresh)
     if stage is None:
-        stage = train_and_save_sae(settings, target, subject, folder, fingerprint)
+        tensors, record = calibrated_sae(settings, target, subject)
+        record = {"fingerprint": print_of, "settings": decisive, **record}
+        stage = save_stage(folder, "sae", tensors, record)
     sae = restored_sae(stage.tensors).to(subject.device)
     before = copy.deepcopy(sae)
     before.threshold.copy_(stage.tensors["threshold_before_shift"])
     return TrainedSAE(before, sae, stage.record, news)
 
 
+def calibrated_sae(
+    settings: Settings, target: int, subject: Subject
+) -> tuple[dict[str, Tensor], dict]:
+    """What sae.safetensors and sae.json hold: an SAE trained and calibrated."""
+    pre = subject.pre
+    with torch_threads(training_threads(settings)):
+        before, course = train_sae(pre.standardised("train"), subject.logits_of, target, settings)
+    sae, shift = adjust_thresholds(before, pre.standardised("val"), target)
+    tensors = {
+        **sae.state_dict(),
+        "threshold_before_shift": before.threshold,
+        "mu": pre.mu,
+        "std": pre.std,
+    }
+    record = {
+        "data": subject.source,
+        "target_actives": target,
+        "classifier_sha256": subject.digest,
+        "threshold_shift": shift if math.isfinite(shift) else None,
+        "lambda": course.l0_coefficient[-1].item(),
+        "course": thinned(course),
+    }
+    return tensors, record
+
+
 def train_saes(settings: Settings, subject: Subject, jobs: Jobs) -> dict[int, list[TrainedSAE]]:
     """By target, its SAE and those of the other seeds, each trained or taken from where it is."""
-    one_at_a_time = subject.device.type != "cpu" or is_large(settings)  # it takes the whole machine
+    # An SAE that a GPU or all cores train takes the whole machine.
+    one_at_a_time = subject.device.type != "cpu" or training_threads(settings) > 1
     seeds = range(settings.seed, settings.seed + settings.stability_seeds + 1)
     started = []
     for target in settings.target_actives:
@@ -1625,21 +1612,11 @@ def start_pictures(
 ) -> list[Job]:
     """Gallery and pattern of each of `features`."""
     remove_pictures(folder)
-    on_cpu = images.cpu()
+    shown = (analysis.bank, images.cpu(), analysis.heats, analysis.inked)
     started = []
     for part in range(PICTURE_JOBS):
-        started.append(
-            jobs.start(
-                "pictures",
-                fa.write_feature_pictures,
-                folder,
-                features[part::PICTURE_JOBS],
-                analysis.bank,
-                on_cpu,
-                analysis.heats,
-                analysis.inked,
-            )
-        )
+        given = (folder, features[part::PICTURE_JOBS], *shown)
+        started.append(jobs.start("pictures", fa.write_feature_pictures, *given))
     return started
 
 
@@ -1667,10 +1644,10 @@ class Replicates(NamedTuple):
         return found
 
 
-def mean_and_spread(values: Sequence[float]) -> dict[str, float | None]:
+def mean_and_spread(values: np.ndarray) -> dict[str, float | None]:
     """Mean, and standard deviation (n - 1 in its denominator); None of a single value."""
-    values = torch.tensor(values, dtype=torch.float64)
-    return {"mean": values.mean().item(), "std": values.std().item() if len(values) > 1 else None}
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": spread}
 
 
 @torch.no_grad()
@@ -1690,23 +1667,24 @@ def compare_seeds(
     saes = [one.sae for one in trained]
     z = subject.pre.standardised("val")
     usage = [feature_usage(sae, z) for sae in saes]
-    found = {}
-    for i, j in itertools.permutations(range(len(saes)), 2):
-        found[i, j] = fa.match_features(subject.layer(saes[i]), images, saes[j])
-    returns = {(i, j): fa.how_much_returns(m, *usage[i]) for (i, j), m in found.items()}
+
+    def look_for(i: int, other: object) -> tuple[fa.Matches, fa.Return]:
+        matches = fa.match_features(subject.layer(saes[i]), images, other)
+        return matches, fa.how_much_returns(matches, *usage[i])
+
+    every = range(len(saes))
+    found = {(i, j): look_for(i, saes[j]) for i, j in itertools.permutations(every, 2)}
+    pairs = []
+    for i, j in itertools.combinations(every, 2):
+        both = [found[i, j][1], found[j, i][1]]
+        pairs.append(np.mean(both, axis=0))
 
     rows = starting_rows(z, settings.sae_latents, seeds[1])
-    untrained = fc.at_the_same_rates(rows, z, *usage[0])
-    by_chance = fa.match_features(subject.layer(saes[0]), images, untrained)
-    pairs = list(itertools.combinations(range(len(saes)), 2))
-    record = {"seeds": seeds, "pairs": len(pairs)}
-    for name in fa.Return._fields:
-        of_pairs = [
-            (getattr(returns[i, j], name) + getattr(returns[j, i], name)) / 2 for i, j in pairs
-        ]
-        record[name] = mean_and_spread(of_pairs)
-    record["untrained"] = fa.how_much_returns(by_chance, *usage[0])._asdict()
-    matches = [found[0, j] for j in range(1, len(saes))]
+    _, by_chance = look_for(0, fc.at_the_same_rates(rows, z, *usage[0]))
+    record = {"seeds": seeds, "pairs": len(pairs), "untrained": by_chance._asdict()}
+    for name, values in zip(fa.Return._fields, np.transpose(pairs), strict=True):
+        record[name] = mean_and_spread(values)
+    matches = [found[0, j][0] for j in every[1:]]
     return Replicates(seeds[1:], saes[1:], matches, record)
 
 
@@ -1715,56 +1693,54 @@ class Diagnosis(NamedTuple):
 
     complaint: str
     value: float
-    limit: float
-    what: str
-    advice: str
+    limit: float  # from which it deserves attention
+    what: str  # is measured
+    advice: str  # what to change
 
     @property
     def fine(self) -> bool:
         return self.value <= self.limit
 
 
-COMPLAINTS = {  # limit, what is measured, what to change
-    "noisy patterns": (0.5, "median roughness, 1 for white noise", "raise WEIGHT_DECAY_FFN"),
-    "redundant features": (0.05, "share with a neighbour above cosine 0.9", "lower SAE_LATENTS"),
-    "low boolean fidelity": (
-        *(0.02, "accuracy lost when features are on or off", "compare several TARGET_ACTIVES"),
-    ),
-    "dead latents": (
-        *(0.05, "share silent on all training images", "lower SAE_LATENTS or raise TARGET_ACTIVES"),
-    ),
-    "features that do not return": (
-        *(0.5, "share of the energy that another seed does not find", "lower TARGET_ACTIVES"),
-    ),
-    "few features do the work": (
-        *(0.6, "share of L0 by those on over a tenth of the images", "lower TARGET_ACTIVES"),
-    ),
-    "slow analysis": (100.0, "milliseconds per feature, pictures included", "set FEATURES"),
-}
-
-
 def diagnose(
     record: dict, analysis: fa.Analysis, features: Sequence[int], seconds: dict[str, float]
 ) -> list[Diagnosis]:
-    """Usual complaints, each with its number, the limit from which it deserves attention, and what
-    to change."""
+    """Usual complaints, each with its number."""
+    found = []
+
+    def look(complaint: str, value: float, limit: float, what: str, advice: str) -> None:
+        found.append(Diagnosis(complaint, value, limit, what, advice))
+
+    roughness = fa.pattern_roughness(analysis.heats[features]).median().item()
+    what = "median roughness, 1 for white noise"
+    look("noisy patterns", roughness, 0.5, what, "raise WEIGHT_DECAY_FFN")
+
+    redundant = (analysis.nearest.cosine > 0.9).float().mean().item()
+    what = "share with a neighbour above cosine 0.9"
+    look("redundant features", redundant, 0.05, what, "lower SAE_LATENTS")
+
+    what = "accuracy lost when features are on or off"
+    lost = record["delta_acc_boolean_scaled"]
+    look("low boolean fidelity", lost, 0.02, what, "compare several TARGET_ACTIVES")
+
+    dead = record["dead_features"] / record["sae_latents"]
+    what = "share silent on all training images"
+    look("dead latents", dead, 0.05, what, "lower SAE_LATENTS or raise TARGET_ACTIVES")
+
+    if "returned" in record:
+        lost = 1 - record["returned"]["energy"]["mean"]
+        what = "share of the energy that another seed does not find"
+        look("features that do not return", lost, 0.5, what, "lower TARGET_ACTIVES")
+
+    what = "share of L0 by those on over a tenth of the images"
+    share = record["dense_share_of_l0"]
+    look("few features do the work", share, 0.6, what, "lower TARGET_ACTIVES")
+
     of_all = seconds["bank"] + seconds["patterns"] + seconds["effects"]
     of_each = of_all / record["sae_latents"] + seconds["pictures"] / len(features)
-    measured = {
-        "noisy patterns": fa.pattern_roughness(analysis.heats[features]).median().item(),
-        "redundant features": (analysis.nearest.cosine > 0.9).float().mean().item(),
-        "low boolean fidelity": record["delta_acc_boolean_scaled"],
-        "dead latents": record["dead_features"] / record["sae_latents"],
-        "few features do the work": record["dense_share_of_l0"],
-        "slow analysis": 1000 * of_each,
-    }
-    if "returned" in record:
-        measured["features that do not return"] = 1 - record["returned"]["energy"]["mean"]
-    return [
-        Diagnosis(name, measured[name], *COMPLAINTS[name])
-        for name in COMPLAINTS
-        if name in measured
-    ]
+    what = "milliseconds per feature, pictures included"
+    look("slow analysis", 1000 * of_each, 100.0, what, "set FEATURES")
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1897,9 +1873,9 @@ def panel_notes(record: dict, replicates: Replicates | None, subject: Subject) -
         pre = subject.pre
         heat = fa.feature_input_pattern(subject.model, sae, pre.mu, pre.std, found["feature"])
         similarity = min(found["cosine"], found["correlation"])
-        words = f"seed {found['seed']}: {similarity:.2f}"
+        words = f"seed {found['seed']}, no. {found['feature']}\nsimilarity {similarity:.2f}"
         counterparts.append((words, heat.cpu().numpy()))
-    return fa.PanelNotes(caption, tuple(counterparts))
+    return fa.PanelNotes(caption, counterparts=tuple(counterparts))
 
 
 def statement_block(record: dict) -> list[str]:
@@ -1913,17 +1889,21 @@ def statement_block(record: dict) -> list[str]:
     ]
 
 
-def diagnoses_table(diagnoses: Sequence[Diagnosis]) -> str:
-    rows = [("complaint", "measured", "limit", "verdict")]
+def diagnoses_text(diagnoses: Sequence[Diagnosis]) -> str:
+    """A table of all, and below it what to change where one deserves attention."""
+    rows = [("complaint", "measured", "limit", "verdict", "what is measured")]
+    advice = []
     for d in diagnoses:
-        verdict = "fine" if d.fine else f"attention: {d.advice}"
-        rows.append((d.complaint, f"{d.value:.3g}", f"{d.limit:g}", verdict))
-    return fc.text_table(rows)
+        verdict = "fine" if d.fine else "attention"
+        rows.append((d.complaint, f"{d.value:.3g}", f"{d.limit:g}", verdict, d.what))
+        if not d.fine:
+            advice.append(f"{d.complaint}: {d.advice}")
+    return "\n".join([fc.text_table(rows), *advice])
 
 
 def seconds_table(records: Sequence[dict]) -> str:
     """One column per target; what they share stands in each."""
-    rows = [["seconds", *(str(r["target_actives"]) for r in records)]]
+    rows = [["seconds, at target", *(str(r["target_actives"]) for r in records)]]
     for stage in records[0]["seconds"]:
         rows.append([stage, *(f"{r['seconds'][stage]:.2f}" for r in records)])
     return fc.text_table(rows)
@@ -1995,28 +1975,41 @@ def returned_rows(records: Sequence[dict]) -> list[list[str]]:
     return rows
 
 
-FRONTIER = (  # (title, what to take from a record of summary.json)
-    ("FVU, relative to as many PCs", lambda r: r["fvu_to_pca"] or math.nan),
-    ("share of predictions kept", lambda r: r["agreement_jumprelu"]),
-    ("share of L0 by dense features", lambda r: r["dense_share_of_l0"]),
-    ("share of the energy that returns", lambda r: r["returned"]["energy"]["mean"]),
-    ("similarity of nearest features", lambda r: r["returned"]["similarity"]["mean"]),
-)
+def frontier_curves(records: Sequence[dict]) -> dict[str, tuple[list[float], list[float]]]:
+    """What the frontier shows, by title: values and their spread, one of each record."""
+    nothing = [0.0] * len(records)
+    relative = [math.nan if r["fvu_to_pca"] is None else r["fvu_to_pca"] for r in records]
+    changed = [100 * (1 - r["agreement_jumprelu"]) for r in records]
+    dense = [r["dense_share_of_l0"] for r in records]
+    curves = {
+        "FVU, relative to as many PCs": (relative, nothing),
+        "% of predictions that change": (changed, nothing),
+        "share of L0 by dense features": (dense, nothing),
+    }
+    if all("returned" in r for r in records):
+        titles = {"energy": "share of the energy that returns"}
+        titles["similarity"] = "similarity of nearest features"
+        for name, title in titles.items():
+            found = [r["returned"][name] for r in records]
+            curves[title] = [f["mean"] for f in found], [f["std"] or 0.0 for f in found]
+    return curves
 
 
 def draw_frontier(records: Sequence[dict], path: Path) -> None:
     """Sparsity against fidelity, and against what returns where other seeds were trained."""
     records = sorted(records, key=lambda r: r["achieved_actives_test"])
     l0 = [r["achieved_actives_test"] for r in records]
-    charts = FRONTIER if all("returned" in r for r in records) else FRONTIER[:3]
-    figure = fa.new_figure(250 * len(charts), 300)
+    curves = frontier_curves(records)
+    figure = fa.new_figure(250 * len(curves), 310)
     figure.set_layout_engine("constrained")
-    figure.suptitle("Fewer active features: what is lost, and what another seed finds again")
-    for axes, (title, value_of) in zip(figure.subplots(1, len(charts)), charts, strict=True):
-        axes.plot(l0, [value_of(r) for r in records], "o-", color="#2166ac")
+    figure.suptitle("What the number of active features changes (bars: spread over pairs of SAEs)")
+    panels = zip(figure.subplots(1, len(curves)), curves.items(), strict=True)
+    for axes, (title, (values, spread)) in panels:
+        axes.errorbar(l0, values, spread, fmt="o-", color="#2166ac", capsize=3)
         axes.set_xscale("log")
         axes.set_xticks(l0, [f"{r['target_actives']}" for r in records])
         axes.minorticks_off()
+        axes.set_ylim(bottom=0)
         axes.set_xlabel("active features per image", fontsize=9)
         axes.set_title(title, fontsize=9.5)
         axes.tick_params(labelsize=8.5)
@@ -2177,7 +2170,7 @@ def tell_target(
         print(feature_block(by_feature[k], n_images), end="\n\n")
     if "hypotheses" in record:
         print(fc.statements_table(record["hypotheses"]), end="\n\n")
-    print(diagnoses_table(diagnoses))
+    print(diagnoses_text(diagnoses))
 
 
 PAGE_TESTS = 60  # test images that the page offers
@@ -2309,34 +2302,24 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
 
 def run_script() -> int:
     """main, with the errors a user can cause as one line on stderr and exit status 2."""
+    status = 2
     try:
         main()
+        return 0
     except (InputError, DataError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        words = str(error)
     except (MemoryError, torch.OutOfMemoryError):
-        print(
-            "error: out of memory; lower --sae-latents, --hidden-units or --batch-sae",
-            file=sys.stderr,
-        )
-        return 2
+        words = "out of memory; lower --sae-latents, --hidden-units or --batch-sae"
     except BrokenProcessPool:
-        print(
-            "error: a worker process was ended from outside (out of memory?); finished stages are "
-            "saved, try --workers 0",
-            file=sys.stderr,
-        )
-        return 2
+        words = "a worker process was ended from outside (out of memory?); try --workers 0"
     except BrokenPipeError:  # whoever read our output has had enough
         return 2
     except OSError as error:
-        name = error.filename or "a file"
-        print(f"error: {name} could not be written or read ({error.strerror})", file=sys.stderr)
-        return 2
+        words = f"{error.filename or 'a file'} could not be written or read ({error.strerror})"
     except KeyboardInterrupt:
-        print("error: interrupted; finished stages are saved and will be reused", file=sys.stderr)
-        return 130
-    return 0
+        words, status = "interrupted; finished stages are saved and will be reused", 130
+    print(f"error: {words}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

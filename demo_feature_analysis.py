@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -553,52 +553,56 @@ def roughness_check(plan: Plan, hand: ByHand) -> Check:
     return compare("pattern_roughness", names, expected, found)
 
 
-def logit_checks(
-    plan: Plan, scene: Scene, hand: ByHand, layer: fa.ExplainedLayer
-) -> Iterator[Check]:
-    """Effects of adding each feature: one by one, all at once, more of it to few images."""
-    names, given = plan.names, (layer.model, scene.batches(), *layer[1:])
-    expected = effects_by_hand(plan, hand, "logit", len(hand.fires))
-    raised = [row.pushes for row in plan.table]
+class Kind(NamedTuple):
+    """One kind of effect: the functions that measure it, and what must come out."""
 
-    one_by_one = [fa.feature_logit_effect(*given, k) for k in range(len(names))]
+    name: str  # "logit" or "ablation"
+    of_one: Callable
+    of_all: Callable
+    raised: np.ndarray  # (d_sae,) the class it raises most, -1 for a feature that never fires
+    few: dict  # arguments under which few images count
+
+
+def effect_checks(
+    plan: Plan, scene: Scene, hand: ByHand, layer: fa.ExplainedLayer, kind: Kind
+) -> Iterator[Check]:
+    """Effects of each feature: one by one, all at once, over few images."""
+    names, given = plan.names, (layer.model, scene.batches(), *layer[1:])
+    of_one, of_all = f"feature_{kind.name}_effect", f"feature_{kind.name}_effects"
+    expected = effects_by_hand(plan, hand, kind.name, len(hand.fires))
+
+    one_by_one = [kind.of_one(*given, k) for k in range(len(names))]
     deltas = torch.stack([effect.mean_delta for effect in one_by_one])
     tops = [effect.top_class for effect in one_by_one]
-    yield compare("feature_logit_effect", names, expected, deltas)
-    yield compare("feature_logit_effect: class raised most", names, raised, tops)
+    yield compare(of_one, names, expected, deltas)
+    yield compare(f"{of_one}: class raised most", names, kind.raised, tops)
 
-    every = fa.feature_logit_effects(*given)
-    yield compare("feature_logit_effects", names, expected, every.mean_delta)
-    yield compare("feature_logit_effects: class raised most", names, raised, every.top_class)
+    every = kind.of_all(*given)
+    yield compare(of_all, names, expected, every.mean_delta)
+    yield compare(f"{of_all}: class raised most", names, kind.raised, every.top_class)
 
-    expected = effects_by_hand(plan, hand, "logit", FEW, alpha=3.0)
-    few = fa.feature_logit_effects(*given, n_eval=FEW, alpha=3.0).mean_delta
-    yield compare(f"feature_logit_effects: n_eval={FEW}, alpha=3", names, expected, few)
+    expected = effects_by_hand(plan, hand, kind.name, **kind.few)
+    few = kind.of_all(*given, **kind.few).mean_delta
+    words = ", ".join(f"{name}={value:g}" for name, value in kind.few.items())
+    yield compare(f"{of_all}: {words}", names, expected, few)
+    if kind.name == "ablation":
+        yield compare(f"{of_all}: images", names, hand.fires.sum(0), every.n_images)
 
 
-def ablation_checks(
+def both_effect_checks(
     plan: Plan, scene: Scene, hand: ByHand, layer: fa.ExplainedLayer
 ) -> Iterator[Check]:
-    """Effects of removing each feature: one by one, all at once, from few images."""
-    names, given = plan.names, (layer.model, scene.batches(), *layer[1:])
-    n_active = hand.fires.sum(0)
-    expected = effects_by_hand(plan, hand, "ablation", len(hand.fires))
-    raised = np.where(n_active > 0, [row.against for row in plan.table], -1)
-
-    one_by_one = [fa.feature_ablation_effect(*given, k) for k in range(len(names))]
-    deltas = torch.stack([effect.mean_delta for effect in one_by_one])
-    tops = [effect.top_class for effect in one_by_one]
-    yield compare("feature_ablation_effect", names, expected, deltas)
-    yield compare("feature_ablation_effect: class raised most", names, raised, tops)
-
-    every = fa.feature_ablation_effects(*given)
-    yield compare("feature_ablation_effects", names, expected, every.mean_delta)
-    yield compare("feature_ablation_effects: class raised most", names, raised, every.top_class)
-
-    expected = effects_by_hand(plan, hand, "ablation", FEW)
-    few = fa.feature_ablation_effects(*given, n_eval=FEW).mean_delta
-    yield compare(f"feature_ablation_effects: n_eval={FEW}", names, expected, few)
-    yield compare("feature_ablation_effects: images", names, n_active, every.n_images)
+    """Effects of adding each feature, and of removing it."""
+    pushes = np.array([row.pushes for row in plan.table])
+    against = np.array([row.against for row in plan.table])
+    removed = np.where(hand.fires.any(0), against, -1)
+    adding = (fa.feature_logit_effect, fa.feature_logit_effects)
+    removing = (fa.feature_ablation_effect, fa.feature_ablation_effects)
+    for kind in (
+        Kind("logit", *adding, pushes, {"n_eval": FEW, "alpha": 3.0}),
+        Kind("ablation", *removing, removed, {"n_eval": FEW}),
+    ):
+        yield from effect_checks(plan, scene, hand, layer, kind)
 
 
 def neighbour_checks(plan: Plan, hand: ByHand, sae: PlantedSAE) -> Iterator[Check]:
@@ -883,8 +887,7 @@ def run_checks(plan: Plan, out: Path) -> Iterator[Check]:
     yield from band_checks(plan, hand, bank)
     yield from pattern_checks(plan, scene, hand, layer)
     yield roughness_check(plan, hand)
-    yield from logit_checks(plan, scene, hand, layer)
-    yield from ablation_checks(plan, scene, hand, layer)
+    yield from both_effect_checks(plan, scene, hand, layer)
     yield from neighbour_checks(plan, hand, layer.sae)
     yield from statement_checks()
     yield from picture_checks(plan, scene, hand, out)

@@ -1220,7 +1220,7 @@ class PanelNotes(NamedTuple):
 
 
 COUNTERPARTS = 4  # a panel has room for so many, two in a row
-COUNTERPART_WIDTH, COUNTERPART_HEIGHT = 90, 84  # screen pixels from one to the next
+COUNTERPART_WIDTH, COUNTERPART_HEIGHT = 84, 84  # screen pixels from one to the next
 SMALL_LINE = 12  # screen pixels from one line of small letters to the next
 
 
@@ -1266,7 +1266,7 @@ def _paint_panel(
         _paste(page, _lettering(line), len(images) + CAPTION_LINE * row, MARGIN)
     _paste(page, _lettering("red raises, blue lowers", 13), MARGIN, left)
     _paste(page, pattern, top, left)
-    beside = left + pattern.shape[1] + 3 * MARGIN
+    beside = left + pattern.shape[1] + 2 * MARGIN
     if counterparts:
         _paste(page, _lettering("nearest in other SAEs", 13), MARGIN, beside)
     for number, (words, other) in enumerate(counterparts):

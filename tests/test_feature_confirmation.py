@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 import torch
+from small_models import banded_images
 from torch import Tensor
 
 import demo_feature_analysis as demo
@@ -848,30 +849,8 @@ def test_labels_missing_from_a_split(world):
     assert judgements[0].parts["class"] == fc.REFUTED
 
 
-class Bands:
-    """Preactivations are the mean inks of bands; logits their positive parts."""
-
-    def preactivations(self, images):
-        return images.mean((1, 3))[:, :4]
-
-    def logits_from_preactivations(self, z):
-        return z.relu()
-
-
-class Identity(NamedTuple):
-    W_enc: Tensor = torch.eye(4)
-    W_dec: Tensor = torch.eye(4)
-
-    def encode(self, z):
-        return torch.where(z > 0.5, z, 0.0)
-
-
 def test_images_of_another_size_keep_class_and_effect():
-    labels = torch.arange(400) % 4
-    noise = torch.rand(400, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    bands = torch.nn.functional.one_hot(labels, 4)[:, None, :, None].repeat(1, 3, 2, 8)
-    layer = fa.ExplainedLayer(Bands(), Identity(), torch.zeros(4), torch.ones(4))
-    given = (0.1 * noise + bands, labels)
+    layer, *given = banded_images()
     claims = fh.propose_hypotheses(layer, *given)
     for j in fc.judge_hypotheses(claims, fc.test_hypotheses(claims, layer, *given)):
         assert j.parts == {"class": fc.CONFIRMED, "stroke": fc.NONE, "effect": fc.CONFIRMED}

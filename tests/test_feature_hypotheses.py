@@ -3,13 +3,12 @@
 import hashlib
 import itertools
 import math
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import sklearn.metrics
 import torch
-from torch import Tensor
+from small_models import banded_images
 
 import demo_feature_analysis as demo
 import feature_analysis as fa
@@ -376,31 +375,8 @@ def test_weak_parts_are_dropped_and_say_why(world):
     assert any(h.labels and h.stroke for h in claims)
 
 
-class Rows:
-    """Preactivations that are the mean inks of bands; logits are their positive parts."""
-
-    def preactivations(self, images):
-        return images.mean((1, 3))[:, :4]
-
-    def logits_from_preactivations(self, z):
-        return z.relu()
-
-
-class Identity(NamedTuple):
-    W_enc: Tensor = torch.eye(4)
-    W_dec: Tensor = torch.eye(4)
-
-    def encode(self, z):
-        return torch.where(z > 0.5, z, 0.0)
-
-
 def test_images_of_another_size_keep_class_and_effect():
-    n = 400
-    labels = torch.arange(n) % 4
-    noise = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    bands = torch.nn.functional.one_hot(labels, 4)[:, None, :, None].repeat(1, 3, 2, 8)
-    layer = fa.ExplainedLayer(Rows(), Identity(), torch.zeros(4), torch.ones(4))
-    for k, h in enumerate(fh.propose_hypotheses(layer, 0.1 * noise + bands, labels)):
+    for k, h in enumerate(fh.propose_hypotheses(*banded_images())):
         assert h.labels == (k,)
         assert h.effect.raises == k
         assert h.stroke is None

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import demo_feature_analysis as demo
 import feature_analysis as fa
 import feature_page as fp
 
@@ -34,38 +35,6 @@ NASTY = (
 )
 D_IN = 16
 N_CLASSES = 10
-
-
-class SmallClassifier(NamedTuple):
-    """logits = W2 relu(z) + b2 with z = W1 x + b1."""
-
-    W1: Tensor  # (D_IN, 784)
-    b1: Tensor  # (D_IN,)
-    W2: Tensor  # (N_CLASSES, D_IN)
-    b2: Tensor  # (N_CLASSES,)
-
-    def preactivations(self, images: Tensor) -> Tensor:
-        return images.flatten(1) @ self.W1.T + self.b1
-
-    def logits_from_preactivations(self, z: Tensor) -> Tensor:
-        return z.relu() @ self.W2.T + self.b2
-
-
-class SmallSAE(NamedTuple):
-    """f = pre 1[pre > threshold] with pre = z W_enc + b_enc; z_hat = f W_dec + b_dec."""
-
-    W_enc: Tensor  # (D_IN, d_sae)
-    b_enc: Tensor  # (d_sae,)
-    W_dec: Tensor  # (d_sae, D_IN)
-    b_dec: Tensor  # (D_IN,)
-    threshold: Tensor  # (d_sae,)
-
-    def encode(self, z: Tensor) -> Tensor:
-        pre = z @ self.W_enc + self.b_enc
-        return torch.where(pre > self.threshold, pre, 0.0)
-
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        return feature_acts @ self.W_dec + self.b_dec
 
 
 class World(NamedTuple):
@@ -98,14 +67,14 @@ def small_layer(d_sae: int, images: Tensor) -> fa.ExplainedLayer:
         return torch.randn(*shape, generator=generator)
 
     W1, W2 = normal(D_IN, 784) / 28, normal(N_CLASSES, D_IN) / 4
-    model = SmallClassifier(W1, -W1 @ images.flatten(1).mean(0), W2, 0.1 * normal(N_CLASSES))
+    model = demo.PlantedClassifier(W1, -W1 @ images.flatten(1).mean(0), W2, 0.1 * normal(N_CLASSES))
     raw = model.preactivations(images)
 
     W_dec = torch.nn.functional.normalize(normal(d_sae, D_IN), dim=1)
     threshold = torch.linspace(0.3, 1.0, d_sae)
     if d_sae > 1:
         threshold[-1] = 1e6
-    sae = SmallSAE(W_dec.T, 0.1 * normal(d_sae), W_dec, 0.1 * normal(D_IN), threshold)
+    sae = demo.PlantedSAE(W_dec.T, 0.1 * normal(d_sae), W_dec, 0.1 * normal(D_IN), threshold)
     return fa.ExplainedLayer(model, sae, raw.mean(0), raw.std(0))
 
 

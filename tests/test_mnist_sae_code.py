@@ -664,8 +664,11 @@ def test_principal_components_are_the_best_of_their_number():
 
 
 def test_mean_and_spread():
-    assert driver.mean_and_spread([1.0, 2.0, 6.0]) == {"mean": 3.0, "std": pytest.approx(7**0.5)}
-    assert driver.mean_and_spread([2.0]) == {"mean": 2.0, "std": None}
+    assert driver.mean_and_spread(np.array([1.0, 2.0, 6.0])) == {
+        "mean": 3.0,
+        "std": pytest.approx(7**0.5),
+    }
+    assert driver.mean_and_spread(np.array([2.0])) == {"mean": 2.0, "std": None}
 
 
 def seeds_compared(saes: list[JumpReLUSAE]) -> driver.Replicates | None:
@@ -884,15 +887,23 @@ def test_a_damaged_stage_is_reported_retrained_and_kept_aside(saved, damage):
     assert all(".kept-1." in path.name for path in saved.iterdir())
 
 
-def test_fingerprint_follows_settings_inputs_and_code():
-    def base(settings=Settings(), code=(driver.ramp,), constants=(), **inputs):  # noqa: B008
-        return driver.Recipe(("seed",), code, constants).fingerprint(settings, **inputs)
+def test_fingerprint_follows_settings_inputs_and_code(monkeypatch):
+    def base(settings=Settings(), **inputs):  # noqa: B008
+        return driver.fingerprint(driver.chosen(settings, ["seed"]), **inputs)
 
-    assert base() == base()
-    assert base() == base(Settings(out="elsewhere"))
-    others = [base(Settings(seed=1)), base(data="x"), base(code=(driver.n_steps,))]
-    others.append(base(constants=(driver.STEERING,)))
-    assert len({base(), *others}) == 5
+    before = base()
+    assert before == base() == base(Settings(out="elsewhere"))
+    assert len({before, base(Settings(seed=1)), base(data="x")}) == 3
+    monkeypatch.setattr(driver, "code_below_settings", lambda: "other code")
+    assert base() != before
+
+
+def test_the_code_that_decides_is_the_file_below_the_settings():
+    below = driver.code_below_settings()
+    assert "SAE_LATENTS = " not in below  # an edit there is seen in the settings
+    for name in ("initial_rows", "STEERING = ", "EVAL_ROWS = ", "def adjust_thresholds"):
+        assert name in below
+    assert below.endswith("sys.exit(run_script())\n")
 
 
 def test_json_refuses_nan():

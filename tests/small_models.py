@@ -1,0 +1,35 @@
+"""A model and an SAE that no digit is needed for, shared by tests of two rooms."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import feature_analysis as fa
+
+
+class Bands:
+    """Preactivations are the mean inks of bands; logits their positive parts."""
+
+    def preactivations(self, images):
+        return images.mean((1, 3))[:, :4]
+
+    def logits_from_preactivations(self, z):
+        return z.relu()
+
+
+class Identity(NamedTuple):
+    W_enc: Tensor = torch.eye(4)
+    W_dec: Tensor = torch.eye(4)
+
+    def encode(self, z):
+        return torch.where(z > 0.5, z, 0.0)
+
+
+def banded_images() -> tuple[fa.ExplainedLayer, Tensor, Tensor]:
+    """A layer, colour images (400, 3, 8, 8) with one band of four inked, and which one it is."""
+    labels = torch.arange(400) % 4
+    noise = torch.rand(400, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    bands = torch.nn.functional.one_hot(labels, 4)[:, None, :, None].repeat(1, 3, 2, 8)
+    layer = fa.ExplainedLayer(Bands(), Identity(), torch.zeros(4), torch.ones(4))
+    return layer, 0.1 * noise + bands, labels
