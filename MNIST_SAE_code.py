@@ -2,7 +2,7 @@
 
     python MNIST_SAE_code.py                              # everything, into artifacts_mnist_sae/
     python MNIST_SAE_code.py --target-actives 10 20 40    # one SAE per sparsity, and their frontier
-    python MNIST_SAE_code.py --data sample --features 50  # the bundled sample, 50 busiest features
+    python MNIST_SAE_code.py --data sample --features 50  # the bundled sample, 50 features
 
 The stages, each a function below, called in this order by `main`:
 
@@ -102,7 +102,7 @@ N_EVAL = 2000  # images over which an effect on the logits is averaged
 ALPHA = 1.0  # how much of a feature is added when its logit effect is measured
 HYPOTHESES = True  # propose a statement about every feature, freeze it, test it on the test images
 STABILITY_SEEDS = 1  # train so many more SAEs from other seeds and see which features return
-FEATURES = 0  # analyse only this many of the most active features; 0 analyses all
+FEATURES = 0  # analyse only this many of the most influential features; 0 analyses all
 SEED = 0  # same seed and device: the same artifacts
 DATA = "data"  # folder that holds MNIST/raw, or "sample" for the bundled 5,000 digits
 OUT = "artifacts_mnist_sae"  # where everything is written
@@ -141,7 +141,9 @@ class Settings:
     stability_seeds: int = setting(
         STABILITY_SEEDS, "more SAEs to train, to see which features return"
     )
-    features: int = setting(FEATURES, "analyse only so many of the most active features; 0: all")
+    features: int = setting(
+        FEATURES, "analyse only so many of the most influential features; 0: all"
+    )
     seed: int = setting(SEED, "seed of every random choice")
     data: str = setting(DATA, "folder that holds MNIST/raw, or 'sample'")
     out: str = setting(OUT, "folder for everything that is written")
@@ -1561,46 +1563,27 @@ def analyse(layer: fa.ExplainedLayer, data: Data, settings: Settings, clock: Clo
         )
         ablation = fa.feature_ablation_effects(model, loader, sae, mu, std, n_eval=n_eval)
         nearest = fa.nearest_features(sae.W_dec)
+        activity = fa.collect_activity(layer, *data.val)
+        removed = fa.removal_effects(layer, data.val.images, activity)
     logit = fa.LogitEffects(*(tensor.cpu() for tensor in logit))
     ablation = fa.LogitEffects(*(tensor.cpu() for tensor in ablation))
-    return fa.Analysis(bank, heats, logit, ablation, nearest, inked.cpu().numpy())
+    found = (bank, heats, logit, ablation, nearest, inked.cpu().numpy())
+    return fa.Analysis(*found, activity, removed)
 
 
-def analysed_features(bank: fa.FeatureBank, limit: int) -> list[int]:
-    """Features by falling activation rate, ties by number; the first `limit`, or all when it is
-    0."""
-    order = torch.argsort(bank.n_active, descending=True, stable=True).tolist()
+def analysed_features(analysis: fa.Analysis, limit: int) -> list[int]:
+    """Features by falling influence, ties by number; the first `limit`, or all when it is 0."""
+    order = torch.argsort(analysis.removed.influence, descending=True, stable=True).tolist()
     return order[: limit or None]
 
 
-TELLING = """features to look at first, at most one per digit. Those come first where one
-label makes up more than half of the images; among them, whose removal costs that label's logit
-most."""
-
-
-def telling_features(
-    analysis: fa.Analysis, features: Sequence[int], how_many: int = 5
-) -> list[int]:
-    """Features that matter: the choice and its order are those that TELLING describes.
-
-    A feature counts as pure only when at least 20 images fire it; one that never fires is not
-    chosen.
-    """
-    histogram, active = analysis.bank.label_histogram, analysis.bank.n_active
-    digit = histogram.argmax(1)
-    pure = (histogram.amax(1) > active / 2) & (active >= 20)
-    lost = -analysis.ablation.mean_delta.gather(1, digit[:, None])[:, 0]
-    chosen: dict[int, int] = {}
-    for k in sorted(features, key=lambda k: (not pure[k], -float(lost[k]), k)):
-        if active[k]:
-            chosen.setdefault(int(digit[k]), k)
-    return list(chosen.values())[:how_many]
+TELLING = 5  # features to look at first
 
 
 def remove_pictures(folder: Path) -> None:
     """Those of an earlier run, which may have had other features."""
     for old in folder.iterdir():
-        if re.fullmatch(r"feature_\d+_(gallery|pattern|panel)\.(png|npy)", old.name):
+        if re.fullmatch(r"feature_\d+_(gallery|pattern|panel|hypothesis)\.(png|npy)", old.name):
             old.unlink()
 
 
@@ -1642,6 +1625,11 @@ class Replicates(NamedTuple):
             values = {name: float(getattr(m, name)[k]) for name in ("cosine", "correlation")}
             found.append({"seed": seed, "feature": int(m.feature[k]), **values})
         return found
+
+    def mark(self, k: int) -> str:
+        """Whether feature k is there in every other SAE, too."""
+        similar = [min(c["cosine"], c["correlation"]) for c in self.counterparts(k)]
+        return "returns" if min(similar) >= fa.ALIKE else "one way among many"
 
 
 def mean_and_spread(values: np.ndarray) -> dict[str, float | None]:
@@ -1773,29 +1761,29 @@ def refuse_changed_hypotheses(root: Path, settings: Settings, target: int) -> No
 
 def remove_statements(folder: Path) -> None:
     """Those of an earlier run."""
-    for name in ("hypotheses.json", "hypotheses.md", "explained.png"):
+    for name in ("hypotheses.json", "hypotheses.md", "explained.png", "influence.png"):
         (folder / name).unlink(missing_ok=True)
 
 
-COMPARED = ("untrained SAE", "random directions", "neurons", "principal directions")
+COMPARED = ("untrained SAE", "random directions", "neurons")
 
 
 def compare_with(
     kind: str,
     settings: Settings,
     layer: fa.ExplainedLayer,
-    seen: tuple[Tensor, Tensor],
-    judging: tuple[Tensor, Tensor],
+    seen: fc.Images,
+    judging: fc.Images,
+    aside: fc.Images,
 ) -> fc.Comparison:
-    """The same trial for features that training did not find; `kind` is one of COMPARED, `seen`
-    and `judging` are images and labels."""
+    """The same trial for features that training did not find; `kind` is one of COMPARED."""
     z = layer.standardised(seen[0])
     if kind == "untrained SAE":
         directions = starting_rows(z, settings.sae_latents, settings.seed)
     else:
         directions = fc.other_directions(kind, z, settings.seed)
     features = fc.at_the_same_rates(directions, z, *feature_usage(layer.sae, z))
-    return fc.compare_features(features, layer, seen, judging, fh.Rule(), settings.seed)
+    return fc.compare_features(features, layer, seen, judging, aside, fh.Rule(), settings.seed)
 
 
 def hold_trial(
@@ -1814,27 +1802,35 @@ def hold_trial(
     here = subject.device.type != "cpu"
     started = []
     for kind in COMPARED:
-        given = (kind, settings, layer, tuple(data.val), judging)
+        given = (kind, settings, layer, tuple(data.val), judging, aside)
         started.append(jobs.start("comparisons", compare_with, *given, here=here))
     given = (hypotheses, layer, *aside, None, seed + 1, rule)
     started.append(jobs.start("images set aside", fc.test_hypotheses, *given, here=here))
 
     with p.clock("test and judge"):
         activity = fa.collect_activity(layer, *judging)
-        evidence = fc.test_hypotheses(hypotheses, layer, *judging, activity, seed, rule)
+        scored = fc.score_claims(hypotheses, *judging)
+        evidence = fc.test_hypotheses(hypotheses, layer, *judging, activity, seed, rule, scored)
+        picked = fc.pick_features(evidence, scored, layer, activity)
     with p.clock("comparisons, waited for"):
         *comparisons, again = jobs.results(started)
-    trial = fc.make_trial(hypotheses, rule, evidence, again, activity)
+    trial = fc.make_trial(hypotheses, rule, evidence, again, activity, picked)
     return trial, dict(zip(COMPARED, comparisons, strict=True))
 
 
 def write_statements(
-    folder: Path, trial: fc.Trial, comparisons: dict[str, fc.Comparison], record: dict, title: str
+    folder: Path,
+    trial: fc.Trial,
+    comparisons: dict[str, fc.Comparison],
+    record: dict,
+    title: str,
+    marks: dict[int, str],
 ) -> None:
-    """hypotheses.md and explained.png; `record` is that of `fc.trial_record`."""
-    text = fc.statements_markdown(trial, record, title)
+    """hypotheses.md and its two pictures; `record` is that of `fc.trial_record`."""
+    text = fc.statements_markdown(trial, record, title, marks)
     fa.write_whole(folder / "hypotheses.md", text.encode())
     fa.save_figure(fc.draw_explained(trial, comparisons), folder / "explained.png")
+    fa.save_figure(fc.draw_influence(trial), folder / "influence.png")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1854,6 +1850,8 @@ def feature_block(record: dict, n_images: int) -> str:
     removed = record["ablation_delta_vector"][boost]
     lines = [
         f"Feature {record['feature']}",
+        f"  influence        {record['influence']:.1%}; removing it changes "
+        f"{record['predictions_changed']:.1%} of the predictions",
         f"  mean active      {record['mean_active']:.4f} ({active:,} of {n_images:,} validation "
         f"images)",
         f"  label histogram  {', '.join(shares)}",
@@ -1864,8 +1862,11 @@ def feature_block(record: dict, n_images: int) -> str:
     return "\n".join(lines + statement_block(record))
 
 
-def panel_notes(record: dict, replicates: Replicates | None, subject: Subject) -> fa.PanelNotes:
-    """What a panel says about a feature: its hypothesis, and its counterparts in other SAEs."""
+def panel_notes(
+    record: dict, replicates: Replicates | None, subject: Subject, sketch: fa.Sketch | None
+) -> fa.PanelNotes:
+    """What a panel says about a feature: its hypothesis, in words and drawn, and its counterparts
+    in other SAEs."""
     caption = "\n".join(line.strip() for line in statement_block(record))
     counterparts = []
     for found in record.get("counterparts", []):
@@ -1875,17 +1876,29 @@ def panel_notes(record: dict, replicates: Replicates | None, subject: Subject) -
         similarity = min(found["cosine"], found["correlation"])
         words = f"seed {found['seed']}, no. {found['feature']}\nsimilarity {similarity:.2f}"
         counterparts.append((words, heat.cpu().numpy()))
-    return fa.PanelNotes(caption, counterparts=tuple(counterparts))
+    return fa.PanelNotes(caption, counterparts=tuple(counterparts), sketch=sketch)
+
+
+def sketch_of(h: fh.Hypothesis, analysis: fa.Analysis, data: Data) -> fa.Sketch | None:
+    """What a claim draws, over the mean of the validation images that fire the feature; None where
+    it draws nothing."""
+    if not any(h.drawing):
+        return None
+    at, _ = analysis.activity.of(h.feature)
+    mean = data.val.images[at.to(data.val.images.device), 0].mean(0).cpu().numpy()
+    masks = [fh.place_masks(places).numpy() for places in h.drawing]
+    return fa.Sketch(mean, *masks)
 
 
 def statement_block(record: dict) -> list[str]:
     """The hypothesis of a feature, if there is one."""
     if "statement" not in record:
         return []
+    marked = f"; {record['mark']}" if "mark" in record else ""
     return [
         f'  hypothesis       "{record["statement"]}"',
         f"  evidence         {record['evidence']['text']}",
-        f"  confidence       {record['confidence']} ({record['verdict']})",
+        f"  confidence       {record['confidence']} ({record['verdict']}{marked})",
     ]
 
 
@@ -2031,7 +2044,8 @@ def places_to_look(root: Path, settings: Settings, records: Sequence[dict]) -> s
         tell(first, f"one feature on one page ({len(panels)} such pages)")
         tell(folder / "feature_report.html", "a page to open: meet the features, draw a digit")
         if settings.hypotheses:
-            tell(folder / "hypotheses.md", "what each feature means, tested, best first")
+            tell(folder / "hypotheses.md", "what each feature means, tested, what matters first")
+            tell(folder / "influence.png", "who does the work, and how far it is explained")
         tell(folder / "feature_report.json", "every feature as a table (pandas.read_json)")
     if len(records) > 1:
         tell(root / "frontier.png", "sparsity against fidelity and what returns")
@@ -2080,12 +2094,13 @@ def prepare_target(
     trained = saes[0]
     layer = subject.layer(trained.sae)
     analysis = analyse(layer, data, settings, clock)
-    features = analysed_features(analysis.bank, settings.features)
+    features = analysed_features(analysis, settings.features)
     pictures = start_pictures(folder, analysis, features, data.val.images, jobs)
     remove_statements(folder)
     if settings.hypotheses:
         with clock("propose and freeze"):
-            hypotheses = fh.propose_hypotheses(layer, *data.val)
+            known = (analysis.activity, analysis.removed)
+            hypotheses = fh.propose_hypotheses(layer, *data.val, None, True, *known)
             frozen = fh.freeze_hypotheses(hypotheses, folder / "hypotheses.json")
     with clock("matching"):
         replicates = compare_seeds(target, saes, settings, subject, data.val.images)
@@ -2104,17 +2119,25 @@ def finish_target(
         trial, comparisons = hold_trial(p, settings, subject, data, jobs)
     report = feature_report(p, trial)
     by_feature = {entry["feature"]: entry for entry in report}
-    telling = telling_features(p.analysis, p.features)
-    notes = {k: panel_notes(by_feature[k], p.replicates, subject) for k in telling}
+    telling = p.features[:TELLING]
+    notes = {}
+    for k in telling:
+        sketch = sketch_of(trial.hypotheses[k], p.analysis, data) if trial else None
+        notes[k] = panel_notes(by_feature[k], p.replicates, subject, sketch)
     given = (p.folder, telling, p.analysis, data.val.images.cpu(), notes)
     drawing = [*p.pictures, jobs.start("panels", fa.write_feature_panels, *given)]
+    for k in telling:
+        if notes[k].sketch is not None:
+            path = p.folder / f"feature_{k}_hypothesis.png"
+            fa.visualize_sketch(notes[k].sketch, k, by_feature[k]["statement"], path)
     record = target_record(p, settings, subject, data)
     record["telling_features"] = telling
     if trial:
         record["hypotheses_sha256"] = p.frozen
         record["hypotheses"] = fc.trial_record(trial, comparisons, p.frozen)
         title = f"{len(trial.hypotheses)} features at target {p.target} ({data.source})"
-        given = (p.folder, trial, comparisons, record["hypotheses"], title)
+        marks = {k: p.replicates.mark(k) for k in range(len(trial.hypotheses)) if p.replicates}
+        given = (p.folder, trial, comparisons, record["hypotheses"], title, marks)
         drawing.append(jobs.start("statements", write_statements, *given))
     fa.write_whole(p.folder / "feature_report.json", to_json(report))
     with p.clock("pictures, waited for"):
@@ -2134,6 +2157,7 @@ def feature_report(p: Prepared, trial: fc.Trial | None) -> list[dict]:
         entry = fa.feature_record(k, p.analysis)
         if p.replicates:
             entry["counterparts"] = p.replicates.counterparts(k)
+            entry["mark"] = p.replicates.mark(k)
         if trial:
             entry |= fc.statement_record(k, trial)
         report.append(entry)
@@ -2165,7 +2189,10 @@ def tell_target(
     record: dict, by_feature: dict[int, dict], diagnoses: Sequence[Diagnosis], n_images: int
 ) -> None:
     """What the terminal shows of one target as soon as it is finished."""
-    print(f"\nTarget {record['target_actives']}: {TELLING}\n")
+    words = "the features whose removal changes the logits most (influence)"
+    print(f"\nTarget {record['target_actives']}: {words}\n")
+    if "hypotheses" in record:
+        print(f"{fh.LEGEND}\n")
     for k in record["telling_features"]:
         print(feature_block(by_feature[k], n_images), end="\n\n")
     if "hypotheses" in record:
@@ -2190,17 +2217,17 @@ def write_page(
     network = fp.Network(model.hidden.weight, first_bias, model.head.weight, model.head.bias)
     results = [(r.on_page, shown_result(r, record)) for r in RESULTS if r.on_page]
     if "hypotheses" in record:
-        explained = record["hypotheses"]["shares"]["SAE"]["explained"]
-        results.append(("features explained in all parts", f"{explained:.0%}"))
+        own = record["hypotheses"]["shares"]["SAE"]
+        results.append(("influence of explained features", f"{own['influence_explained']:.0%}"))
+        results.append(("features explained", f"{own['explained']:.0%}"))
     n_features = len(p.analysis.heats)
     title = f"{n_features} features of a digit classifier, target {p.target} ({data.source})"
-    activity = fa.collect_activity(layer, *data.val)
     a = p.analysis
     fp.write_dashboard(
         p.folder / "feature_report.html",
         report,
         layer,
-        fp.Shown(a.bank, activity, data.val.images, a.heats, a.inked),
+        fp.Shown(a.bank, a.activity, data.val.images, a.heats, a.inked),
         fp.Overview(title, results, record["diagnoses"], frontier),
         network=network,
         tests=(data.test.images[:PAGE_TESTS], data.test.labels[:PAGE_TESTS]),

@@ -105,6 +105,11 @@ class ExplainedLayer(NamedTuple):
             raise ValueError(f"preactivations have shape {shape}, but mu has shape {expected}")
         return raw
 
+    @torch.no_grad()
+    def raw_of_all(self, images: Tensor) -> Tensor:
+        """The same for many images, ROWS at a time."""
+        return torch.cat([self.raw(some) for some in images.split(ROWS)])
+
     def standardised(self, images: Tensor) -> Tensor:
         """images (B, ...) -> z (B, d_in), what the SAE reads"""
         return (self.raw(images) - self.mu) / self.std
@@ -336,6 +341,11 @@ class Activity(NamedTuple):
     def n_active(self) -> Tensor:
         """(d_sae,) how many images fire each feature."""
         return self.start.diff()
+
+    @property
+    def feature(self) -> Tensor:
+        """(P,) the feature of each pair."""
+        return torch.repeat_interleave(torch.arange(len(self.n_active)), self.n_active)
 
 
 @torch.no_grad()
@@ -595,6 +605,55 @@ def feature_ablation_effect(
     return _ablation_effects(layer, loader, only, n_eval).of(0)
 
 
+class Removals(NamedTuple):
+    """What removing each feature alone does, over all images that fire it."""
+
+    mean_delta: Tensor  # (d_sae, C) float64, mean change of the logits, as `LogitEffects` has it
+    n_images: Tensor  # (d_sae,) int64, images that fire it
+    size: Tensor  # (d_sae,) float64, sum over images of the length of the change of centred logits
+    n_changed: Tensor  # (d_sae,) int64, images whose prediction changes
+
+    @property
+    def influence(self) -> Tensor:
+        """(d_sae,) its share of all that single removals do; they sum to 1 (0 where none fires)."""
+        return self.size / self.size.sum().clamp(min=1e-300)
+
+    @property
+    def changes(self) -> Tensor:
+        """(d_sae,) share of the images that fire it whose prediction changes."""
+        return self.n_changed / self.n_images.clamp(min=1)
+
+
+@torch.no_grad()
+def removal_effects(layer: ExplainedLayer, images: Tensor, activity: Activity) -> Removals:
+    """What removing each feature does to the logits of images (N, ...), whose `activity` is given.
+
+    As in `feature_ablation_effect`, only its own contribution is subtracted. Centred logits have
+    their mean over classes taken away, which no prediction depends on.
+    """
+    raw = layer.raw_of_all(images)
+    base = torch.cat([layer.logits_from_raw(some) for some in raw.split(ROWS)])
+    predicted = base.argmax(1)
+    shifts = layer.sae.W_dec.detach() * layer.std
+    d_sae, n_classes = len(shifts), base.shape[1]
+    sums = torch.zeros(d_sae, n_classes, dtype=torch.float64, device=raw.device)
+    size, changed = sums.new_zeros(d_sae), sums.new_zeros(d_sae)
+    columns = (activity.feature, activity.image, activity.activation)
+    pairs = [column.split(HEAD_ROWS) for column in columns]
+    for part in zip(*pairs, strict=True):
+        k, image, activation = (column.to(raw.device) for column in part)
+        contribution = shifts[k].mul_(activation[:, None])
+        logits = layer.logits_from_raw(raw[image].sub_(contribution))
+        delta = logits - base[image]
+        sums.index_add_(0, k, delta.double())
+        centred = delta - delta.mean(1, keepdim=True)
+        size.index_add_(0, k, centred.norm(dim=1).double())
+        changed.index_add_(0, k, (logits.argmax(1) != predicted[image]).double())
+    n = activity.n_active
+    mean = sums.cpu() / n[:, None].clamp(min=1)
+    return Removals(mean, n, size.cpu(), changed.cpu().long())
+
+
 # --------------------------------------------------------------------------------------------------
 # How readable are features, which are alike, and do they return when the SAE is trained again?
 # --------------------------------------------------------------------------------------------------
@@ -622,6 +681,48 @@ def nearest_features(W_dec: Tensor) -> NearestFeatures:
         cosines.append(cosine)
         features.append(feature)
     return NearestFeatures(torch.cat(features).cpu(), torch.cat(cosines).cpu())
+
+
+def _images_in_common(activity: Activity, columns: int = 128) -> Tensor:
+    """(d_sae, d_sae) how many images fire both; memory for N x columns at a time."""
+    d_sae = len(activity.n_active)
+    feature = activity.feature
+    common = torch.zeros(d_sae, d_sae)
+    for first in range(0, d_sae, columns):
+        last = min(first + columns, d_sae)
+        pairs = slice(int(activity.start[first]), int(activity.start[last]))
+        active = torch.zeros(len(activity.labels), last - first)
+        active[activity.image[pairs], feature[pairs] - first] = 1
+
+        # For every feature, the sum of the rows of those images that fire it.
+        common[:, first:last] = torch.nn.functional.embedding_bag(
+            activity.image, active, activity.start[:-1], mode="sum"
+        )
+    return common
+
+
+def most_alike(similarity: Tensor, own: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n largest of each row (F, d_sae) but column own (F,): columns, values (F, n)."""
+    others = similarity.scatter(1, own[:, None], -2.0)
+    best = others.topk(min(n, similarity.shape[1] - 1), dim=1)
+    return best.indices, best.values
+
+
+def firing_together(activity: Activity, n: int) -> tuple[Tensor, Tensor]:
+    """For every feature the n others whose activity, 0 or 1, correlates most with its own.
+
+    Where p and q of the images fire two features, and r fire both, Pearson's correlation is
+    (r - p q) / sqrt(p (1 - p) q (1 - q)). It counts as 0 for a silent feature.
+
+    Returns the others, best first, and the correlations, (d_sae, n) each.
+    """
+    n_images = len(activity.labels)
+    share = activity.n_active / n_images
+    spread = (share * (1 - share)).sqrt()
+
+    covariance = _images_in_common(activity) / n_images - torch.outer(share, share)
+    correlation = covariance / torch.outer(spread, spread).clamp(min=1e-9)
+    return most_alike(correlation, torch.arange(len(share)), n)
 
 
 def pattern_roughness(heats: Tensor) -> Tensor:
@@ -748,6 +849,8 @@ class Analysis(NamedTuple):
     ablation: LogitEffects
     nearest: NearestFeatures
     inked: np.ndarray  # (H, W) bool, the pixels that images ink
+    activity: Activity
+    removed: Removals
 
 
 def feature_record(k: int, analysis: Analysis) -> dict:
@@ -776,6 +879,8 @@ def feature_record(k: int, analysis: Analysis) -> dict:
         "nearest_feature": int(nearest.feature[k]),
         "nearest_cosine": float(nearest.cosine[k]),
         "pattern_roughness": float(pattern_roughness(analysis.heats[k : k + 1])[0]),
+        "influence": float(analysis.removed.influence[k]),
+        "predictions_changed": float(analysis.removed.changes[k]),
     }
 
 
@@ -1167,6 +1272,68 @@ def write_feature_pictures(
 
 
 # --------------------------------------------------------------------------------------------------
+# Sketches: where ink is claimed to be, and where none
+# --------------------------------------------------------------------------------------------------
+
+SKETCH_RED, SKETCH_BLUE = (178, 24, 43), (33, 102, 172)
+EDGE, TINT = 2, 0.3  # screen pixels of an outline, and how much colour is inside
+
+
+class Sketch(NamedTuple):
+    """Places over a picture."""
+
+    background: np.ndarray  # (H, W) ink from 0 to 1
+    there: np.ndarray  # (n, H, W) bool, places with ink
+    absent: np.ndarray  # (m, H, W) bool, places without
+
+
+def _paint_sketch(sketch: Sketch, width: int) -> np.ndarray:
+    """(height, about width, 3) uint8: ink in grey, places outlined in red, or blue where empty."""
+    zoom = _zoom(sketch.background.shape, width)
+    strongest = max(float(sketch.background.max()), 1e-9)
+    grey = 255 * (1 - 0.75 * _enlarged(sketch.background / strongest, zoom))
+    page = np.repeat(grey[:, :, None], 3, 2)
+    for masks, colour in ((sketch.absent, SKETCH_BLUE), (sketch.there, SKETCH_RED)):
+        for mask in masks:
+            inside = _enlarged(mask, zoom)
+            core = inside.copy()
+            for shift in (-EDGE, EDGE):
+                for axis in (0, 1):
+                    core &= np.roll(inside, shift, axis)
+            page[inside] += TINT * (np.array(colour) - page[inside])
+            page[inside & ~core] = colour
+    return page.round().astype(np.uint8)
+
+
+def visualize_sketch(
+    sketch: Sketch, k: int, statement: str = "", save_path: str | Path | None = None
+) -> Figure:
+    """The places of a claim about feature k, red where it wants ink and blue where it wants none,
+    over the mean of the images that fire it; the statement is written below.
+
+    Raises ValueError unless the places have the background's shape.
+    """
+    for masks in (sketch.there, sketch.absent):
+        if masks.shape[1:] != sketch.background.shape:
+            shapes = f"{masks.shape[1:]}, the background {sketch.background.shape}"
+            raise ValueError(f"places have shape {shapes}")
+    picture = _paint_sketch(sketch, PATTERN)
+    lines = textwrap.wrap(statement, SKETCH_LETTERS)
+    top = 2 * TITLE + 4
+    width = max(picture.shape[1], SKETCH_WIDTH) + 2 * MARGIN
+    height = top + len(picture) + CAPTION_LINE * len(lines) + 2 * MARGIN
+    page = np.full((height, width, 3), WHITE, np.uint8)
+    _paste(page, _lettering(f"Feature {k}: ink in red, none in blue", 14, BOLD), 6, MARGIN)
+    note = "over the mean of the images that fire it"
+    _paste(page, _lettering(note, 11, MONO), TITLE, MARGIN)
+    _paste(page, picture, top, MARGIN)
+    for row, line in enumerate(lines):
+        below = top + len(picture) + MARGIN + CAPTION_LINE * row
+        _paste(page, _lettering(line), below, MARGIN)
+    return _figure_of(page, save_path)
+
+
+# --------------------------------------------------------------------------------------------------
 # Panels: everything about a feature in one picture
 # --------------------------------------------------------------------------------------------------
 
@@ -1217,8 +1384,10 @@ class PanelNotes(NamedTuple):
     caption: str = ""  # below the gallery
     inked: object = None  # (H, W) bool as in `visualize_feature_pattern`
     counterparts: tuple[tuple[str, np.ndarray], ...] = ()  # words and pattern (H, W) of each
+    sketch: Sketch | None = None
 
 
+SKETCH_LETTERS, SKETCH_WIDTH = 60, 400  # letters in a line below a sketch, screen pixels
 COUNTERPARTS = 4  # a panel has room for so many, two in a row
 COUNTERPART_WIDTH, COUNTERPART_HEIGHT = 84, 84  # screen pixels from one to the next
 SMALL_LINE = 12  # screen pixels from one line of small letters to the next
@@ -1252,13 +1421,16 @@ def _paint_panel(
     for paragraph in notes.caption.splitlines():
         lines += textwrap.wrap(paragraph, CAPTION_LETTERS)
 
+    sketch = _paint_sketch(notes.sketch, PANEL_PATTERN) if notes.sketch else pattern[:, :0]
     left, top = images.shape[1] + NUMBERS, HEADER + MARGIN  # of the pattern
     counterparts = notes.counterparts[:COUNTERPARTS]
     rows_of_counterparts = math.ceil(len(counterparts) / 2)
     charts_top = top + max(len(pattern), COUNTERPART_HEIGHT * rows_of_counterparts) + MARGIN
     caption_end = len(images) + CAPTION_LINE * len(lines) + MARGIN
     height = max(caption_end, charts_top + len(charts))
-    width = images.shape[1] + max(charts.shape[1], NUMBERS + pattern.shape[1] + MARGIN)
+    across = NUMBERS + pattern.shape[1] + 2 * MARGIN + sketch.shape[1]
+    across += 2 * MARGIN + 2 * COUNTERPART_WIDTH if counterparts else 0
+    width = images.shape[1] + max(charts.shape[1], across + MARGIN)
 
     page = np.full((height, width, 3), WHITE, np.uint8)
     _paste(page, images, 0, 0)
@@ -1267,6 +1439,10 @@ def _paint_panel(
     _paste(page, _lettering("red raises, blue lowers", 13), MARGIN, left)
     _paste(page, pattern, top, left)
     beside = left + pattern.shape[1] + 2 * MARGIN
+    if notes.sketch is not None:
+        _paste(page, _lettering("ink in red, none in blue", 13), MARGIN, beside)
+        _paste(page, sketch, top, beside)
+        beside += sketch.shape[1] + 2 * MARGIN
     if counterparts:
         _paste(page, _lettering("nearest in other SAEs", 13), MARGIN, beside)
     for number, (words, other) in enumerate(counterparts):

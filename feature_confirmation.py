@@ -15,7 +15,6 @@ Dimension key: N images, C classes, d_in preactivations, d_sae features, B edite
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -56,25 +55,6 @@ def rank_sum_p(r: fh.Ranks) -> float:
     if variance <= 0:
         return 1.0
     return 0.5 * math.erfc(((r.auroc - 0.5) * pairs - 0.5) / math.sqrt(2 * variance))
-
-
-def fisher_p(both: int, n_said: int, n_active: int, n: int) -> float:
-    """One-sided p-value that so many active images, `both`, are among the n_said of n images that
-    carry a named label, when labels are permuted.
-
-    Fisher's exact test: the upper tail of the hypergeometric distribution, term by term from the
-    ratio of each to the one before.
-    """
-
-    def log_choose(n: int, k: int) -> float:
-        return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-
-    first = log_choose(n_said, both) + log_choose(n - n_said, n_active - both)
-    first -= log_choose(n, n_active)
-    k = np.arange(both, min(n_said, n_active))
-    ratio = (n_said - k) * (n_active - k) / ((k + 1) * (n - n_said - n_active + k + 1))
-    log_p = first + np.append(0.0, np.cumsum(np.log(ratio)))
-    return min(1.0, float(np.exp(log_p).sum()))
 
 
 def delong_variance(r: fh.Ranks) -> tuple[float, float]:
@@ -157,38 +137,56 @@ class Detected(NamedTuple):
     auroc_low: float  # 95% interval
     auroc_high: float
     average_precision: float
-    p: float  # against chance: activity shuffled over images, or labels permuted
+    p: float  # against chance: activity shuffled over images
 
 
-def detect(
-    hypotheses: Sequence[fh.Hypothesis], images: Tensor, labels: Tensor, activity: fa.Activity
-) -> dict[int, dict[str, Detected]]:
-    """By feature, how well "class", "stroke" and "both" predict where it is active."""
-    keys, ranks, p = [], [], []
-    for h, scores in fh.part_scores(hypotheses, images, labels):
-        at = activity.of(h.feature)[0].numpy()
-        for part, values in scores.items():
-            r = fh.ranks_of(values, at)
-            keys.append((h.feature, part))
-            ranks.append(r._replace(ranked=r.ranked[:0]))  # what is kept does not grow with N
-            if values is scores.get("class"):
-                p.append(fisher_p(int(values[at].sum()), int(values.sum()), r.m, r.m + r.n))
-            else:
-                p.append(rank_sum_p(r))
-    found: dict[int, dict[str, Detected]] = {h.feature: {} for h in hypotheses}
+def detected(scores: Sequence[np.ndarray], active: Sequence[np.ndarray]) -> list[Detected]:
+    """How well each of the scores (N,) predicts which images, at the indices `active` (m,), are
+    active."""
+    ranks, p = [], []
+    for values, at in zip(scores, active, strict=True):
+        r = fh.ranks_of(values, at)
+        p.append(rank_sum_p(r))
+        ranks.append(r._replace(ranked=r.ranked[:0]))  # what is kept does not grow with N
     ends = zip(*(end.tolist() for end in auroc_interval(ranks)), strict=True)
-    for (k, part), r, interval, chance in zip(keys, ranks, ends, p, strict=True):
-        found[k][part] = Detected(r.auroc, *interval, average_precision(r), chance)
+    found = []
+    for r, (low, high), chance in zip(ranks, ends, p, strict=True):
+        found.append(Detected(r.auroc, low, high, average_precision(r), chance))
     return found
+
+
+class Described(NamedTuple):
+    """Images that a claim describes, those scored at least its cut, and images that are active."""
+
+    n: int  # described
+    active: int
+    both: int
+
+    @property
+    def precision(self) -> float:
+        return self.both / max(1, self.n)
+
+    @property
+    def recall(self) -> float:
+        return self.both / max(1, self.active)
+
+
+def midranks(scores: np.ndarray) -> np.ndarray:
+    """(N,) 1 for the smallest of scores (N,); equal ones share their mean rank."""
+    ranked = np.sort(scores)
+    left, right = (np.searchsorted(ranked, scores, side) for side in ("left", "right"))
+    return (left + right + 1) / 2
+
+
+def auroc_of_ranks(ranks: np.ndarray, at: np.ndarray) -> float:
+    """AUROC of scores with these midranks (N,), when the images `at` (m,) are the active ones."""
+    m = len(at)
+    return (ranks[at].sum() - m * (m + 1) / 2) / (m * (len(ranks) - m))
 
 
 # --------------------------------------------------------------------------------------------------
 # Do edits of the ink that is named turn the feature off and on?
 # --------------------------------------------------------------------------------------------------
-
-N_EDIT = 64  # active images, and as many silent ones, that are edited for a feature
-PATCH_PIXELS = 256  # nearest pixels tried first for a patch; most need no more
-EVER_INKED = 0.01  # a pixel inked on fewer images is left alone: blank margins would be too easy
 
 
 def wilson_interval(count: int, n: int) -> tuple[float, float]:
@@ -239,13 +237,9 @@ class EditTest(NamedTuple):
         unchanged = (self.n - self.named) * (self.n - self.elsewhere)
         return cross / math.sqrt(self.named * self.elsewhere * unchanged or 1)
 
-    def contrast(self, times: float) -> tuple[float, float, float]:
-        """Share changed as named minus `times` that elsewhere, and its 95% interval.
-
-        Wilson's intervals of the two shares, squared and added: for times = 1 it is method 10 of
-        Newcombe (1998, Statistics in Medicine 17:2635-2650), for others its generalisation MOVER,
-        the method of variance estimates recovery (Zou & Donner 2008).
-        """
+    def difference(self) -> tuple[float, float, float]:
+        """Share changed as named less that changed elsewhere, and its 95% interval: method 10 of
+        Newcombe (1998, Statistics in Medicine 17:2635-2650), for pairs."""
         named, elsewhere = self.named / self.n, self.elsewhere / self.n
         low, high = wilson_interval(self.named, self.n)
         other_low, other_high = wilson_interval(self.elsewhere, self.n)
@@ -253,137 +247,54 @@ class EditTest(NamedTuple):
         def reach(a: float, b: float) -> float:
             return math.sqrt(max(0.0, a * a - 2 * self.phi * a * b + b * b))
 
-        down = reach(named - low, times * (other_high - elsewhere))
-        up = reach(high - named, times * (elsewhere - other_low))
-        value = named - times * elsewhere
+        value = named - elsewhere
+        down, up = (
+            reach(named - low, other_high - elsewhere),
+            reach(high - named, elsewhere - other_low),
+        )
         return value, value - down, value + up
 
-    def excess(self, times: float, least: float) -> tuple[float, float, float]:
-        """By how much the share of images that changed as named exceeds `times` that elsewhere, or
-        the share `least` if that is harder; and its 95% interval."""
-        if times * self.elsewhere >= least * self.n:
-            return self.contrast(times)
-        low, high = wilson_interval(self.named, self.n)
-        return self.named / self.n - least, low - least, high - least
 
+class Edits(NamedTuple):
+    """What became of the strokes of a claim; None where there is none of that kind."""
 
-@functools.cache
-def _nearest_first() -> tuple[Tensor, Tensor]:
-    """Numbers of all 784 pixels in the order of their distance from each, int64: the PATCH_PIXELS
-    nearest (784, PATCH_PIXELS), and the rest (784, 784 - PATCH_PIXELS)."""
-    row, col = np.divmod(np.arange(fh.SIDE**2), fh.SIDE)
-    squared = (row[:, None] - row) ** 2 + (col[:, None] - col) ** 2
-    order = torch.from_numpy(squared.astype(np.int16).argsort(axis=1, kind="stable"))
-    return order[:, :PATCH_PIXELS].contiguous(), order[:, PATCH_PIXELS:].contiguous()
-
-
-class Move(NamedTuple):
-    """Ink to be moved on B images: where a claim names it, and as much elsewhere."""
-
-    sign: int  # 1 adds ink, -1 removes it
-    available: Tensor  # (B, 784) ink that can be moved at each pixel
-    named: Tensor  # (784,) 1 at the pixels named, else 0
-    other: Tensor  # (784,) 1 where elsewhere may be, else 0
-
-
-def edit(x: Tensor, moves: Sequence[Move], where: Tensor) -> tuple[Tensor, Tensor]:
-    """Images x (B, 784) edited as named, and edited elsewhere by as much ink.
-
-    The edit elsewhere is a patch that grows around a pixel drawn with the probability of its share
-    of the ink available there, by `where` (moves, B) in [0, 1). Where one of the two edits has less
-    ink to move, both move that much.
-    """
-    named, elsewhere = x, x.clone()
-    for move, draw in zip(moves, where, strict=True):
-        ink, there = move.available * move.named, move.available * move.other
-        total = there.cumsum(1)
-        of_named, everything = ink.sum(1), total[:, -1]
-        amount = torch.minimum(of_named, everything)
-        share = move.sign * amount / of_named.clamp(min=1e-9)
-        named = named + share[:, None] * ink
-
-        target = (draw * everything)[:, None]
-        centre = torch.searchsorted(total, target, right=True)[:, 0].clamp(max=fh.SIDE**2 - 1)
-        _grow_patch(elsewhere, move.sign, there, amount, centre)
-    return named, elsewhere
-
-
-def _grow_patch(x: Tensor, sign: int, available: Tensor, amount: Tensor, centre: Tensor) -> None:
-    """Move ink on x (B, 784) in place: what is available (B, 784), pixel by pixel by their distance
-    from `centre` (B,), until it is `amount` (B,)."""
-    near, far = _nearest_first()
-    missing = _move_in_order(x, sign, available, amount, near.index_select(0, centre))
-    rows = (missing > 0).nonzero()[:, 0]
-    if len(rows):
-        some = x[rows]
-        _move_in_order(
-            some, sign, available[rows], missing[rows], far.index_select(0, centre[rows])
-        )
-        x[rows] = some
-
-
-def _move_in_order(
-    x: Tensor, sign: int, available: Tensor, amount: Tensor, order: Tensor
-) -> Tensor:
-    """The same at the pixels in `order` (B, pixels); returns what is still missing, (B,)."""
-    there = available.gather(1, order)
-    missing = amount[:, None] - there.cumsum(1)
-    taken = torch.minimum(there, (missing + there).clamp_(min=0))
-    x.scatter_(1, order, x.gather(1, order).add_(taken, alpha=sign))
-    return missing[:, -1]
-
-
-def edited_images(activity: fa.Activity, k: int) -> tuple[Tensor, Tensor]:
-    """The images that the tests of feature k edit: up to N_EDIT that fire it and N_EDIT that do
-    not, spread evenly."""
-    silent = torch.from_numpy(np.flatnonzero(~activity.is_active(k)))
-    return fh.spread(activity.of(k)[0], N_EDIT), fh.spread(silent, N_EDIT)
-
-
-def _generator(seed: int, feature: int) -> torch.Generator:
-    """Random numbers that belong to a feature."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + feature) % 2**63)
+    erasing: EditTest | None  # strokes said to be there are erased: does the feature turn off?
+    filling: EditTest | None  # strokes said to be absent are painted: does it turn off?
+    painting: EditTest | None  # both are made as said: does it turn on?
 
 
 @torch.no_grad()
 def edit_tests(
-    hypotheses: Sequence[fh.Hypothesis],
+    strokes: fh.Strokes,
+    h: fh.Hypothesis,
     layer: fa.ExplainedLayer,
-    images: Tensor,
+    editable: fh.Editable,
     activity: fa.Activity,
-    seed: int,
-) -> dict[int, tuple[EditTest, EditTest]]:
-    """By feature, erasing and painting, of claims that name strokes.
+) -> Edits:
+    """Edits of the strokes, words or places, by which a claim says or draws when a feature fires.
 
     One feature at a time: what is found for it cannot depend on the others, and its pictures stay
-    in the processor's cache. Ink is moved on the CPU, where sums are the same in every run. Where
-    only empty places are named, ink painted into them is what must turn a feature off.
+    in the processor's cache.
     """
-    pixels = images.flatten(1).float().cpu()
-    ever_inked = (pixels > 0).float().mean(0) > EVER_INKED
-    tests = {}
-    for h in hypotheses:
-        wanted, empty = fh.stroke_pixels(h.stroke)
-        other = (ever_inked & ~wanted & ~empty).float()
-        on, off = edited_images(activity, h.feature)
-        where = torch.rand(N_EDIT, 2, generator=_generator(seed, h.feature)).T
-
-        x = pixels.index_select(0, on)
-        moves = [Move(-1, x, wanted, other), Move(1, 1 - x, empty, other)]
-        first = 0 if wanted.any() else 1
-        erased = edit(x, moves[first : first + 1], where[:1, : len(on)])
-
-        x = pixels.index_select(0, off)
-        moves = [Move(1, 1 - x, wanted, other), Move(-1, x, empty, other)]
-        painted = edit(x, moves, where[:, : len(off)])
-
-        edited = torch.cat([*erased, *painted]).unflatten(1, images.shape[1:])
-        active = (layer.feature_acts(edited)[:, h.feature] > 0).cpu().numpy()
-        n, twice = len(on), 2 * len(on)
-        erasing = EditTest.of(~active[:n], ~active[n:twice])
-        painting = EditTest.of(active[twice : twice + len(off)], active[twice + len(off) :])
-        tests[h.feature] = erasing, painting
-    return tests
+    editor = fh.Editor(strokes, editable, h.feature)
+    on, off = fh.edited_images(h, activity)
+    x, silent = editable.pixels.index_select(0, on), editable.pixels.index_select(0, off)
+    pairs = {}
+    if strokes.there:
+        pairs["erasing"] = editor.erase(x, strokes.there)
+        pairs["painting"] = editor.paint(silent, strokes.there)
+    if strokes.absent:
+        pairs["filling"] = editor.paint(x, strokes.absent)
+        pairs["painting"] = editor.erase(silent, strokes.absent, pairs.get("painting"))
+    edited = torch.cat([side for pair in pairs.values() for side in pair])
+    active = (editable.feature_acts(layer, edited, h.feature) > 0).numpy()
+    found = dict.fromkeys(Edits._fields)
+    for name, (named, _) in pairs.items():
+        n = len(named)
+        changed = active[: 2 * n] if name == "painting" else ~active[: 2 * n]
+        found[name] = EditTest.of(changed[:n], changed[n:])
+        active = active[2 * n :]
+    return Edits(**found)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -396,19 +307,17 @@ Curve = tuple[float, ...] | None
 
 
 class EffectTest(NamedTuple):
-    """Removing a feature from n images that fire it, and adding it again in doses.
-
-    `share` is the change found in units of the change predicted, of the named logit where that is
-    smaller.
-    """
+    """Removing a feature from n images that fire it, and adding it again in doses."""
 
     n: int
-    raised_by: float | None  # what it adds to the named logits, as in fh.Effect
+    raised_by: float | None  # by how much it moves the named logits, as in fh.Effect
     lowered_by: float | None
-    share: float
-    share_error: float  # standard error
-    only_named: int  # images whose named logits move further than by as much of a random direction
-    only_random: int  # ... and less far
+    chance_raised: float  # how far other directions of its length move some logit: the rule's
+    chance_lowered: float  # percentile of them
+    reach: float  # found, in units of what is asked for; of the logit where that is smaller
+    reach_error: float  # standard error
+    further: int  # images whose named logits move further than by that percentile of directions
+    less_far: int
     doses: tuple[float, ...]  # times the typical activation
     dose_raises: Curve  # mean change of the logits at each dose
     dose_lowers: Curve
@@ -417,8 +326,8 @@ class EffectTest(NamedTuple):
 
     @property
     def p(self) -> float:
-        """Sign test: chance of this when the feature's direction is as good as any other."""
-        return sign_test_p(self.only_named, self.only_random)
+        """Sign test: chance of this when it moves them further on half of the images."""
+        return sign_test_p(self.further, self.less_far)
 
     @property
     def dose_follows(self) -> bool:
@@ -430,59 +339,66 @@ class EffectTest(NamedTuple):
 
 @torch.no_grad()
 def _logits_in_states(
-    h: fh.Hypothesis, layer: fa.ExplainedLayer, raw: Tensor, activity: fa.Activity, seed: int
+    h: fh.Hypothesis, layer: fa.ExplainedLayer, raw: Tensor, acts: Tensor
 ) -> np.ndarray:
-    """(4 + doses, n, C) float64 logits of n images that fire the feature: as they are, without it,
-    without as much of a random direction, at each dose but 0, and at TINY_DOSE.
+    """(3 + doses, n, C) float64 logits of n images that fire the feature, with preactivations raw
+    (n, d_in): as they are, without it, at each dose but 0, and at TINY_DOSE.
 
     One call of the model's head, always for one feature: no other can change its rounding.
     """
-    at, acts = activity.of(h.feature)
-    chosen = fh.spread(torch.arange(len(at)), N_EDIT)
-    direction = layer.sae.W_dec[h.feature].detach()
-    noise = torch.randn(len(chosen), len(direction), generator=_generator(seed, h.feature))
-    random = torch.nn.functional.normalize(noise, dim=1).to(raw.device) * direction.norm()
-
-    rows, f = raw[at[chosen].to(raw.device)], acts[chosen, None].to(raw.device)
-    without = rows - f * (direction * layer.std)
-    step = h.typical_activation * (direction * layer.std)
+    direction = layer.sae.W_dec[h.feature].detach() * layer.std
+    without = raw - acts[:, None] * direction
+    step = h.typical_activation * direction
     added = [without + dose * step for dose in (*DOSES[1:], TINY_DOSE)]
-    states = [rows, without, rows - f * (random * layer.std), *added]
+    states = [raw, without, *added]
     logits = layer.logits_from_raw(torch.cat(states))
-    return logits.cpu().double().numpy().reshape(len(states), len(rows), -1)
+    return logits.cpu().double().numpy().reshape(len(states), len(raw), -1)
 
 
 def effect_test(
-    h: fh.Hypothesis, layer: fa.ExplainedLayer, raw: Tensor, activity: fa.Activity, seed: int = 0
+    h: fh.Hypothesis,
+    layer: fa.ExplainedLayer,
+    raw: Tensor,
+    activity: fa.Activity,
+    rule: fh.Rule | None = None,
 ) -> EffectTest:
     """The effect part of one claim on raw preactivations (N, d_in)."""
-    claim = h.effect
+    rule, claim = rule or fh.Rule(), h.effect
     claims = {"raises": (claim.raises, claim.raised_by), "lowers": (claim.lowers, claim.lowered_by)}
     claims = {verb: (c, by) for verb, (c, by) in claims.items() if c is not None}
     classes = [c for c, _ in claims.values()]
     sign = np.array([1.0 if verb == "raises" else -1.0 for verb in claims])
-    predicted = sign * [by for _, by in claims.values()]
 
-    logits = _logits_in_states(h, layer, raw, activity, seed)[:, :, classes]
-    base, without, other, *at_doses, tiny = logits  # (n, claims) each
-    moved = (base - without).mean(0)
-    found, found_other = (base - without) / predicted, (base - other) / predicted
-    own, others = found.mean(1), found_other.mean(1)
-    weaker = found[:, found.mean(0).argmin()]
+    at, acts = activity.of(h.feature)
+    chosen = fh.spread(torch.arange(len(at)), fh.N_EDIT)
+    rows, acts = raw[at[chosen].to(raw.device)], acts[chosen].to(raw.device)
+    base, without, *at_doses, tiny = _logits_in_states(h, layer, rows, acts)[:, :, classes]
+    found = sign * (base - without)  # (n, claims)
+
+    few = fh.spread(torch.arange(len(rows)), fh.DIRECTION_IMAGES)
+    norm = float(layer.sae.W_dec[h.feature].norm())
+    others = fh.largest_moves(fh.removed_by_others(layer, rows[few], acts[few], norm))
+    chance = {v: float(np.quantile(by.mean(1), rule.percentile)) for v, by in others.items()}
+    strength = (acts / acts.mean()).cpu().double().numpy()[:, None]  # what is removed of each
+    further = (found > strength * [chance[verb] for verb in claims]).all(1)
+
+    asked = [max(chance[verb], rule.effect_size * by) for verb, (_, by) in claims.items()]
+    weaker = (found / asked)[:, (found.mean(0) / asked).argmin()]
     curve = np.stack([without, *at_doses]).mean(1) - without.mean(0)  # (doses, claims)
     line = np.outer(DOSES, (tiny - without).mean(0) / TINY_DOSE)
-
-    by_claim = dict(zip(claims, (sign * moved).tolist(), strict=True))
+    by_claim = dict(zip(claims, found.mean(0).tolist(), strict=True))
     curves = dict(zip(claims, map(tuple, curve.T.tolist()), strict=True))
     lines = dict(zip(claims, map(tuple, line.T.tolist()), strict=True))
     return EffectTest(
         n=len(base),
         raised_by=by_claim.get("raises"),
         lowered_by=by_claim.get("lowers"),
-        share=float(weaker.mean()),
-        share_error=float(weaker.std() / math.sqrt(max(1, len(weaker) - 1))),
-        only_named=int((own > others).sum()),
-        only_random=int((own < others).sum()),
+        chance_raised=chance["raises"],
+        chance_lowered=chance["lowers"],
+        reach=float(weaker.mean()),
+        reach_error=float(weaker.std() / math.sqrt(max(1, len(weaker) - 1))),
+        further=int(further.sum()),
+        less_far=int((~further).sum()),
         doses=DOSES,
         dose_raises=curves.get("raises"),
         dose_lowers=curves.get("lowers"),
@@ -497,21 +413,22 @@ def effect_test(
 
 
 class Evidence(NamedTuple):
-    """All that was measured about one claim; None where that part was not claimed or has too few
-    images."""
+    """All that was measured about one claim; None or empty where that part was not claimed, or
+    where the feature cannot be judged."""
 
     feature: int
     n_active: int
     n_images: int
-    detected: dict[str, Detected]  # "class", "stroke", "both"
-    erasing: EditTest | None
-    painting: EditTest | None
+    judgeable: bool  # whether as many images as the rule asks for fire it, and leave it silent
+    label_histogram: tuple[int, ...]  # of the images that fire it
+    influence: float  # its share of all that removing single features does to the logits
+    changes: float  # share of the images that fire it whose prediction changes without it
+    detected: dict[str, Detected]  # "ink", "class", "both"
+    described: Described | None
+    edits: Edits | None
     effect: EffectTest | None
-
-    @property
-    def fires(self) -> bool:
-        """Whether the feature fires on at least one in a thousand of these images."""
-        return self.n_active >= 0.001 * self.n_images
+    drawn: Detected | None  # with the drawing in place of the words
+    drawn_edits: Edits | None
 
     @property
     def auroc(self) -> float | None:
@@ -542,8 +459,47 @@ def _check_testable(
             raise ValueError(f"feature {k} has several hypotheses: test them in calls of their own")
         seen.add(k)
     no_strokes = fh.why_no_strokes(images)
-    if no_strokes and any(h.stroke for h in hypotheses):
+    if no_strokes and any(h.proposes("ink") or any(h.drawing) for h in hypotheses):
         raise ValueError(f"strokes cannot be tested: {no_strokes}")
+
+
+class Scored(NamedTuple):
+    """By how much claims predict where features are active, on images set out once."""
+
+    parts: dict[int, dict[str, np.ndarray]]  # by feature and part, (N,)
+    drawn: dict[int, np.ndarray]  # by feature, of the drawings
+
+
+def score_claims(hypotheses: Sequence[fh.Hypothesis], images: Tensor, labels: Tensor) -> Scored:
+    """Of claims about different features, on images (N, ...) with labels (N,)."""
+    of_places = of_words = torch.empty(0, len(images))
+    if any(h.proposes("ink") or any(h.drawing) for h in hypotheses):
+        of_places = fh.place_inks(images)
+        of_words = fh.word_inks(of_places)
+    labels = labels.cpu()
+    parts = {h.feature: fh.part_scores(h, of_words, labels) for h in hypotheses}
+    with_drawing = [h for h in hypotheses if any(h.drawing)]
+    drawn = {h.feature: fh.drawing_score(h, of_places, labels) for h in with_drawing}
+    return Scored(parts, drawn)
+
+
+def _detect(
+    scored: Scored, features: Sequence[int], activity: fa.Activity
+) -> dict[int, dict[str, Detected]]:
+    """By feature, how well its parts predict where it is active; "drawn" is a part here."""
+    keys, scores = [], []
+    for k in features:
+        for part, values in scored.parts[k].items():
+            keys.append((k, part))
+            scores.append(values)
+        if k in scored.drawn:
+            keys.append((k, "drawn"))
+            scores.append(scored.drawn[k])
+    active = [activity.of(k)[0].numpy() for k, _ in keys]
+    found: dict[int, dict[str, Detected]] = {k: {} for k in features}
+    for (k, part), one in zip(keys, detected(scores, active), strict=True):
+        found[k][part] = one
+    return found
 
 
 def test_hypotheses(
@@ -554,40 +510,73 @@ def test_hypotheses(
     activity: fa.Activity | None = None,
     seed: int = 0,
     rule: fh.Rule | None = None,
+    scored: Scored | None = None,
 ) -> list[Evidence]:
     """What images (N, ...) with labels (N,) say about the claims.
 
-    detection  AUROC and average precision with which class part, stroke part and both predict where
-               the feature is active
-    erasing    on up to N_EDIT images that fire it, the ink named is removed, and as much elsewhere
-    painting   on as many that do not, the wanted places are inked and the empty ones cleared, and
-               as much elsewhere
-    effect     on images that fire it, the feature is removed, and as much of a random direction;
+    detection  AUROC and average precision with which labels, ink and both predict where the feature
+               is active, as worded, and as drawn
+    erasing    on up to fh.N_EDIT images that fire it, the ink named is erased, and as much
+               elsewhere
+    filling    on the same, what is named empty is painted, and as much elsewhere
+    painting   on as many that do not, both are made as said, and as much elsewhere
+    effect     on images that fire it, the feature is removed, and other directions of its length;
                then it is added in DOSES
 
     Claims about features that fewer than the rule's `min_active` images fire, or leave silent, are
-    not tested. `activity` takes the place of the SAE's own, to see what chance gives. Raises
-    ValueError for shapes that do not fit, two claims about one feature, and strokes on images that
-    cannot have them; IndexError for a feature that does not exist.
+    not tested. `activity` takes the place of the SAE's own, to see what chance gives; `scored` is
+    that of `score_claims`, where it is at hand. Raises ValueError for shapes that do not fit, two
+    claims about one feature, and strokes on images that cannot have them; IndexError for a feature
+    that does not exist.
     """
-    n, least = len(images), (rule or fh.Rule()).min_active
+    n, rule = len(images), rule or fh.Rule()
     activity = activity or fa.collect_activity(layer, images, labels)
     if len(activity.labels) != n:
         raise ValueError(f"the activity is of {len(activity.labels)} images, but {n} were given")
     _check_testable(hypotheses, layer, images)
     n_active = activity.n_active.tolist()
-    testable = [h for h in hypotheses if least <= n_active[h.feature] <= n - least]
-    detected = detect(testable, images, labels, activity)
-    with_stroke = [h for h in testable if h.stroke]
-    edits = edit_tests(with_stroke, layer, images, activity, seed) if with_stroke else {}
-    with torch.no_grad():
-        raw = torch.cat([layer.raw(some) for some in images.split(fa.ROWS)])
-    effects = {h.feature: effect_test(h, layer, raw, activity, seed) for h in testable if h.effect}
+    judgeable = {k for k, m in enumerate(n_active) if rule.min_active <= m <= n - rule.min_active}
+    some = [h for h in hypotheses if h.feature in judgeable]
+    scored = scored or score_claims(some, images, labels)
+    found = _detect(scored, [h.feature for h in some], activity)
+    removed = fa.removal_effects(layer, images, activity)
+    n_classes = removed.mean_delta.shape[1]
+    fh.check_labels(activity.labels, n_classes)
+    histograms = fh.label_histograms(activity, n_classes)
+    raw, editable = layer.raw_of_all(images), fh.Editable.of(images, seed)
+
     evidence = []
-    for k in (h.feature for h in hypotheses):
-        both_edits = edits.get(k, (None, None))
-        found = detected.get(k, {})
-        evidence.append(Evidence(k, n_active[k], n, found, *both_edits, effects.get(k)))
+    for h in hypotheses:
+        k, parts = h.feature, found.get(h.feature, {})
+        described = edits = effect = drawn_edits = None
+        if k in judgeable:
+            if h.cut is not None:
+                said = scored.parts[k]["both"] >= np.float32(h.cut)
+                both = int(said[activity.of(k)[0].numpy()].sum())
+                described = Described(int(said.sum()), n_active[k], both)
+            if h.proposes("ink"):
+                edits = edit_tests(h.ink, h, layer, editable, activity)
+            if any(h.drawing):
+                drawn_edits = edit_tests(h.drawing, h, layer, editable, activity)
+            if h.effect:
+                effect = effect_test(h, layer, raw, activity, rule)
+        evidence.append(
+            Evidence(
+                feature=k,
+                n_active=n_active[k],
+                n_images=n,
+                judgeable=k in judgeable,
+                label_histogram=tuple(histograms[k].tolist()),
+                influence=float(removed.influence[k]),
+                changes=float(removed.changes[k]),
+                drawn=parts.pop("drawn", None),
+                detected=parts,
+                described=described,
+                edits=edits,
+                effect=effect,
+                drawn_edits=drawn_edits,
+            )
+        )
     return evidence
 
 
@@ -597,23 +586,25 @@ def test_hypotheses(
 
 CONFIRMED, INCONCLUSIVE, REFUTED, NONE = "confirmed", "inconclusive", "refuted", "no hypothesis"
 CONFIDENCES = ("High", "Medium", "Low")
-CONFIDENCE_RULE = """High: every part that is claimed is confirmed, and each of its measurements
-clears its bar even at the pessimistic end of its 95% interval. Medium: not High, but at least one
-part is confirmed and nothing is refuted. Low: the rest. A statement held on images set aside when
-each measurement clears its bar there, too."""
+CONFIDENCE_RULE = """High: everything the sentence claims is confirmed, ink among it, and each
+measurement clears its bar even at the pessimistic end of its 95% interval. Medium: not High, but at
+least one part is confirmed and nothing is refuted. Low: the rest. A statement held on images set
+aside when each measurement clears its bar there, too."""
 
 
 class Measurement(NamedTuple):
-    """One measured value with its 95% interval, the bar it must reach and its p-value."""
+    """One measured value with its 95% interval, the bar it must reach, its p-value, and the value
+    that means no relation at all, which the interval must leave out."""
 
     value: float
     low: float
     high: float
     bar: float
-    p: float
+    p: float | None  # None: it copies another measurement, whose p-value counts
+    null: float
 
     def verdict(self, significant: bool) -> str:
-        if self.value >= self.bar and significant:
+        if self.value >= self.bar and self.low > self.null and significant:
             return CONFIRMED
         return REFUTED if self.high < self.bar else INCONCLUSIVE
 
@@ -627,12 +618,12 @@ class Judgement(NamedTuple):
     parts: dict[str, str]
     verdict: str
     confidence: str
-    all_three: bool  # class, stroke and effect are all claimed and confirmed
+    explained: bool  # everything that is claimed is confirmed, and ink is claimed
 
 
 TESTS_OF = {
+    "ink": ("ink", *Edits._fields),
     "class": ("class",),
-    "stroke": ("stroke", "erasing", "painting"),
     "both": ("both",),
     "effect": ("effect",),
 }
@@ -651,21 +642,19 @@ def benjamini_hochberg(p: Sequence[float], q: float) -> np.ndarray:
 
 
 def measurements(evidence: Evidence, rule: fh.Rule) -> dict[str, Measurement]:
-    """What was measured, test by test, and the rule's bars; of erasing and painting
-    `EditTest.excess`, against 0."""
+    """What was measured, test by test, and the rule's bars."""
     found = {}
-    bars = {"class": rule.class_auroc, "stroke": rule.stroke_auroc, "both": rule.both_auroc}
+    bars = {"class": rule.class_auroc, "ink": rule.ink_auroc, "both": rule.both_auroc}
     for part, d in evidence.detected.items():
-        found[part] = Measurement(d.auroc, d.auroc_low, d.auroc_high, bars[part], d.p)
-    for name, test in (("erasing", evidence.erasing), ("painting", evidence.painting)):
+        p = None if part == "both" and len(evidence.detected) == 2 else d.p
+        found[part] = Measurement(d.auroc, d.auroc_low, d.auroc_high, bars[part], p, 0.5)
+    for name, test in (evidence.edits or Edits(None, None, None))._asdict().items():
         if test is not None:
-            excess = test.excess(rule.times_elsewhere, rule.edit_share)
-            found[name] = Measurement(*excess, 0.0, test.p)
+            found[name] = Measurement(*test.difference(), rule.edit_difference, test.p, 0.0)
     e = evidence.effect
     if e is not None:
-        wide = NEAR * e.share_error
-        ends = e.share - wide, e.share + wide
-        found["effect"] = Measurement(e.share, *ends, rule.effect_share, e.p)
+        wide = NEAR * e.reach_error
+        found["effect"] = Measurement(e.reach, e.reach - wide, e.reach + wide, 1.0, e.p, 0.0)
     return found
 
 
@@ -694,14 +683,14 @@ def _judge(
         parts[part] = _joint([verdicts[t] for t in TESTS_OF[part] if t in verdicts])
     together = [verdicts[t] for t in TESTS_OF["both"] if t in verdicts]
     whole = _joint([parts[part] for part in claimed] + together)
+    explained = whole == CONFIRMED and h.proposes("ink")
     some = any(parts[part] == CONFIRMED for part in claimed)
     confidence = "Low"
-    if whole == CONFIRMED and all(m.low >= m.bar for m in tests.values()):
+    if explained and all(m.low >= m.bar for m in tests.values()):
         confidence = "High"
     elif some and whole != REFUTED:
         confidence = "Medium"
-    all_three = whole == CONFIRMED and len(claimed) == len(fh.PARTS)
-    return Judgement(h.feature, verdicts, parts, whole, confidence, all_three)
+    return Judgement(h.feature, verdicts, parts, whole, confidence, explained)
 
 
 def judge_hypotheses(
@@ -709,17 +698,18 @@ def judge_hypotheses(
 ) -> list[Judgement]:
     """Verdicts and confidence, by CONFIDENCE_RULE; p-values corrected over all features and tests.
 
-    A test is confirmed when its value reaches the bar and is significant, refuted when its 95%
-    interval stays below the bar, and otherwise inconclusive. A part is refuted by one of its tests
-    and confirmed by all; so is the whole.
+    A test is confirmed when its value reaches the bar, its interval leaves out that there is no
+    relation, and it is significant; refuted when its 95% interval stays below the bar; and
+    otherwise inconclusive. A part is refuted by one of its tests and confirmed by all; so is the
+    whole.
     """
     rule = rule or fh.Rule()
     found = [measurements(e, rule) for e in evidence]
-    p = [m.p for tests in found for m in tests.values()]
+    p = [m.p for tests in found for m in tests.values() if m.p is not None]
     significant = iter(benjamini_hochberg(p, rule.false_discovery_rate).tolist())
     judgements = []
     for h, e, tests in zip(hypotheses, evidence, found, strict=True):
-        passed = {name: next(significant) for name in tests}
+        passed = {name: m.p is None or next(significant) for name, m in tests.items()}
         judgements.append(_judge(h, e, tests, passed))
     return judgements
 
@@ -730,38 +720,182 @@ def held(evidence: Evidence, rule: fh.Rule | None = None) -> bool | None:
     return all(m.value >= m.bar for m in tests.values()) if tests else None
 
 
+# --------------------------------------------------------------------------------------------------
+# Does a sentence single its feature out?
+# --------------------------------------------------------------------------------------------------
+
+CANDIDATES = 8  # features of like rate among which a sentence must find its own
+
+
+class Picked(NamedTuple):
+    """Whether the score of a sentence predicts its own feature better than others."""
+
+    among_eight: bool  # of like firing rate
+    over_like: bool | None  # than the nearest other in decoder cosine
+    over_company: bool | None  # than the other that fires most on the same images
+
+
+def pick_features(
+    evidence: Sequence[Evidence],
+    scored: Scored,
+    layer: fa.ExplainedLayer,
+    activity: fa.Activity,
+) -> dict[int, Picked]:
+    """By feature that can be judged. A sentence without a score picks nothing."""
+    judgeable = [e for e in evidence if e.judgeable]
+    order = [e.feature for e in sorted(judgeable, key=lambda e: (e.n_active, e.feature))]
+    like = fa.nearest_features(layer.sae.W_dec).feature.tolist()
+    company, _ = fa.firing_together(activity, 1)
+    n = len(activity.labels)
+    active = {}  # of features that tell images apart
+    for k in range(layer.d_sae):
+        at = activity.of(k)[0].numpy()
+        if 0 < len(at) < n:
+            active[k] = at
+
+    def beats(k: int, others: Sequence[int]) -> bool | None:
+        """Whether the sentence of k predicts it better than each of the others."""
+        some = [c for c in others if c in active and c != k]
+        if not some:
+            return None
+        if "both" not in scored.parts[k]:
+            return False
+        best = max(auroc_of_ranks(ranks, active[c]) for c in some)
+        return bool(auroc_of_ranks(ranks, active[k]) > best)
+
+    picked = {}
+    for place, k in enumerate(order):
+        ranks = midranks(scored.parts[k]["both"]) if "both" in scored.parts[k] else None
+        first = max(0, min(place - CANDIDATES // 2, len(order) - CANDIDATES))
+        eight = beats(k, order[first : first + CANDIDATES])
+        near = beats(k, [like[k]]), beats(k, company[k].tolist())
+        picked[k] = Picked(eight is not False and "both" in scored.parts[k], *near)
+    return picked
+
+
+# --------------------------------------------------------------------------------------------------
+# How one set of features did
+# --------------------------------------------------------------------------------------------------
+
+BANDS = (0.003, 0.01, 0.03)  # firing rates at which bands of features end
+
+
+class Band(NamedTuple):
+    """Features whose firing rate is in a band."""
+
+    upto: float  # 1.0: the last band
+    features: int
+    explained: int
+
+
+class Held(NamedTuple):
+    """Statements of one confidence, and those of them that could be checked and held on images set
+    aside."""
+
+    statements: int
+    checked: int
+    held: int
+
+
 class Shares(NamedTuple):
-    """Shares of the features that fire on at least one in a thousand of the tested images."""
+    """Shares of the features that can be judged; of influence, where it says so."""
 
     features: int
-    explained: float  # class, stroke and effect are all confirmed
-    predicted: float  # class and stroke together reach the AUROC asked for
-    median_auroc: float | None
+    too_rare: int  # features that cannot be judged; they count in no share
+    explained: float
+    explained_low: float  # 95% interval, over features
+    explained_high: float
+    ink_confirmed: float
     class_confirmed: float
-    stroke_confirmed: float
     effect_confirmed: float
+    predicted: float  # the sentence reaches the AUROC asked for
+    drawn: float | None  # the drawing does
+    median_auroc: float | None
+    median_precision: float | None
+    median_recall: float | None
+    average_precision: float | None  # its median
+    among_eight: float
+    over_like: float | None
+    over_company: float | None
+    influence_explained: float  # share of the influence of all features
+    influence_high: float
     median_density: float | None  # share of the images that fire the median of these features
+    bands: list[dict]
+    confidence: dict[str, dict]
+
+
+def _mean(values: Sequence[bool | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return float(np.median(values)) if len(values) else None
+
+
+def _bands(pairs: Sequence[tuple[Evidence, Judgement]]) -> list[dict]:
+    bands = []
+    for low, high in zip((0.0, *BANDS), (*BANDS, 1.0), strict=True):
+        some = [j for e, j in pairs if low < e.n_active / e.n_images <= high]
+        bands.append(Band(high, len(some), sum(j.explained for j in some))._asdict())
+    return bands
+
+
+def confidence_check(
+    judgements: Sequence[Judgement], held_aside: Sequence[bool | None]
+) -> dict[str, dict]:
+    """Of the statements of each confidence, and of all, how many held on the images set aside."""
+    check = {}
+    for name in (*CONFIDENCES, "all"):
+        pairs = [(j, h) for j, h in zip(judgements, held_aside, strict=True) if j.verdict != NONE]
+        again = [h for j, h in pairs if name in (j.confidence, "all")]
+        seen = [h for h in again if h is not None]
+        check[name] = Held(len(again), len(seen), sum(seen))._asdict()
+    return check
 
 
 def shares_explained(
-    evidence: Sequence[Evidence], judgements: Sequence[Judgement], rule: fh.Rule | None = None
+    evidence: Sequence[Evidence],
+    judgements: Sequence[Judgement],
+    picked: dict[int, Picked],
+    held_aside: Sequence[bool | None],
+    rule: fh.Rule,
 ) -> Shares:
-    """The shares of one set of features; zeros where none fires."""
-    rule = rule or fh.Rule()
-    firing = [(e, j) for e, j in zip(evidence, judgements, strict=True) if e.fires]
-    aurocs = [e.auroc for e, _ in firing if e.auroc is not None]
-    n = max(1, len(firing))
-    confirmed = {part: sum(j.parts[part] == CONFIRMED for _, j in firing) / n for part in fh.PARTS}
-    density = [e.n_active / e.n_images for e, _ in firing]
+    """How one set of features did; zeros where none can be judged."""
+    pairs = [(e, j) for e, j in zip(evidence, judgements, strict=True) if e.judgeable]
+    n = max(1, len(pairs))
+    explained = sum(j.explained for _, j in pairs)
+    low, high = wilson_interval(explained, n)
+    confirmed = {part: sum(j.parts[part] == CONFIRMED for _, j in pairs) / n for part in fh.PARTS}
+    aurocs = [e.auroc for e, _ in pairs if e.auroc is not None]
+    described = [e.described for e, _ in pairs if e.described]
+    drawn = [e.drawn.auroc >= rule.both_auroc for e, _ in pairs if e.drawn]
+    picks = [picked[e.feature] for e, _ in pairs]
     return Shares(
-        features=len(firing),
-        explained=sum(j.all_three for _, j in firing) / n,
-        predicted=sum(auroc >= rule.both_auroc for auroc in aurocs) / n,
-        median_auroc=float(np.median(aurocs)) if aurocs else None,
+        features=len(pairs),
+        too_rare=len(evidence) - len(pairs),
+        explained=explained / n,
+        explained_low=low,
+        explained_high=high,
+        ink_confirmed=confirmed["ink"],
         class_confirmed=confirmed["class"],
-        stroke_confirmed=confirmed["stroke"],
         effect_confirmed=confirmed["effect"],
-        median_density=float(np.median(density)) if density else None,
+        predicted=sum(auroc >= rule.both_auroc for auroc in aurocs) / n,
+        drawn=sum(drawn) / n if drawn else None,
+        median_auroc=_median(aurocs),
+        median_precision=_median([d.precision for d in described]),
+        median_recall=_median([d.recall for d in described]),
+        average_precision=_median(
+            [e.detected["both"].average_precision for e, _ in pairs if e.detected]
+        ),
+        among_eight=sum(p.among_eight for p in picks) / n,
+        over_like=_mean([p.over_like for p in picks]),
+        over_company=_mean([p.over_company for p in picks]),
+        influence_explained=sum(e.influence for e, j in pairs if j.explained),
+        influence_high=sum(e.influence for e, j in pairs if j.confidence == "High"),
+        median_density=_median([e.n_active / e.n_images for e, _ in pairs]),
+        bands=_bands(pairs),
+        confidence=confidence_check(judgements, held_aside),
     )
 
 
@@ -769,7 +903,7 @@ def shares_explained(
 # What did training add? The same path for other features
 # --------------------------------------------------------------------------------------------------
 
-COMPARED = 256  # at most so many features of each other kind
+COMPARED = 512  # at most so many features of each other kind
 
 
 class LinearFeatures(NamedTuple):
@@ -812,19 +946,9 @@ def matched_directions(
     return LinearFeatures(unit.T * scale, torch.zeros_like(threshold), unit, threshold)
 
 
-def principal_ends(z: Tensor) -> Tensor:
-    """Both ends of the principal directions of z (N, d_in), strongest first: (2 d_in, d_in)."""
-    centred = z - z.mean(0)
-    _, basis = torch.linalg.eigh(centred.T @ centred)
-    strongest = basis.T.flip(0)
-    largest = strongest.gather(1, strongest.abs().argmax(1, keepdim=True))
-    strongest = strongest * largest.sign()  # which end comes first must not be left to chance
-    return torch.stack([strongest, -strongest], 1).flatten(0, 1)
-
-
 def other_directions(kind: str, z: Tensor, seed: int) -> Tensor:
-    """What an SAE's features are compared with, (n, d_in): COMPARED "random directions", "neurons",
-    up and down in random order, or "principal directions" of z (N, d_in), strongest first.
+    """What an SAE's features are compared with, (n, d_in): COMPARED "random directions", or the
+    "neurons" of z (N, d_in), up and down, in random order.
 
     Raises ValueError for another kind.
     """
@@ -835,8 +959,6 @@ def other_directions(kind: str, z: Tensor, seed: int) -> Tensor:
     if kind == "neurons":
         up = torch.eye(d_in)
         return torch.cat([up, -up])[torch.randperm(2 * d_in, generator=generator)]
-    if kind == "principal directions":
-        return principal_ends(z)
     raise ValueError(f"there are no directions of the kind {kind!r} to compare with")
 
 
@@ -860,34 +982,44 @@ class Comparison(NamedTuple):
     """How one set of features did."""
 
     shares: Shares
-    aurocs: list[float]  # of the statements on features that fire; 0 without one to predict by
+    aurocs: list[float]  # of the sentences on features that can be judged; 0 without one
 
 
 def comparison_of(
-    evidence: Sequence[Evidence], judgements: Sequence[Judgement], rule: fh.Rule
+    evidence: Sequence[Evidence],
+    judgements: Sequence[Judgement],
+    picked: dict[int, Picked],
+    held_aside: Sequence[bool | None],
+    rule: fh.Rule,
 ) -> Comparison:
-    """From evidence and judgements about one set of features."""
-    aurocs = [e.auroc or 0.0 for e in evidence if e.fires]
-    return Comparison(shares_explained(evidence, judgements, rule), aurocs)
+    """From what came of one set of features."""
+    aurocs = [e.auroc or 0.0 for e in evidence if e.judgeable]
+    return Comparison(shares_explained(evidence, judgements, picked, held_aside, rule), aurocs)
 
 
 def compare_features(
     features,
     layer: fa.ExplainedLayer,
-    seen: tuple[Tensor, Tensor],
-    judging: tuple[Tensor, Tensor],
+    seen: Images,
+    judging: Images,
+    aside: Images,
     rule: fh.Rule,
     seed: int,
 ) -> Comparison:
-    """The SAE's path, from proposals to shares explained, for other features of the same layer.
+    """The SAE's path, from proposals to what holds on images set aside, for other features of the
+    same layer, which have encode, W_enc and W_dec like an SAE.
 
-    `features` has encode, W_enc and W_dec like an SAE; `seen` and `judging` are (images, labels).
     This is the one place in this room where claims are made: about these features, from `seen`.
     """
     other = layer._replace(sae=features)
-    claims = fh.propose_hypotheses(other, *seen, rule)
-    evidence = test_hypotheses(claims, other, *judging, seed=seed, rule=rule)
-    return comparison_of(evidence, judge_hypotheses(claims, evidence, rule), rule)
+    claims = fh.propose_hypotheses(other, *seen, rule, drawings=False)
+    activity = fa.collect_activity(other, *judging)
+    scored = score_claims(claims, *judging)
+    evidence = test_hypotheses(claims, other, *judging, activity, seed, rule, scored)
+    judgements = judge_hypotheses(claims, evidence, rule)
+    again = [held(e, rule) for e in test_hypotheses(claims, other, *aside, None, seed + 1, rule)]
+    picked = pick_features(evidence, scored, other, activity)
+    return comparison_of(evidence, judgements, picked, again, rule)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -908,6 +1040,7 @@ class Trial(NamedTuple):
     n_aside: int  # how many images those were
     firing: list[list[int]]  # numbers of the test images that fire each feature most
     edited: list[tuple[list[int], list[int]]]  # ... and of those edited: some fire it, some do not
+    result: Comparison
 
 
 def make_trial(
@@ -916,6 +1049,7 @@ def make_trial(
     evidence: list[Evidence],
     evidence_aside: Sequence[Evidence],
     activity: fa.Activity,
+    picked: dict[int, Picked],
 ) -> Trial:
     """Judge the claims by the evidence, and say on which images it rests: `activity` is that of the
     judging images, number i of which is number 2 i of the test images."""
@@ -925,66 +1059,82 @@ def make_trial(
         at, acts = activity.of(h.feature)
         strongest = torch.argsort(acts, descending=True, stable=True)[:STRONGEST]
         firing.append((2 * at[strongest]).tolist())
-        on, off = edited_images(activity, h.feature)
+        on, off = fh.edited_images(h, activity)
         edited.append(((2 * on).tolist(), (2 * off).tolist()))
     held_aside = [held(e, rule) for e in evidence_aside]
     n_aside = evidence_aside[0].n_images
-    return Trial(hypotheses, rule, evidence, judgements, held_aside, n_aside, firing, edited)
-
-
-def _confidence_check(trial: Trial) -> dict[str, dict]:
-    """Of the statements of each confidence, the share that held on the images set aside."""
-    check = {}
-    for confidence in CONFIDENCES:
-        pairs = zip(trial.judgements, trial.held_aside, strict=True)
-        again = [h for j, h in pairs if j.confidence == confidence and j.verdict != NONE]
-        seen = [h for h in again if h is not None]
-        share = sum(seen) / len(seen) if seen else None
-        check[confidence] = {"statements": len(again), "checked": len(seen), "held": share}
-    return check
+    result = comparison_of(evidence, judgements, picked, held_aside, rule)
+    return Trial(
+        hypotheses, rule, evidence, judgements, held_aside, n_aside, firing, edited, result
+    )
 
 
 def all_shares(trial: Trial, comparisons: dict[str, Comparison]) -> dict[str, Comparison]:
     """The comparisons with the SAE's own features in front."""
-    return {"SAE": comparison_of(trial.evidence, trial.judgements, trial.rule), **comparisons}
+    return {"SAE": trial.result, **comparisons}
+
+
+def influence_course(trial: Trial) -> dict[str, int]:
+    """How many features, the most influential first, make 50, 90 and 99% of the influence."""
+    falling = np.sort([e.influence for e in trial.evidence])[::-1].cumsum()
+    if not falling[-1]:
+        return {}
+    return {f"{q:.0%}": int(np.searchsorted(falling, q - 1e-9)) + 1 for q in (0.5, 0.9, 0.99)}
 
 
 def trial_record(trial: Trial, comparisons: dict[str, Comparison], sha256: str) -> dict:
     """What summary.json says about the trial; `sha256` is that of the frozen claims."""
-    everything = all_shares(trial, comparisons)
+    words = [len(fh.statement(h).split()) for h in trial.hypotheses if h.proposes("ink")]
     return {
         "sha256": sha256,
         "rule": trial.rule._asdict(),
         "confidence_rule": " ".join(CONFIDENCE_RULE.split()),
-        "shares": {name: c.shares._asdict() for name, c in everything.items()},
-        "confidence": _confidence_check(trial),
+        "shares": {n: c.shares._asdict() for n, c in all_shares(trial, comparisons).items()},
+        "features_that_make_influence": influence_course(trial),
+        "median_words": _median(words),
     }
 
 
-def _test_record(test: EditTest | EffectTest | None) -> dict | None:
-    return None if test is None else {**test._asdict(), "p": test.p}
+def _test_record(test: NamedTuple | None, *names: str) -> dict | None:
+    """Its fields, and those of its properties that are named."""
+    if test is None:
+        return None
+    return {**test._asdict(), **{name: getattr(test, name) for name in names}}
+
+
+def _edits_record(edits: Edits | None) -> dict | None:
+    if edits is None:
+        return None
+    return {name: _test_record(test, "p") for name, test in edits._asdict().items()}
 
 
 def statement_record(k: int, trial: Trial) -> dict:
     """What feature_report.json says about the statement on feature k."""
     h, e, j = trial.hypotheses[k], trial.evidence[k], trial.judgements[k]
     edited = None
-    if e.erasing is not None:
+    if e.edits is not None or e.drawn_edits is not None:
         edited = dict(zip(("firing", "silent"), trial.edited[k], strict=True))
     return {
         "statement": fh.statement(h),
+        "influence": h.influence,
+        "changes": e.changes,
         "confidence": j.confidence,
         "verdict": j.verdict,
+        "explained": j.explained,
         "measured": measured_lines(h, e, j, trial.rule),
         "hypothesis": fh.hypothesis_record(h),
         "evidence": {
             "text": evidence_line(h, e),
             "n_active": e.n_active,
             "n_images": e.n_images,
+            "influence": e.influence,
+            "label_histogram": list(e.label_histogram),
             "detected": {part: d._asdict() for part, d in e.detected.items()},
-            "erasing": _test_record(e.erasing),
-            "painting": _test_record(e.painting),
-            "effect": _test_record(e.effect),
+            "described": _test_record(e.described, "precision", "recall"),
+            "edits": _edits_record(e.edits),
+            "effect": _test_record(e.effect, "p"),
+            "drawn": _test_record(e.drawn),
+            "drawn_edits": _edits_record(e.drawn_edits),
             "verdicts": {"tests": j.tests, "parts": j.parts},
             "held_aside": trial.held_aside[k],
             "test_images": trial.firing[k],
@@ -998,27 +1148,38 @@ def statement_record(k: int, trial: Trial) -> dict:
 # --------------------------------------------------------------------------------------------------
 
 
-def _p_words(p: float) -> str:
+def _p_words(p: float | None) -> str:
+    if p is None:
+        return "the same test"
     return "p < 1e-99" if p < 1e-99 else f"p = {p:.1g}"
 
 
-def _detection_lines(h: fh.Hypothesis, e: Evidence, j: Judgement) -> list[str]:
-    whole = "the statement as a whole"
-    if h.labels and h.stroke:
-        whole = "labels and strokes together"
-    names = {"class": "labels", "stroke": "strokes", "both": whole}
-    lines = []
-    for part, d in e.detected.items():
-        found = f"AUROC {d.auroc:.3f} [{d.auroc_low:.3f}, {d.auroc_high:.3f}]"
-        also = f"average precision {d.average_precision:.3f}, {_p_words(d.p)}: {j.tests[part]}"
-        lines.append(f"{names[part]}, predicting where it fires: {found}, {also}")
-    return lines
+def auroc_words(auroc: float) -> str:
+    """Three digits, rounded down: only a perfect one is 1.000."""
+    return f"{math.floor(auroc * 1000) / 1000:.3f}"
 
 
-def _edit_line(name: str, verb: str, t: EditTest, m: Measurement, verdict: str) -> str:
-    counts = f"{t.named} of {t.n} images, as much ink elsewhere on {t.elsewhere}"
-    above = f"{m.value:+.2f} [{m.low:+.2f}, {m.high:+.2f}] above the bar, {_p_words(m.p)}"
-    return f"{name} what is named turns it {verb} on {counts}; {above}: {verdict}"
+def _detection_line(name: str, d: Detected) -> str:
+    ends = f"[{auroc_words(d.auroc_low)}, {auroc_words(d.auroc_high)}]"
+    also = f"average precision {d.average_precision:.3f}"
+    return f"{name} where it fires: AUROC {auroc_words(d.auroc)} {ends}, {also}"
+
+
+EDIT_WORDS = {
+    "erasing": ("erasing what is said to be there", "off"),
+    "filling": ("painting what is said to be absent", "off"),
+    "painting": ("making both as said", "on"),
+}
+
+
+def _edit_counts(name: str, t: EditTest) -> str:
+    what, way = EDIT_WORDS[name]
+    return f"{what} turns it {way} on {t.named} of {t.n} images, elsewhere on {t.elsewhere}"
+
+
+def _edit_line(name: str, t: EditTest) -> str:
+    value, low, high = t.difference()
+    return f"{_edit_counts(name, t)}: difference {value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def _signed(values: Sequence[float]) -> str:
@@ -1028,18 +1189,20 @@ def _signed(values: Sequence[float]) -> str:
 def _effect_lines(claim: fh.Effect, t: EffectTest, m: Measurement, verdict: str) -> list[str]:
     moves, doses = [], []
     if claim.raises is not None:
-        logit = f"logit of {claim.raises}"
-        moves.append(f"lowers the {logit} by {t.raised_by:.3f} (predicted {claim.raised_by:.3f})")
+        logit, other = f"logit of {claim.raises}", t.chance_raised
+        said = f"said {claim.raised_by:.3f}, other directions {other:.3f}"
+        moves.append(f"lowers the {logit} by {t.raised_by:.3f} ({said})")
         doses.append(f"{logit} {_signed(t.dose_raises)} (linear {_signed(t.linear_raises)})")
     if claim.lowers is not None:
-        logit = f"logit of {claim.lowers}"
-        moves.append(f"raises the {logit} by {t.lowered_by:.3f} (predicted {claim.lowered_by:.3f})")
+        logit, other = f"logit of {claim.lowers}", t.chance_lowered
+        said = f"said {claim.lowered_by:.3f}, other directions {other:.3f}"
+        moves.append(f"raises the {logit} by {t.lowered_by:.3f} ({said})")
         doses.append(f"{logit} {_signed(t.dose_lowers)} (linear {_signed(t.linear_lowers)})")
-    share = f"{m.value:.2f} [{m.low:.2f}, {m.high:.2f}] of the prediction, bar {m.bar:g}"
-    further = f"further than as much of a random direction on {t.only_named} of {t.n} images"
+    reach = f"{m.value:.2f} [{m.low:.2f}, {m.high:.2f}] of what is asked for"
+    further = f"further than those on {t.further} of {t.further + t.less_far} images"
     added = ", ".join(f"{dose:g}" for dose in t.doses[1:])
     return [
-        f"removing it {' and '.join(moves)}; {share}; {further}, {_p_words(m.p)}: {verdict}",
+        f"removing it {' and '.join(moves)}: {reach}; {further}, {_p_words(m.p)}: {verdict}",
         f"adding {added} times its typical activation: {'; '.join(doses)}",
     ]
 
@@ -1049,47 +1212,77 @@ def measured_lines(
 ) -> list[str]:
     """One line for each test: what was measured with its 95% interval, the bar, and the verdict."""
     measured = measurements(e, rule or fh.Rule())
-    lines = _detection_lines(h, e, j)
-    for name, verb, test in (("erasing", "off", e.erasing), ("painting", "on", e.painting)):
+    names = {
+        "ink": "the ink named predicts",
+        "class": "labels predict",
+        "both": "the sentence predicts",
+    }
+    lines = []
+    for part, d in e.detected.items():
+        m = measured[part]
+        said = f"bar {m.bar:g}, {_p_words(m.p)}: {j.tests[part]}"
+        lines.append(f"{_detection_line(names[part], d)}, {said}")
+    if e.described:
+        lines.append(_described_words(e.described))
+    for name, test in (e.edits or Edits(None, None, None))._asdict().items():
         if test is not None:
-            lines.append(_edit_line(name, verb, test, measured[name], j.tests[name]))
+            m = measured[name]
+            said = f"bar {m.bar:g}, {_p_words(m.p)}: {j.tests[name]}"
+            lines.append(f"{_edit_line(name, test)}, {said}")
     if e.effect is not None:
         lines += _effect_lines(h.effect, e.effect, measured["effect"], j.tests["effect"])
+    if e.drawn:
+        lines.append(_detection_line("as drawn, it is predicted", e.drawn))
+    for name, test in (e.drawn_edits or Edits(None, None, None))._asdict().items():
+        if test is not None:
+            lines.append(f"as drawn, {_edit_line(name, test)}")
     return lines
 
 
+def _described_words(d: Described) -> str:
+    """How often the sentence is right."""
+    fire = f"of the {d.n:,} images it describes {fh.percent(d.precision)} fire it"
+    return f"{fire}; of those that fire it, it describes {fh.percent(d.recall)}"
+
+
 def evidence_line(h: fh.Hypothesis, e: Evidence) -> str:
-    """The evidence in one line."""
-    if not h.n_active:
-        return f"fires on none of {h.n_images:,} discovery images"
-    ranked = sorted(range(len(h.label_histogram)), key=lambda c: (-h.label_histogram[c], c))
+    """The evidence in one line, all of it from images on which no claim was made."""
+    pieces = [f"fires on {fh.percent(e.n_active / e.n_images)} of {e.n_images:,} unseen images"]
+    ranked = sorted(range(len(e.label_histogram)), key=lambda c: (-e.label_histogram[c], c))
     shares = []
     for c in ranked[:2]:
-        if h.label_histogram[c]:
-            shares.append(f"{100 * h.label_histogram[c] / h.n_active:.0f}% of them {c}s")
-    rate = 100 * h.n_active / h.n_images
-    pieces = [f"fires on {rate:.3g}% of images, {' and '.join(shares)}"]
+        if e.label_histogram[c]:
+            shares.append(f"{fh.percent(e.label_histogram[c] / e.n_active)} of them {c}s")
+    pieces[0] += ", " + fh.listed(shares) if shares else ""
+    if not e.judgeable:
+        pieces.append("too few that do, or do not, to judge")
+    if e.described:
+        pieces.append(_described_words(e.described))
     if e.auroc is not None:
-        pieces.append(f"predicted with AUROC {e.auroc:.2f} on {e.n_images:,} unseen images")
-    elif any(map(h.proposes, fh.PARTS)) and e.effect is None:
-        few = f"{e.n_active:,} of {e.n_images:,} unseen images fire it"
-        pieces.append(f"{few}: too few that do, or do not, to judge")
-    for name, verb, t in (("erasing", "off", e.erasing), ("painting", "on", e.painting)):
+        pieces.append(f"AUROC {auroc_words(e.auroc)}")
+    if e.drawn:
+        pieces.append(f"as drawn {auroc_words(e.drawn.auroc)}")
+    for name, t in (e.edits or Edits(None, None, None))._asdict().items():
         if t is not None:
-            pieces.append(f"{name} turns it {verb} on {t.named} of {t.n}, elsewhere {t.elsewhere}")
+            pieces.append(_edit_counts(name, t))
+    if e.n_active:
+        pieces.append(f"without it {fh.percent(e.changes)} of their predictions change")
     return "; ".join(pieces)
 
 
-def feature_lines(i: int, trial: Trial) -> list[str]:
-    """The Markdown section of the claim at position i."""
+def feature_lines(i: int, trial: Trial, mark: str | None) -> list[str]:
+    """The Markdown section of the claim at position i; `mark` says whether other SAEs have the
+    feature, too."""
     h, e, j = trial.hypotheses[i], trial.evidence[i], trial.judgements[i]
     words = {True: "held", False: "did not hold", None: "too few images to see"}
     aside = f"on images set aside: {words[trial.held_aside[i]]}"
+    marked = f"; {mark}" if mark else ""
     lines = [
         f"### Feature {h.feature}: {fh.statement(h)}",
         "",
+        f"- Influence: {fh.percent(h.influence)}",
         f"- Evidence: {evidence_line(h, e)}",
-        f"- Confidence: **{j.confidence}**; verdict {j.verdict}; {aside}",
+        f"- Confidence: **{j.confidence}**; verdict {j.verdict}; {aside}{marked}",
     ]
     lines += [f"- {line}" for line in measured_lines(h, e, j, trial.rule)]
     lines += [f"- no {part} part: {why}" for part, why in h.why_not.items()]
@@ -1099,74 +1292,130 @@ def feature_lines(i: int, trial: Trial) -> list[str]:
     return [*lines, ""]
 
 
-def best_first(judgements: Sequence[Judgement], evidence: Sequence[Evidence]) -> list[int]:
-    """Positions by falling confidence, then verdict, then AUROC."""
-    verdicts = (CONFIRMED, INCONCLUSIVE, REFUTED, NONE)
-
-    def key(i: int) -> tuple:
-        j = judgements[i]
-        auroc = evidence[i].auroc or 0.0
-        return CONFIDENCES.index(j.confidence), verdicts.index(j.verdict), -auroc, j.feature
-
-    return sorted(range(len(judgements)), key=key)
+def most_influential(hypotheses: Sequence[fh.Hypothesis]) -> list[int]:
+    """Positions by falling influence on the discovery images, ties by number."""
+    return sorted(range(len(hypotheses)), key=lambda i: (-hypotheses[i].influence, i))
 
 
 HOW_TESTED = """Each statement was made from {discovery:,} validation images and frozen before it
 was tested, once, on the {judging:,} test images with even numbers. The {aside:,} with odd numbers
 were set aside to see whether confidence is deserved. SHA-256 of hypotheses.json: `{sha256}`.
 
-- Labels and strokes predict where the feature fires: AUROC {class_auroc} is asked of the labels,
-{stroke_auroc} of the strokes, {both_auroc} of the statement as a whole.
-- Erasing: on images that fire it, the ink in the places named is removed, and as much ink
-elsewhere. Painting: on images that do not, the places named are inked and those named empty are
-cleared, and as much elsewhere. What is named must turn the feature off or on {times_elsewhere:g}
-times as often as what is not, and on {edit_share:.0%} of the images at least. (That a place must be
-empty is tested by prediction and by clearing it.)
-- The images edited are in feature_report.json (`edited_images`); `#316` is
-`run.data.test.images[316]`.
-- Effect: removing the feature must move each logit named by {effect_share:.0%} of what was
-predicted, further than as much of a random direction does, and each larger dose must move it
-further.
+A word is a region: the middle of the image has 5 x 5 cells (top, upper, middle, lower, bottom; far
+left, left, middle, right, far right), and "stem upper left" is as true of an image as the best
+vertical piece of stroke centred in that cell is inked, with blank sides. A bar is horizontal, a
+stem vertical, a slash rises (/), a backslash falls (\\), ink is any. The sentence is scored by its
+words alone, each counting alike. A percentage is the share of a digit among the images that fire
+the feature; the share of predictions that change is of those images, too.
+
+- The ink named predicts where the feature fires with AUROC {ink_auroc}, labels with {class_auroc},
+the sentence as a whole with {both_auroc}. An image is described when it scores as high as separates
+best (F1) on the validation images.
+- Erasing: on images that fire it, the ink named is removed, and as much ink elsewhere. Filling:
+strokes said to be absent are painted. Painting: on images that do not fire it, of the digits named,
+what is said is made true. Elsewhere the same shapes are painted, with as much ink. Edits as named
+must change the feature on a share of the images that is larger by {edit_difference}.
+- Effect: removing the feature moves the logit named by {effect_size:.0%} of what is said, and
+further than {percentile:.0%} of random directions of its length, each on the logit it moves most;
+each larger dose moves it further.
+- As drawn: the same tests for the exact places of the drawing. They are no part of the verdict.
 
 A test is confirmed when its value reaches the bar and it is significant among all tests of all
 features at a false discovery rate of {false_discovery_rate}; refuted when its 95% interval stays
 below the bar; otherwise inconclusive. One refuted test refutes the statement, and all must be
 confirmed to confirm it. Fewer than {min_active} images that fire a feature, or do not, are too few
-to judge it. Intervals: of an AUROC, DeLong's on the logit scale; of edits, Wilson's, and Newcombe's
-for pairs.
+to judge it. Intervals: of an AUROC, DeLong's on the logit scale; of edits, Newcombe's for pairs.
 
 {confidence}
+
+A feature's influence is its share of all that removing single features does to the logits.
 """
-TRAINING_ADDED = """Of the features that fire on at least one in a thousand test images. The others
-fire as often and as strongly as the SAE's features do: the more images fire a feature, the easier
-its tests are. A statement can be true of a random direction, too: that it predicts does not say
-that training found anything."""
+TRAINING_ADDED = """Of the features that can be judged. The others fire as often and as strongly as
+the SAE's features do, one for one: the more images fire a feature, the easier its tests are. A
+statement can be true of a random direction, too: that it predicts does not say that training found
+anything. "Picked of 8": the sentence predicts its own feature better than seven others of like rate
+(by chance 12.5%); "over like" and "over company": than the nearest other in decoder direction, and
+than the one that fires most on the same images (by chance 50%)."""
 
 
-def _confidence_rows(record: dict) -> list[list[str]]:
-    rows = []
-    for name, c in record["confidence"].items():
-        share = "none seen" if c["held"] is None else f"{c['held']:.0%}"
-        rows.append([name, str(c["statements"]), str(c["checked"]), share])
+def _percent_or_none(value: float | None) -> str:
+    return "none" if value is None else f"{value:.0%}"
+
+
+def _held_words(row: dict) -> str:
+    if not row["checked"]:
+        return f"{row['statements']}, none seen again"
+    return f"{row['statements']}, {row['held'] / row['checked']:.0%} held"
+
+
+def shares_rows(record: dict) -> list[list[str]]:
+    """The table of all sets of features, a column each. `record` is the `trial_record`."""
+    shares = record["shares"]
+    titles = {
+        "explained": "explained: all that is said is confirmed",
+        "ink_confirmed": "  ink",
+        "class_confirmed": "  labels",
+        "effect_confirmed": "  effect",
+        "predicted": f"predicted, AUROC {record['rule']['both_auroc']:g}, as worded",
+        "drawn": "  as drawn",
+        "among_eight": "picked of 8 of like rate",
+        "over_like": "picked over like",
+        "over_company": "picked over company",
+        "median_precision": "fire, of images described (median)",
+        "median_recall": "described, of images that fire (median)",
+        "influence_explained": "influence explained",
+        "influence_high": "influence with confidence High",
+    }
+    rows = [["", *shares]]
+    rows.append(["features that can be judged", *(str(s["features"]) for s in shares.values())])
+    rows.append(["  too rare", *(str(s["too_rare"]) for s in shares.values())])
+    for key, title in titles.items():
+        rows.append([title, *(_percent_or_none(s[key]) for s in shares.values())])
+    ends = [f"{s['explained_low']:.0%} to {s['explained_high']:.0%}" for s in shares.values()]
+    rows.insert(4, ["  95% interval over features", *ends])
+    firsts = next(iter(shares.values()))["bands"]
+    names = [f"fire on up to {band['upto']:.1%}" for band in firsts[:-1]] + ["fire on more"]
+    for i, name in enumerate(names):
+        cells = [
+            f"{s['bands'][i]['explained']} of {s['bands'][i]['features']}" for s in shares.values()
+        ]
+        rows.append([f"explained, {name}", *cells])
+    for name in (*CONFIDENCES, "all"):
+        cells = [_held_words(s["confidence"][name]) for s in shares.values()]
+        rows.append([f"statements: {name}", *cells])
     return rows
 
 
-def _shares_rows(record: dict) -> list[list[str]]:
-    keys = ("explained", "class_confirmed", "stroke_confirmed", "effect_confirmed", "predicted")
-    rows = []
-    for name, s in record["shares"].items():
-        rate = "none" if s["median_density"] is None else f"{s['median_density']:.2%}"
-        rows.append([name, str(s["features"]), rate, *(f"{s[key]:.0%}" for key in keys)])
-    return rows
+def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    header, *others = rows
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *others)]
 
 
-def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+def headline(record: dict) -> str:
+    """The one sentence about the trial."""
+    shares = dict(record["shares"])
+    own = shares.pop("SAE")
+    text = (
+        f"{own['influence_explained']:.0%} of the influence is explained, "
+        f"{own['influence_high']:.0%} with confidence High; "
+        f"{own['explained']:.0%} of the features are"
+    )
+    if shares:
+        best = max(shares, key=lambda name: shares[name]["explained"])
+        other = shares[best]["explained"]
+        times = f" ({own['explained'] / other:.1f} times)" if other else ""
+        text += f", of the best control ({best}) {other:.0%}{times}"
+    course = record["features_that_make_influence"]
+    made = ", ".join(f"{n} make {share}" for share, n in course.items())
+    return f"{text}. Features by influence: {made}."
 
 
-def statements_markdown(trial: Trial, record: dict, title: str) -> str:
+def statements_markdown(
+    trial: Trial, record: dict, title: str, marks: dict[int, str] | None = None
+) -> str:
     """hypotheses.md: how the statements were tested, how they did as a whole, and every feature,
-    best first. `record` is the `trial_record`."""
+    the most influential first. `record` is the `trial_record`; `marks` by feature say whether other
+    SAEs have it, too."""
     how = HOW_TESTED.format(
         discovery=trial.hypotheses[0].n_images,
         judging=trial.evidence[0].n_images,
@@ -1175,16 +1424,12 @@ def statements_markdown(trial: Trial, record: dict, title: str) -> str:
         confidence=CONFIDENCE_RULE,
         **trial.rule._asdict(),
     )
-    confidence = ["confidence", "statements", "seen again", "held"]
-    sets = ["features", "how many", "fire on (median)", "all three confirmed"]
-    sets += ["class", "stroke", "effect", "predicted"]
-    lines = [f"# What the features mean: {title}", "", how]
-    lines += ["## Do they hold?", "", *_markdown_table(confidence, _confidence_rows(record)), ""]
-    lines += ["## What did training add?", "", TRAINING_ADDED, ""]
-    lines += [*_markdown_table(sets, _shares_rows(record)), ""]
-    lines += ["## Feature by feature, best first", ""]
-    for i in best_first(trial.judgements, trial.evidence):
-        lines += feature_lines(i, trial)
+    lines = [f"# What the features mean: {title}", "", headline(record), "", how]
+    lines += ["## What did training add, and does it hold?", "", TRAINING_ADDED, ""]
+    lines += [*_markdown_table(shares_rows(record)), ""]
+    lines += ["## Feature by feature, the most influential first", ""]
+    for i in most_influential(trial.hypotheses):
+        lines += feature_lines(i, trial, (marks or {}).get(trial.hypotheses[i].feature))
     return "\n".join(lines)
 
 
@@ -1199,27 +1444,13 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def statements_table(record: dict) -> str:
-    """How the statements did, beside those about untrained features; and what their confidence is
-    worth. `record` is the `trial_record`."""
-    titles = {
-        "explained": "all three parts confirmed",
-        "class_confirmed": "  class",
-        "stroke_confirmed": "  stroke",
-        "effect_confirmed": "  effect",
-        "predicted": "predicted on unseen images",
-    }
-    shares = record["shares"]
-    rows = [["share of features that fire", *shares]]
-    for key, title in titles.items():
-        rows.append([title, *(f"{s[key]:.1%}" for s in shares.values())])
-    again = [["confidence", "statements", "held on images set aside"]]
-    for name, c in record["confidence"].items():
-        share = "none seen" if c["held"] is None else f"{c['held']:.1%} of {c['checked']}"
-        again.append([name, str(c["statements"]), share])
-    return text_table(rows) + "\n\n" + text_table(again)
+    """How the statements did, beside those about features that training did not find. `record` is
+    the `trial_record`."""
+    return f"{headline(record)}\n\n{text_table(shares_rows(record))}"
 
 
-COLOURS = ("#b2182b", "#2166ac", "#4d9221", "#e08214", "#7b3294", "0.4")
+COLOURS = ("#b2182b", "#2166ac", "#4d9221", "#e08214", "0.4")
+CONFIDENCE_COLOURS = {"High": "#1b7837", "Medium": "#a6dba0", "Low": "0.75"}
 
 
 def _draw_aurocs(axes, everything: dict[str, Comparison], bar: float) -> None:
@@ -1231,37 +1462,82 @@ def _draw_aurocs(axes, everything: dict[str, Comparison], bar: float) -> None:
     axes.text(bar - 0.01, 0.03, f"bar {bar:g}", ha="right", fontsize=8.5, color="0.4")
     axes.set_xlim(0.5, 1)
     axes.set_ylim(0, 1.02)
-    axes.set_xlabel("AUROC on unseen images (0 without a statement)")
+    axes.set_xlabel("AUROC on unseen images (0 without a statement)", fontsize=9)
     axes.set_title("share of features predicted at least so well", fontsize=10, loc="left")
     axes.legend(fontsize=8.5, loc="lower left")
 
 
-def _draw_explained_shares(axes, everything: dict[str, Comparison]) -> None:
-    ticks, values = [], []
-    for name, c in everything.items():
-        rate = c.shares.median_density
-        ticks.append(name if rate is None else f"{name}\n(fire on {rate:.1%})")
-        values.append(100 * c.shares.explained)
-    axes.barh(ticks[::-1], values[::-1], color=COLOURS[: len(ticks)][::-1])
-    for row, value in enumerate(values[::-1]):
-        axes.text(value + 1, row, f"{value:.0f}%", va="center", fontsize=9)
-    axes.set_xlim(0, 105)
-    title = "class, stroke and effect all confirmed, % of features"
-    axes.set_title(title, fontsize=10, loc="right")
+def _draw_bands(axes, everything: dict[str, Comparison]) -> None:
+    """Explained shares by firing rate, with 95% intervals over features."""
+    width = 0.8 / len(everything)
+    for i, (colour, (name, c)) in enumerate(zip(COLOURS, everything.items(), strict=False)):
+        for x, band in enumerate(c.shares.bands):
+            n = max(1, band["features"])
+            share, (low, high) = band["explained"] / n, wilson_interval(band["explained"], n)
+            at, label = x - 0.4 + (i + 0.5) * width, name if x == 0 else None
+            axes.bar(at, share, width, color=colour, label=label)
+            if band["features"]:
+                ends = [[max(0.0, share - low)], [max(0.0, high - share)]]
+                axes.errorbar(at, share, ends, color="0.2", linewidth=1, capsize=2)
+    names = [f"up to {edge:.1%}" for edge in BANDS] + ["more"]
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("share of images that fire the feature", fontsize=9)
+    axes.set_title(
+        "share of features explained: all that is said is confirmed", fontsize=10, loc="left"
+    )
+    axes.legend(fontsize=8.5)
 
 
 def draw_explained(trial: Trial, comparisons: dict[str, Comparison]) -> Figure:
-    """How well the statements about several sets of features predict, and what share is confirmed
-    in all parts."""
+    """How well the statements about several sets of features predict, and what share is explained
+    in each band of firing rates."""
     everything = all_shares(trial, comparisons)
-    figure = fa.new_figure(1000, 380)
-    left = figure.add_axes((0.07, 0.15, 0.4, 0.68))
-    right = figure.add_axes((0.66, 0.15, 0.31, 0.68))
+    figure = fa.new_figure(1050, 400)
+    left = figure.add_axes((0.06, 0.14, 0.4, 0.68))
+    right = figure.add_axes((0.53, 0.14, 0.45, 0.68))
     _draw_aurocs(left, everything, trial.rule.both_auroc)
-    _draw_explained_shares(right, everything)
+    _draw_bands(right, everything)
     for axes in (left, right):
         axes.tick_params(labelsize=8.5)
         axes.spines[["top", "right"]].set_visible(False)
     title = "Statements about features, tested on images that were not used to make them"
+    figure.suptitle(title, fontsize=11.5)
+    return figure
+
+
+def draw_influence(trial: Trial) -> Figure:
+    """How many features do how much of the work, and with what confidence each is explained."""
+    order = sorted(range(len(trial.evidence)), key=lambda i: -trial.evidence[i].influence)
+    influence = np.array([trial.evidence[i].influence for i in order])
+    figure = fa.new_figure(1050, 400)
+    axes = figure.add_axes((0.07, 0.14, 0.86, 0.72))
+    ranks = np.arange(1, len(order) + 1)
+    confidences = [trial.judgements[i].confidence for i in order]
+    for name, colour in CONFIDENCE_COLOURS.items():
+        some = np.array([confidence == name for confidence in confidences])
+        label = f"{name}: {influence[some].sum():.0%} of the influence"
+        axes.bar(ranks[some], 100 * influence[some], 1.0, color=colour, label=label)
+    axes.set_xlim(0.5, len(order) + 0.5)
+    axes.set_xlabel("features, the most influential first", fontsize=9)
+    axes.set_ylabel("influence of each, %", fontsize=9)
+    axes.legend(fontsize=9, loc="center right", title="confidence in its statement")
+    total = axes.twinx()
+    total.plot(ranks, 100 * influence.cumsum(), color="0.2", linewidth=1.5)
+    for share, n in influence_course(trial).items():
+        total.plot([n], [float(share.rstrip("%"))], "o", color="0.2", markersize=4)
+        total.annotate(
+            f"{n} make {share}",
+            (n, float(share.rstrip("%"))),
+            (6, -12),
+            fontsize=9,
+            textcoords="offset points",
+        )
+    total.set_ylim(0, 105)
+    total.set_ylabel("all so far, %", fontsize=9)
+    for one in (axes, total):
+        one.tick_params(labelsize=8.5)
+        one.spines["top"].set_visible(False)
+    title = "Who does the work: what removing single features does to the logits"
     figure.suptitle(title, fontsize=11.5)
     return figure

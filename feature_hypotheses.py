@@ -1,14 +1,16 @@
 """Claims: what may a feature mean, in words and in a form that a program can check?
 
     hypotheses = propose_hypotheses(layer, images, labels)     # one for every feature
-    statement(hypotheses[k])                                   # "Dot at the top; fires on 3s"
+    statement(hypotheses[k])                                   # "Ink at the top; often on 3s ..."
     sha256 = freeze_hypotheses(hypotheses, "hypotheses.json")  # no change stays unseen from here on
     hypotheses, rule = read_hypotheses("hypotheses.json", sha256)
 
 Takes a `fa.ExplainedLayer` and discovery images (N, ...) with labels (N,), and gives `Hypothesis`
-objects. This room never sees an image on which a claim will be tested: the trial is another room.
+objects. What is said is a `Word` for each stroke: a region, scored and edited as such. What is
+drawn beside it is a `Drawing`, exact places. This room never sees an image on which a claim will
+be tested: the trial is another room.
 
-Dimension key: N images, C classes, d_sae features, M places of the vocabulary, K claims at once,
+Dimension key: N images, C classes, d_sae features, M places, W words, K claims, B images at once,
 784 = 28 x 28 pixels.
 """
 
@@ -19,7 +21,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +32,7 @@ from torch import Tensor
 import feature_analysis as fa
 
 # --------------------------------------------------------------------------------------------------
-# The words of a stroke claim: places on a 28 x 28 image
+# Places: exact pieces of pen stroke on a 28 x 28 image
 # --------------------------------------------------------------------------------------------------
 
 SIDE = 28  # the vocabulary is made for images of this height and width
@@ -43,6 +45,7 @@ DIRECTIONS = {  # steps (down, right)
 LENGTHS = (7, 13)  # of a short and of a long piece of stroke, in pixels
 GRID = range(3, 26, 2)  # rows and columns on which pieces are centred
 HALF_WIDTH = 1.5  # of a stroke, in pixels
+BESIDE = (2.0, 4.0)  # the two bands beside a stroke, in pixels from its middle line
 DOT_RADIUS = 2.6
 DOT_LENGTH = 5  # pixels across
 
@@ -55,45 +58,23 @@ class Place(NamedTuple):
     shape: str  # one of DIRECTIONS, or "dot"
     length: int  # pixels
 
-    def words(self) -> str:
-        """As in "long rising stroke at the upper left"."""
-        where = _region(self.row, self.col)
-        if self.shape == "dot":
-            return f"dot {where}"
-        long = "long " if self.length == LENGTHS[1] else ""
-        return f"{long}{self.shape} stroke {where}"
 
-
-def _third(at: int) -> int:
-    """0, 1 or 2: which third of the middle 20 rows or columns, where the digits stand."""
-    return min(2, max(0, (at - 4) // 7))
-
-
-def _region(row: int, col: int) -> str:
-    """As in "at the upper left"."""
-    high = ("upper", "", "lower")[_third(row)]
-    wide = ("left", "", "right")[_third(col)]
-    if high and wide:
-        return f"at the {high} {wide}"
-    if wide:
-        return f"at the {wide}"
-    return {"": "in the centre", "upper": "at the top", "lower": "at the bottom"}[high]
+def _pixels_of(place: Place) -> tuple[np.ndarray, np.ndarray]:
+    """(28, 28) bool each: the pixels of a place, and those beside it (of a dot: none)."""
+    rows, cols = np.mgrid[:SIDE, :SIDE]
+    down, right = rows - place.row, cols - place.col
+    if place.shape == "dot":
+        return down**2 + right**2 <= DOT_RADIUS**2, np.zeros((SIDE, SIDE), dtype=bool)
+    step = np.array(DIRECTIONS[place.shape]) / math.hypot(*DIRECTIONS[place.shape])
+    along = abs(down * step[0] + right * step[1]) <= place.length / 2
+    across = abs(right * step[0] - down * step[1])
+    return along & (across <= HALF_WIDTH), along & (across > BESIDE[0]) & (across <= BESIDE[1])
 
 
 def place_masks(places: Sequence[Place]) -> Tensor:
     """(n, 28, 28) bool, the pixels of each place."""
-    rows, cols = np.mgrid[:SIDE, :SIDE]
-    masks = np.zeros((len(places), SIDE, SIDE), dtype=bool)
-    for mask, place in zip(masks, places, strict=True):
-        down, right = rows - place.row, cols - place.col
-        if place.shape == "dot":
-            mask[:] = down**2 + right**2 <= DOT_RADIUS**2
-            continue
-        step = np.array(DIRECTIONS[place.shape]) / math.hypot(*DIRECTIONS[place.shape])
-        along = down * step[0] + right * step[1]
-        across = right * step[0] - down * step[1]
-        mask[:] = (abs(along) <= place.length / 2) & (abs(across) <= HALF_WIDTH)
-    return torch.from_numpy(masks)
+    masks = [_pixels_of(place)[0] for place in places]
+    return torch.from_numpy(np.array(masks, dtype=bool).reshape(-1, SIDE, SIDE))
 
 
 def _fits(row: int, col: int, shape: str, length: int) -> bool:
@@ -108,7 +89,7 @@ def _fits(row: int, col: int, shape: str, length: int) -> bool:
 
 @functools.cache
 def stroke_vocabulary() -> tuple[Place, ...]:
-    """All M places that a claim may name: those whose ends lie on the image."""
+    """All M places that a drawing may show: those whose ends lie on the image."""
     places = []
     for row, col in itertools.product(GRID, GRID):
         places.append(Place(row, col, "dot", DOT_LENGTH))
@@ -118,60 +99,158 @@ def stroke_vocabulary() -> tuple[Place, ...]:
     return tuple(places)
 
 
+# --------------------------------------------------------------------------------------------------
+# Words: regions that a person can picture without a ruler
+# --------------------------------------------------------------------------------------------------
+
+CELLS = 5  # the middle 20 rows and columns, where the digits stand, are cut into so many each
+ROWS = ("top", "upper", "", "lower", "bottom")
+COLUMNS = ("far left", "left", "", "right", "far right")
+MIDDLE = {  # where only the row, or only the column, is off the middle
+    "upper": "above centre",
+    "lower": "below centre",
+    "left": "left of centre",
+    "right": "right of centre",
+    "": "in centre",
+}
+NOUNS = {  # what a stroke is called: - | / \\ or, of any shape, ink
+    "horizontal": "bar",
+    "vertical": "stem",
+    "rising": "slash",
+    "falling": "backslash",
+    "dot": "ink",
+}
+SIDES_COUNT = 0.5  # ink beside a stroke counts against it, by so much of the ink along it
+
+
+class Word(NamedTuple):
+    """A kind of stroke somewhere in a cell of the image.
+
+    "Stem far left" is as true of an image as any short vertical stroke centred in that cell is
+    inked with its sides blank: the largest of their mean inks, less SIDES_COUNT of that beside
+    them, but not below 0.
+    """
+
+    shape: str  # one of DIRECTIONS, or "dot"
+    long: bool
+    row: int  # of the cell, 0 to CELLS - 1
+    col: int
+
+    def words(self) -> str:
+        """As in "long slash upper left"."""
+        return f"{'long ' if self.long else ''}{NOUNS[self.shape]} {_where(self.row, self.col)}"
+
+
+def _where(row: int, col: int) -> str:
+    """As in "upper far left", of a cell."""
+    where = f"{ROWS[row]} {COLUMNS[col]}".strip()
+    return MIDDLE.get(where, where)
+
+
+def _cell(at: int) -> int:
+    return min(CELLS - 1, max(0, (at - 4) * CELLS // 20))
+
+
+def word_of(place: Place) -> Word:
+    """The word whose region a place belongs to."""
+    return Word(place.shape, place.length == LENGTHS[1], _cell(place.row), _cell(place.col))
+
+
 class _Vocabulary(NamedTuple):
-    number: dict[Place, int]
-    masks: Tensor  # (M, 784) bool
-    size: Tensor  # (M,) pixels of each place
-    mean_over: Tensor  # (M, 784) weights that turn an image into its mean over each place
+    """Places, those of a word side by side: it has those from start[w] to start[w + 1]."""
+
+    places: tuple[Place, ...]
+    masks: Tensor  # (M, 784) 1 on the pixels of each place, else 0
+    sides: Tensor  # (M, 784) the same beside it
+    weights: Tensor  # (M, 784) of the mean ink of a place, less SIDES_COUNT of that beside it
+    words: tuple[Word, ...]
+    start: tuple[int, ...]
+    number: dict[Word | Place, int]
 
 
 @functools.cache
 def _vocabulary() -> _Vocabulary:
-    places = stroke_vocabulary()
-    masks = place_masks(places).flatten(1)
-    size = masks.sum(1)
-    number = {place: m for m, place in enumerate(places)}
-    return _Vocabulary(number, masks, size, masks / size[:, None])
+    places = sorted(stroke_vocabulary(), key=word_of)
+    along, beside = torch.from_numpy(np.array([_pixels_of(place) for place in places])).unbind(1)
+    along, beside = along.flatten(1).float(), beside.flatten(1).float()
+    of_sides = beside / beside.sum(1, keepdim=True).clamp(min=1)
+    weights = along / along.sum(1, keepdim=True) - SIDES_COUNT * of_sides
+
+    words = sorted(set(map(word_of, places)))
+    number = {stroke: n for strokes in (words, places) for n, stroke in enumerate(strokes)}
+    ends = torch.bincount(torch.tensor([number[word_of(place)] for place in places])).cumsum(0)
+    start = (0, *ends.tolist())
+    return _Vocabulary(tuple(places), along, beside, weights, tuple(words), start, number)
+
+
+def word_vocabulary() -> tuple[Word, ...]:
+    """All W words that a claim may use."""
+    return _vocabulary().words
+
+
+def _number_of(stroke: Word | Place) -> int:
+    try:
+        return _vocabulary().number[stroke]
+    except KeyError:
+        raise ValueError(f"{stroke} is not in word_vocabulary() or stroke_vocabulary()") from None
+
+
+def _places_of(stroke: Word | Place) -> slice:
+    """The numbers of the places that a stroke may mean."""
+    n, start = _number_of(stroke), _vocabulary().start
+    return slice(start[n], start[n + 1]) if isinstance(stroke, Word) else slice(n, n + 1)
+
+
+IMAGES_AT_ONCE = 2048  # whose products are made at a time
+
+
+@torch.no_grad()
+def place_inks(images: Tensor) -> Tensor:
+    """(M, N) float32, how much a stroke each place is on images (N, 28, 28) or (N, 1, 28, 28): 0 to
+    1."""
+    weights, pixels = _vocabulary().weights, images.flatten(1).float().cpu()
+    inks = torch.empty(len(weights), len(pixels))
+    for out, some in zip(inks.split(IMAGES_AT_ONCE, 1), pixels.split(IMAGES_AT_ONCE), strict=True):
+        torch.clamp(weights @ some.T, min=0, out=out)
+    return inks
+
+
+def word_inks(of_places: Tensor) -> Tensor:
+    """(W, N), how true each word is of images of which `place_inks` (M, N) are given."""
+    pairs = itertools.pairwise(_vocabulary().start)
+    return torch.stack([of_places[first:last].amax(0) for first, last in pairs])
 
 
 # --------------------------------------------------------------------------------------------------
 # Claims
 # --------------------------------------------------------------------------------------------------
 
-PARTS = ("class", "stroke", "effect")
+PARTS = ("ink", "class", "effect")
 
 
 class Rule(NamedTuple):
     """The thresholds by which claims are judged; they are frozen together with them."""
 
     class_auroc: float = 0.65  # smallest AUROC with which the labels must predict activity ...
-    stroke_auroc: float = 0.8  # ... and the strokes ...
-    both_auroc: float = 0.85  # ... and both together
-    times_elsewhere: float = 2.0  # editing named ink must work so many times as often as other ink
-    edit_share: float = 0.25  # ... and on at least this share of the images
-    effect_share: float = 0.5  # smallest share of a predicted change of a logit that must be found
+    ink_auroc: float = 0.75  # ... and the ink ...
+    both_auroc: float = 0.85  # ... and the sentence as a whole
+    edit_difference: float = 0.25  # share of images changed as named, less that changed elsewhere
+    effect_size: float = 0.5  # smallest share of a predicted change of a logit that must be found
+    percentile: float = 0.95  # of directions of the same norm, which an effect must exceed
     min_active: int = 8  # active images, and silent ones, below which nothing is claimed or judged
     false_discovery_rate: float = 0.01  # of all tests of all features together
 
 
-class Stroke(NamedTuple):
-    """Places, and their weights in the score: positive where ink is wanted, negative where none."""
+class Strokes(NamedTuple):
+    """What is said, as words, or drawn, as places."""
 
-    places: tuple[Place, ...]
-    weights: tuple[float, ...]
-
-    def wanted(self) -> list[Place]:
-        return [place for place, w in zip(self.places, self.weights, strict=True) if w > 0]
-
-    def empty(self) -> list[Place]:
-        return [place for place, w in zip(self.places, self.weights, strict=True) if w < 0]
+    there: tuple[Word | Place, ...] = ()
+    absent: tuple[Word | Place, ...] = ()
 
 
 class Effect(NamedTuple):
-    """The logit a feature raises and the one it lowers on the images that fire it, and by how much.
-
-    None: no claim.
-    """
+    """The logits that fall and rise most when the feature is removed from the images that fire it,
+    and by how much; what it raises falls without it. None: no claim."""
 
     raises: int | None
     raised_by: float
@@ -180,16 +259,22 @@ class Effect(NamedTuple):
 
 
 class Hypothesis(NamedTuple):
-    """What a feature is claimed to mean. A part that is None claims nothing; `why_not` says why."""
+    """What a feature is claimed to mean. A part that claims nothing is empty; `why_not` says
+    why."""
 
     feature: int
-    labels: tuple[int, ...] | None  # class part: it fires on images with these labels
-    stroke: Stroke | None
+    ink: Strokes  # words
+    often: tuple[int, ...]  # labels that make up more of what fires it than of all images
+    hardly: tuple[int, ...]  # labels that hardly do
+    label_scores: tuple[float, ...]  # (C,) what each label adds to the score
     effect: Effect | None
-    label_weight: float  # what a named label adds to the strokes' score where both are claimed
+    cut: float | None  # an image scored so high is said to fire it
+    drawing: Strokes  # places; not a part of the sentence
     typical_activation: float  # mean where it is active
     label_histogram: tuple[int, ...]  # active discovery images by label
     n_images: int  # discovery images
+    influence: float  # its share of all that removing single features does to the logits
+    changes: float  # share of the images that fire it whose prediction changes without it
     why_not: dict[str, str]
 
     @property
@@ -197,89 +282,62 @@ class Hypothesis(NamedTuple):
         return sum(self.label_histogram)
 
     def proposes(self, part: str) -> bool:
-        claim = {"class": self.labels, "stroke": self.stroke, "effect": self.effect}[part]
-        return claim is not None
+        if part == "ink":
+            return any(self.ink)
+        return bool(self.often or self.hardly) if part == "class" else self.effect is not None
+
+    def drops(self, part: str, why: str) -> Hypothesis:
+        """Without a part."""
+        empty = {
+            "ink": {"ink": Strokes()},
+            "class": {"often": (), "hardly": (), "label_scores": ()},
+            "effect": {"effect": None},
+        }
+        return self._replace(**empty[part], why_not={**self.why_not, part: why})
 
 
 # --------------------------------------------------------------------------------------------------
 # How a claim predicts where its feature is active
 # --------------------------------------------------------------------------------------------------
 
-AT_ONCE = 128  # claims whose scores are held at a time, (AT_ONCE, N)
+
+def strokes_score(strokes: Strokes, inks: Tensor) -> Tensor:
+    """(N,) the inks that are said to be there, less those that are said not to be; every one counts
+    alike. inks (W or M, N) are those of `word_inks` or `place_inks`."""
+    score = torch.zeros(inks.shape[1])
+    for stroke in strokes.there:
+        score += inks[_number_of(stroke)]
+    for stroke in strokes.absent:
+        score -= inks[_number_of(stroke)]
+    return score
 
 
-def _numbers(stroke: Stroke) -> list[int]:
-    """Numbers of its places in the vocabulary."""
-    number = _vocabulary().number
-    for place in stroke.places:
-        if place not in number:
-            raise ValueError(f"{place} is not in stroke_vocabulary(): name places from there")
-    return [number[place] for place in stroke.places]
+def part_scores(h: Hypothesis, inks: Tensor | None, labels: Tensor) -> dict[str, np.ndarray]:
+    """By how much each part of a claim predicts activity: "ink", "class", "both" -> (N,).
 
-
-def stroke_pixels(stroke: Stroke) -> tuple[Tensor, Tensor]:
-    """(784,) bool each: the pixels of the wanted places, and those of empty places alone."""
-    masks = _vocabulary().masks[_numbers(stroke)]
-    is_wanted = torch.tensor(stroke.weights) > 0
-    wanted = masks[is_wanted].any(0)
-    return wanted, masks[~is_wanted].any(0) & ~wanted
-
-
-def _pixel_weights(stroke: Stroke) -> Tensor:
-    """(784,) the score of an image is its product with these: the weighted mean inks of places."""
-    return torch.tensor(stroke.weights) @ _vocabulary().mean_over[_numbers(stroke)]
-
-
-def stroke_scores(strokes: Sequence[Stroke | None], pixels: Tensor) -> np.ndarray:
-    """(K, N) float32 scores of up to AT_ONCE strokes on pixels (N, 784); zeros for None.
-
-    The product always has AT_ONCE rows, so that the scores of a stroke are the same to the last
-    bit whichever others are scored beside it.
+    `inks` (W, N) are those of `word_inks`, labels (N,). A claim of one part predicts by that part
+    alone, and "both", otherwise their sum, is the very same array. One without an ink or class part
+    has no scores.
     """
-    weights = torch.zeros(AT_ONCE, pixels.shape[1])
-    for row, stroke in zip(weights, strokes, strict=False):
-        if stroke is not None:
-            row[:] = _pixel_weights(stroke)
-    return (weights @ pixels.T).numpy()[: len(strokes)]
-
-
-def part_scores(
-    hypotheses: Sequence[Hypothesis], images: Tensor, labels: Tensor
-) -> Iterator[tuple[Hypothesis, dict[str, np.ndarray]]]:
-    """By how much each part of each claim predicts activity: "class", "stroke", "both" -> (N,).
-
-    A claim of one part predicts by that part alone, and "both" is the very same array. One without
-    a class or stroke part has no scores. Raises ValueError for a place that is not in the
-    vocabulary.
-    """
-    label_of = labels.cpu().numpy()
-    pixels = None
-    if any(h.stroke for h in hypotheses):
-        pixels = images.flatten(1).float().cpu()
-    for first in range(0, len(hypotheses), AT_ONCE):
-        some = hypotheses[first : first + AT_ONCE]
-        of_strokes = itertools.repeat(None)
-        if any(h.stroke for h in some):
-            of_strokes = stroke_scores([h.stroke for h in some], pixels)
-        for h, of_stroke in zip(some, of_strokes, strict=False):
-            yield h, _scores_of_parts(h, of_stroke, label_of)
-
-
-def _scores_of_parts(
-    h: Hypothesis, of_stroke: np.ndarray | None, label_of: np.ndarray
-) -> dict[str, np.ndarray]:
     scores = {}
-    if h.labels is not None:
-        named = np.zeros(max(label_of.max(), *h.labels) + 1, dtype=np.float32)
-        named[list(h.labels)] = 1
-        scores["class"] = named[label_of]
-    if h.stroke is not None:
-        scores["stroke"] = of_stroke
+    if h.proposes("ink"):
+        scores["ink"] = strokes_score(h.ink, inks).numpy()
+    if h.proposes("class"):
+        scores["class"] = torch.tensor(h.label_scores)[labels].numpy()
     if len(scores) == 2:
-        scores["both"] = of_stroke + np.float32(h.label_weight) * scores["class"]
+        scores["both"] = scores["ink"] + scores["class"]
     elif scores:
         scores["both"] = next(iter(scores.values()))
     return scores
+
+
+def drawing_score(h: Hypothesis, inks: Tensor, labels: Tensor) -> np.ndarray:
+    """(N,) the same for the drawing in place of the words; inks (M, N) are those of
+    `place_inks`."""
+    score = strokes_score(h.drawing, inks)
+    if h.proposes("class"):
+        score += torch.tensor(h.label_scores)[labels]
+    return score.numpy()
 
 
 class Ranks(NamedTuple):
@@ -316,14 +374,15 @@ def ranks_of(scores: np.ndarray, at: np.ndarray) -> Ranks:
 
 
 # --------------------------------------------------------------------------------------------------
-# Propose strokes: orthogonal matching pursuit with signs
+# Edits: the ink that is named, and as much elsewhere
 # --------------------------------------------------------------------------------------------------
 
-MOST_PLACES = 3  # a stroke part names at most so many places with ink, and so many without
-WORTH_A_PLACE = 1.03  # a further place must raise the explained variance by this factor
-AS_GOOD = 0.95  # share of the best place's gain from which a place counts as good
-PATTERN_IMAGES = 32  # over which input patterns are averaged; any, for a model linear in the pixels
-IMAGES_AT_ONCE = 2048  # whose products are summed in float32 before they are added in float64
+N_EDIT = 48  # active images, and as many silent ones, that are edited for a feature
+EVER_INKED = 0.01  # a pixel inked on fewer images is left alone: blank margins would be too easy
+PATCH_PIXELS = 256  # nearest pixels tried first for a patch; most need no more
+DRAWS = 8  # random numbers that the edits of an image may use
+
+Pair = tuple[Tensor, Tensor]  # images (B, 784) edited as named, and elsewhere
 
 
 def spread(indices: Tensor, n: int) -> Tensor:
@@ -332,194 +391,527 @@ def spread(indices: Tensor, n: int) -> Tensor:
     return indices[places.round().long()]
 
 
-def _pixel_covariance(pixels: Tensor) -> Tensor:
-    """(784, 784) float64 covariance over images of pixels (N, 784); products in float32."""
-    inked = (pixels.amax(0) > 0).nonzero()[:, 0]  # blank margins vary with nothing
-    shown = pixels[:, inked]
-    width, half = len(inked), len(inked) // 2
-    products = torch.zeros(width, width, dtype=torch.float64)
-    for some in shown.split(IMAGES_AT_ONCE):  # three quarters: the products are symmetric
-        products[:half] += some[:, :half].T @ some
-        products[half:, half:] += some[:, half:].T @ some[:, half:]
-    products[half:, :half] = products[:half, half:].T
-    mean = _pixel_mean(shown)
-    covariance = torch.zeros(pixels.shape[1], pixels.shape[1], dtype=torch.float64)
-    covariance[inked[:, None], inked] = products / len(pixels) - mean[:, None] * mean
-    return covariance
-
-
-def _pixel_mean(pixels: Tensor) -> Tensor:
-    """(784,) float64 mean over images of pixels (N, 784)."""
-    sums = [some.sum(0) for some in pixels.split(IMAGES_AT_ONCE)]
-    return torch.stack(sums).sum(0, dtype=torch.float64) / len(pixels)
-
-
-def _covariance_with_activity(pixels: Tensor, activity: fa.Activity) -> Tensor:
-    """(d_sae, 784) float64 covariance of activity, 0 or 1, with pixels (N, 784)."""
-    sums = torch.nn.functional.embedding_bag(
-        activity.image, pixels, activity.start[:-1], mode="sum"
+def edited_images(h: Hypothesis, activity: fa.Activity) -> tuple[Tensor, Tensor]:
+    """The images that tests of a claim edit, at most N_EDIT each, spread evenly: of those that fire
+    the feature, and of those that do not though what is said about labels is true of them."""
+    silent = ~activity.is_active(h.feature)
+    said = np.ones(int(activity.labels.max()) + 1, dtype=bool)
+    if h.often:
+        said[:] = False
+        said[[c for c in h.often if c < len(said)]] = True
+    said[[c for c in h.hardly if c < len(said)]] = False
+    fitting = silent & said[activity.labels.numpy()]
+    if not fitting.any():
+        fitting = silent
+    return (
+        spread(activity.of(h.feature)[0], N_EDIT),
+        spread(torch.from_numpy(np.flatnonzero(fitting)), N_EDIT),
     )
-    share = activity.n_active[:, None].double() / len(pixels)
-    return sums.double() / len(pixels) - share * _pixel_mean(pixels)
 
 
-def _pursue(covariance: Tensor, gram: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthogonal matching pursuit with signs (Pati, Rezaiifar & Krishnaprasad 1993): up to six
-    columns of `gram` (M, M) for each row of `covariance` (K, M).
+def random_numbers(seed: int, feature: int) -> torch.Generator:
+    """Random numbers that belong to a feature."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + feature) % 2**63)
 
-    gradient (K, M) is the mean input pattern over each place: a place may be wanted only where ink
-    raises the feature, and unwanted only where ink lowers it, so that what is named is a cause and
-    not mere company. Among places that are AS_GOOD as the best, the one most like the pattern is
-    taken, in cosine. Places are added while each multiplies the explained variance by
-    WORTH_A_PLACE.
 
-    Returns numbers of places and weights, (K, 6); 0 where not used.
+def pieces(strokes: Sequence[Word | Place], x: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 784) 0 or 1 each: the pixels of strokes on each of x (B, 784), and those beside them; of
+    a word, the piece by which it is most true of the image."""
+    v = _vocabulary()
+    along, beside = torch.zeros_like(x), torch.zeros_like(x)
+    for stroke in strokes:
+        some = _places_of(stroke)
+        chosen = (x @ v.weights[some].T).argmax(1) + some.start
+        torch.maximum(along, v.masks.index_select(0, chosen), out=along)
+        torch.maximum(beside, v.sides.index_select(0, chosen), out=beside)
+    return along, beside * (1 - along)
+
+
+@functools.cache
+def _region(stroke: Word | Place) -> Tensor:
+    """(784,) 1 on all pixels that a stroke may mean, else 0."""
+    return _vocabulary().masks[_places_of(stroke)].amax(0)
+
+
+@functools.cache
+def _places_like(shape: str, long: bool) -> Tensor:
+    """(n, 784) 0 or 1, all places of a shape and length."""
+    v = _vocabulary()
+    like = [(word_of(p).shape, word_of(p).long) == (shape, long) for p in v.places]
+    return v.masks[torch.tensor(like)]
+
+
+class Editable(NamedTuple):
+    """Images that may be edited."""
+
+    pixels: Tensor  # (N, 784) on the CPU, where sums are the same in every run
+    shape: tuple[int, ...]  # of an image, as the model takes it
+    allowed: Tensor  # (784,) 1 where edits may go, else 0
+    seed: int  # of the places elsewhere
+
+    @classmethod
+    def of(cls, images: Tensor, seed: int) -> Editable:
+        """From images (N, 28, 28) or (N, 1, 28, 28)."""
+        pixels = images.flatten(1).float().cpu()
+        allowed = ((pixels > 0).float().mean(0) > EVER_INKED).float()
+        return cls(pixels, tuple(images.shape[1:]), allowed, seed)
+
+    def feature_acts(self, layer: fa.ExplainedLayer, x: Tensor, k: int) -> Tensor:
+        """(B,) activations of feature k on edited images x (B, 784)."""
+        return layer.feature_acts(x.unflatten(1, self.shape))[:, k].cpu()
+
+
+class Editor:
+    """Edits the strokes that a claim names, or some of them. Each edit is made once as named and
+    once elsewhere, off all that is named, with as much ink: where one of the two has less ink to
+    move, both move that much."""
+
+    def __init__(self, named: Strokes, editable: Editable, feature: int):
+        regions = [_region(stroke) for stroke in (*named.there, *named.absent)]
+        self.elsewhere = editable.allowed * (1 - torch.stack(regions).amax(0))
+        generator = random_numbers(editable.seed, feature)
+        self.draws = torch.rand(DRAWS, N_EDIT, generator=generator)  # of at most N_EDIT images
+
+    def erase(
+        self,
+        x: Tensor,
+        strokes: Sequence[Word | Place],
+        pair: Pair | None = None,
+        spared: Sequence[Word | Place] = (),
+    ) -> Pair:
+        """Take away the ink of strokes, but for that of those spared. x (B, 784), and `pair` what
+        became of it so far."""
+        along, _ = pieces(strokes, x)
+        if spared:
+            along = along * (1 - pieces(spared, x)[0])
+        return self._take(along, x, pair or (x, x))
+
+    def paint(self, x: Tensor, strokes: Sequence[Word | Place], pair: Pair | None = None) -> Pair:
+        """Ink strokes and blank their sides; elsewhere, ink strokes of the same shapes."""
+        along, beside = pieces(strokes, x)
+        named, elsewhere = self._take(beside, x, pair or (x, x))
+        other = torch.zeros_like(x)
+        for stroke, draw in zip(strokes, self.draws[1:, : len(x)], strict=False):
+            other = torch.maximum(other, self._same_elsewhere(stroke, draw))
+        ink, ink_there = (1 - named) * along, (1 - elsewhere) * other
+        of_named, of_other = ink.sum(1, keepdim=True), ink_there.sum(1, keepdim=True)
+        amount = torch.minimum(of_named, of_other)
+        named = named + amount / of_named.clamp(min=1e-9) * ink
+        return named, elsewhere + amount / of_other.clamp(min=1e-9) * ink_there
+
+    def _take(self, mask: Tensor, x: Tensor, pair: Pair) -> Pair:
+        """Take away what is left of the ink of x (B, 784) on a mask (B, 784); elsewhere as much
+        goes from a patch that grows around a pixel drawn with the probability of its ink."""
+        named, elsewhere = pair
+        ink, other = torch.minimum(x, named) * mask, torch.minimum(x, elsewhere) * self.elsewhere
+        total = other.cumsum(1)
+        of_named, everything = ink.sum(1), total[:, -1]
+        amount = torch.minimum(of_named, everything)
+        named = named - (amount / of_named.clamp(min=1e-9))[:, None] * ink
+
+        target = (self.draws[0, : len(x)] * everything)[:, None]
+        centre = torch.searchsorted(total, target, right=True)[:, 0].clamp(max=SIDE**2 - 1)
+        elsewhere = elsewhere.clone()
+        _remove_patch(elsewhere, other, amount, centre)
+        return named, elsewhere
+
+    def _same_elsewhere(self, stroke: Word | Place, draw: Tensor) -> Tensor:
+        """(B, 784) 0 or 1, a place of the same shape and length for each of draw (B,): off what is
+        named and where edits may go, or as nearly as there is one."""
+        word = stroke if isinstance(stroke, Word) else word_of(stroke)
+        like = _places_like(word.shape, word.long)
+        unfit = like @ (1 - self.elsewhere)
+        fit = like[unfit == unfit.min()]
+        return fit[(draw * len(fit)).long()]
+
+
+@functools.cache
+def _nearest_first() -> tuple[Tensor, Tensor]:
+    """Numbers of all 784 pixels in the order of their distance from each, int64: the PATCH_PIXELS
+    nearest (784, PATCH_PIXELS), and the rest (784, 784 - PATCH_PIXELS)."""
+    row, col = np.divmod(np.arange(SIDE**2), SIDE)
+    squared = (row[:, None] - row) ** 2 + (col[:, None] - col) ** 2
+    order = torch.from_numpy(squared.astype(np.int16).argsort(axis=1, kind="stable"))
+    return order[:, :PATCH_PIXELS].contiguous(), order[:, PATCH_PIXELS:].contiguous()
+
+
+def _remove_patch(x: Tensor, available: Tensor, amount: Tensor, centre: Tensor) -> None:
+    """Take ink off x (B, 784) in place: what is available (B, 784), pixel by pixel by their
+    distance from `centre` (B,), until it is `amount` (B,)."""
+    near, far = _nearest_first()
+    missing = _remove_in_order(x, available, amount, near.index_select(0, centre))
+    rows = (missing > 0).nonzero()[:, 0]
+    if len(rows):
+        some = x[rows]
+        _remove_in_order(some, available[rows], missing[rows], far.index_select(0, centre[rows]))
+        x[rows] = some
+
+
+def _remove_in_order(x: Tensor, available: Tensor, amount: Tensor, order: Tensor) -> Tensor:
+    """The same at the pixels in `order` (B, pixels); returns what is still missing, (B,)."""
+    there = available.gather(1, order)
+    missing = amount[:, None] - there.cumsum(1)
+    taken = torch.minimum(there, (missing + there).clamp_(min=0))
+    x.scatter_(1, order, x.gather(1, order).sub_(taken))
+    return missing[:, -1]
+
+
+# --------------------------------------------------------------------------------------------------
+# Propose ink: strokes, one by one, while each adds to the prediction
+# --------------------------------------------------------------------------------------------------
+
+SAID, DRAWN = (3, 1), (3, 3)  # at most so many strokes with ink, and without
+MOST_LABELS = 2  # said to be frequent, and as many said to be rare
+OFTEN, HARDLY = 1.5, 0.25  # times a label's share of all images, at least, and at most
+WORTH_A_CLAUSE = 1.03  # a further clause must raise the squared correlation by this factor
+PATTERN_IMAGES = 32  # over which input patterns are averaged; any, for a model linear in the pixels
+N_CLAUSE = 24  # images on which a clause is edited
+CHOICES = 3  # of words, each without those whose edit moved nothing
+CLAUSE_MOVES = 0.2  # what its edit must cost beyond an edit elsewhere, see `clause_moves`
+
+
+def _name_labels(histogram: np.ndarray, label_counts: np.ndarray) -> dict[str, tuple]:
+    """What is said about labels, and what each label adds to the score.
+
+    Said are the labels that make up most of what fires the feature, MOST_LABELS of those whose
+    share is OFTEN times their share of all images; where there is none, those whose share is
+    HARDLY. The score of a label is the square root of how often its images fire the feature
+    according to what is said, in units of the highest: the labels named by their share, the
+    others alike by what is left.
     """
-    n = len(covariance)
-    alignment = gradient.abs() * _vocabulary().size.sqrt()
-    scale = gram.diagonal().sqrt() + 1e-3
-    ridge = 1e-6 * gram.diagonal().mean() + 1e-12  # a row that stopped growing may name one twice
-    chosen = torch.zeros(n, 0, dtype=torch.int64)
-    weights = torch.zeros(n, 0, dtype=gram.dtype)
-    explained = torch.zeros(n, dtype=gram.dtype)
-    growing = torch.ones(n, dtype=torch.bool)
-    residual = covariance
-    for _ in range(2 * MOST_PLACES):
-        gain = _allowed_gain(residual / scale, gradient, chosen)
-        best = gain.amax(1, keepdim=True)
-        as_good = gain >= AS_GOOD * best
-        place = torch.where(as_good, alignment, -1.0).argmax(1, keepdim=True)
-        chosen = torch.cat([chosen, place], 1)
-
-        among = gram[chosen[:, :, None], chosen[:, None, :]]
-        wanted = covariance.gather(1, chosen)
-        fitted = torch.linalg.solve(among + ridge * torch.eye(among.shape[1]), wanted)
-        turned = fitted * gradient.gather(1, chosen) <= 0  # correlated places can turn a weight
-        fitted[turned] = 0
-
-        product = (among @ fitted[:, :, None])[:, :, 0]
-        now = (fitted * (2 * wanted - product)).sum(1)
-        growing = growing & (best[:, 0] > 0) & (now > WORTH_A_PLACE * explained)
-        kept = torch.nn.functional.pad(weights, (0, 1))
-        weights = torch.where(growing[:, None], fitted, kept)
-        explained = torch.where(growing, now, explained)
-        residual = covariance - (weights[:, None] @ gram[chosen])[:, 0]
-    return chosen, weights
+    share, usual = histogram / histogram.sum(), label_counts / label_counts.sum()
+    lift = share / np.maximum(usual, 1e-9)
+    most = np.argsort(-share, kind="stable").tolist()
+    often = [c for c in most if share[c] > 0 and lift[c] >= OFTEN][:MOST_LABELS]
+    least = np.argsort(lift, kind="stable").tolist()
+    hardly = [c for c in least if usual[c] > 0 and lift[c] <= HARDLY][:MOST_LABELS]
+    rate = np.ones(len(share))
+    if often:
+        hardly = []
+        rate[:] = (1 - share[often].sum()) / max(1 - usual[often].sum(), 1e-9)
+        rate[often] = lift[often]
+    rate[hardly] = 0
+    scores = np.sqrt(rate / rate.max()).astype(np.float32).tolist()
+    return {"often": tuple(often), "hardly": tuple(hardly), "label_scores": tuple(scores)}
 
 
-def _allowed_gain(gain: Tensor, gradient: Tensor, chosen: Tensor) -> Tensor:
-    """(K, M) |gain|, 0 for a place whose sign contradicts the pattern, one of a kind of which there
-    are MOST_PLACES, and one already chosen (K, n)."""
-    signs = gradient.gather(1, chosen)
-    full_up = ((signs > 0).sum(1) >= MOST_PLACES)[:, None]
-    full_down = ((signs < 0).sum(1) >= MOST_PLACES)[:, None]
-    refused = (gain * gradient <= 0) | full_up & (gradient > 0) | full_down & (gradient < 0)
-    return gain.abs().masked_fill_(refused, 0).scatter_(1, chosen, 0)
+def _class_auroc(h: Hypothesis, label_counts: np.ndarray) -> float:
+    """AUROC of the labels' scores on the discovery images, from their counts."""
+    active, scores = np.array(h.label_histogram), np.array(h.label_scores)
+    higher = np.sign(scores[:, None] - scores) / 2 + 0.5  # (C, C), one half where equal
+    others = label_counts - active
+    return float(active @ higher @ others / (active.sum() * others.sum()))
 
 
-def _as_stroke(places: list[int], weights: list[float]) -> Stroke | None:
-    """Wanted places first, the heaviest of each kind in front; weights sum to one in size."""
-    used = [(p, w) for p, w in zip(places, weights, strict=True) if w]
-    if not used:
+class _Moments(NamedTuple):
+    """Second moments over images of inks, of activity (0 or 1) and of the labels' scores."""
+
+    words: Tensor  # (W, W)
+    activity: Tensor  # (K, W) with the words
+    labels: Tensor  # (K, W) with the words
+    label_activity: Tensor  # (K,)
+    label_variance: Tensor  # (K,)
+
+    def of(self, features: Tensor) -> _Moments:
+        return _Moments(self.words, *(of_all[features] for of_all in self[1:]))
+
+
+def _moments(inks: Tensor, activity: fa.Activity, label_score: Tensor) -> _Moments:
+    """Of inks (W, N), and of the scores of each label for each feature, (d_sae, C)."""
+    n, n_classes = inks.shape[1], label_score.shape[1]
+    mean = inks.mean(1, dtype=torch.float64)
+    words = torch.zeros(len(inks), len(inks), dtype=torch.float64)
+    for some in inks.split(IMAGES_AT_ONCE, dim=1):
+        words += some @ some.T
+    words = words / n - torch.outer(mean, mean)
+
+    share = activity.n_active.double() / n
+    sums = torch.nn.functional.embedding_bag(
+        activity.image, inks.T.contiguous(), activity.start[:-1], mode="sum"
+    )
+    with_activity = sums.double() / n - share[:, None] * mean
+
+    one_hot = torch.nn.functional.one_hot(activity.labels, n_classes).float()
+    frequency = one_hot.mean(0, dtype=torch.float64)
+    of_label = (inks @ one_hot).double().T / n - frequency[:, None] * mean  # (C, W)
+    score = label_score.double()
+    active = label_histograms(activity, n_classes) / n
+    centred = torch.from_numpy(active) - share[:, None] * frequency
+    variance = (score**2 @ frequency) - (score @ frequency) ** 2
+    return _Moments(words, with_activity, score @ of_label, (score * centred).sum(1), variance)
+
+
+def _squared_correlation(chosen: Tensor, m: _Moments) -> Tensor:
+    """(K,) of activity with the score: labels and the words chosen (K, W) in -1, 0, 1; in units of
+    the variance of activity, negative where the correlation is."""
+    with_activity = m.label_activity + (chosen * m.activity).sum(1)
+    variance = m.label_variance + (chosen * (2 * m.labels + chosen @ m.words)).sum(1)
+    return with_activity * with_activity.abs() / variance.clamp(min=1e-12)
+
+
+def _same_cell(strokes: Sequence[Word | Place]) -> Tensor | None:
+    """(W, W) float64, 1 where two words have the same cell, which a sentence need not name twice;
+    None for places."""
+    if isinstance(strokes[0], Place):
         return None
-    total = sum(abs(w) for _, w in used)
-    vocabulary = stroke_vocabulary()
-    used.sort(key=lambda entry: (entry[1] < 0, -abs(entry[1]), vocabulary[entry[0]]))
-    return Stroke(tuple(vocabulary[p] for p, _ in used), tuple(w / total for _, w in used))
+    cell = torch.tensor([word.row * CELLS + word.col for word in strokes])
+    return (cell[:, None] == cell).double()
 
 
-def _fit_strokes(pixels: Tensor, activity: fa.Activity, heats: Tensor) -> list[Stroke | None]:
-    """The best description of each feature by places: pixels (N, 784), heats (d_sae, 784)."""
-    mean_over = _vocabulary().mean_over
-    gram = (mean_over @ _pixel_covariance(pixels).float() @ mean_over.T).double()
-    gram += (1e-4 * gram.diagonal().mean() + 1e-12) * torch.eye(len(gram))  # blank images, too
-    covariance = (_covariance_with_activity(pixels, activity).float() @ mean_over.T).double()
-    gradient = heats @ mean_over.T
-    strokes = []
-    for some in torch.arange(len(covariance)).split(512):
-        places, weights = _pursue(covariance[some], gram, gradient[some])
-        strokes += map(_as_stroke, places.tolist(), weights.tolist())
-    return strokes
+def _best_addition(
+    chosen: Tensor, m: _Moments, allowed: Tensor, most: tuple[int, int], alike: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The squared correlation with the best further stroke, and its number, (K,) each. allowed
+    (K, W) is 1 where a stroke may be there, -1 where it may be absent; alike (W, W) is 1 for two of
+    the same sign of which one is enough."""
+    with_activity = m.label_activity + (chosen * m.activity).sum(1)
+    variance = m.label_variance + (chosen * (2 * m.labels + chosen @ m.words)).sum(1)
+    with_words = m.labels + chosen @ m.words
+    full_up = (chosen > 0).sum(1, keepdim=True) >= most[0]
+    full_down = (chosen < 0).sum(1, keepdim=True) >= most[1]
+    if alike is None:
+        refused = chosen != 0
+    else:
+        refused = ((chosen > 0).double() @ alike > 0) & (allowed > 0)
+        refused |= ((chosen < 0).double() @ alike > 0) & (allowed < 0)
+    refused |= allowed * m.activity <= 0
+    refused |= full_up & (allowed > 0) | full_down & (allowed < 0)
+    covariance = with_activity[:, None] + allowed * m.activity
+    spread_of = variance[:, None] + 2 * allowed * with_words + m.words.diagonal()
+    gain = covariance * covariance.abs() / spread_of.clamp(min=1e-12)
+    return gain.masked_fill(refused, -1.0).max(1)
+
+
+def _choose(
+    m: _Moments, allowed: Tensor, most: tuple[int, int], strokes: Sequence[Word | Place]
+) -> list[Strokes]:
+    """The strokes that together with the labels predict each feature best, greedily: while a
+    further one raises the squared correlation by WORTH_A_CLAUSE, and after each every earlier one
+    may give way to a better one. No cell is named twice. allowed (K, W): see `_best_addition`."""
+    n_features, n_strokes = allowed.shape
+    chosen = torch.zeros_like(allowed)
+    order = torch.full((n_features, sum(most)), n_strokes)
+    growing = torch.ones(n_features, dtype=torch.bool)
+    alike = _same_cell(strokes)
+
+    def put(rows: Tensor, at: int, stroke: Tensor) -> None:
+        order[rows, at] = stroke[rows]
+        chosen[rows, stroke[rows]] = allowed[rows, stroke[rows]]
+
+    for n in range(sum(most)):
+        found, stroke = _best_addition(chosen, m, allowed, most, alike)
+        growing &= (found > 0) & (found > WORTH_A_CLAUSE * _squared_correlation(chosen, m))
+        put(growing.nonzero()[:, 0], n, stroke)
+        for earlier in range(n):
+            rows = growing.nonzero()[:, 0]
+            without = chosen.clone()
+            without[rows, order[rows, earlier]] = 0
+            found, stroke = _best_addition(without, m, allowed, most, alike)
+            better = growing & (found > (1 + 1e-9) * _squared_correlation(chosen, m))
+            chosen[better] = without[better]
+            put(better.nonzero()[:, 0], earlier, stroke)
+    said = []
+    for row, signs in zip(order.tolist(), chosen, strict=True):
+        used = [n for n in row if n < n_strokes]
+        there = tuple(strokes[n] for n in used if signs[n] > 0)
+        said.append(Strokes(there, tuple(strokes[n] for n in used if signs[n] < 0)))
+    return said
+
+
+def _causal_signs(heats: Tensor) -> tuple[Tensor, Tensor]:
+    """(d_sae, M) and (d_sae, W) float64, 1 where ink in a place, or in those of a word, raises the
+    feature on average, -1 where it lowers it; heats (d_sae, 784) are input patterns. So what is
+    named is a cause and not mere company."""
+    v = _vocabulary()
+    of_places = heats @ (v.masks / v.masks.sum(1, keepdim=True)).T
+    pairs = itertools.pairwise(v.start)
+    of_words = torch.stack([of_places[:, first:last].mean(1) for first, last in pairs], 1)
+    return torch.sign(of_places).double(), torch.sign(of_words).double()
+
+
+@torch.no_grad()
+def clause_moves(
+    ink: Strokes,
+    new: Strokes,
+    k: int,
+    layer: fa.ExplainedLayer,
+    editable: Editable,
+    activity: fa.Activity,
+) -> dict[Word, float]:
+    """What the edit of each of the `new` words costs on images that fire feature k, less what an
+    edit elsewhere costs: of ink that is there, which is erased but for what earlier words of `ink`
+    name too, the share of the activation; of ink that is absent, which is painted, the share of the
+    images on which the feature turns off."""
+    at, acts = activity.of(k)
+    editor = Editor(ink, editable, k)
+    chosen = spread(torch.arange(len(at)), N_CLAUSE)
+    x, before = editable.pixels.index_select(0, at[chosen]), acts[chosen]
+    pairs = []
+    for word in new.there:
+        pairs.append(editor.erase(x, [word], spared=ink.there[: ink.there.index(word)]))
+    pairs += [editor.paint(x, [word]) for word in new.absent]
+    edited = torch.cat([side for pair in pairs for side in pair])
+    after = editable.feature_acts(layer, edited, k).view(len(pairs), 2, -1)
+    kept = (after / before).clamp(max=2).mean(2)  # one image that fires more must not decide
+    fires = (after > 0).float().mean(2)
+    n = len(new.there)
+    left = torch.cat([kept[:n], fires[n:]])
+    return dict(zip((*new.there, *new.absent), (left[:, 1] - left[:, 0]).tolist(), strict=True))
+
+
+def _say_ink(
+    hypotheses: list[Hypothesis],
+    moments: _Moments,
+    allowed: Tensor,
+    layer: fa.ExplainedLayer,
+    editable: Editable,
+    activity: fa.Activity,
+) -> list[Hypothesis]:
+    """The claims with words for ink, each of which holds by itself: it adds to the prediction, and
+    its edit moves the feature. One that does not move it is given up and the choice made again,
+    CHOICES times at most. allowed (d_sae, W), see `_best_addition`, is changed."""
+    found, words = list(hypotheses), word_vocabulary()
+    holds: list[set[Word]] = [set() for _ in found]  # words that are known to move the feature
+    choosing = [k for k, h in enumerate(found) if "ink" not in h.why_not]
+    for _ in range(CHOICES):
+        some = torch.tensor(choosing, dtype=torch.int64)
+        chosen = _choose(moments.of(some), allowed[some], SAID, words)
+        again = []
+        for k, ink in zip(choosing, chosen, strict=True):
+            new = Strokes(*(tuple(w for w in part if w not in holds[k]) for part in ink))
+            idle = set()
+            if any(new):
+                moves = clause_moves(ink, new, k, layer, editable, activity)
+                idle = {word for word, by in moves.items() if by < CLAUSE_MOVES}
+                holds[k] |= moves.keys() - idle
+            kept = Strokes(*(tuple(w for w in part if w not in idle) for part in ink))
+            found[k] = found[k]._replace(ink=kept)
+            if idle:
+                allowed[k, [_number_of(word) for word in idle]] = 0
+                again.append(k)
+        choosing = again
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
-# Propose: a claim for every feature
+# Propose an effect: further than other directions of the same length
 # --------------------------------------------------------------------------------------------------
 
-MOST_DIGITS = 3  # a class part names at most so many labels ...
-LEAST_LIFT = 1.5  # ... each so many times as frequent among the active images as among all
+N_DIRECTIONS = 128  # the same ones for all features
+DIRECTION_IMAGES = 16  # on which they are removed
+LITTLE = 0.01  # share of predictions that change, below which an effect is little
+EFFECT_MARGIN = 1.25  # by which it must exceed theirs to be claimed
 SMALLEST_EFFECT = 0.02  # smallest mean change of a logit that is worth a statement
 
 
-def _label_histograms(activity: fa.Activity, n_classes: int) -> np.ndarray:
-    """(d_sae, C) int64, the images that fire each feature by label."""
-    d_sae = len(activity.n_active)
-    feature = torch.repeat_interleave(torch.arange(d_sae), activity.n_active)
-    cell = feature * n_classes + activity.labels[activity.image]
-    return torch.bincount(cell, minlength=d_sae * n_classes).view(d_sae, n_classes).numpy()
+@functools.cache
+def other_directions_of(d_in: int) -> Tensor:
+    """(N_DIRECTIONS, d_in) unit vectors drawn at random, always the same."""
+    noise = torch.randn(N_DIRECTIONS, d_in, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.normalize(noise, dim=1)
 
 
-def _name_labels(histogram: np.ndarray, label_counts: np.ndarray) -> tuple[int, ...]:
-    """The labels whose share among the active images exceeds their share of all images most: at
-    most MOST_DIGITS, and LEAST_LIFT times that share at least."""
-    share = histogram / histogram.sum()
-    usual = label_counts / label_counts.sum()
-    ranked = np.argsort(usual - share, kind="stable")[:MOST_DIGITS].tolist()
-    named = [c for c in ranked if share[c] > 0 and share[c] >= LEAST_LIFT * usual[c]]
-    return tuple(sorted(named))
+@torch.no_grad()
+def removed_by_others(
+    layer: fa.ExplainedLayer, raw: Tensor, acts: Tensor, norm: float
+) -> np.ndarray:
+    """(N_DIRECTIONS, n, C) float64, by how much each logit falls on images with preactivations
+    raw (n, d_in) when `acts` (n,) times another direction of length `norm` is removed."""
+    shifts = other_directions_of(raw.shape[1]).to(raw) * norm * layer.std
+    states = raw - acts[:, None] * shifts[:, None]  # (N_DIRECTIONS, n, d_in)
+    base, without = layer.logits_from_raw(raw), layer.logits_from_raw(states.flatten(0, 1))
+    return (base - without.view(*states.shape[:2], -1)).cpu().double().numpy()
+
+
+def largest_moves(falls: np.ndarray) -> dict[str, np.ndarray]:
+    """(N_DIRECTIONS, n) each: by how much the logit that a direction "raises" most falls without
+    it, and the one it "lowers" most rises; `falls` are those of `removed_by_others`.
+
+    Each direction may choose its logits, as the feature does.
+    """
+    mean, rows = falls.mean(1), np.arange(len(falls))
+    return {"raises": falls[rows, :, mean.argmax(1)], "lowers": -falls[rows, :, mean.argmin(1)]}
+
+
+def by_chance(
+    h: Hypothesis, layer: fa.ExplainedLayer, raw: Tensor, activity: fa.Activity, share: float
+) -> dict[str, float]:
+    """How far a direction of the feature's length moves a logit on average that goes further than a
+    `share` of all; raw (N, d_in) are preactivations of all images."""
+    at, acts = activity.of(h.feature)
+    chosen = spread(torch.arange(len(at)), DIRECTION_IMAGES)
+    norm = float(layer.sae.W_dec[h.feature].norm())
+    rows, acts = raw[at[chosen].to(raw.device)], acts[chosen].to(raw.device)
+    moves = largest_moves(removed_by_others(layer, rows, acts, norm))
+    return {verb: float(np.quantile(by.mean(1), share)) for verb, by in moves.items()}
 
 
 def _name_effect(delta: Tensor) -> Effect | None:
     """The logits that fall and rise most when removing the feature changes them by delta (C,)."""
     raises, lowers = int(delta.argmin()), int(delta.argmax())
     raised_by, lowered_by = -float(delta[raises]), float(delta[lowers])
-    if raised_by < SMALLEST_EFFECT:
-        raises, raised_by = None, 0.0
-    if lowered_by < SMALLEST_EFFECT:
-        lowers, lowered_by = None, 0.0
+    return _if_any(
+        raises if raised_by >= SMALLEST_EFFECT else None,
+        raised_by,
+        lowers if lowered_by >= SMALLEST_EFFECT else None,
+        lowered_by,
+    )
+
+
+def _if_any(
+    raises: int | None, raised_by: float, lowers: int | None, lowered_by: float
+) -> Effect | None:
     if raises is None and lowers is None:
         return None
-    return Effect(raises, raised_by, lowers, lowered_by)
+    raised_by = 0.0 if raises is None else raised_by
+    return Effect(raises, raised_by, lowers, 0.0 if lowers is None else lowered_by)
 
 
-def _without(h: Hypothesis, part: str, why: str) -> Hypothesis:
-    field = "labels" if part == "class" else part
-    return h._replace(**{field: None}, why_not={**h.why_not, part: why})
+def _claim_effect(
+    h: Hypothesis,
+    delta: Tensor,
+    layer: fa.ExplainedLayer,
+    raw: Tensor,
+    activity: fa.Activity,
+    rule: Rule,
+) -> Hypothesis:
+    effect = _name_effect(delta)
+    if effect is None:
+        return h.drops("effect", f"removing it changes no logit by {SMALLEST_EFFECT} on average")
+    chance = by_chance(h, layer, raw, activity, rule.percentile)
+    raises, lowers = effect.raises, effect.lowers
+    if effect.raised_by <= EFFECT_MARGIN * chance["raises"]:
+        raises = None
+    if effect.lowered_by <= EFFECT_MARGIN * chance["lowers"]:
+        lowers = None
+    effect = _if_any(raises, effect.raised_by, lowers, effect.lowered_by)
+    if effect is None:
+        share = f"{rule.percentile:.0%}"
+        return h.drops("effect", f"no logit moves further than {share} of other directions move it")
+    return h._replace(effect=effect)
+
+
+# --------------------------------------------------------------------------------------------------
+# Propose: a claim for every feature
+# --------------------------------------------------------------------------------------------------
+
+
+def label_histograms(activity: fa.Activity, n_classes: int) -> np.ndarray:
+    """(d_sae, C) int64, the images that fire each feature by label."""
+    d_sae = len(activity.n_active)
+    cell = activity.feature * n_classes + activity.labels[activity.image]
+    return torch.bincount(cell, minlength=d_sae * n_classes).view(d_sae, n_classes).numpy()
+
+
+def check_labels(labels: Tensor, n_classes: int) -> None:
+    """Raise ValueError unless the model knows the labels (N,)."""
+    last = int(labels.max())
+    if last >= n_classes:
+        raise ValueError(f"labels run to {last}, but the model has {n_classes} classes")
 
 
 def _weak(auroc: float, bar: float) -> str:
     return f"AUROC {auroc:.2f} on the discovery images, {bar} is asked for"
-
-
-def _class_auroc(h: Hypothesis, label_counts: np.ndarray) -> float:
-    """AUROC of "has a named label": half the sum of the two shares that it gets right."""
-    named = list(h.labels)
-    histogram = np.array(h.label_histogram)
-    others = label_counts - histogram
-    right = histogram[named].sum() / histogram.sum()
-    wrong = others[named].sum() / others.sum()
-    return float((right + 1 - wrong) / 2)
-
-
-def _label_weight(score: np.ndarray, named: np.ndarray, at: np.ndarray) -> float:
-    """What a named label adds to the strokes' score: least squares of activity on both.
-
-    score (N,), named (N,) 0 or 1, `at` the indices of the active images. With centred sums of
-    products s for the strokes, l for the label and a for activity, the normal equations give
-    weight on the label / weight on the score = (la ss - sa sl) / (sa ll - la sl).
-    """
-    score = score - score.mean()
-    share = float(named.mean())
-    ss, sl = float(score @ score), float(score @ named)
-    ll = len(named) * share * (1 - share)
-    sa = float(score[at].sum())
-    la = float(named[at].sum()) - len(at) * share
-    if ss * ll - sl * sl <= 1e-9 * ss * ll:
-        return 0.0  # one says what the other says
-    on_score, on_label = sa * ll - la * sl, la * ss - sa * sl
-    if on_score <= 0:
-        return 0.0
-    return float(max(0.0, on_label) / on_score)
 
 
 def why_no_strokes(images: Tensor) -> str | None:
@@ -537,113 +929,134 @@ def why_no_strokes(images: Tensor) -> str | None:
     return None
 
 
-def _propose_strokes(
-    layer: fa.ExplainedLayer, images: Tensor, activity: fa.Activity
-) -> list[Stroke | None]:
-    shown = spread(torch.arange(len(images)), PATTERN_IMAGES).to(images.device)
-    heats = fa.feature_input_patterns(*layer, images[shown]).cpu()
-    return _fit_strokes(images.flatten(1).float().cpu(), activity, heats.flatten(1))
+def _claim_labels(h: Hypothesis, label_counts: np.ndarray, rule: Rule) -> Hypothesis:
+    said = _name_labels(np.array(h.label_histogram), label_counts)
+    if not said["often"] and not said["hardly"]:
+        why = f"no label is {OFTEN} times as frequent as among all images, none {HARDLY} times"
+        return h._replace(why_not={**h.why_not, "class": why})
+    h = h._replace(**said)
+    auroc = _class_auroc(h, label_counts)
+    return h if auroc >= rule.class_auroc else h.drops("class", _weak(auroc, rule.class_auroc))
 
 
-def _unclaimed(k: int, activity: fa.Activity, histogram: np.ndarray) -> Hypothesis:
+def best_cut(score: np.ndarray, at: np.ndarray) -> float:
+    """The score (N,) from which on images should be said to be active, if `at` (m,) are: the
+    largest F1, the harmonic mean of precision and recall."""
+    order = np.argsort(-score, kind="stable")
+    active = np.zeros(len(score), dtype=bool)
+    active[at] = True
+    hits = active[order].cumsum()
+    f1 = 2 * hits / (np.arange(1, len(score) + 1) + len(at))
+    ranked = score[order]
+    last_of_ties = np.append(ranked[1:] < ranked[:-1], True)
+    return float(ranked[np.where(last_of_ties, f1, -1).argmax()])
+
+
+def _weigh(h: Hypothesis, inks: Tensor, activity: fa.Activity, rule: Rule) -> Hypothesis:
+    """A claim without ink that is weak, without labels that add nothing to it, and with its cut."""
+    if all(part in h.why_not for part in PARTS):
+        return h
+    at = activity.of(h.feature)[0].numpy()
+    scores = part_scores(h, inks, activity.labels)
+    auroc = {part: ranks_of(score, at).auroc for part, score in scores.items() if part != "class"}
+    if "ink" not in scores:
+        h = h if "ink" in h.why_not else h.drops("ink", "no ink predicts and moves it")
+    elif auroc["ink"] < rule.ink_auroc:
+        h = h.drops("ink", _weak(auroc["ink"], rule.ink_auroc))
+        scores = part_scores(h, inks, activity.labels)
+    elif "class" in scores and auroc["both"] <= auroc["ink"]:
+        h = h.drops("class", "labels add nothing to what the ink predicts")
+        scores = part_scores(h, inks, activity.labels)
+    return h._replace(cut=best_cut(scores["both"], at)) if scores else h
+
+
+def propose_hypotheses(
+    layer: fa.ExplainedLayer,
+    images: Tensor,
+    labels: Tensor,
+    rule: Rule | None = None,
+    drawings: bool = True,
+    activity: fa.Activity | None = None,
+    removed: fa.Removals | None = None,
+) -> list[Hypothesis]:
+    """A claim about every feature, from the discovery images (N, ...) with labels (N,) alone.
+
+    class   the labels that make up most of what fires it, with their shares, or that hardly do
+    ink     up to MOST_INK words for ink that is there and MOST_EMPTY for none, those that together
+            with the labels predict best where it is active, each of which moves the feature
+    effect  the logits that its removal lowers and raises most, where it does so further than other
+            directions would
+
+    Beside them stands a drawing of exact places. `activity` and `removed`, by
+    `fa.removal_effects`, are those of the same images, where they are at hand. A part that does not
+    reach the rule's bar on these very images is not claimed. Raises ValueError for shapes that do
+    not fit, labels that the model does not know, or no images.
+    """
+    rule = rule or Rule()
+    activity = activity or fa.collect_activity(layer, images, labels)
+    removed = removed or fa.removal_effects(layer, images, activity)
+    n_classes = removed.mean_delta.shape[1]
+    check_labels(activity.labels, n_classes)
+    histograms = label_histograms(activity, n_classes)
+    label_counts = torch.bincount(activity.labels, minlength=n_classes).numpy()
+    raw = layer.raw_of_all(images)
+    hypotheses = []
+    for k in range(layer.d_sae):
+        h = _unclaimed(k, activity, histograms[k], removed)
+        if rule.min_active <= h.n_active <= len(images) - rule.min_active:
+            h = _claim_labels(h, label_counts, rule)
+            h = _claim_effect(h, removed.mean_delta[k], layer, raw, activity, rule)
+        else:
+            found = f"active on {h.n_active} of {len(images)} images"
+            why = f"{found}; {rule.min_active} active and as many silent ones needed"
+            h = h._replace(why_not=dict.fromkeys(PARTS, why))
+        hypotheses.append(h)
+
+    no_strokes = why_no_strokes(images)
+    if no_strokes:
+        hypotheses = [h.drops("ink", h.why_not.get("ink", no_strokes)) for h in hypotheses]
+        inks = torch.empty(0, len(images))
+    else:
+        shown = spread(torch.arange(len(images)), PATTERN_IMAGES).to(images.device)
+        heats = fa.feature_input_patterns(*layer, images[shown]).cpu().flatten(1)
+        place_signs, word_signs = _causal_signs(heats)
+        scores = torch.zeros(len(hypotheses), n_classes)
+        for row, h in zip(scores, hypotheses, strict=True):
+            row[: len(h.label_scores)] = torch.tensor(h.label_scores)
+        of_places = place_inks(images)
+        inks = word_inks(of_places)
+        moments = _moments(inks, activity, scores)
+        editable = Editable.of(images, seed=0)
+        hypotheses = _say_ink(hypotheses, moments, word_signs, layer, editable, activity)
+        if drawings:
+            moments = _moments(of_places, activity, scores)
+            drawn = _choose(moments, place_signs, DRAWN, _vocabulary().places)
+            pairs = zip(hypotheses, drawn, strict=True)
+            hypotheses = [h._replace(drawing=drawing) for h, drawing in pairs]
+    return [_weigh(h, inks, activity, rule) for h in hypotheses]
+
+
+def _unclaimed(
+    k: int, activity: fa.Activity, histogram: np.ndarray, removed: fa.Removals
+) -> Hypothesis:
     """What is known of feature k before anything is claimed."""
     _, activations = activity.of(k)
     return Hypothesis(
         feature=k,
-        labels=None,
-        stroke=None,
+        ink=Strokes(),
+        often=(),
+        hardly=(),
+        label_scores=(),
         effect=None,
-        label_weight=0.0,
+        cut=None,
+        drawing=Strokes(),
         typical_activation=float(activations.mean()) if len(activations) else 0.0,
         label_histogram=tuple(histogram.tolist()),
         n_images=len(activity.labels),
+        influence=float(removed.influence[k]),
+        changes=float(removed.changes[k]),
         why_not={},
     )
-
-
-def _claim_labels(h: Hypothesis, label_counts: np.ndarray, rule: Rule) -> Hypothesis:
-    labels = _name_labels(np.array(h.label_histogram), label_counts)
-    if not labels:
-        why = f"no label is {LEAST_LIFT} times as frequent as among all images"
-        return _without(h, "class", why)
-    h = h._replace(labels=labels)
-    auroc = _class_auroc(h, label_counts)
-    if auroc < rule.class_auroc:
-        return _without(h, "class", _weak(auroc, rule.class_auroc))
-    return h
-
-
-def _claim_effect(h: Hypothesis, delta: Tensor) -> Hypothesis:
-    effect = _name_effect(delta)
-    if effect is None:
-        why = f"removing it changes no logit by {SMALLEST_EFFECT} on average"
-        return _without(h, "effect", why)
-    return h._replace(effect=effect)
-
-
-def _weigh_strokes(
-    hypotheses: Sequence[Hypothesis],
-    images: Tensor,
-    activity: fa.Activity,
-    rule: Rule,
-) -> dict[int, Hypothesis]:
-    """By feature, the claims that name strokes: dropped where they are weak, else weighed against
-    the labels."""
-    weighed = {}
-    with_stroke = [h for h in hypotheses if h.stroke]
-    for h, scores in part_scores(with_stroke, images, activity.labels):
-        at = activity.of(h.feature)[0].numpy()
-        auroc = ranks_of(scores["stroke"], at).auroc
-        if auroc < rule.stroke_auroc:
-            h = _without(h, "stroke", _weak(auroc, rule.stroke_auroc))
-        elif h.labels:
-            h = h._replace(label_weight=_label_weight(scores["stroke"], scores["class"], at))
-        weighed[h.feature] = h
-    return weighed
-
-
-def propose_hypotheses(
-    layer: fa.ExplainedLayer, images: Tensor, labels: Tensor, rule: Rule | None = None
-) -> list[Hypothesis]:
-    """A claim about every feature, from the discovery images (N, ...) with labels (N,) alone.
-
-    class   the labels on which it fires more often than on average
-    stroke  up to three places with ink and up to three without that best predict where it is active
-            (orthogonal matching pursuit), each agreeing with the sign of its input pattern there
-    effect  the logits that its removal lowers and raises most
-
-    A part that does not reach the rule's bar on these very images is not claimed. Raises ValueError
-    for shapes that do not fit, labels that the model does not know, or no images.
-    """
-    rule = rule or Rule()
-    activity = fa.collect_activity(layer, images, labels)
-    loader = fa.batches_of(images, labels)
-    removed = fa.feature_ablation_effects(layer.model, loader, *layer[1:]).mean_delta.cpu()
-    d_sae, n_classes = removed.shape
-    last_label = int(activity.labels.max())
-    if last_label >= n_classes:
-        raise ValueError(f"labels run to {last_label}, but the model has {n_classes} classes")
-
-    no_strokes = why_no_strokes(images)
-    strokes = [None] * d_sae if no_strokes else _propose_strokes(layer, images, activity)
-    histograms = _label_histograms(activity, n_classes)
-    label_counts = torch.bincount(activity.labels, minlength=n_classes).numpy()
-
-    hypotheses = []
-    for k, stroke in enumerate(strokes):
-        h = _unclaimed(k, activity, histograms[k])
-        if not rule.min_active <= h.n_active <= len(images) - rule.min_active:
-            found = f"active on {h.n_active} of {len(images)} images"
-            why = f"{found}; {rule.min_active} active and as many silent ones needed"
-            hypotheses.append(h._replace(why_not=dict.fromkeys(PARTS, why)))
-            continue
-        h = h._replace(stroke=stroke)
-        if stroke is None:
-            h = _without(h, "stroke", no_strokes or "no ink predicts it")
-        h = _claim_effect(h, removed[k])
-        hypotheses.append(_claim_labels(h, label_counts, rule))
-    weighed = _weigh_strokes(hypotheses, images, activity, rule)
-    return [weighed.get(h.feature, h) for h in hypotheses]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -659,39 +1072,47 @@ def listed(words: Sequence[str], last: str = "and") -> str:
     return f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 
-def _way(place: Place, other: Place) -> str:
-    """As in "2 pixels lower and 3 pixels further left" than the other."""
-    steps = (
-        (place.row - other.row, ("higher", "lower")),
-        (place.col - other.col, ("further left", "further right")),
-    )
-    return listed([f"{abs(n)} pixels {ways[n > 0]}" for n, ways in steps if n])
+def percent(share: float) -> str:
+    """As in "80%", "0.3%", "<0.1%" or "0%"."""
+    if share < 0.001:
+        return "<0.1%" if share else "0%"
+    return f"{100 * share:.1f}%" if share < 0.01 else f"{100 * share:.0f}%"
 
 
-def _apart(place: Place, others: Sequence[Place]) -> str:
-    """The place in words; where one of the others has the same words, with the way from there."""
-    words = place.words()
-    for other in others:
-        if other.words().removeprefix("long ") == words.removeprefix("long "):
-            return f"{words} {_way(place, other) or 'around that one'}"
-    return words
+LEGEND = """A bar is horizontal, a stem vertical, a slash rises, a backslash falls, ink is any;
+percentages are of the images that fire the feature."""
+
+
+def _label_words(h: Hypothesis) -> str:
+    """As in "80% are 6s, 12% 0s", of the images that fire it."""
+    shares = [(c, percent(h.label_histogram[c] / h.n_active)) for c in h.often]
+    words = [f"{share} {'are ' if n == 0 else ''}{c}s" for n, (c, share) in enumerate(shares)]
+    return ", ".join(words)
+
+
+def _effect_words(h: Hypothesis) -> str:
+    """As in "without it 6 loses 0.30 logits, 2% of predictions change"."""
+    if h.effect is None:
+        return "little effect" if h.changes < LITTLE else "effect of any direction"
+    moves = []
+    for c, verb, by in zip(h.effect[::2], ("loses", "gains"), h.effect[1::2], strict=True):
+        if c is not None:
+            moves.append(f"{c} {verb} {by:.2f}")
+    return f"without it {listed(moves)} logits, {percent(h.changes)} of predictions change"
 
 
 def statement(h: Hypothesis) -> str:
     """The claim in plain English."""
-    pieces = []
-    if h.stroke:
-        wanted = h.stroke.wanted()
-        pieces.append(listed([place.words() for place in wanted]))
-        empty = listed([_apart(place, wanted) for place in h.stroke.empty()], "or")
-        pieces.append(f"no {empty}" if empty else "")
-    if h.labels:
-        pieces.append("fires on " + listed([f"{label}s" for label in h.labels]))
-    if h.effect:
-        moves = (("raises", h.effect.raises), ("lowers", h.effect.lowers))
-        pieces.append(listed([f"{verb} {c}" for verb, c in moves if c is not None]))
+    if not any(map(h.proposes, PARTS)):
+        return "no hypothesis"
+    there = listed([word.words() for word in h.ink.there])
+    empty = listed([f"no {word.words()}" for word in h.ink.absent])
+    pieces = [", ".join(piece for piece in (there, empty) if piece)]
+    pieces.append(_label_words(h))
+    pieces.append("hardly any " + listed([f"{c}s" for c in h.hardly], "or") if h.hardly else "")
+    pieces.append(_effect_words(h))
     text = "; ".join(piece for piece in pieces if piece)
-    return text[:1].upper() + text[1:] if text else "no hypothesis"
+    return text[:1].upper() + text[1:]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -699,48 +1120,38 @@ def statement(h: Hypothesis) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def _stroke_record(stroke: Stroke) -> dict:
-    record = {"ink": [], "no_ink": []}
-    for place, weight in zip(stroke.places, stroke.weights, strict=True):
-        entry = {**place._asdict(), "weight": weight, "words": place.words()}
-        record["ink" if weight > 0 else "no_ink"].append(entry)
+def _strokes_record(strokes: Strokes) -> dict:
+    record = {}
+    for name, some in strokes._asdict().items():
+        record[name] = [s._asdict() for s in some]
+        for entry, stroke in zip(record[name], some, strict=True):
+            if isinstance(stroke, Word):
+                entry["words"] = stroke.words()
     return record
 
 
 def hypothesis_record(h: Hypothesis) -> dict:
     """A claim as JSON has it."""
-    return {
-        "feature": h.feature,
-        "statement": statement(h),
-        "class": {"labels": list(h.labels)} if h.labels else None,
-        "stroke": _stroke_record(h.stroke) if h.stroke else None,
-        "effect": h.effect._asdict() if h.effect else None,
-        "label_weight": h.label_weight,
-        "typical_activation": h.typical_activation,
-        "label_histogram": list(h.label_histogram),
-        "n_images": h.n_images,
-        "why_not": h.why_not,
-    }
+    strokes = {"ink": _strokes_record(h.ink), "drawing": _strokes_record(h.drawing)}
+    effect = {"effect": h.effect._asdict() if h.effect else None}
+    return {"statement": statement(h), **h._asdict(), **strokes, **effect}
 
 
-def _stroke_of(record: dict) -> Stroke:
-    entries = record["ink"] + record["no_ink"]
-    places = [Place(*(entry[name] for name in Place._fields)) for entry in entries]
-    return Stroke(tuple(places), tuple(entry["weight"] for entry in entries))
+def _strokes_of(record: dict, kind: type) -> Strokes:
+    read = []
+    for name in Strokes._fields:
+        read.append(tuple(kind(*(s[field] for field in kind._fields)) for s in record[name]))
+    return Strokes(*read)
 
 
 def _hypothesis_of(record: dict) -> Hypothesis:
-    return Hypothesis(
-        feature=record["feature"],
-        labels=tuple(record["class"]["labels"]) if record["class"] else None,
-        stroke=_stroke_of(record["stroke"]) if record["stroke"] else None,
-        effect=Effect(**record["effect"]) if record["effect"] else None,
-        label_weight=record["label_weight"],
-        typical_activation=record["typical_activation"],
-        label_histogram=tuple(record["label_histogram"]),
-        n_images=record["n_images"],
-        why_not=record["why_not"],
-    )
+    fields = {name: record[name] for name in Hypothesis._fields}
+    for name in ("often", "hardly", "label_scores", "label_histogram"):
+        fields[name] = tuple(fields[name])
+    fields["ink"] = _strokes_of(fields["ink"], Word)
+    fields["drawing"] = _strokes_of(fields["drawing"], Place)
+    fields["effect"] = Effect(**fields["effect"]) if fields["effect"] else None
+    return Hypothesis(**fields)
 
 
 def freeze_hypotheses(

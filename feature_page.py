@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 import feature_analysis as fa
-import feature_confirmation as fc
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "feature_report.html"
 TOP_SHOWN = 12  # strongest images of a feature
@@ -71,11 +70,6 @@ class Network(NamedTuple):
 # --------------------------------------------------------------------------------------------------
 
 
-def _features_of_pairs(activity: fa.Activity) -> Tensor:
-    """(P,) the feature of each pair of the activity."""
-    return torch.repeat_interleave(torch.arange(len(activity.n_active)), activity.n_active)
-
-
 def activation_histograms(
     activity: fa.Activity, bins: int = HISTOGRAM_BINS
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -83,7 +77,7 @@ def activation_histograms(
 
     Returns counts (d_sae, bins) and the largest (d_sae,); 0 for a silent feature.
     """
-    feature = _features_of_pairs(activity).numpy()
+    feature = activity.feature.numpy()
     activation = activity.activation.numpy()
     d_sae = len(activity.n_active)
 
@@ -94,48 +88,6 @@ def activation_histograms(
     place = np.minimum(place, bins - 1)  # the largest is in the last bin
     counts = np.bincount(feature * bins + place, minlength=d_sae * bins)
     return counts.reshape(d_sae, bins), largest
-
-
-def _images_in_common(activity: fa.Activity, columns: int = 128) -> Tensor:
-    """(d_sae, d_sae) how many images fire both; memory for N x columns at a time."""
-    d_sae = len(activity.n_active)
-    feature = _features_of_pairs(activity)
-    common = torch.zeros(d_sae, d_sae)
-    for first in range(0, d_sae, columns):
-        last = min(first + columns, d_sae)
-        pairs = slice(int(activity.start[first]), int(activity.start[last]))
-        active = torch.zeros(len(activity.labels), last - first)
-        active[activity.image[pairs], feature[pairs] - first] = 1
-
-        # For every feature, the sum of the rows of those images that fire it.
-        common[:, first:last] = torch.nn.functional.embedding_bag(
-            activity.image, active, activity.start[:-1], mode="sum"
-        )
-    return common
-
-
-def _most_alike(similarity: Tensor, own: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n largest of each row (F, d_sae) but column own (F,): columns, values (F, n)."""
-    others = similarity.scatter(1, own[:, None], -2.0)
-    best = others.topk(min(n, similarity.shape[1] - 1), dim=1)
-    return best.indices, best.values
-
-
-def firing_together(activity: fa.Activity, n: int = NEIGHBOURS) -> tuple[Tensor, Tensor]:
-    """For every feature the n others whose activity, 0 or 1, correlates most with its own.
-
-    Where p and q of the images fire two features, and r fire both, Pearson's correlation is
-    (r - p q) / sqrt(p (1 - p) q (1 - q)). It counts as 0 for a silent feature.
-
-    Returns the others, best first, and the correlations, (d_sae, n) each.
-    """
-    n_images = len(activity.labels)
-    share = activity.n_active / n_images
-    spread = (share * (1 - share)).sqrt()
-
-    covariance = _images_in_common(activity) / n_images - torch.outer(share, share)
-    correlation = covariance / torch.outer(spread, spread).clamp(min=1e-9)
-    return _most_alike(correlation, torch.arange(len(share)), n)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -174,22 +126,29 @@ def _dose_response(claimed: dict, effect: dict) -> dict:
     return {"at": list(effect["doses"]), "curves": curves}
 
 
+def _drawing(strokes: dict | None) -> dict | None:
+    """The places of a drawing as [row, column, shape, length]; None where nothing is drawn."""
+    if not strokes or not any(strokes.values()):
+        return None
+    fields = ("row", "col", "shape", "length")
+    return {name: [[p[f] for f in fields] for p in places] for name, places in strokes.items()}
+
+
 def _said(record: dict) -> dict:
     """The statement about a feature and what came of it; empty where there is none."""
     evidence = record.get("evidence") or {}
     claimed = (record.get("hypothesis") or {}).get("effect") or {}
     detected = evidence.get("detected") or {}
     effect = evidence.get("effect")
-    parts = evidence.get("verdicts", {}).get("parts", {})
-    verdicts = [record.get("verdict"), *parts.values()]
-
     return {
         "statement": record.get("statement"),
         "evidence": evidence.get("text"),
         "lines": record.get("measured", []),
         "confidence": record.get("confidence"),
         "verdict": record.get("verdict"),
-        "explained": bool(parts) and all(verdict == fc.CONFIRMED for verdict in verdicts),
+        "explained": record.get("explained", False),
+        "mark": record.get("mark"),
+        "drawing": _drawing((record.get("hypothesis") or {}).get("drawing")),
         "auroc": _rounded([detected["both"]["auroc"]])[0] if "both" in detected else None,
         "dose": _dose_response(claimed, effect) if effect else None,
     }
@@ -200,6 +159,8 @@ def _measured(record: dict) -> dict:
     return {
         "feature": record["feature"],
         "density": float(f"{record['mean_active']:.6g}"),
+        "influence": _rounded([record["influence"]])[0],
+        "changes": _rounded([record["predictions_changed"]])[0],
         "mode": record["label_mode_when_active"],
         "labels": record["label_histogram"],
         "logit": _rounded(record["logit_delta_vector"]),
@@ -226,8 +187,8 @@ def _entries(
     """
     own = torch.tensor([record["feature"] for record in records], dtype=torch.int64)
     unit = torch.nn.functional.normalize(sae.W_dec.detach().cpu(), dim=1)
-    near = _named(_most_alike(unit[own] @ unit.T, own, NEIGHBOURS))
-    together = _named(firing_together(shown.activity))
+    near = _named(fa.most_alike(unit[own] @ unit.T, own, NEIGHBOURS))
+    together = _named(fa.firing_together(shown.activity, NEIGHBOURS))
     threshold = getattr(sae, "threshold", torch.zeros(len(largest)))
 
     entries = []
@@ -264,6 +225,16 @@ def _pattern_arrays(shown: Shown, features: Sequence[int]) -> dict[str, np.ndarr
     heats = 127 * (patterns / scales).clip(-1, 1)
     inked = np.ones(shape) if mask is None else mask
     return {"heats": heats.round().astype(np.int8), "inked": inked.astype(np.uint8)}
+
+
+def _mean_images(shown: Shown, images: Tensor, features: Sequence[int]) -> np.ndarray:
+    """(F, H * W) uint8, the mean of the images (N, H, W) that fire each feature, the strongest
+    pixel 255."""
+    means = torch.nn.functional.embedding_bag(
+        shown.activity.image, images.flatten(1), shown.activity.start[:-1], mode="mean"
+    )[features]
+    strongest = means.amax(1, keepdim=True).clamp(min=1e-9)
+    return (255 * means / strongest).round().byte().numpy()
 
 
 def _weight_arrays(layer: fa.ExplainedLayer, network: Network) -> dict[str, np.ndarray]:
@@ -328,6 +299,7 @@ def write_dashboard(
 
     arrays = {"images": _as_bytes(images[pictured])}
     arrays |= _pattern_arrays(shown, features)
+    arrays["means"] = _mean_images(shown, images, features)
     arrays["histograms"] = counts[features].astype(np.float32)
     if network is not None:
         arrays |= _weight_arrays(layer, network)

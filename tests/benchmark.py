@@ -365,7 +365,7 @@ class Explained(NamedTuple):
 
     def prepared(self, folder: Path) -> driver.Prepared:
         """What the driver's last stages take; nothing is frozen, no picture is under way."""
-        features = driver.analysed_features(self.analysis.bank, 0)
+        features = driver.analysed_features(self.analysis, 0)
         return driver.Prepared(
             TARGET, folder, self.trained, None, self.analysis, features, None, [], driver.Clock()
         )
@@ -473,12 +473,16 @@ def analysis_stages(
     logit, ablation = effect_stages(clock, s, settings, given, bank)
     nearest = clock.run("nearest features", s.code(s.d_sae), fa.nearest_features, sae.W_dec)
 
+    layer, images = fa.ExplainedLayer(subject.model, *coder), data.val.images
+    activity = clock.run("activity", s.code(s.val), fa.collect_activity, layer, *data.val)
+    removed = clock.run("removals", None, fa.removal_effects, layer, images, activity)
+
     share = (data.train.images > 0).float().mean(0)[0]
     inked = (share >= driver.INKED_SHARE).cpu().numpy()
     with tempfile.TemporaryDirectory() as folder:
         shown = (range(s.d_sae), bank, data.val.images.cpu(), heats, inked)
         clock.run("pictures", None, fa.write_feature_pictures, folder, *shown)
-    return fa.Analysis(bank, heats, logit, ablation, nearest, inked)
+    return fa.Analysis(bank, heats, logit, ablation, nearest, inked, activity, removed)
 
 
 def stages(
@@ -697,6 +701,8 @@ class Claims(NamedTuple):
     hypotheses: list[fh.Hypothesis]
     evidence: list[fc.Evidence]
     aside: list[fc.Evidence]
+    activity: fa.Activity  # on the judging images
+    picked: dict[int, fc.Picked]
 
 
 class StatementClock:
@@ -729,23 +735,26 @@ def sae_statements(clock: StatementClock, e: Explained) -> Claims:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "hypotheses.json"
         clock.run("freeze", n, fh.freeze_hypotheses, hypotheses, path)
+    activity = fa.collect_activity(layer, *judging)
+    scored = fc.score_claims(hypotheses, *judging)
     evidence = clock.run("test", n, fc.test_hypotheses, hypotheses, layer, *judging)
+    picked = clock.run("pick", n, fc.pick_features, evidence, scored, layer, activity)
     clock.run("judge", n, fc.judge_hypotheses, hypotheses, evidence)
-    clock.add("sum of these four", total(clock.rows, "seconds"), n)
+    clock.add("sum of these five", total(clock.rows, "seconds"), n)
     again = clock.run("images set aside", n, fc.test_hypotheses, hypotheses, layer, *aside)
-    return Claims(hypotheses, evidence, again)
+    return Claims(hypotheses, evidence, again, activity, picked)
 
 
 def other_statements(clock: StatementClock, e: Explained) -> None:
     """Those about other features of the same layer."""
     first = len(clock.rows)
-    judging, _ = fc.confirmation_splits(*e.data.test)
+    judging, aside = fc.confirmation_splits(*e.data.test)
     n_hidden, n_latents = e.layer.sae.W_enc.shape
     for kind in driver.COMPARED:
         features = min(fc.COMPARED, n_latents)
-        if kind in ("neurons", "principal directions"):
+        if kind == "neurons":
             features = min(features, 2 * n_hidden)  # both ends of each
-        given = (kind, e.settings, e.layer, tuple(e.data.val), judging)
+        given = (kind, e.settings, e.layer, tuple(e.data.val), judging, aside)
         clock.run(kind, features, driver.compare_with, *given)
     compared = clock.rows[first:]
     n = int(total(compared, "features"))
@@ -756,7 +765,7 @@ def statements(e: Explained, repeats: int) -> tuple[list[Row], Claims]:
     clock = StatementClock(e, repeats)
     claims = sae_statements(clock, e)
     other_statements(clock, e)
-    sums = ("sum of these four", "images set aside", "sum of comparisons")
+    sums = ("sum of these five", "images set aside", "sum of comparisons")
     everything = [row for row in clock.rows if row.what in sums]
     clock.add("sum", total(everything, "seconds"), None)
     return clock.rows, claims
@@ -764,11 +773,10 @@ def statements(e: Explained, repeats: int) -> tuple[list[Row], Claims]:
 
 def report_of(e: Explained, claims: Claims) -> list[dict]:
     """The records of feature_report.json."""
-    judging, _ = fc.confirmation_splits(*e.data.test)
-    activity = fa.collect_activity(e.layer, *judging)
-    trial = fc.make_trial(claims.hypotheses, fh.Rule(), claims.evidence, claims.aside, activity)
+    tested = claims.evidence, claims.aside, claims.activity, claims.picked
+    trial = fc.make_trial(claims.hypotheses, fh.Rule(), *tested)
     report = []
-    for k in driver.analysed_features(e.analysis.bank, 0):
+    for k in driver.analysed_features(e.analysis, 0):
         record = fa.feature_record(k, e.analysis)
         report.append({**record, **fc.statement_record(k, trial)})
     return report
@@ -1057,11 +1065,11 @@ def contests(e: Explained, plain: Plain, folder: Path) -> list[Contest]:
 
 
 def against_reference(e: Explained, how_many: int) -> tuple[list[Row], float]:
-    """The rows, and the largest difference. The features compared go from the busiest to the
-    rarest."""
-    by_rate = driver.analysed_features(e.analysis.bank, 0)
-    places = torch.linspace(0, len(by_rate) - 1, how_many).long().tolist()
-    features = [by_rate[i] for i in places]
+    """The rows, and the largest difference. The features compared go from the most influential to
+    the least."""
+    ranked = driver.analysed_features(e.analysis, 0)
+    places = torch.linspace(0, len(ranked) - 1, how_many).long().tolist()
+    features = [ranked[i] for i in places]
     with tempfile.TemporaryDirectory() as folder:
         both = contests(e, Plain(e), Path(folder))
         rows = [side_by_side(contest, features, e) for contest in both]

@@ -33,3 +33,12 @@ def banded_images() -> tuple[fa.ExplainedLayer, Tensor, Tensor]:
     bands = torch.nn.functional.one_hot(labels, 4)[:, None, :, None].repeat(1, 3, 2, 8)
     layer = fa.ExplainedLayer(Bands(), Identity(), torch.zeros(4), torch.ones(4))
     return layer, 0.1 * noise + bands, labels
+
+
+def activity_of(acts: list[list[float]]) -> fa.Activity:
+    """The activity behind activations (N, d_sae)."""
+    columns = torch.tensor(acts).T
+    feature, image = (columns > 0).nonzero(as_tuple=True)
+    counts = torch.bincount(feature, minlength=len(columns))
+    start = torch.tensor([0, *counts.cumsum(0).tolist()])
+    return fa.Activity(start, image, columns[feature, image], torch.zeros(len(acts), dtype=int))

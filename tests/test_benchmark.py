@@ -331,11 +331,11 @@ def test_a_tiny_run_of_every_section(monkeypatch, capsys):
 
     assert [row.columns["latents"] for row in tables["threads"]] == [16, 32]
     seconds = column(tables["statements"], "seconds")
-    own = sum(seconds[name] for name in ("propose", "freeze", "test", "judge"))
-    assert seconds["sum of these four"] == pytest.approx(own)
+    own = sum(seconds[name] for name in ("propose", "freeze", "test", "pick", "judge"))
+    assert seconds["sum of these five"] == pytest.approx(own)
     features = column(tables["statements"], "features")
     assert (features["propose"], features["neurons"]) == (16, 8)
-    others = ("untrained SAE", "random directions", "neurons", "principal directions")
+    others = ("untrained SAE", "random directions", "neurons")
     compared = sum(seconds[name] for name in others)
     assert seconds["sum of comparisons"] == pytest.approx(compared)
     assert seconds["sum"] == pytest.approx(own + seconds["images set aside"] + compared)

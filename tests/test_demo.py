@@ -49,9 +49,9 @@ def test_demo_runs_as_a_script_and_writes_every_picture(tmp_path):
 
     lines = done.stdout.splitlines()
     checks = [line for line in lines if line.endswith(" ok")]
-    passed = "47 checks passed, 0 failed; pictures in new/pictures, see feature_0_panel.png first"
+    passed = "46 checks passed, 0 failed; pictures in new/pictures, see feature_0_panel.png first"
     assert lines[-1] == passed
-    assert len(checks) == 47
+    assert len(checks) == 46
     assert len({len(line) for line in checks}) == 1  # columns of fixed width
     kinds = ("gallery.png", "pattern.png", "pattern.npy", "panel.png")
     expected = {f"feature_{k}_{kind}" for k in range(len(demo.PLANTED)) for kind in kinds}
@@ -448,38 +448,48 @@ def test_compare_shows_the_worst_value_and_refuses_nan_and_shapes():
 # --------------------------------------------------------------------------------------------------
 
 
-def claim_about(row: demo.Planted, place: fh.Place) -> fh.Hypothesis:
-    """A claim that names the classes of `row` and a stroke at `place`."""
+def claim_about(row: demo.Planted, word: fh.Word) -> fh.Hypothesis:
+    """A claim that names the class of `row`, its effects, and a word."""
     return fh.Hypothesis(
         feature=0,
-        labels=(row.pushes,),
-        stroke=fh.Stroke((place,), (1.0,)),
+        ink=fh.Strokes((word,)),
+        often=(row.pushes,),
+        hardly=(),
+        label_scores=(1.0,) * demo.N_CLASSES,
         effect=fh.Effect(row.pushes, 0.3, row.against, 0.2),
-        label_weight=0.0,
+        cut=0.5,
+        drawing=fh.Strokes(),
         typical_activation=1.0,
         label_histogram=(1,) * demo.N_CLASSES,
         n_images=10,
+        influence=0.1,
+        changes=0.1,
         why_not={},
     )
 
 
 def test_a_claim_is_right_where_it_says_what_was_planted():
-    row = demo.stroke_table(0)[0]
-    centre = demo.CENTRES[0]
-    right = claim_about(row, fh.Place(*centre, row.name.split()[0], 7))
-    everything = {"class": True, "place": True, "orientation": True, "effect": True}
+    row, centre = demo.stroke_table(0)[0], demo.CENTRES[0]
+    planted = fh.Word(row.name.split()[0], False, 0, 0)
+    right = claim_about(row, planted)
+    everything = {"word": True, "labels, if named": True, "effect, if named": True}
     assert demo.is_right(right, row, centre) == everything
 
-    other_class = right._replace(labels=(row.pushes, row.against))
-    assert demo.is_right(other_class, row, centre) == everything | {"class": False}
-    turned = claim_about(row, fh.Place(centre[0] + 4, centre[1], "dot", 7))
-    assert demo.is_right(turned, row, centre) == everything | {"orientation": False}
-    far = claim_about(row, fh.Place(centre[0] + 3, centre[1] + 3, row.name.split()[0], 7))
-    assert demo.is_right(far, row, centre) == everything | {"place": False}
+    for word, is_right in (
+        (planted._replace(long=True), True),
+        (planted._replace(row=1, col=1), True),  # a cell that touches
+        (planted._replace(col=2), False),
+        (planted._replace(shape="dot"), False),
+    ):
+        claim = claim_about(row, word)
+        assert demo.is_right(claim, row, centre) == everything | {"word": is_right}
+    for labels in ({"often": (row.pushes, row.against)}, {"often": (), "hardly": (row.against,)}):
+        found = demo.is_right(right._replace(**labels), row, centre)
+        assert found == everything | {"labels, if named": False}
     exchanged = right._replace(effect=fh.Effect(row.against, 0.3, row.pushes, 0.2))
-    assert demo.is_right(exchanged, row, centre) == everything | {"effect": False}
-    nothing = right._replace(labels=None, stroke=None, effect=None)
-    assert set(demo.is_right(nothing, row, centre).values()) == {False}
+    assert demo.is_right(exchanged, row, centre) == everything | {"effect, if named": False}
+    nothing = right._replace(often=(), ink=fh.Strokes(), effect=None)
+    assert demo.is_right(nothing, row, centre) == everything | {"word": False}
 
 
 def test_shuffling_keeps_activations_and_moves_them_to_other_images():

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
+from small_models import activity_of
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -578,6 +579,74 @@ def test_roughness():
     assert fa.pattern_roughness(noise).item() == pytest.approx(1, abs=0.05)
 
 
+def test_firing_together_written_out():
+    # The first two fire on the same images, the third on the others, the fourth on half of each.
+    activity = activity_of(
+        [[1.0, 2.0, 0.0, 1.0], [1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 3.0, 1.0], [0.0, 0.0, 3.0, 0.0]]
+    )
+    partner, correlation = fa.firing_together(activity, 3)
+    assert partner[0].tolist() == [1, 3, 2]
+    assert correlation[0].tolist() == pytest.approx([1.0, 0.0, -1.0], abs=1e-6)
+    assert partner[1].tolist() == [0, 3, 2]
+    assert partner[2, 0] == 3
+    assert correlation[3].tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("d_sae", [24, 300])  # fewer and more features than are counted at once
+def test_firing_together_is_the_correlation_of_numpy(d_sae):
+    acts = torch.randn(200, d_sae, generator=torch.Generator().manual_seed(0)).relu()
+    acts[:, -1] = 0
+    partner, correlation = fa.firing_together(activity_of(acts.tolist()), 3)
+    assert partner.shape == correlation.shape == (d_sae, 3)
+
+    expected = np.corrcoef((acts[:, :-1] > 0).T.numpy())
+    np.fill_diagonal(expected, -2)
+    best = -np.sort(-expected, axis=1)[:, :3]
+    assert correlation[:-1].numpy() == pytest.approx(best, abs=1e-4)
+    named = np.take_along_axis(expected, partner[:-1].numpy(), axis=1)
+    assert named == pytest.approx(best, abs=1e-4)
+    assert (correlation[-1] == 0).all()  # silent
+
+
+def test_a_single_feature_has_no_neighbours():
+    partner, correlation = fa.firing_together(activity_of([[1.0], [0.0]]), 3)
+    assert partner.shape == correlation.shape == (1, 0)
+
+
+def test_removals_are_those_of_a_slow_loop(scene):
+    layer = fa.ExplainedLayer(*scene.for_pattern())
+    activity = fa.collect_activity(layer, scene.images, scene.labels)
+    removed = fa.removal_effects(layer, scene.images, activity)
+    acts, logits_of = scene.feature_acts(), scene.model.logits_from_preactivations
+    sizes = []
+    for k in range(D_SAE):
+        active = [i for i in range(N) if acts[i, k] > 0]
+        step = scene.sae.W_dec[k] * scene.std
+        mean = slow_effect(scene, active, lambda i, k=k, step=step: -acts[i, k] * step)
+        assert_close(removed.mean_delta[k].float(), mean, atol=1e-4, rtol=1e-4)
+        size, changed = 0.0, 0
+        for i in active:
+            z = scene.model.preactivations(scene.images[i : i + 1])[0]
+            before, after = logits_of(z), logits_of(z - acts[i, k] * step)
+            moved = (after - before).numpy().astype(float)
+            size += np.sqrt(np.sum((moved - moved.mean()) ** 2))
+            changed += int(before.argmax() != after.argmax())
+        sizes.append(size)
+        assert removed.n_changed[k] == changed
+        assert removed.changes[k] == pytest.approx(changed / max(1, len(active)))
+    assert removed.influence.tolist() == pytest.approx(np.divide(sizes, sum(sizes)), rel=1e-4)
+    assert float(removed.influence.sum()) == pytest.approx(1)
+
+
+def test_nothing_has_influence_where_nothing_fires():
+    scene = make_scene("relu")
+    silent = scene.sae._replace(threshold=torch.full((D_SAE,), 1e6))
+    layer = fa.ExplainedLayer(scene.model, silent, scene.mu, scene.std)
+    activity = fa.collect_activity(layer, scene.images, scene.labels)
+    removed = fa.removal_effects(layer, scene.images, activity)
+    assert removed.influence.tolist() == removed.changes.tolist() == [0.0] * D_SAE
+
+
 # --------------------------------------------------------------------------------------------------
 # Analysis and record
 # --------------------------------------------------------------------------------------------------
@@ -585,6 +654,8 @@ def test_roughness():
 
 def analysis_of(scene: Scene) -> fa.Analysis:
     args = scene.given()
+    layer = fa.ExplainedLayer(args[0], *args[2:])
+    activity = fa.collect_activity(layer, scene.images, scene.labels)
     return fa.Analysis(
         bank=fa.collect_feature_bank(*args, topk=TOPK),
         heats=fa.feature_input_patterns(*scene.for_pattern(), scene.images),
@@ -592,6 +663,8 @@ def analysis_of(scene: Scene) -> fa.Analysis:
         ablation=fa.feature_ablation_effects(*args, n_eval=20),
         nearest=fa.nearest_features(scene.sae.W_dec),
         inked=np.eye(SIDE) == 0,
+        activity=activity,
+        removed=fa.removal_effects(layer, scene.images, activity),
     )
 
 
@@ -631,6 +704,8 @@ def test_record_of_a_feature_is_what_plain_computations_say(scene):
         steps = [np.mean(np.diff(heat, axis=axis) ** 2) for axis in (0, 1)]
         rough = sum(steps) / 4 / np.mean(heat**2)
         assert record["pattern_roughness"] == pytest.approx(rough, rel=1e-4)
+        assert record["influence"] == pytest.approx(float(analysis.removed.influence[k]))
+        assert record["predictions_changed"] == pytest.approx(float(analysis.removed.changes[k]))
 
 
 def test_record_is_plain_values_also_of_a_feature_that_never_fires():
@@ -1327,6 +1402,51 @@ def test_a_panel_shows_the_counterparts_of_its_feature(tmp_path):
     assert [len(places) for places in found] == [1, 1, 1, 1, 0]  # there is room for four
     tops = [places[0][0] for places in found[:4]]
     assert tops[0] == tops[1] < tops[2] == tops[3]
+
+
+def test_a_sketch_outlines_its_places_over_the_mean(tmp_path):
+    ink = np.zeros((SIDE, SIDE))
+    ink[2:6, 2:6] = 0.5
+    there, absent = np.zeros((2, 1, SIDE, SIDE), bool)
+    there[0, 2:6, 2:6], absent[0, 7:11, 7:11] = True, True
+    path = tmp_path / "sketch.png"
+    fa.visualize_sketch(fa.Sketch(ink, there, absent), 3, "Ink here, none there", path)
+    page = np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+    zoom = round(fa.PATTERN / SIDE)
+    for place, colour in ((there, fa.SKETCH_RED), (absent, fa.SKETCH_BLUE)):
+        size = place[0].any(0).sum() * zoom
+        outline = np.full((size, size), True)
+        outline[fa.EDGE : -fa.EDGE, fa.EDGE : -fa.EDGE] = False
+        is_colour = (page == colour).all(2)
+        rows, columns = is_colour.nonzero()
+        found = is_colour[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        assert np.array_equal(found, outline)
+    inside = 255 * (1 - 0.75)  # the strongest ink, under the tint
+    expected = [round(inside + fa.TINT * (c - inside)) for c in fa.SKETCH_RED]
+    assert (page == expected).all(2).sum() == (4 * zoom - 2 * fa.EDGE) ** 2
+
+
+def test_a_sketch_of_another_shape_is_refused():
+    places = np.zeros((1, SIDE + 1, SIDE), bool)
+    with pytest.raises(ValueError, match="places have shape"):
+        fa.visualize_sketch(fa.Sketch(np.zeros((SIDE, SIDE)), places, places[:0]), 0)
+
+
+def test_a_panel_shows_the_sketch_of_its_feature(tmp_path):
+    scene = make_scene("conv")
+    analysis = analysis_of(scene)
+    place = np.zeros((1, SIDE, SIDE), bool)
+    place[0, 3:9, 4:8] = True
+    sketch = fa.Sketch(np.zeros((SIDE, SIDE)), place, place[:0])
+    fa.write_feature_panels(
+        tmp_path, [RARE], analysis, scene.images, {RARE: fa.PanelNotes(sketch=sketch)}
+    )
+    page = np.asarray(Image.open(tmp_path / f"feature_{RARE}_panel.png").convert("RGB"))
+    above_charts = page[: fa.HEADER + fa.MARGIN + fa.PANEL_PATTERN]
+    rows, columns = (above_charts == fa.SKETCH_RED).all(2).nonzero()
+    tall, wide = rows.max() + 1 - rows.min(), columns.max() + 1 - columns.min()
+    assert tall / wide == 6 / 4
 
 
 def test_folder_of_pictures_equals_the_single_ones(tmp_path):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from small_models import activity_of
 from torch import Tensor
 
 import demo_feature_analysis as demo
@@ -79,9 +80,14 @@ def small_layer(d_sae: int, images: Tensor) -> fa.ExplainedLayer:
 
 
 def with_statement(k: int, record: dict) -> dict:
+    shapes = (("dot", 5), ("vertical", 7), ("rising", 13))
+    places = [{"row": 5 + k % 9, "col": 8, "shape": s, "length": n} for s, n in shapes]
     evidence = {"text": "evidence", "detected": {"both": {"auroc": 0.6 + k / 100}}, "effect": None}
     return record | {
         "statement": f"Stroke number {k}; fires on {k % 10}s",
+        "explained": k % 3 == 0,
+        "mark": "returns" if k % 2 else "one way among many",
+        "hypothesis": {"drawing": {"there": places[: k % 3], "absent": places[2:] * (k % 2)}},
         "confidence": ("High", "Medium", "Low")[k % 3],
         "verdict": ("confirmed", "inconclusive", "refuted")[k % 3],
         "measured": ["a line"],
@@ -96,6 +102,7 @@ def small_world(d_sae: int = 24) -> World:
     loader = [(images, labels)]
 
     bank = fa.collect_feature_bank(model, loader, sae, mu, std)
+    activity = fa.collect_activity(layer, images, labels)
     analysis = fa.Analysis(
         bank,
         fa.feature_input_patterns(model, sae, mu, std),
@@ -103,9 +110,10 @@ def small_world(d_sae: int = 24) -> World:
         fa.feature_ablation_effects(model, loader, sae, mu, std),
         fa.nearest_features(sae.W_dec),
         np.ones((28, 28), dtype=bool),
+        activity,
+        fa.removal_effects(layer, images, activity),
     )
     records = [with_statement(k, fa.feature_record(k, analysis)) for k in range(d_sae)]
-    activity = fa.collect_activity(layer, images, labels)
     shown = fp.Shown(bank, activity, images, analysis.heats)
     return World(layer, records, shown, fp.Network(*model), (images[:50], labels[:50]))
 
@@ -241,11 +249,15 @@ def test_what_the_page_takes_from_a_record(world, tmp_path):
         assert feature["verdict"] == record["verdict"]
         assert feature["auroc"] == pytest.approx(0.6 + record["feature"] / 100)
         assert feature["dose"] is None
+        assert feature["explained"] == record["explained"]
+        assert feature["mark"] == record["mark"]
+        assert feature["influence"] == pytest.approx(record["influence"], rel=1e-3)
+        assert feature["changes"] == pytest.approx(record["predictions_changed"], rel=1e-3)
 
 
 def test_the_page_names_the_features_that_fire_together(world, tmp_path):
     features = meta_of(write(tmp_path / "page.html", world))["features"]
-    partner, correlation = fp.firing_together(world.shown.activity)
+    partner, correlation = fa.firing_together(world.shown.activity, fp.NEIGHBOURS)
     for k, feature in enumerate(features):
         assert [other for other, _ in feature["together"]] == partner[k].tolist()
         values = [value for _, value in feature["together"]]
@@ -318,95 +330,35 @@ def test_patterns_are_in_full_colour_at_their_scale_and_grey_where_nothing_is_in
     assert np.array_equal(arrays["inked"].reshape(28, 28), inked)
 
 
-def explained_record(record: dict, verdict: str, parts: dict[str, str]) -> dict:
+def test_doses_of_an_effect_reach_the_page(world, tmp_path):
     effect = {"doses": (0.0, 1.0), "dose_raises": [0.0, 1.23456], "linear_raises": [0.0, 1.5]}
-    return record | {
-        "verdict": verdict,
+    record = world.records[3] | {
         "hypothesis": {"effect": {"raises": 4, "lowers": None}},
-        "evidence": {"text": "", "verdicts": {"parts": parts}, "effect": effect, "detected": None},
+        "evidence": {"text": "", "effect": effect, "detected": None},
     }
+    (feature,) = meta_of(write_bare(tmp_path / "page.html", world, [record]))["features"]
+    assert feature["auroc"] is None
+    assert feature["drawing"] is None
+    assert feature["dose"] == {"at": [0.0, 1.0], "curves": [[4, [0.0, 1.235], [0.0, 1.5]]]}
 
 
-def test_explained_means_that_all_parts_and_the_whole_are_confirmed(world, tmp_path):
-    both, one = {"class": "confirmed", "stroke": "confirmed"}, {"class": "confirmed"}
-    mixed = {"class": "confirmed", "stroke": "inconclusive"}
-    cases = (
-        ("confirmed", both, True),
-        ("confirmed", one, True),
-        ("confirmed", mixed, False),
-        ("inconclusive", both, False),
-        ("confirmed", {}, False),
-    )
-    records = [explained_record(world.records[3], verdict, parts) for verdict, parts, _ in cases]
-    features = meta_of(write_bare(tmp_path / "page.html", world, records))["features"]
-    assert [feature["explained"] for feature in features] == [case[2] for case in cases]
-    assert features[0]["auroc"] is None
-    assert features[0]["dose"] == {"at": [0.0, 1.0], "curves": [[4, [0.0, 1.235], [0.0, 1.5]]]}
-
-
-def test_the_overview_reaches_the_page(world, tmp_path):
-    diagnosis = {"complaint": "dead", "value": 0.5, "limit": 1, "advice": "", "fine": True}
-    frontier = [{"l0": 20.0, "fvu": 0.1, "agreement": 0.9}]
-    overview = fp.Overview("Title", [("accuracy", "99%")], [diagnosis], frontier)
-    meta = meta_of(write(tmp_path / "page.html", world, overview=overview))
-    assert meta["title"] == "Title"
-    assert meta["results"] == [["accuracy", "99%"]]
-    assert meta["diagnoses"] == [diagnosis]
-    assert meta["frontier"] == frontier
-    assert meta["tests"] == world.tests[1].tolist()
-    assert meta["network"] == {"d_in": D_IN, "d_sae": 24}
-
-
-def test_an_sae_without_thresholds_and_without_images_that_fire_it(world, tmp_path):
-    class Bare(NamedTuple):
-        W_enc: Tensor
-        W_dec: Tensor
-
-        def encode(self, z: Tensor) -> Tensor:
-            return torch.zeros(len(z), len(self.W_dec))
-
-    sae = world.layer.sae
-    layer = world.layer._replace(sae=Bare(sae.W_enc, sae.W_dec))
-    images, labels = world.shown.images, world.shown.activity.labels
-    bank = fa.collect_feature_bank(layer.model, [(images, labels)], *layer[1:])
-    activity = fa.collect_activity(layer, images, labels)
-    shown = world.shown._replace(bank=bank, activity=activity)
-    silent = world._replace(layer=layer, shown=shown)
-    path = write_bare(tmp_path / "page.html", silent, world.records)
-
-    features = meta_of(path)["features"]
-    assert {feature["threshold"] for feature in features} == {0.0}
-    assert {feature["largest"] for feature in features} == {0.0}
-    assert len(arrays_of(path)["images"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"images": torch.zeros(200, 3, 28, 28)}, r"images have shape \(200, 3, 28, 28\)"),
-        ({"heats": torch.zeros(24, 784)}, r"patterns have shape \(24, 784\)"),
-        ({"inked": np.ones((27, 28), dtype=bool)}, r"inked has shape \(27, 28\)"),
-    ],
-)
-def test_other_shapes_are_refused_and_leave_no_file(changed, message, world, tmp_path):
-    shown = world.shown._replace(**changed)
-    with pytest.raises(ValueError, match=message):
-        write(tmp_path / "page.html", world._replace(shown=shown))
-    assert list(tmp_path.iterdir()) == []
+def test_places_and_the_mean_of_the_images_reach_the_page(world, tmp_path):
+    path = write(tmp_path / "page.html", world)
+    features, means = meta_of(path)["features"], arrays_of(path)["means"].reshape(24, 784)
+    assert features[0]["drawing"] is None
+    dot, stem, slash = [5, 8, "dot", 5], [5, 8, "vertical", 7], [5, 8, "rising", 13]
+    for k, there, absent in ((1, [dot], [slash]), (2, [dot, stem], [])):
+        moved = [[[row + k, *others] for row, *others in places] for places in (there, absent)]
+        assert features[k]["drawing"] == {"there": moved[0], "absent": moved[1]}
+    for k in (0, 5):
+        mean = world.shown.images[world.acts[:, k] > 0].mean(0).flatten().numpy()
+        assert means[k] == pytest.approx(255 * mean / mean.max(), abs=0.51)
+    assert not means[23].any()  # no image fires it
 
 
 # --------------------------------------------------------------------------------------------------
 # How strongly a feature fires, and which others are like it
 # --------------------------------------------------------------------------------------------------
-
-
-def activity_of(acts: list[list[float]]) -> fa.Activity:
-    """The activity behind activations (N, d_sae)."""
-    columns = torch.tensor(acts).T
-    feature, image = (columns > 0).nonzero(as_tuple=True)
-    counts = torch.bincount(feature, minlength=len(columns))
-    start = torch.tensor([0, *counts.cumsum(0).tolist()])
-    return fa.Activity(start, image, columns[feature, image], torch.zeros(len(acts), dtype=int))
 
 
 def test_histograms_written_out():
@@ -426,40 +378,6 @@ def test_histograms_of_the_digits_are_those_of_numpy(world):
         assert counts[k].sum() == len(positive)
         assert largest[k] == pytest.approx(positive.max())
     assert counts[-1].sum() == largest[-1] == 0
-
-
-def test_firing_together_written_out():
-    # The first two fire on the same images, the third on the others, the fourth on half of each.
-    activity = activity_of(
-        [[1.0, 2.0, 0.0, 1.0], [1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 3.0, 1.0], [0.0, 0.0, 3.0, 0.0]]
-    )
-    partner, correlation = fp.firing_together(activity, 3)
-    assert partner[0].tolist() == [1, 3, 2]
-    assert correlation[0].tolist() == pytest.approx([1.0, 0.0, -1.0], abs=1e-6)
-    assert partner[1].tolist() == [0, 3, 2]
-    assert partner[2, 0] == 3
-    assert correlation[3].tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-6)
-
-
-@pytest.mark.parametrize("d_sae", [24, 300])  # fewer and more features than are counted at once
-def test_firing_together_is_the_correlation_of_numpy(d_sae):
-    world = small_world(d_sae)
-    partner, correlation = fp.firing_together(world.shown.activity, 3)
-    assert partner.shape == correlation.shape == (d_sae, 3)
-
-    fires = world.acts[:, :-1] > 0
-    expected = np.corrcoef(fires.T.numpy())
-    np.fill_diagonal(expected, -2)
-    best = -np.sort(-expected, axis=1)[:, :3]
-    assert correlation[:-1].numpy() == pytest.approx(best, abs=1e-4)
-    named = np.take_along_axis(expected, partner[:-1].numpy(), axis=1)
-    assert named == pytest.approx(best, abs=1e-4)
-    assert (correlation[-1] == 0).all()  # silent
-
-
-def test_a_single_feature_has_no_neighbours():
-    partner, correlation = fp.firing_together(activity_of([[1.0], [0.0]]))
-    assert partner.shape == correlation.shape == (1, 0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -545,15 +463,17 @@ def features_in_grid(page) -> list[int]:
     return [int(link.get_attribute("href").split("=")[1]) for link in links]
 
 
-def by_density(world: World) -> list[int]:
-    """The features, those that fire most often first."""
-    density = [record["mean_active"] for record in world.records]
-    return sorted(range(len(density)), key=lambda k: (-density[k], k))
+def by(world: World, name: str) -> list[int]:
+    """The features, those first of which most is on record."""
+    values = [float(f"{record[name]:.4g}") for record in world.records]
+    return sorted(range(len(values)), key=lambda k: (-values[k], k))
 
 
 def test_sorting_and_filtering(visit, written, world):
     page = visit(written, "#view=features")
-    assert features_in_grid(page) == by_density(world)
+    assert features_in_grid(page) == by(world, "influence")
+    page.select_option("#sort", "firing rate")
+    assert features_in_grid(page) == by(world, "mean_active")
     page.select_option("#sort", "number")
     assert features_in_grid(page) == list(range(24))
 
@@ -595,7 +515,7 @@ def wait_for_feature(page, k: int) -> None:
 def test_links_arrows_and_points(visit, written, world):
     page = visit(written, "#feature=5")
     assert page.locator("h2").inner_text() == "Feature 5"
-    order = by_density(world)
+    order = by(world, "influence")
     page.keyboard.press("ArrowRight")
     wait_for_feature(page, order[(order.index(5) + 1) % 24])
     page.keyboard.press("ArrowLeft")
