@@ -3,7 +3,8 @@
     judging, aside = confirmation_splits(images, labels)
     evidence = test_hypotheses(hypotheses, layer, *judging)      # measurements and p-values
     judgements = judge_hypotheses(hypotheses, evidence)          # verdicts, by the frozen rule
-    trial = make_trial(hypotheses, rule, evidence, evidence_aside, activity)
+    picked = pick_features(evidence, scored, layer, activity)    # is a sentence its feature's own?
+    trial = make_trial(hypotheses, rule, evidence, evidence_aside, activity, picked)
 
 Takes frozen claims, a `fa.ExplainedLayer` and test images, and gives evidence, judgements, and the
 tables, words and pictures about them. This room never makes a claim about the features on trial.

@@ -1,7 +1,7 @@
 """Claims: what may a feature mean, in words and in a form that a program can check?
 
     hypotheses = propose_hypotheses(layer, images, labels)     # one for every feature
-    statement(hypotheses[k])                                   # "Ink at the top; often on 3s ..."
+    statement(hypotheses[k])                                   # "Ink top, no slash in centre ..."
     sha256 = freeze_hypotheses(hypotheses, "hypotheses.json")  # no change stays unseen from here on
     hypotheses, rule = read_hypotheses("hypotheses.json", sha256)
 
@@ -911,7 +911,7 @@ def check_labels(labels: Tensor, n_classes: int) -> None:
 
 
 def _weak(auroc: float, bar: float) -> str:
-    return f"AUROC {auroc:.2f} on the discovery images, {bar} is asked for"
+    return f"AUROC {auroc:.3f} on the discovery images, {bar} is asked for"
 
 
 def why_no_strokes(images: Tensor) -> str | None:
