@@ -1851,7 +1851,7 @@ def feature_block(record: dict, n_images: int) -> str:
     lines = [
         f"Feature {record['feature']}",
         f"  influence        {record['influence']:.1%}; removing it changes "
-        f"{record['predictions_changed']:.1%} of the predictions",
+        f"{record['predictions_changed']:.1%} of the predictions on images that fire it",
         f"  mean active      {record['mean_active']:.4f} ({active:,} of {n_images:,} validation "
         f"images)",
         f"  label histogram  {', '.join(shares)}",

@@ -1324,7 +1324,7 @@ def visualize_sketch(
     height = top + len(picture) + CAPTION_LINE * len(lines) + 2 * MARGIN
     page = np.full((height, width, 3), WHITE, np.uint8)
     _paste(page, _lettering(f"Feature {k}: ink in red, none in blue", 14, BOLD), 6, MARGIN)
-    note = "over the mean of the images that fire it"
+    note = "places that predict it, over the mean of its images"
     _paste(page, _lettering(note, 11, MONO), TITLE, MARGIN)
     _paste(page, picture, top, MARGIN)
     for row, line in enumerate(lines):

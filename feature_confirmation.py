@@ -283,10 +283,11 @@ def edit_tests(
     pairs = {}
     if strokes.there:
         pairs["erasing"] = editor.erase(x, strokes.there)
-        pairs["painting"] = editor.paint(silent, strokes.there)
     if strokes.absent:
         pairs["filling"] = editor.paint(x, strokes.absent)
-        pairs["painting"] = editor.erase(silent, strokes.absent, pairs.get("painting"))
+        pairs["painting"] = editor.erase(silent, strokes.absent)
+    if strokes.there:  # last, so that nothing of it is erased again
+        pairs["painting"] = editor.paint(silent, strokes.there, pairs.get("painting"))
     edited = torch.cat([side for pair in pairs.values() for side in pair])
     active = (editable.feature_acts(layer, edited, h.feature) > 0).numpy()
     found = dict.fromkeys(Edits._fields)
@@ -430,6 +431,7 @@ class Evidence(NamedTuple):
     effect: EffectTest | None
     drawn: Detected | None  # with the drawing in place of the words
     drawn_edits: Edits | None
+    says_little: bool = False  # whether it is claimed that removing it changes few predictions
 
     @property
     def auroc(self) -> float | None:
@@ -570,6 +572,7 @@ def test_hypotheses(
                 label_histogram=tuple(histograms[k].tolist()),
                 influence=float(removed.influence[k]),
                 changes=float(removed.changes[k]),
+                says_little=k in judgeable and h.says_little,
                 drawn=parts.pop("drawn", None),
                 detected=parts,
                 described=described,
@@ -601,7 +604,7 @@ class Measurement(NamedTuple):
     low: float
     high: float
     bar: float
-    p: float | None  # None: it copies another measurement, whose p-value counts
+    p: float | None  # None: it has none, or copies a measurement whose p-value counts
     null: float
 
     def verdict(self, significant: bool) -> str:
@@ -656,6 +659,12 @@ def measurements(evidence: Evidence, rule: fh.Rule) -> dict[str, Measurement]:
     if e is not None:
         wide = NEAR * e.reach_error
         found["effect"] = Measurement(e.reach, e.reach - wide, e.reach + wide, 1.0, e.p, 0.0)
+    if evidence.says_little:
+        count = round(evidence.changes * evidence.n_active)
+        low, high = wilson_interval(count, evidence.n_active)
+        found["little"] = Measurement(
+            1 - evidence.changes, 1 - high, 1 - low, 1 - fh.LITTLE, None, 0.0
+        )
     return found
 
 
@@ -682,7 +691,7 @@ def _judge(
 
     for part in claimed:
         parts[part] = _joint([verdicts[t] for t in TESTS_OF[part] if t in verdicts])
-    together = [verdicts[t] for t in TESTS_OF["both"] if t in verdicts]
+    together = [verdicts[t] for t in (*TESTS_OF["both"], "little") if t in verdicts]
     whole = _joint([parts[part] for part in claimed] + together)
     explained = whole == CONFIRMED and h.proposes("ink")
     some = any(parts[part] == CONFIRMED for part in claimed)
@@ -745,7 +754,8 @@ def pick_features(
     """By feature that can be judged. A sentence without a score picks nothing."""
     judgeable = [e for e in evidence if e.judgeable]
     order = [e.feature for e in sorted(judgeable, key=lambda e: (e.n_active, e.feature))]
-    like = fa.nearest_features(layer.sae.W_dec).feature.tolist()
+    nearest = fa.nearest_features(layer.sae.W_dec)
+    like = [[k] if c > 0 else [] for k, c in zip(*map(Tensor.tolist, nearest), strict=True)]
     company, _ = fa.firing_together(activity, 1)
     n = len(activity.labels)
     active = {}  # of features that tell images apart
@@ -769,7 +779,7 @@ def pick_features(
         ranks = midranks(scored.parts[k]["both"]) if "both" in scored.parts[k] else None
         first = max(0, min(place - CANDIDATES // 2, len(order) - CANDIDATES))
         eight = beats(k, order[first : first + CANDIDATES])
-        near = beats(k, [like[k]]), beats(k, company[k].tolist())
+        near = beats(k, like[k]), beats(k, company[k].tolist())
         picked[k] = Picked(eight is not False and "both" in scored.parts[k], *near)
     return picked
 
@@ -1151,7 +1161,7 @@ def statement_record(k: int, trial: Trial) -> dict:
 
 def _p_words(p: float | None) -> str:
     if p is None:
-        return "the same test"
+        return "no test of its own"
     return "p < 1e-99" if p < 1e-99 else f"p = {p:.1g}"
 
 
@@ -1169,7 +1179,7 @@ def _detection_line(name: str, d: Detected) -> str:
 EDIT_WORDS = {
     "erasing": ("erasing what is said to be there", "off"),
     "filling": ("painting what is said to be absent", "off"),
-    "painting": ("making both as said", "on"),
+    "painting": ("making it as said", "on"),
 }
 
 
@@ -1232,6 +1242,10 @@ def measured_lines(
             lines.append(f"{_edit_line(name, test)}, {said}")
     if e.effect is not None:
         lines += _effect_lines(h.effect, e.effect, measured["effect"], j.tests["effect"])
+    if "little" in measured:
+        share, bar = fh.percent(e.changes), fh.percent(fh.LITTLE)
+        said = f"on {share} of {e.n_active} images, at most {bar}: {j.tests['little']}"
+        lines.append(f"removing it changes the prediction {said}")
     if e.drawn:
         lines.append(_detection_line("as drawn, it is predicted", e.drawn))
     for name, test in (e.drawn_edits or Edits(None, None, None))._asdict().items():
@@ -1306,8 +1320,9 @@ A word is a region: the middle of the image has 5 x 5 cells (top, upper, middle,
 left, left, middle, right, far right), and "stem upper left" is as true of an image as the best
 vertical piece of stroke centred in that cell is inked, with blank sides. A bar is horizontal, a
 stem vertical, a slash rises (/), a backslash falls (\\), ink is any. The sentence is scored by its
-words alone, each counting alike. A percentage is the share of a digit among the images that fire
-the feature; the share of predictions that change is of those images, too.
+words alone, each counting alike. Percentages are of the validation images that fire the feature:
+the share of a digit among them, and of predictions that change. They are not tested as numbers; the
+evidence has them for unseen images.
 
 - The ink named predicts where the feature fires with AUROC {ink_auroc}, labels with {class_auroc},
 the sentence as a whole with {both_auroc}. An image is described when it scores as high as separates
@@ -1318,7 +1333,8 @@ what is said is made true. Elsewhere the same shapes are painted, with as much i
 must change the feature on a share of the images that is larger by {edit_difference}.
 - Effect: removing the feature moves the logit named by {effect_size:.0%} of what is said, and
 further than {percentile:.0%} of random directions of its length, each on the logit it moves most;
-each larger dose moves it further.
+each larger dose moves it further. "Little effect": at most {little:.0%} of predictions change.
+"Effect like any direction's": more do, but no logit moves further than by such a direction.
 - As drawn: the same tests for the exact places of the drawing. They are no part of the verdict.
 
 A test is confirmed when its value reaches the bar and it is significant among all tests of all
@@ -1336,7 +1352,8 @@ the SAE's features do, one for one: the more images fire a feature, the easier i
 statement can be true of a random direction, too: that it predicts does not say that training found
 anything. "Picked of 8": the sentence predicts its own feature better than seven others of like rate
 (by chance 12.5%); "over like" and "over company": than the nearest other in decoder direction, and
-than the one that fires most on the same images (by chance 50%)."""
+than the one that fires most on the same images (by chance 50%). Neurons have no other in the same
+direction."""
 
 
 def _percent_or_none(value: float | None) -> str:
@@ -1354,9 +1371,9 @@ def shares_rows(record: dict) -> list[list[str]]:
     shares = record["shares"]
     titles = {
         "explained": "explained: all that is said is confirmed",
-        "ink_confirmed": "  ink",
-        "class_confirmed": "  labels",
-        "effect_confirmed": "  effect",
+        "ink_confirmed": "  ink is said and confirmed",
+        "class_confirmed": "  labels are",
+        "effect_confirmed": "  an effect is",
         "predicted": f"predicted, AUROC {record['rule']['both_auroc']:g}, as worded",
         "drawn": "  as drawn",
         "among_eight": "picked of 8 of like rate",
@@ -1423,6 +1440,7 @@ def statements_markdown(
         aside=trial.n_aside,
         sha256=record["sha256"],
         confidence=CONFIDENCE_RULE,
+        little=fh.LITTLE,
         **trial.rule._asdict(),
     )
     lines = [f"# What the features mean: {title}", "", headline(record), "", how]

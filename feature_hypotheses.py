@@ -286,6 +286,11 @@ class Hypothesis(NamedTuple):
             return any(self.ink)
         return bool(self.often or self.hardly) if part == "class" else self.effect is not None
 
+    @property
+    def says_little(self) -> bool:
+        """Whether the sentence says that removing the feature changes little."""
+        return self.effect is None and self.changes < LITTLE_SAID and any(map(self.proposes, PARTS))
+
     def drops(self, part: str, why: str) -> Hypothesis:
         """Without a part."""
         empty = {
@@ -798,8 +803,10 @@ def _say_ink(
 # --------------------------------------------------------------------------------------------------
 
 N_DIRECTIONS = 128  # the same ones for all features
+OTHERS_SEED = 20_000_003  # no run's own: the directions compared with an SAE's are others
 DIRECTION_IMAGES = 16  # on which they are removed
-LITTLE = 0.01  # share of predictions that change, below which an effect is little
+LITTLE = 0.05  # an effect is little where at most this share of predictions changes ...
+LITTLE_SAID = 0.01  # ... and it is said to be where less than this does
 EFFECT_MARGIN = 1.25  # by which it must exceed theirs to be claimed
 SMALLEST_EFFECT = 0.02  # smallest mean change of a logit that is worth a statement
 
@@ -807,7 +814,7 @@ SMALLEST_EFFECT = 0.02  # smallest mean change of a logit that is worth a statem
 @functools.cache
 def other_directions_of(d_in: int) -> Tensor:
     """(N_DIRECTIONS, d_in) unit vectors drawn at random, always the same."""
-    noise = torch.randn(N_DIRECTIONS, d_in, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(N_DIRECTIONS, d_in, generator=torch.Generator().manual_seed(OTHERS_SEED))
     return torch.nn.functional.normalize(noise, dim=1)
 
 
@@ -982,7 +989,7 @@ def propose_hypotheses(
     """A claim about every feature, from the discovery images (N, ...) with labels (N,) alone.
 
     class   the labels that make up most of what fires it, with their shares, or that hardly do
-    ink     up to MOST_INK words for ink that is there and MOST_EMPTY for none, those that together
+    ink     up to three words for ink that is there and one for none (SAID), those that together
             with the labels predict best where it is active, each of which moves the feature
     effect  the logits that its removal lowers and raises most, where it does so further than other
             directions would
@@ -1026,7 +1033,7 @@ def propose_hypotheses(
         of_places = place_inks(images)
         inks = word_inks(of_places)
         moments = _moments(inks, activity, scores)
-        editable = Editable.of(images, seed=0)
+        editable = Editable.of(images, seed=OTHERS_SEED)
         hypotheses = _say_ink(hypotheses, moments, word_signs, layer, editable, activity)
         if drawings:
             moments = _moments(of_places, activity, scores)
@@ -1093,7 +1100,7 @@ def _label_words(h: Hypothesis) -> str:
 def _effect_words(h: Hypothesis) -> str:
     """As in "without it 6 loses 0.30 logits, 2% of predictions change"."""
     if h.effect is None:
-        return "little effect" if h.changes < LITTLE else "effect of any direction"
+        return "little effect" if h.says_little else "effect like any direction's"
     moves = []
     for c, verb, by in zip(h.effect[::2], ("loses", "gains"), h.effect[1::2], strict=True):
         if c is not None:

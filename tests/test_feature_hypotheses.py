@@ -413,7 +413,7 @@ def test_statements_in_words():
     )
     assert fh.statement(BLANK._replace(hardly=(3, 5))) == "Hardly any 3s or 5s; little effect"
     of_any = BLANK._replace(ink=fh.Strokes((STEM,)), changes=0.01)
-    assert fh.statement(of_any) == "Stem upper far left; effect of any direction"
+    assert fh.statement(of_any) == "Stem upper far left; effect like any direction's"
     assert fh.statement(BLANK._replace(changes=0.5)) == "no hypothesis"
     assert list(map(fh.percent, (0, 0.0005, 0.003, 0.8))) == "0% <0.1% 0.3% 80%".split()
 
