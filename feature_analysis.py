@@ -1309,7 +1309,8 @@ def visualize_sketch(
     sketch: Sketch, k: int, statement: str = "", save_path: str | Path | None = None
 ) -> Figure:
     """The places of a claim about feature k, red where it wants ink and blue where it wants none,
-    over the mean of the images that fire it; the statement is written below.
+    over the mean of the images that fire it; the statement is written below, as what is said in
+    words: the drawing is a search of its own.
 
     Raises ValueError unless the places have the background's shape.
     """
@@ -1318,7 +1319,7 @@ def visualize_sketch(
             shapes = f"{masks.shape[1:]}, the background {sketch.background.shape}"
             raise ValueError(f"places have shape {shapes}")
     picture = _paint_sketch(sketch, PATTERN)
-    lines = textwrap.wrap(statement, SKETCH_LETTERS)
+    lines = textwrap.wrap(f"Said in words: {statement}", SKETCH_LETTERS) if statement else []
     top = 2 * TITLE + 4
     width = max(picture.shape[1], SKETCH_WIDTH) + 2 * MARGIN
     height = top + len(picture) + CAPTION_LINE * len(lines) + 2 * MARGIN

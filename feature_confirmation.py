@@ -271,12 +271,14 @@ def edit_tests(
     layer: fa.ExplainedLayer,
     editable: fh.Editable,
     activity: fa.Activity,
-) -> Edits:
+) -> Edits | None:
     """Edits of the strokes, words or places, by which a claim says or draws when a feature fires.
 
     One feature at a time: what is found for it cannot depend on the others, and its pictures stay
-    in the processor's cache.
+    in the processor's cache. None where no stroke is named.
     """
+    if not any(strokes):
+        return None
     editor = fh.Editor(strokes, editable, h.feature)
     on, off = fh.edited_images(h, activity)
     x, silent = editable.pixels.index_select(0, on), editable.pixels.index_select(0, off)
@@ -426,11 +428,11 @@ class Evidence(NamedTuple):
     influence: float  # its share of all that removing single features does to the logits
     changes: float  # share of the images that fire it whose prediction changes without it
     detected: dict[str, Detected]  # "ink", "class", "both"
-    described: Described | None
-    edits: Edits | None
-    effect: EffectTest | None
-    drawn: Detected | None  # with the drawing in place of the words
-    drawn_edits: Edits | None
+    described: Described | None = None
+    edits: Edits | None = None
+    effect: EffectTest | None = None
+    drawn: Detected | None = None  # with the drawing in place of the words
+    drawn_edits: Edits | None = None
     says_little: bool = False  # whether it is claimed that removing it changes few predictions
 
     @property
@@ -505,6 +507,17 @@ def _detect(
     return found
 
 
+def _described(
+    h: fh.Hypothesis, scores: dict[str, np.ndarray], activity: fa.Activity
+) -> Described | None:
+    """The images that a claim describes; None for one without a score."""
+    if h.cut is None:
+        return None
+    at, _ = activity.of(h.feature)
+    said = scores["both"] >= np.float32(h.cut)
+    return Described(int(said.sum()), len(at), int(said[at.numpy()].sum()))
+
+
 def test_hypotheses(
     hypotheses: Sequence[fh.Hypothesis],
     layer: fa.ExplainedLayer,
@@ -521,8 +534,8 @@ def test_hypotheses(
                is active, as worded, and as drawn
     erasing    on up to fh.N_EDIT images that fire it, the ink named is erased, and as much
                elsewhere
-    filling    on the same, what is named empty is painted, and as much elsewhere
-    painting   on as many that do not, both are made as said, and as much elsewhere
+    filling    on the same, strokes named absent are painted, and as much elsewhere
+    painting   on as many that do not, it is made as said, and as much elsewhere
     effect     on images that fire it, the feature is removed, and other directions of its length;
                then it is added in DOSES
 
@@ -548,40 +561,32 @@ def test_hypotheses(
     histograms = fh.label_histograms(activity, n_classes)
     raw, editable = layer.raw_of_all(images), fh.Editable.of(images, seed)
 
-    evidence = []
-    for h in hypotheses:
-        k, parts = h.feature, found.get(h.feature, {})
-        described = edits = effect = drawn_edits = None
-        if k in judgeable:
-            if h.cut is not None:
-                said = scored.parts[k]["both"] >= np.float32(h.cut)
-                both = int(said[activity.of(k)[0].numpy()].sum())
-                described = Described(int(said.sum()), n_active[k], both)
-            if h.proposes("ink"):
-                edits = edit_tests(h.ink, h, layer, editable, activity)
-            if any(h.drawing):
-                drawn_edits = edit_tests(h.drawing, h, layer, editable, activity)
-            if h.effect:
-                effect = effect_test(h, layer, raw, activity, rule)
-        evidence.append(
-            Evidence(
-                feature=k,
-                n_active=n_active[k],
-                n_images=n,
-                judgeable=k in judgeable,
-                label_histogram=tuple(histograms[k].tolist()),
-                influence=float(removed.influence[k]),
-                changes=float(removed.changes[k]),
-                says_little=k in judgeable and h.says_little,
-                drawn=parts.pop("drawn", None),
-                detected=parts,
-                described=described,
-                edits=edits,
-                effect=effect,
-                drawn_edits=drawn_edits,
-            )
+    def on_claim(h: fh.Hypothesis) -> Evidence:
+        k = h.feature
+        known = Evidence(
+            feature=k,
+            n_active=n_active[k],
+            n_images=n,
+            judgeable=k in judgeable,
+            label_histogram=tuple(histograms[k].tolist()),
+            influence=float(removed.influence[k]),
+            changes=float(removed.changes[k]),
+            detected={},
         )
-    return evidence
+        if not known.judgeable:
+            return known
+        detected = dict(found[k])
+        return known._replace(
+            drawn=detected.pop("drawn", None),
+            detected=detected,
+            described=_described(h, scored.parts[k], activity),
+            edits=edit_tests(h.ink, h, layer, editable, activity),
+            effect=effect_test(h, layer, raw, activity, rule) if h.effect else None,
+            drawn_edits=edit_tests(h.drawing, h, layer, editable, activity),
+            says_little=h.says_little,
+        )
+
+    return [on_claim(h) for h in hypotheses]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1498,7 +1503,9 @@ def _draw_bands(axes, everything: dict[str, Comparison]) -> None:
             if band["features"]:
                 ends = [[max(0.0, share - low)], [max(0.0, high - share)]]
                 axes.errorbar(at, share, ends, color="0.2", linewidth=1, capsize=2)
-    names = [f"up to {edge:.1%}" for edge in BANDS] + ["more"]
+    edges = [f"up to {edge:.1%}" for edge in BANDS] + ["more"]
+    counts = [band["features"] for band in everything["SAE"].shares.bands]
+    names = [f"{edge}\n({n} of the SAE)" for edge, n in zip(edges, counts, strict=True)]
     axes.set_xticks(range(len(names)), names)
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("share of images that fire the feature", fontsize=9)
@@ -1513,8 +1520,8 @@ def draw_explained(trial: Trial, comparisons: dict[str, Comparison]) -> Figure:
     in each band of firing rates."""
     everything = all_shares(trial, comparisons)
     figure = fa.new_figure(1050, 400)
-    left = figure.add_axes((0.06, 0.14, 0.4, 0.68))
-    right = figure.add_axes((0.53, 0.14, 0.45, 0.68))
+    left = figure.add_axes((0.06, 0.17, 0.4, 0.65))
+    right = figure.add_axes((0.53, 0.17, 0.45, 0.65))
     _draw_aurocs(left, everything, trial.rule.both_auroc)
     _draw_bands(right, everything)
     for axes in (left, right):

@@ -646,12 +646,17 @@ def _moments(inks: Tensor, activity: fa.Activity, label_score: Tensor) -> _Momen
     return _Moments(words, with_activity, score @ of_label, (score * centred).sum(1), variance)
 
 
-def _squared_correlation(chosen: Tensor, m: _Moments) -> Tensor:
-    """(K,) of activity with the score: labels and the words chosen (K, W) in -1, 0, 1; in units of
-    the variance of activity, negative where the correlation is."""
+def _moments_of_score(chosen: Tensor, m: _Moments) -> tuple[Tensor, Tensor]:
+    """(K,) each: the covariance with activity, and the variance, of the score: labels and the words
+    chosen (K, W) in -1, 0, 1."""
     with_activity = m.label_activity + (chosen * m.activity).sum(1)
     variance = m.label_variance + (chosen * (2 * m.labels + chosen @ m.words)).sum(1)
-    return with_activity * with_activity.abs() / variance.clamp(min=1e-12)
+    return with_activity, variance
+
+
+def _squared_correlation(covariance: Tensor, variance: Tensor) -> Tensor:
+    """In units of the variance of activity; negative where the correlation is."""
+    return covariance * covariance.abs() / variance.clamp(min=1e-12)
 
 
 def _same_cell(strokes: Sequence[Word | Place]) -> Tensor | None:
@@ -669,8 +674,7 @@ def _best_addition(
     """The squared correlation with the best further stroke, and its number, (K,) each. allowed
     (K, W) is 1 where a stroke may be there, -1 where it may be absent; alike (W, W) is 1 for two of
     the same sign of which one is enough."""
-    with_activity = m.label_activity + (chosen * m.activity).sum(1)
-    variance = m.label_variance + (chosen * (2 * m.labels + chosen @ m.words)).sum(1)
+    with_activity, variance = _moments_of_score(chosen, m)
     with_words = m.labels + chosen @ m.words
     full_up = (chosen > 0).sum(1, keepdim=True) >= most[0]
     full_down = (chosen < 0).sum(1, keepdim=True) >= most[1]
@@ -682,8 +686,8 @@ def _best_addition(
     refused |= allowed * m.activity <= 0
     refused |= full_up & (allowed > 0) | full_down & (allowed < 0)
     covariance = with_activity[:, None] + allowed * m.activity
-    spread_of = variance[:, None] + 2 * allowed * with_words + m.words.diagonal()
-    gain = covariance * covariance.abs() / spread_of.clamp(min=1e-12)
+    variance = variance[:, None] + 2 * allowed * with_words + m.words.diagonal()
+    gain = _squared_correlation(covariance, variance)
     return gain.masked_fill(refused, -1.0).max(1)
 
 
@@ -703,16 +707,19 @@ def _choose(
         order[rows, at] = stroke[rows]
         chosen[rows, stroke[rows]] = allowed[rows, stroke[rows]]
 
+    def now() -> Tensor:
+        return _squared_correlation(*_moments_of_score(chosen, m))
+
     for n in range(sum(most)):
         found, stroke = _best_addition(chosen, m, allowed, most, alike)
-        growing &= (found > 0) & (found > WORTH_A_CLAUSE * _squared_correlation(chosen, m))
+        growing &= (found > 0) & (found > WORTH_A_CLAUSE * now())
         put(growing.nonzero()[:, 0], n, stroke)
         for earlier in range(n):
             rows = growing.nonzero()[:, 0]
             without = chosen.clone()
             without[rows, order[rows, earlier]] = 0
             found, stroke = _best_addition(without, m, allowed, most, alike)
-            better = growing & (found > (1 + 1e-9) * _squared_correlation(chosen, m))
+            better = growing & (found > (1 + 1e-9) * now())
             chosen[better] = without[better]
             put(better.nonzero()[:, 0], earlier, stroke)
     said = []
@@ -977,6 +984,31 @@ def _weigh(h: Hypothesis, inks: Tensor, activity: fa.Activity, rule: Rule) -> Hy
     return h._replace(cut=best_cut(scores["both"], at)) if scores else h
 
 
+def _claim_ink(
+    hypotheses: list[Hypothesis],
+    layer: fa.ExplainedLayer,
+    images: Tensor,
+    inks: Tensor,
+    of_places: Tensor | None,
+    activity: fa.Activity,
+) -> list[Hypothesis]:
+    """The claims with words, by inks (W, N), and with drawings where of_places (M, N) is given."""
+    shown = spread(torch.arange(len(images)), PATTERN_IMAGES).to(images.device)
+    heats = fa.feature_input_patterns(*layer, images[shown]).cpu().flatten(1)
+    place_signs, word_signs = _causal_signs(heats)
+    n_classes = len(hypotheses[0].label_histogram)
+    scores = torch.tensor([h.label_scores or (0.0,) * n_classes for h in hypotheses])
+    moments = _moments(inks, activity, scores)
+    editable = Editable.of(images, seed=OTHERS_SEED)
+    hypotheses = _say_ink(hypotheses, moments, word_signs, layer, editable, activity)
+    if of_places is None:
+        return hypotheses
+    moments = _moments(of_places, activity, scores)
+    drawn = _choose(moments, place_signs, DRAWN, _vocabulary().places)
+    pairs = zip(hypotheses, drawn, strict=True)
+    return [h._replace(drawing=drawing) for h, drawing in pairs]
+
+
 def propose_hypotheses(
     layer: fa.ExplainedLayer,
     images: Tensor,
@@ -1019,27 +1051,14 @@ def propose_hypotheses(
             h = h._replace(why_not=dict.fromkeys(PARTS, why))
         hypotheses.append(h)
 
-    no_strokes = why_no_strokes(images)
+    no_strokes, inks = why_no_strokes(images), torch.empty(0, len(images))
     if no_strokes:
         hypotheses = [h.drops("ink", h.why_not.get("ink", no_strokes)) for h in hypotheses]
-        inks = torch.empty(0, len(images))
     else:
-        shown = spread(torch.arange(len(images)), PATTERN_IMAGES).to(images.device)
-        heats = fa.feature_input_patterns(*layer, images[shown]).cpu().flatten(1)
-        place_signs, word_signs = _causal_signs(heats)
-        scores = torch.zeros(len(hypotheses), n_classes)
-        for row, h in zip(scores, hypotheses, strict=True):
-            row[: len(h.label_scores)] = torch.tensor(h.label_scores)
         of_places = place_inks(images)
         inks = word_inks(of_places)
-        moments = _moments(inks, activity, scores)
-        editable = Editable.of(images, seed=OTHERS_SEED)
-        hypotheses = _say_ink(hypotheses, moments, word_signs, layer, editable, activity)
-        if drawings:
-            moments = _moments(of_places, activity, scores)
-            drawn = _choose(moments, place_signs, DRAWN, _vocabulary().places)
-            pairs = zip(hypotheses, drawn, strict=True)
-            hypotheses = [h._replace(drawing=drawing) for h, drawing in pairs]
+        strokes = of_places if drawings else None
+        hypotheses = _claim_ink(hypotheses, layer, images, inks, strokes, activity)
     return [_weigh(h, inks, activity, rule) for h in hypotheses]
 
 

@@ -896,7 +896,9 @@ def test_the_picture_shows_every_set(trial):
     assert [bar.get_height() for bar in right.patches] == [*own, *[0.4] * 4, *[0.0] * 4]
     assert len({round(bar.get_x(), 6) for bar in right.patches}) == 12  # side by side
     ticks = [tick.get_text() for tick in right.get_xticklabels()]
-    assert ticks == ["up to 0.3%", "up to 1.0%", "up to 3.0%", "more"]
+    edges = ("up to 0.3%", "up to 1.0%", "up to 3.0%", "more")
+    counts = [band["features"] for band in trial.result.shares.bands]
+    assert ticks == [f"{e}\n({n} of the SAE)" for e, n in zip(edges, counts, strict=True)]
 
 
 def test_the_picture_of_influence(trial):

@@ -284,7 +284,7 @@ def test_words_are_chosen_as_by_trying_them_all(monkeypatch):
         for sign, named in zip((1, -1), strokes, strict=True):
             assert named == tuple(words[w] for w, s in chosen.items() if s == sign)
     assert [max(map(len, part)) for part in zip(*found, strict=True)] == [3, 1]
-    squared = fh._squared_correlation(torch.tensor(signs), moments)
+    squared = fh._squared_correlation(*fh._moments_of_score(torch.tensor(signs), moments))
     assert squared.numpy() == pytest.approx(worth, rel=1e-4)
 
 
