@@ -73,12 +73,11 @@ import feature_confirmation as fc  # noqa: E402
 import feature_hypotheses as fh  # noqa: E402
 import feature_page as fp  # noqa: E402
 from mnist_data import (  # noqa: E402
-    FULL_TRAIN_IMAGES,
     Data,
     DataError,
     Split,
     TensorLoader,
-    load_mnist,
+    load_images,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -104,7 +103,7 @@ HYPOTHESES = True  # propose a statement about every feature, freeze it, test it
 STABILITY_SEEDS = 1  # train so many more SAEs from other seeds and see which features return
 FEATURES = 0  # analyse only this many of the most influential features; 0 analyses all
 SEED = 0  # same seed and device: the same artifacts
-DATA = "data"  # folder that holds MNIST/raw, or "sample" for the bundled 5,000 digits
+DATA = "auto"  # folder of images in MNIST's format; "sample": 5,000 digits; "auto": find MNIST
 OUT = "artifacts_mnist_sae"  # where everything is written
 DEVICE = "auto"  # auto takes a CUDA GPU when there is one
 WORKERS = -1  # processes beside this one; -1 takes one for each further core
@@ -145,7 +144,9 @@ class Settings:
         FEATURES, "analyse only so many of the most influential features; 0: all"
     )
     seed: int = setting(SEED, "seed of every random choice")
-    data: str = setting(DATA, "folder that holds MNIST/raw, or 'sample'")
+    data: str = setting(
+        DATA, "folder of images in MNIST's file format, or 'sample', or 'auto': MNIST from the web"
+    )
     out: str = setting(OUT, "folder for everything that is written")
     device: str = setting(DEVICE, "auto, cpu, cuda or cuda:N")
     workers: int = setting(WORKERS, "processes beside this one; -1: one for each further core")
@@ -266,6 +267,9 @@ def make_cuda_repeatable() -> None:
 # --------------------------------------------------------------------------------------------------
 
 
+FULL_TRAIN_IMAGES = 48_000  # of MNIST, in passes over which epochs are counted
+
+
 def scaled_epochs(epochs: int, n_train: int) -> int:
     """Passes over `n_train` images that make about as many steps as `epochs` over the full set."""
     return max(1, round(epochs * FULL_TRAIN_IMAGES / n_train))
@@ -375,7 +379,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(hidden_units, n_classes)
 
     def preactivations(self, images: Tensor) -> Tensor:
-        """images (B, 1, 28, 28) -> z (B, d_in)"""
+        """images (B, 1, H, W) -> z (B, d_in)"""
         return self.hidden(images.flatten(1) - self.pixel_mean)
 
     def logits_from_preactivations(self, z: Tensor) -> Tensor:
@@ -386,18 +390,20 @@ class Classifier(nn.Module):
         return self.logits_from_preactivations(self.preactivations(images))
 
 
-def new_classifier(hidden_units: int, seed: int, device: torch.device) -> Classifier:
-    """An untrained one. nn.Linear draws from torch's own generator, which is left as it was."""
+def new_classifier(sizes: tuple[int, int, int], seed: int, device: torch.device) -> Classifier:
+    """An untrained one of so many pixels, hidden units and classes. nn.Linear draws from torch's
+    own generator, which is left as it was."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        return Classifier(hidden_units=hidden_units).to(device)
+        return Classifier(*sizes).to(device)
 
 
-def train_classifier(train: Split, settings: Settings) -> Classifier:
+def train_classifier(train: Split, n_classes: int, settings: Settings) -> Classifier:
     """Cross entropy, AdamW, one cycle of the learning rate. Raises TrainingError on divergence."""
     device, n = train.labels.device, len(train.labels)
-    model = new_classifier(settings.hidden_units, settings.seed, device)
+    sizes = (train.images[0].numel(), settings.hidden_units, n_classes)
+    model = new_classifier(sizes, settings.seed, device)
     model.pixel_mean.copy_(train.images.flatten(1).mean(0))
     weights = list(model.parameters())
     optimizer = Adam(weights, settings.weight_decay_ffn)
@@ -1331,7 +1337,7 @@ def classifier_stage(settings: Settings, data: Data, folder: Path) -> tuple[Clas
     if news:
         print(news)
     if stage is None:
-        model = train_classifier(data.train, settings)
+        model = train_classifier(data.train, len(data.classes), settings)
         record = {"fingerprint": print_of, "data": data.source, "settings": decisive}
         stage = save_stage(folder, "classifier", model.state_dict(), record)
     return restored_classifier(stage.tensors).to(device), stage.digest
@@ -1495,7 +1501,7 @@ def load_run(
         )
 
     where = pick_device(device)
-    data = load_mnist(data_dir or settings.data, settings.seed, where)
+    data = load_images(data_dir or settings.data, settings.seed, where)
     if data.digest != digest:
         raise InputError(f"{root} was made with: {source}; found now: {data.source}. Give data_dir")
 
@@ -2240,7 +2246,7 @@ def prepare_subject(settings: Settings, clock: Clock) -> tuple[Data, Subject]:
     if device.type == "cuda":
         make_cuda_repeatable()
     with clock("data"):
-        data = load_mnist(settings.data, settings.seed, device)
+        data = load_images(settings.data, settings.seed, device)
     sizes = " / ".join(f"{len(split.labels):,}" for split in data[:3])
     print(
         f"data: {data.source}; {sizes} train, validation, test; device {device}, "

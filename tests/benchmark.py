@@ -84,7 +84,7 @@ import feature_analysis as fa  # noqa: E402
 import feature_confirmation as fc  # noqa: E402
 import feature_hypotheses as fh  # noqa: E402
 import MNIST_SAE_code as driver  # noqa: E402
-from mnist_data import Data, DataError, Split, TensorLoader, load_mnist  # noqa: E402
+from mnist_data import Data, DataError, Split, TensorLoader, load_images  # noqa: E402
 
 try:
     import resource
@@ -416,7 +416,7 @@ def training_stages(
     clock: StageClock, settings: driver.Settings
 ) -> tuple[Data, driver.Subject, driver.TrainedSAE]:
     """From the files to an SAE, and what the classifier loses through it."""
-    data = clock.run("data", None, load_mnist, settings.data, settings.seed, clock.device)
+    data = clock.run("data", None, load_images, settings.data, settings.seed, clock.device)
     s = shapes_of(data, settings)
     model = clock.run(
         "classifier", s.classifier(settings), driver.train_classifier, data.train, settings
