@@ -99,6 +99,7 @@ WEIGHT_DECAY_FFN = 0.4  # pixels without evidence lose their weight; more costs 
 TOPK = 20  # strongest images kept per feature
 N_EVAL = 2000  # images over which an effect on the logits is averaged
 ALPHA = 1.0  # how much of a feature is added when its logit effect is measured
+STROKES = True  # name strokes of ink, where images are pen strokes on a blank ground
 HYPOTHESES = True  # propose a statement about every feature, freeze it, test it on the test images
 STABILITY_SEEDS = 1  # train so many more SAEs from other seeds and see which features return
 FEATURES = 0  # analyse only this many of the most influential features; 0 analyses all
@@ -136,6 +137,7 @@ class Settings:
     topk: int = setting(TOPK, "strongest images kept per feature")
     n_eval: int = setting(N_EVAL, "images over which an effect is averaged")
     alpha: float = setting(ALPHA, "how much of a feature is added to measure its logit effect")
+    strokes: bool = setting(STROKES, "name strokes of ink, where images are drawn with a pen")
     hypotheses: bool = setting(HYPOTHESES, "state what every feature means, freeze and test it")
     stability_seeds: int = setting(
         STABILITY_SEEDS, "more SAEs to train, to see which features return"
@@ -399,7 +401,7 @@ def new_classifier(sizes: tuple[int, int, int], seed: int, device: torch.device)
         return Classifier(*sizes).to(device)
 
 
-def train_classifier(train: Split, n_classes: int, settings: Settings) -> Classifier:
+def train_classifier(train: Split, settings: Settings, n_classes: int = 10) -> Classifier:
     """Cross entropy, AdamW, one cycle of the learning rate. Raises TrainingError on divergence."""
     device, n = train.labels.device, len(train.labels)
     sizes = (train.images[0].numel(), settings.hidden_units, n_classes)
@@ -440,8 +442,8 @@ class Preactivations(NamedTuple):
 
 
 @torch.no_grad()
-def collect_preactivations(model: Classifier, data: Data, normalize: bool) -> Preactivations:
-    """The classifier's preactivations for every image. Without `normalize`, mu = 0 and std = 1.
+def collect_preactivations(model, data: Data, normalize: bool) -> Preactivations:
+    """The network's preactivations for every image. Without `normalize`, mu = 0 and std = 1.
 
     A unit that never varies gets std = 1: it carries nothing, and dividing by zero would spread
     NaN.
@@ -747,7 +749,8 @@ class SAETraining:
         self.settings = settings
         self.frame = TrainingFrame.of(z)
         self.x = self.frame.enter(z)
-        self.teacher = torch.cat([logits_of(chunk) for chunk in z.split(EVAL_ROWS)])
+        with torch.no_grad():  # the network may ask for gradients of its weights
+            self.teacher = torch.cat([logits_of(chunk) for chunk in z.split(EVAL_ROWS)])
         d_sae = settings.sae_latents
         start_l0 = l0_target_at(0, target, d_sae)
         rows = initial_rows(self.x, d_sae, generator)
@@ -1293,23 +1296,31 @@ def reusable_stage(folder: Path, name: str, print_of: str, fresh: bool) -> tuple
 # --------------------------------------------------------------------------------------------------
 
 
-class Subject(NamedTuple):
-    """What an SAE is trained on: the classifier, and what it makes of every image."""
+OWN_NETWORK = "the classifier of this project"
+LOGIT_ROWS = 16_384  # rows at once that a head of any kind is given
 
-    model: Classifier
+
+class Subject(NamedTuple):
+    """What an SAE is trained on: the network, and what it makes of every image."""
+
+    model: object  # with preactivations(images) and logits_from_preactivations(raw)
     digest: str  # SHA-256 of its weights
     pre: Preactivations
     source: str  # of the images, in words
     data_digest: str
+    network: str = OWN_NETWORK
 
     @property
     def device(self) -> torch.device:
         return self.pre.mu.device
 
     def logits_of(self, z: Tensor) -> Tensor:
-        """The classifier's logits (B, C) of standardised preactivations (B, d_in)."""
+        """The network's logits (B, C) of standardised preactivations (B, d_in)."""
         raw = torch.addcmul(self.pre.mu, z, self.pre.std)
-        return self.model.logits_from_preactivations(raw)
+        head = self.model.logits_from_preactivations
+        if len(raw) <= LOGIT_ROWS:
+            return head(raw)
+        return torch.cat([head(some) for some in raw.split(LOGIT_ROWS)])
 
     def layer(self, sae: object) -> fa.ExplainedLayer:
         return fa.ExplainedLayer(self.model, sae, self.pre.mu, self.pre.std)
@@ -1337,7 +1348,7 @@ def classifier_stage(settings: Settings, data: Data, folder: Path) -> tuple[Clas
     if news:
         print(news)
     if stage is None:
-        model = train_classifier(data.train, len(data.classes), settings)
+        model = train_classifier(data.train, settings, len(data.classes))
         record = {"fingerprint": print_of, "data": data.source, "settings": decisive}
         stage = save_stage(folder, "classifier", model.state_dict(), record)
     return restored_classifier(stage.tensors).to(device), stage.digest
@@ -1346,9 +1357,9 @@ def classifier_stage(settings: Settings, data: Data, folder: Path) -> tuple[Clas
 LARGE_SAE = 2**18  # entries of W_enc from which all cores work on one product
 
 
-def training_threads(settings: Settings) -> int:
+def training_threads(settings: Settings, subject: Subject) -> int:
     """One, unless the SAE is so large that more help."""
-    is_large = settings.hidden_units * settings.sae_latents >= LARGE_SAE
+    is_large = len(subject.pre.mu) * settings.sae_latents >= LARGE_SAE
     return available_cores() if is_large else 1
 
 
@@ -1383,7 +1394,7 @@ def sae_stage(settings: Settings, target: int, subject: Subject, folder: Path) -
         model=subject.digest,
         data=subject.data_digest,
         device=subject.device.type,
-        threads=training_threads(settings),
+        threads=training_threads(settings, subject),
     )
     stage, news = reusable_stage(folder, "sae", print_of, settings.fresh)
     if stage is None:
@@ -1401,7 +1412,7 @@ def calibrated_sae(
 ) -> tuple[dict[str, Tensor], dict]:
     """What sae.safetensors and sae.json hold: an SAE trained and calibrated."""
     pre = subject.pre
-    with torch_threads(training_threads(settings)):
+    with torch_threads(training_threads(settings, subject)):
         before, course = train_sae(pre.standardised("train"), subject.logits_of, target, settings)
     sae, shift = adjust_thresholds(before, pre.standardised("val"), target)
     tensors = {
@@ -1424,7 +1435,7 @@ def calibrated_sae(
 def train_saes(settings: Settings, subject: Subject, jobs: Jobs) -> dict[int, list[TrainedSAE]]:
     """By target, its SAE and those of the other seeds, each trained or taken from where it is."""
     # An SAE that a GPU or all cores train takes the whole machine.
-    one_at_a_time = subject.device.type != "cpu" or training_threads(settings) > 1
+    one_at_a_time = subject.device.type != "cpu" or training_threads(settings, subject) > 1
     seeds = range(settings.seed, settings.seed + settings.stability_seeds + 1)
     started = []
     for target in settings.target_actives:
@@ -1449,15 +1460,21 @@ def train_saes(settings: Settings, subject: Subject, jobs: Jobs) -> dict[int, li
 
 
 class Run(NamedTuple):
-    """A finished run, ready for a notebook."""
+    """A finished run of one target, ready for a notebook."""
 
-    model: Classifier
+    model: object  # with preactivations(images) and logits_from_preactivations(raw)
     sae: JumpReLUSAE
     mu: Tensor
     std: Tensor
     loaders: dict[str, TensorLoader]  # train, val, test
     settings: Settings
     data: Data
+    folder: Path  # of the target's files
+
+    @property
+    def report(self) -> list[dict]:
+        """The records of feature_report.json, the most influential feature first."""
+        return json.loads((self.folder / "feature_report.json").read_bytes())
 
     @property
     def layer(self) -> fa.ExplainedLayer:
@@ -1468,17 +1485,23 @@ class Run(NamedTuple):
 def read_settings(root: Path) -> tuple[Settings, str, str]:
     """Settings of a finished run, where its images came from, and their digest.
 
-    Raises InputError when there is no such run.
+    Raises InputError when there is no such run, and for one of somebody's own network.
     """
     try:
         stored = json.loads((root / "settings.json").read_bytes())
         given = stored["settings"]
         settings = Settings(**{**given, "target_actives": tuple(given["target_actives"])})
-        return settings, stored["data"], stored["data_digest"]
+        described = settings, stored["data"], stored["data_digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{root} holds no finished run ({error}); run MNIST_SAE_code.py --out {root} first"
         ) from error
+    if stored.get("network") != OWN_NETWORK:
+        raise InputError(
+            f"{root} explains {stored.get('network')}, which is not stored there: call explain() "
+            f"again with the same network, images and settings; it reuses the SAE"
+        )
+    return described
 
 
 def load_run(
@@ -1521,6 +1544,7 @@ def load_run(
         loaders={name: TensorLoader(getattr(data, name)) for name in ("train", "val", "test")},
         settings=settings,
         data=data,
+        folder=target_folder(root, settings, target),
     )
 
 
@@ -1533,13 +1557,15 @@ def target_folder(root: Path, settings: Settings, target: int) -> Path:
 # Analysis: every feature, by the functions of feature_analysis.py
 # --------------------------------------------------------------------------------------------------
 
+PATTERN_IMAGES = 128  # over which gradients are averaged that differ from image to image
 INKED_SHARE = 0.01  # pixels inked in fewer training images are drawn grey: no evidence about them
 
 
 class Clock:
     """Seconds per stage. Where the device works asynchronously, a stage ends when its work does."""
 
-    def __init__(self) -> None:
+    def __init__(self, started: float | None = None) -> None:
+        self.started = started  # the whole run, where this is its clock
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -1552,6 +1578,14 @@ class Clock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + passed
 
 
+def gradient_at(layer: fa.ExplainedLayer, images: Tensor) -> dict:
+    """Where input patterns are taken, as arguments of their functions: anywhere if preactivations
+    are linear in the pixels, otherwise at some of the images."""
+    shape = tuple(images.shape[1:])
+    linear = fa.is_linear(layer, shape)
+    return {"images": None if linear else images[:PATTERN_IMAGES], "image_shape": shape}
+
+
 def analyse(layer: fa.ExplainedLayer, data: Data, settings: Settings, clock: Clock) -> fa.Analysis:
     """Images, pixels and classes of all features, from the validation images alone."""
     loader = TensorLoader(data.val)
@@ -1561,8 +1595,9 @@ def analyse(layer: fa.ExplainedLayer, data: Data, settings: Settings, clock: Clo
     with clock("bank"):
         bank = fa.collect_feature_bank(model, loader, sae, mu, std, topk=topk)
     with clock("patterns"):
-        heats = fa.feature_input_patterns(model, sae, mu, std).cpu()
-        inked = (data.train.images > 0).float().mean(0)[0] >= INKED_SHARE
+        heats = fa.feature_input_patterns(*layer, **gradient_at(layer, data.val.images)).cpu()
+        heats = heats.sum(1) if heats.dim() == 4 else heats  # of a colour image, all channels
+        inked = (fa.as_ink(data.train.images) > 0).float().mean(0)[0] >= INKED_SHARE
     with clock("effects"):
         logit = fa.feature_logit_effects(
             model, loader, sae, mu, std, alpha=settings.alpha, n_eval=n_eval
@@ -1597,11 +1632,16 @@ PICTURE_JOBS = 2  # each is sent all images, so not more than keeps two cores bu
 
 
 def start_pictures(
-    folder: Path, analysis: fa.Analysis, features: Sequence[int], images: Tensor, jobs: Jobs
+    folder: Path,
+    analysis: fa.Analysis,
+    features: Sequence[int],
+    images: Tensor,
+    classes: tuple[str, ...],
+    jobs: Jobs,
 ) -> list[Job]:
     """Gallery and pattern of each of `features`."""
     remove_pictures(folder)
-    shown = (analysis.bank, images.cpu(), analysis.heats, analysis.inked)
+    shown = (analysis.bank, images, analysis.heats, analysis.inked, classes)
     started = []
     for part in range(PICTURE_JOBS):
         given = (folder, features[part::PICTURE_JOBS], *shown)
@@ -1765,6 +1805,16 @@ def refuse_changed_hypotheses(root: Path, settings: Settings, target: int) -> No
             ) from error
 
 
+def tell_unnamed_strokes(hypotheses: Sequence[fh.Hypothesis]) -> None:
+    """Say once why no sentence names strokes, where none can."""
+    reasons = {h.why_not.get("ink") for h in hypotheses if h.cut is not None}
+    if len(reasons) == 1 and None not in reasons and not any(any(h.ink) for h in hypotheses):
+        print(
+            f"no strokes are named: {reasons.pop()}; what is said are labels and effects, and no "
+            f"feature counts as explained"
+        )
+
+
 def remove_statements(folder: Path) -> None:
     """Those of an earlier run."""
     for name in ("hypotheses.json", "hypotheses.md", "explained.png", "influence.png"):
@@ -1844,11 +1894,12 @@ def write_statements(
 # --------------------------------------------------------------------------------------------------
 
 
-def feature_block(record: dict, n_images: int) -> str:
+def feature_block(record: dict, n_images: int, classes: Sequence[str] = ()) -> str:
     """The lines a reader expects for one feature."""
     histogram, active = record["label_histogram"], record["n_active"]
     common = sorted(range(len(histogram)), key=lambda c: (-histogram[c], c))[:4]
-    shares = [f"{c}: {100 * histogram[c] / active:.0f}%" for c in common if histogram[c]]
+    names = [fa.class_name(classes, c) for c in range(len(histogram))]
+    shares = [f"{names[c]}: {100 * histogram[c] / active:.0f}%" for c in common if histogram[c]]
     boost = record["logit_boost_class"]
     top = zip(record["top_examples"][:5], record["top_scores"][:5], strict=True)
     examples = [f"#{i} ({score:.2f})" for i, score in top]
@@ -1861,37 +1912,43 @@ def feature_block(record: dict, n_images: int) -> str:
         f"  mean active      {record['mean_active']:.4f} ({active:,} of {n_images:,} validation "
         f"images)",
         f"  label histogram  {', '.join(shares)}",
-        f"  boosts class     {boost} by {added:+.3f} when added",
-        f"  when removed     class {boost} changes by {removed:+.3f}",
+        f"  boosts class     {names[boost]} by {added:+.3f} when added",
+        f"  when removed     class {names[boost]} changes by {removed:+.3f}",
         f"  top examples     {', '.join(examples)}",
     ]
     return "\n".join(lines + statement_block(record))
 
 
 def panel_notes(
-    record: dict, replicates: Replicates | None, subject: Subject, sketch: fa.Sketch | None
+    record: dict,
+    replicates: Replicates | None,
+    subject: Subject,
+    sketch: fa.Sketch | None,
+    images: Tensor,
 ) -> fa.PanelNotes:
     """What a panel says about a feature: its hypothesis, in words and drawn, and its counterparts
-    in other SAEs."""
+    in other SAEs, with their patterns at images (N, ...)."""
     caption = "\n".join(line.strip() for line in statement_block(record))
     counterparts = []
     for found in record.get("counterparts", []):
         sae = replicates.saes[replicates.seeds.index(found["seed"])]
-        pre = subject.pre
-        heat = fa.feature_input_pattern(subject.model, sae, pre.mu, pre.std, found["feature"])
+        layer = subject.layer(sae)
+        at = gradient_at(layer, images)
+        heat = fa.feature_input_pattern(*layer, found["feature"], **at)
+        heat = heat.sum(0) if heat.dim() == 3 else heat
         similarity = min(found["cosine"], found["correlation"])
         words = f"seed {found['seed']}, no. {found['feature']}\nsimilarity {similarity:.2f}"
         counterparts.append((words, heat.cpu().numpy()))
     return fa.PanelNotes(caption, counterparts=tuple(counterparts), sketch=sketch)
 
 
-def sketch_of(h: fh.Hypothesis, analysis: fa.Analysis, data: Data) -> fa.Sketch | None:
-    """What a claim draws, over the mean of the validation images that fire the feature; None where
-    it draws nothing."""
+def sketch_of(h: fh.Hypothesis, analysis: fa.Analysis, images: Tensor) -> fa.Sketch | None:
+    """What a claim draws, over the mean of the images (N, 1, H, W) that fire the feature; None
+    where it draws nothing."""
     if not any(h.drawing):
         return None
     at, _ = analysis.activity.of(h.feature)
-    mean = data.val.images[at.to(data.val.images.device), 0].mean(0).cpu().numpy()
+    mean = images[at, 0].mean(0).numpy()
     masks = [fh.place_masks(places).numpy() for places in h.drawing]
     return fa.Sketch(mean, *masks)
 
@@ -2084,6 +2141,7 @@ class Prepared(NamedTuple):
     frozen: str | None  # the SHA-256 of hypotheses.json, if there are hypotheses
     pictures: list[Job]
     clock: Clock
+    shown: Tensor  # (N, 1, H, W) the validation images as pictures show them
 
 
 def prepare_target(
@@ -2101,17 +2159,19 @@ def prepare_target(
     layer = subject.layer(trained.sae)
     analysis = analyse(layer, data, settings, clock)
     features = analysed_features(analysis, settings.features)
-    pictures = start_pictures(folder, analysis, features, data.val.images, jobs)
+    shown = fa.as_ink(data.val.images.cpu())
+    pictures = start_pictures(folder, analysis, features, shown, data.classes, jobs)
     remove_statements(folder)
     if settings.hypotheses:
         with clock("propose and freeze"):
-            known = (analysis.activity, analysis.removed)
+            known = (analysis.activity, analysis.removed, settings.strokes, data.classes)
             hypotheses = fh.propose_hypotheses(layer, *data.val, None, True, *known)
             frozen = fh.freeze_hypotheses(hypotheses, folder / "hypotheses.json")
+        tell_unnamed_strokes(hypotheses)
     with clock("matching"):
         replicates = compare_seeds(target, saes, settings, subject, data.val.images)
     return Prepared(
-        target, folder, trained, replicates, analysis, features, frozen, pictures, clock
+        target, folder, trained, replicates, analysis, features, frozen, pictures, clock, shown
     )
 
 
@@ -2128,9 +2188,9 @@ def finish_target(
     telling = p.features[:TELLING]
     notes = {}
     for k in telling:
-        sketch = sketch_of(trial.hypotheses[k], p.analysis, data) if trial else None
-        notes[k] = panel_notes(by_feature[k], p.replicates, subject, sketch)
-    given = (p.folder, telling, p.analysis, data.val.images.cpu(), notes)
+        sketch = sketch_of(trial.hypotheses[k], p.analysis, p.shown) if trial else None
+        notes[k] = panel_notes(by_feature[k], p.replicates, subject, sketch, data.val.images)
+    given = (p.folder, telling, p.analysis, p.shown, notes, data.classes)
     drawing = [*p.pictures, jobs.start("panels", fa.write_feature_panels, *given)]
     for k in telling:
         if notes[k].sketch is not None:
@@ -2152,7 +2212,7 @@ def finish_target(
     drawn = {"pictures": sum(job.outcome[1] for job in p.pictures)}
     diagnoses = diagnose(record, p.analysis, p.features, {**p.clock.seconds, **drawn})
     record["diagnoses"] = [{**d._asdict(), "fine": d.fine} for d in diagnoses]
-    tell_target(record, by_feature, diagnoses, len(data.val.labels))
+    tell_target(record, by_feature, diagnoses, data)
     return record, report
 
 
@@ -2192,7 +2252,7 @@ def target_record(p: Prepared, settings: Settings, subject: Subject, data: Data)
 
 
 def tell_target(
-    record: dict, by_feature: dict[int, dict], diagnoses: Sequence[Diagnosis], n_images: int
+    record: dict, by_feature: dict[int, dict], diagnoses: Sequence[Diagnosis], data: Data
 ) -> None:
     """What the terminal shows of one target as soon as it is finished."""
     words = "the features whose removal changes the logits most (influence)"
@@ -2200,13 +2260,21 @@ def tell_target(
     if "hypotheses" in record:
         print(f"{fh.LEGEND}\n")
     for k in record["telling_features"]:
-        print(feature_block(by_feature[k], n_images), end="\n\n")
+        print(feature_block(by_feature[k], len(data.val.labels), data.classes), end="\n\n")
     if "hypotheses" in record:
         print(fc.statements_table(record["hypotheses"]), end="\n\n")
     print(diagnoses_text(diagnoses))
 
 
 PAGE_TESTS = 60  # test images that the page offers
+
+
+def page_network(model: object) -> fp.Network | None:
+    """The weights with which the page computes; None for a network that it cannot compute."""
+    if not isinstance(model, Classifier):
+        return None
+    first_bias = model.hidden.bias - model.hidden.weight @ model.pixel_mean  # no mean image there
+    return fp.Network(model.hidden.weight, first_bias, model.head.weight, model.head.bias)
 
 
 def write_page(
@@ -2218,25 +2286,24 @@ def write_page(
     data: Data,
 ) -> None:
     """feature_report.html of one target; `frontier` has a record of each target."""
-    model, layer = subject.model, subject.layer(p.trained.sae)
-    first_bias = model.hidden.bias - model.hidden.weight @ model.pixel_mean  # no mean image there
-    network = fp.Network(model.hidden.weight, first_bias, model.head.weight, model.head.bias)
+    layer = subject.layer(p.trained.sae)
+    network = page_network(subject.model)
     results = [(r.on_page, shown_result(r, record)) for r in RESULTS if r.on_page]
     if "hypotheses" in record:
         own = record["hypotheses"]["shares"]["SAE"]
         results.append(("influence of explained features", f"{own['influence_explained']:.0%}"))
         results.append(("features explained", f"{own['explained']:.0%}"))
     n_features = len(p.analysis.heats)
-    title = f"{n_features} features of a digit classifier, target {p.target} ({data.source})"
+    title = f"{n_features} features of a network, target {p.target} ({data.source})"
     a = p.analysis
     fp.write_dashboard(
         p.folder / "feature_report.html",
         report,
         layer,
-        fp.Shown(a.bank, a.activity, data.val.images, a.heats, a.inked),
+        fp.Shown(a.bank, a.activity, p.shown, a.heats, a.inked),
         fp.Overview(title, results, record["diagnoses"], frontier),
         network=network,
-        tests=(data.test.images[:PAGE_TESTS], data.test.labels[:PAGE_TESTS]),
+        tests=(fa.as_ink(data.test.images)[:PAGE_TESTS], data.test.labels[:PAGE_TESTS]),
     )
 
 
@@ -2278,19 +2345,21 @@ def prepare_targets(
     return prepared
 
 
-def write_settings(settings: Settings, data: Data) -> None:
+def write_settings(settings: Settings, subject: Subject) -> None:
     """settings.json: what makes a folder a finished run."""
     kept = asdict(settings)
     for passing in ("fresh", "workers"):  # decide nothing about what comes out
         del kept[passing]
-    described = {"settings": kept, "data": data.source, "data_digest": data.digest}
+    described = {"settings": kept, "data": subject.source, "data_digest": subject.data_digest}
+    described["network"] = subject.network
     fa.write_whole(Path(settings.out) / "settings.json", to_json(described))
 
 
-def run_all(settings: Settings, clock: Clock, jobs: Jobs) -> list[dict]:
-    """Every stage; returns the records of summary.json."""
+def explain_subject(
+    settings: Settings, data: Data, subject: Subject, clock: Clock, jobs: Jobs
+) -> list[dict]:
+    """Everything from the SAE on; returns the records of summary.json."""
     root = Path(settings.out)
-    data, subject = prepare_subject(settings, clock)
     prepared = prepare_targets(settings, subject, data, clock, jobs)
     finished = [finish_target(p, settings, subject, data, jobs) for p in prepared]
     records = [record for record, _ in finished]
@@ -2302,35 +2371,183 @@ def run_all(settings: Settings, clock: Clock, jobs: Jobs) -> list[dict]:
             write_page(p, record, report, frontier, subject, data)
     if len(records) > 1:
         draw_frontier(records, root / "frontier.png")
-    write_settings(settings, data)
+    write_settings(settings, subject)
 
-    total = time.perf_counter() - STARTED
+    total = time.perf_counter() - clock.started
     for p, record in zip(prepared, records, strict=True):
         in_jobs = {f"{name}, in jobs": s for name, s in jobs.seconds.items()}
         record["seconds"] = {**clock.seconds, **p.clock.seconds, **in_jobs, "whole run": total}
     fa.write_whole(root / "summary.json", to_json(records))
+    print("\n" + results_table(records))
+    print("\n" + seconds_table(records))
+    print(places_to_look(root, settings, records))
     return records
+
+
+def prepare_folders(settings: Settings) -> None:
+    """Make the run's folders, and refuse one in which frozen hypotheses were edited."""
+    root = Path(settings.out)
+    for target in settings.target_actives:
+        prepare_folder(target_folder(root, settings, target))
+        refuse_changed_hypotheses(root, settings, target)
+
+
+def n_workers(settings: Settings) -> int:
+    if settings.workers >= 0:
+        return settings.workers
+    return min(available_cores() - 1, MOST_WORKERS)
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     """The whole run; returns the records of summary.json. Raises InputError, DataError or
     TrainingError."""
-    clock = Clock()
+    clock = Clock(STARTED)
     clock.seconds["imports"] = time.perf_counter() - STARTED
     settings = parse_settings(argv)
-    root = Path(settings.out)
-    for target in settings.target_actives:
-        prepare_folder(target_folder(root, settings, target))
-        refuse_changed_hypotheses(root, settings, target)
-    workers = settings.workers
-    if workers < 0:
-        workers = min(available_cores() - 1, MOST_WORKERS)
-    with torch_threads(1), Jobs(workers) as jobs:
-        records = run_all(settings, clock, jobs)
-    print("\n" + results_table(records))
-    print("\n" + seconds_table(records))
-    print(places_to_look(root, settings, records))
-    return records
+    prepare_folders(settings)
+    with torch_threads(1), Jobs(n_workers(settings)) as jobs:
+        data, subject = prepare_subject(settings, clock)
+        return explain_subject(settings, data, subject, clock, jobs)
+
+
+# --------------------------------------------------------------------------------------------------
+# Any network
+# --------------------------------------------------------------------------------------------------
+
+
+def whole_split(given: object, name: str, device: torch.device) -> Split:
+    """Images and labels as tensors on `device`, from a pair of tensors, a Dataset of (image, label)
+    pairs, or a DataLoader, read once. Raises InputError where they are none of these."""
+    is_pair = isinstance(given, (tuple, list)) and len(given) == 2
+    if is_pair and all(isinstance(part, Tensor) for part in given):
+        images, labels = given
+    elif isinstance(given, torch.utils.data.DataLoader):
+        images, labels = (torch.cat(part) for part in zip(*given, strict=True))
+    elif hasattr(given, "__getitem__") and hasattr(given, "__len__") and not is_pair:
+        pairs = [given[i] for i in range(len(given))]
+        images = torch.stack([torch.as_tensor(image) for image, _ in pairs])
+        labels = torch.as_tensor([int(label) for _, label in pairs])
+    else:
+        raise InputError(
+            f"{name} is a {type(given).__name__}; give a pair of tensors (images, labels), a "
+            f"Dataset of such pairs, or a DataLoader"
+        )
+    if images.dim() == 3:
+        images = images[:, None]
+    if images.dim() != 4 or labels.shape != images.shape[:1] or len(images) < 2:
+        raise InputError(
+            f"{name} has images of shape {tuple(images.shape)} and labels of shape "
+            f"{tuple(labels.shape)}; (N, C, H, W) and (N,) are needed, of two images at least"
+        )
+    return Split(images.to(device).float(), labels.to(device).long())
+
+
+def digest_of(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of shapes and values."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(str((tuple(tensor.shape), tensor.dtype)).encode())
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def data_of(splits: Sequence[Split], classes: Sequence[str], n_classes: int) -> Data:
+    """The splits that explain() was given. Raises InputError for names or labels that do not
+    fit."""
+    names = tuple(map(str, classes)) or tuple(map(str, range(n_classes)))
+    if len(names) != n_classes:
+        raise InputError(f"classes has {len(names)} names; the network has {n_classes} logits")
+    for split in splits:
+        low, high = int(split.labels.min()), int(split.labels.max())
+        if low < 0 or high >= n_classes:
+            raise InputError(f"labels run from {low} to {high}; the network has {n_classes} logits")
+    n = sum(len(split.labels) for split in splits)
+    tensors = [tensor for split in splits for tensor in split]
+    return Data(*splits, names, f"{n:,} images of one's own", digest_of(tensors))
+
+
+def explain(
+    model: nn.Module,
+    layer: str | None,
+    train: object,
+    val: object,
+    test: object,
+    *,
+    classes: Sequence[str] = (),
+    target: int = TARGET_ACTIVES[0],
+    pool: str | None = None,
+    **settings: object,
+) -> Run:
+    """Train an SAE on a layer of any network, and explain its features: all that the script does.
+
+        run = explain(model, "features.7", train, val, test, classes=names, out="explained")
+
+    Args:
+        model: maps images (B, C, H, W) to logits (B, n_classes). It runs in evaluation mode where
+            it is, and is left as it was.
+        layer: its name, as in `model.named_modules()`; None for a model that itself has the methods
+            `preactivations` and `logits_from_preactivations`.
+        train, val, test: pairs of tensors (images, labels), Datasets or DataLoaders. The SAE is
+            trained on the first, hypotheses are made from the second, and tested on the third.
+        classes: names of the logits.
+        target: mean number of active features per image.
+        pool: for a layer with positions, as in `feature_analysis.AtLayer`.
+        settings: any other of `Settings`, by name: out, sae_latents, hypotheses, fresh, ... There
+            are twice as many latents as d_in unless it is said, and no worker processes.
+
+    Returns the run as `load_run` does; its files lie in `out`. A second call with the same network
+    and images reuses the SAE. Raises InputError for what cannot be used, ValueError for a layer
+    that the logits do not depend on alone.
+    """
+    clock = Clock(time.perf_counter())
+    known = [f.name for f in fields(Settings)]
+    for name in settings:
+        if name not in known or name in ("target_actives", "data", "device", "hidden_units"):
+            raise InputError(f"explain() has no setting {name!r}; it has {', '.join(known)}")
+
+    if layer is None:
+        some = next(model.parameters(), None)
+        device = torch.device("cpu") if some is None else some.device
+    else:
+        device = fa.AtLayer(model, layer, pool).device
+    given = {"train": train, "val": val, "test": test}
+    splits = [whole_split(split, name, device) for name, split in given.items()]
+    net = model if layer is None else fa.AtLayer(model, layer, pool, splits[0].images[:PROBES])
+    with torch.no_grad():
+        raw = net.preactivations(splits[0].images[:2])
+        n_classes = net.logits_from_preactivations(raw).shape[1]
+    data = data_of(splits, classes, n_classes)
+
+    d_in = raw.shape[1]
+    latents = max(2 * d_in, 2 * target)
+    chosen_settings = {"sae_latents": latents, "workers": 0, **settings}
+    own = Settings(target_actives=(target,), device=str(device), **chosen_settings)
+    if device.type == "cuda":
+        make_cuda_repeatable()
+    prepare_folders(own)
+    with torch_threads(1), Jobs(n_workers(own)) as jobs:
+        subject = subject_of(net, model, layer, data, own, clock)
+        explain_subject(own, data, subject, clock, jobs)
+        trained = sae_stage(replace(own, fresh=False), target, subject, Path(own.out))
+    loaders = {name: TensorLoader(getattr(data, name)) for name in given}
+    pre = subject.pre
+    return Run(net, trained.sae, pre.mu, pre.std, loaders, own, data, Path(own.out))
+
+
+PROBES = 64  # images among which two unlike ones are looked for
+
+
+def subject_of(
+    net: object, model: nn.Module, layer: str | None, data: Data, settings: Settings, clock: Clock
+) -> Subject:
+    """A network that explain() was given, and what it makes of every image."""
+    with clock("preactivations"):
+        pre = collect_preactivations(net, data, settings.normalize_z)
+    name = type(model).__name__
+    subject = Subject(net, "", pre, data.source, data.digest, f"{layer or 'a layer'} of {name}")
+    with torch.no_grad():  # of what the SAE learns from, not of code that nobody can hash
+        logits = subject.logits_of(pre.standardised("val"))
+    return subject._replace(digest=digest_of([*pre, logits, *model.state_dict().values()]))
 
 
 def run_script() -> int:

@@ -43,6 +43,7 @@ IDX_FILES = {
 SIDES = range(8, 65)  # heights and widths of images that are taken
 MOST_CLASSES = 256  # labels are bytes
 MOST_PIXELS = 2**32  # in one file
+PIXELS_AT_ONCE = 2**21  # in a batch: a network of many channels makes much more of them
 FEWEST = {"train": 100, "t10k": 20}  # images below which nothing can be learned, or tested
 
 
@@ -117,11 +118,15 @@ class Data(NamedTuple):
 
 
 class TensorLoader:
-    """Batches of a Split in its own order, without copying; a `loader` for the analysis."""
+    """Batches of a Split in its own order, without copying; a `loader` for the analysis.
 
-    def __init__(self, split: Split, batch_size: int = 2000):
+    Without a batch size, batches are of 2,000 images, or fewer where these are large.
+    """
+
+    def __init__(self, split: Split, batch_size: int | None = None):
         self.split = split
-        self.batch_size = batch_size
+        n_pixels = math.prod(split.images.shape[1:])
+        self.batch_size = batch_size or min(2000, max(1, PIXELS_AT_ONCE // n_pixels))
 
     def __len__(self) -> int:
         return math.ceil(len(self.split.labels) / self.batch_size)

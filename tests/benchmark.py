@@ -683,7 +683,7 @@ def threads(e: Explained) -> list[Row]:
             with driver.torch_threads(cores):
                 with_all.append(course.seconds(e.device))
         one, all_cores = 1000 * best_mean(with_one), 1000 * best_mean(with_all)
-        large = driver.training_threads(replace(e.settings, sae_latents=d_sae)) > 1
+        large = driver.training_threads(replace(e.settings, sae_latents=d_sae), e.subject) > 1
         columns = {"latents": d_sae, "one thread, ms": one, f"all {cores} cores, ms": all_cores}
         columns |= {"ratio": one / all_cores, "driver takes": "all" if large else "one"}
         rows.append(Row("SAE step", columns))
