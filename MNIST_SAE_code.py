@@ -1292,6 +1292,129 @@ def reusable_stage(folder: Path, name: str, print_of: str, fresh: bool) -> tuple
 
 
 # --------------------------------------------------------------------------------------------------
+# The layout of SAELens 6 (decoderesearch/SAELens), in which the tools of the field exchange SAEs
+# --------------------------------------------------------------------------------------------------
+
+SAELENS_WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+SAELENS_DONE = ("normalize_activations", "reshape_activations")
+SAELENS_LOADED = ("jumprelu", "standard", "topk")  # architectures that the analysis can take
+
+
+class Coder(NamedTuple):
+    """An SAE and the standardisation that it reads: what the functions of feature_analysis take
+    between the loader and the number of a feature."""
+
+    sae: JumpReLUSAE
+    mu: Tensor  # (d_in,)
+    std: Tensor  # (d_in,)
+
+
+class TopKSAE(JumpReLUSAE):
+    """An SAE whose k largest pre are active, where they are positive (Gao et al. 2024)."""
+
+    def __init__(self, d_in: int, d_sae: int, k: int):
+        super().__init__(d_in, d_sae)
+        self.k = k
+
+    def jump(self, pre: Tensor) -> Tensor:
+        largest, place = pre.topk(self.k, dim=1)
+        return torch.zeros_like(pre).scatter(1, place, largest.relu())
+
+
+@torch.no_grad()
+def on_raw(sae: JumpReLUSAE, mu: Tensor, std: Tensor) -> dict[str, Tensor]:
+    """The weights of an SAE that reads raw preactivations, and gives the same activations.
+
+    With z = (raw - mu) / std:  W_enc / std,  b_enc - (mu / std) W_enc,  W_dec * std,
+    b_dec * std + mu; in float64, rounded once.
+    """
+    W_enc, b_enc, W_dec, b_dec = (
+        getattr(sae, name).detach().cpu().double() for name in SAELENS_WEIGHTS[:4]
+    )
+    mu, std = mu.cpu().double(), std.cpu().double()
+    weights = {
+        "W_enc": W_enc / std[:, None],
+        "b_enc": b_enc - (mu / std) @ W_enc,
+        "W_dec": W_dec * std,
+        "b_dec": b_dec * std + mu,
+        "threshold": sae.threshold.cpu(),
+    }
+    return {name: weight.float().contiguous() for name, weight in weights.items()}
+
+
+def save_saelens(run: Run | fa.ExplainedLayer | Coder, folder: str | Path) -> None:
+    """Write cfg.json and sae_weights.safetensors, which `SAE.load_from_disk` of SAELens 6 reads.
+
+    `run` is anything with sae, mu and std. What is written reads raw preactivations.
+    """
+    if isinstance(run.sae, TopKSAE):
+        raise InputError("an SAE with a fixed number of active features has no thresholds to save")
+    folder = Path(folder)
+    prepare_folder(folder)
+    d_in, d_sae = run.sae.W_enc.shape
+    config = {
+        "architecture": "jumprelu",
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"sae_lens_version": "6.0.0"},  # of the layout
+    }
+    weights = safetensors.torch.save(on_raw(run.sae, run.mu, run.std))
+    fa.write_whole(folder / "sae_weights.safetensors", weights)
+    fa.write_whole(folder / "cfg.json", to_json(config))
+
+
+def load_saelens(folder: str | Path) -> Coder:
+    """An SAE that SAELens 6 saved, JumpReLU, standard (ReLU) or TopK, for the analysis.
+
+        fa.collect_feature_bank(model, loader, *load_saelens(folder))
+
+    It reads raw preactivations: mu is 0 and std is 1. Raises InputError for a folder without such
+    an SAE, and for one that does more to its input than subtracting b_dec.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "cfg.json").read_bytes())
+        weights = safetensors.torch.load((folder / "sae_weights.safetensors").read_bytes())
+        kind, d_in, d_sae = (config[name] for name in ("architecture", "d_in", "d_sae"))
+        done = {config.get(name, "none") for name in SAELENS_DONE}  # to its input
+        if kind not in SAELENS_LOADED or done != {"none"}:
+            taken = ", ".join(SAELENS_LOADED)
+            raise ValueError(f"it is {kind} with input {done}; {taken} on plain input are taken")
+        sae = TopKSAE(d_in, d_sae, int(config["k"])) if kind == "topk" else JumpReLUSAE(d_in, d_sae)
+        weights = {"threshold": torch.zeros(d_sae), **weights}
+        sae.load_state_dict({name: weights[name].float() for name in SAELENS_WEIGHTS})
+        if not all(bool(weights[name].isfinite().all()) for name in SAELENS_WEIGHTS):
+            raise ValueError("its weights are not finite")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{folder} holds no SAE of SAELens that can be used ({reason})") from error
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{folder}/sae_weights.safetensors is damaged ({error})") from error
+    sae = as_plain(sae.requires_grad_(False), config)
+    return Coder(sae, torch.zeros(d_in), torch.ones(d_in))
+
+
+@torch.no_grad()
+def as_plain(sae: JumpReLUSAE, config: dict) -> JumpReLUSAE:
+    """What SAELens does besides, written into the weights: the input less b_dec, activations in
+    units of their decoder rows; a threshold below 0 is 0, since f is a ReLU as well."""
+    if config.get("apply_b_dec_to_input", True):
+        sae.b_enc.sub_(sae.b_dec @ sae.W_enc)
+    if config.get("rescale_acts_by_decoder_norm", False):
+        length = sae.W_dec.norm(dim=1)
+        sae.W_enc.mul_(length)
+        sae.b_enc.mul_(length)
+        sae.W_dec.div_(length[:, None])
+    sae.threshold.clamp_(min=0)
+    return sae
+
+
+# --------------------------------------------------------------------------------------------------
 # Stages: train, or take what an earlier run saved
 # --------------------------------------------------------------------------------------------------
 
@@ -2206,6 +2329,7 @@ def finish_target(
         given = (p.folder, trial, comparisons, record["hypotheses"], title, marks)
         drawing.append(jobs.start("statements", write_statements, *given))
     fa.write_whole(p.folder / "feature_report.json", to_json(report))
+    save_saelens(subject.layer(p.trained.sae), p.folder / "saelens")
     with p.clock("pictures, waited for"):
         jobs.results(drawing)
 
