@@ -2330,7 +2330,7 @@ def places_to_look(root: Path, settings: Settings, records: Sequence[dict]) -> s
         if settings.hypotheses:
             tell(folder / "hypotheses.md", "what each feature means, tested, what matters first")
             tell(folder / "influence.png", "who does the work, and how far it is explained")
-        tell(folder / "training.png", f"how training went; {LOG} holds its numbers")
+        tell(folder / "training.png", "how training went; the log beside it holds the numbers")
         tell(folder / "feature_report.json", "every feature as a table (pandas.read_json)")
     if len(records) > 1:
         tell(root / "frontier.png", "sparsity against fidelity and what returns")

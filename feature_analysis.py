@@ -50,7 +50,8 @@ SAMPLE_PER_FEATURE = 64  # active images remembered per feature to find those ba
 ROWS = 512  # images that the model is given at once: few enough to stay in the processor's cache
 GRADIENT_ROWS = 32  # images whose gradients, d_in of each, are held at once
 HEAD_ROWS = 4096  # rows that the head is given at once, or n_eval if that is more
-ENTRIES = 2**23  # activations, or pairs of features, of which several copies are held at once
+ENTRIES = 2**23  # activations of which several copies are held at once
+COUNTED = 2**18  # pairs of features that are counted at once: few enough for the cache
 
 EMPTY_LOADER = "the loader is empty: it must give at least one batch of (images, labels)"
 
@@ -716,13 +717,14 @@ def _images_in_common(activity: Activity, by_image: _ByImage, first: int, last: 
     pairs = slice(int(activity.start[first]), int(activity.start[last]))
     row = torch.repeat_interleave(torch.arange(last - first), activity.n_active[first:last])
     fires = by_image.start.diff()  # (N,) features of each image
-    at_once = max(1, ENTRIES // max(1, int(fires.max())))
+    at_once = max(1, COUNTED // max(1, int(fires.max())))
     for image, own in zip(activity.image[pairs].split(at_once), row.split(at_once), strict=True):
         n = fires[image]
         end = n.cumsum(0)
+        repeated = functools.partial(torch.repeat_interleave, repeats=n, output_size=int(n.sum()))
         place = torch.arange(int(n.sum()))
-        place += torch.repeat_interleave(by_image.start[image] - end + n, n)
-        both = torch.repeat_interleave(own * d_sae, n) + by_image.feature[place]
+        place += repeated(by_image.start[image] - end + n)
+        both = repeated(own * d_sae) + by_image.feature[place]
         common.index_add_(0, both, torch.ones_like(both, dtype=torch.int32))
     return common.view(-1, d_sae)
 

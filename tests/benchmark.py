@@ -418,7 +418,7 @@ def training_stages(
     """From the files to an SAE, and what the classifier loses through it."""
     data = clock.run("data", None, load_mnist, settings.data, settings.seed, clock.device)
     s = shapes_of(data, settings)
-    model = clock.run(
+    model, _ = clock.run(
         "classifier", s.classifier(settings), driver.train_classifier, data.train, settings
     )
     pre = clock.run(
@@ -550,7 +550,7 @@ class Batch(NamedTuple):
     @classmethod
     def of(cls, course: Course) -> Batch:
         training, index = course.training, course.plan[-1]
-        sae, x = training.sae, training.x[index]
+        sae, x = training.sae, training.rows(index)
         pre = sae.pre_threshold(x)
         feature_acts = sae.jump(pre)
         active = feature_acts.sign()
@@ -578,7 +578,7 @@ class Batch(NamedTuple):
 
     def head(self) -> None:
         t = self.training
-        driver.head_gradient(t.teacher[self.index], t.logits_of, t.frame, self.x_hat)
+        driver.head_gradient(t.teacher_of(self.index), t.logits_of, t.frame, self.x_hat)
 
     def rare(self) -> None:
         t = self.training
@@ -593,7 +593,7 @@ class Batch(NamedTuple):
         """Thresholds and images of the next step, the decoder's norms, densities, lambda."""
         t = self.training
         t.sae.threshold.copy_(t.thresholds(TARGET))
-        t.x.index_select(0, self.index)
+        t.rows(self.index)
         t.sae.W_dec.div_(t.sae.W_dec.norm(dim=1, keepdim=True))
         fired = self.active.mean(0)
         t.density.lerp_(fired, 0.01)

@@ -619,7 +619,7 @@ def test_neighbours_do_not_depend_on_how_many_are_held_at_once(monkeypatch):
     np.fill_diagonal(cosine, -2)
     assert alike[0].tolist() == np.argsort(-cosine[own], axis=1)[:, :4].tolist()
     monkeypatch.setattr(fa, "ROWS", 5)
-    monkeypatch.setattr(fa, "ENTRIES", 30)
+    monkeypatch.setattr(fa, "COUNTED", 30)
     for some, whole in zip(fa.firing_together(activity, 3), together, strict=True):
         exactly(some, whole)
     assert fa.most_alike_rows(unit, own, 4)[0].tolist() == alike[0].tolist()
