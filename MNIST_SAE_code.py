@@ -721,7 +721,9 @@ def initial_sae(rows: Tensor, x: Tensor, start_l0: float) -> JumpReLUSAE:
     sae.W_dec.copy_(rows)
     projection = x @ sae.W_dec.T  # (N, d_sae)
     rank = int((1 - start_l0 / d_sae) * (len(x) - 1))
-    cut = projection.sort(dim=0).values[rank]  # (d_sae,)
+    columns = [some.T.contiguous() for some in projection.split(1024, dim=1)]
+    cut = torch.cat([some.sort(dim=1).values[:, rank] for some in columns])  # (d_sae,)
+    del columns
     active = (projection > cut).float()
 
     # Activations will be start + length * (projection - cut): least squares for the length.
@@ -964,11 +966,11 @@ def train_sae(
 # --------------------------------------------------------------------------------------------------
 
 EVAL_ROWS = 4096  # rows at once where preactivations are evaluated: bounds the memory
-EVAL_ENTRIES = 2**24  # activations at once
+EVAL_ENTRIES = 2**21  # activations at once: larger pieces of memory are slow to get
 
 
 def chunks_for(sae: JumpReLUSAE, z: Tensor) -> tuple[Tensor, ...]:
-    """z (N, d_in) in pieces whose activations fit into memory several times."""
+    """z (N, d_in) in pieces for which an SAE of so many latents is evaluated at once."""
     return z.split(max(1, min(EVAL_ROWS, EVAL_ENTRIES // len(sae.threshold))))
 
 

@@ -50,7 +50,7 @@ SAMPLE_PER_FEATURE = 64  # active images remembered per feature to find those ba
 ROWS = 512  # images that the model is given at once: few enough to stay in the processor's cache
 GRADIENT_ROWS = 32  # images whose gradients, d_in of each, are held at once
 HEAD_ROWS = 4096  # rows that the head is given at once, or n_eval if that is more
-ENTRIES = 2**23  # activations of which several copies are held at once
+ENTRIES = 2**21  # activations of which several copies are made: larger ones are slow to get
 COUNTED = 2**18  # pairs of features that are counted at once: few enough for the cache
 
 EMPTY_LOADER = "the loader is empty: it must give at least one batch of (images, labels)"
@@ -250,6 +250,24 @@ def _bank_of_batch(
     )
 
 
+def _bank_in_blocks(
+    acts: Tensor, labels: Tensor, n_classes: int, first_index: int, topk: int
+) -> FeatureBank:
+    """`_bank_of_batch`, some features at a time where there are many."""
+    blocks = acts.split(max(1, ENTRIES // max(1, len(acts))), dim=1)
+    banks = [_bank_of_batch(some, labels, n_classes, first_index, topk) for some in blocks]
+    if len(banks) == 1:
+        return banks[0]
+    top, sample, histograms, sums, n_images = zip(*banks, strict=True)
+    return FeatureBank(
+        top=Examples(*(torch.cat(columns) for columns in zip(*top, strict=True))),
+        sample=Examples(*(torch.cat(columns) for columns in zip(*sample, strict=True))),
+        label_histogram=torch.cat(histograms),
+        activation_sum=torch.cat(sums),
+        n_images=n_images[0],
+    )
+
+
 def merge_feature_banks(a: FeatureBank, b: FeatureBank) -> FeatureBank:
     """The bank of two disjoint sets of images, as if it had been collected over both at once.
 
@@ -308,10 +326,10 @@ def collect_feature_bank(
         raw = layer.raw(images)
         n_classes = layer.logits_from_raw(raw[:1]).shape[1]
         labels = _class_indices(images, labels.to(mu.device), n_classes)
-        at_once = max(1, ENTRIES // layer.d_sae)
+        at_once = max(ROWS, ENTRIES // layer.d_sae)
         for some, own in zip(raw.split(at_once), labels.split(at_once), strict=True):
             acts = sae.encode((some - mu) / std)
-            part = _bank_of_batch(acts, own, n_classes, first_index, topk)
+            part = _bank_in_blocks(acts, own, n_classes, first_index, topk)
             bank = part if bank is None else merge_feature_banks(bank, part)
             first_index += len(own)
 
@@ -363,11 +381,11 @@ def collect_activity(layer: ExplainedLayer, images: Tensor, labels: Tensor) -> A
     labels = _class_indices(images, labels).cpu()
     if len(images) == 0:
         raise ValueError("there are no images: give at least one")
-    parts = []
-    for number, batch in enumerate(images.split(ROWS)):
+    parts, at_once = [], max(1, min(ROWS, ENTRIES // layer.d_sae))
+    for number, batch in enumerate(images.split(at_once)):
         acts = layer.feature_acts(batch).cpu()
         image, feature = (acts > 0).nonzero().unbind(1)
-        parts.append((feature, number * ROWS + image, acts[image, feature]))
+        parts.append((feature, number * at_once + image, acts[image, feature]))
     feature, image, activation = (torch.cat(column) for column in zip(*parts, strict=True))
     del parts
     counts = torch.bincount(feature, minlength=layer.d_sae)
@@ -811,10 +829,11 @@ def _correlations(layer: ExplainedLayer, images: Tensor, other, own: slice) -> T
     first batch, or the products of a feature that fires strongly everywhere would lose the digits
     that say how it varies.
     """
-    n = len(range(layer.d_sae)[own])
+    n, d_other = len(range(layer.d_sae)[own]), len(other.W_dec)
     about = None
-    total = square = product = 0.0
-    for batch in images.split(4 * ROWS):
+    total = square = 0.0
+    product = torch.zeros(n, d_other, dtype=torch.float64, device=layer.mu.device)
+    for batch in images.split(max(ROWS, min(4 * ROWS, ENTRIES // (n + d_other)))):
         z = layer.standardised(batch)
         acts = torch.cat([layer.sae.encode(z)[:, own], other.encode(z)], 1)
         if about is None:
@@ -822,13 +841,14 @@ def _correlations(layer: ExplainedLayer, images: Tensor, other, own: slice) -> T
         acts = acts - about
         total = total + acts.sum(0).double()
         square = square + acts.square().sum(0).double()
-        product = product + (acts[:, :n].T @ acts[:, n:]).double()
+        product += acts[:, :n].T @ acts[:, n:]
 
     mean = total / len(images)
     spread = (square / len(images) - mean.square()).clamp(min=0).sqrt()
-    covariance = product / len(images) - mean[:n, None] * mean[n:]
-    spreads = spread[:n, None] * spread[n:]
-    return (covariance / spreads.clamp(min=1e-12)).float()
+    product /= len(images)
+    product -= torch.outer(mean[:n], mean[n:])  # the covariance
+    product /= torch.outer(spread[:n], spread[n:]).clamp_(min=1e-12)
+    return product.float()
 
 
 @torch.no_grad()

@@ -191,7 +191,8 @@ def test_scene_has_the_cases_the_slow_loop_should_meet(scene):
 def test_bank_is_independent_of_batch_size(scene, batch_size, monkeypatch):
     bank = fa.collect_feature_bank(*scene.given(16))
     exactly(fa.collect_feature_bank(*scene.given(batch_size)), bank)
-    monkeypatch.setattr(fa, "ENTRIES", 7 * D_SAE)  # a batch is taken in pieces
+    monkeypatch.setattr(fa, "ENTRIES", 21)  # a batch is taken in pieces, of rows and of features
+    monkeypatch.setattr(fa, "ROWS", 7)
     exactly(fa.collect_feature_bank(*scene.given(batch_size)), bank)
 
 
