@@ -3,6 +3,7 @@
     python tests/benchmark.py --data DIR     # DIR holds MNIST/raw; some three minutes on two cores
     python tests/benchmark.py --data sample  # the bundled 5,000 digits
     python tests/benchmark.py --repeats 3    # median of three trainings instead of one
+    python tests/benchmark_large.py          # up to a million rows x 16,384 latents
 
 Prints a table per section and writes them all as JSON. Exit status: 1 when feature_analysis and
 the plain reference disagree, 2 when an argument or the data cannot be used or the command fails,

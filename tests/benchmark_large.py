@@ -171,6 +171,25 @@ def run_case(file: str, rows: int, latents: int, entries: int) -> str:
     return json.dumps({"parts": case.found, "peak": benchmark.mebibytes(usage.ru_maxrss)})
 
 
+def write_rows(file: str, rows: int) -> str:
+    """The file of synthetic rows; seconds, as JSON."""
+    started = time.process_time()
+    with driver.torch_threads(1):
+        model, loader = Plain(torch.empty(0)), synthetic_rows(rows)
+        driver.memory_mapped_preactivations(model, loader, file)
+    return json.dumps(time.process_time() - started)
+
+
+def in_process(*case: object) -> object:
+    """What a process of its own finds. Raises CommandError when it fails."""
+    command = [sys.executable, __file__, "--case", *map(str, case)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise benchmark.CommandError(f"{' '.join(command)} ended with status {done.returncode}")
+    print(" ".join(command[3:]), done.stdout.strip(), file=sys.stderr, flush=True)
+    return json.loads(done.stdout)
+
+
 def exponents(sizes: Sequence[tuple[int, int]], values: Sequence[float]) -> tuple[float, float]:
     """Of rows and of latents in values ~ rows^a latents^b; 0 for a size that does not vary."""
     logs = np.log(np.array(sizes, dtype=float))
@@ -209,7 +228,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--latents", type=int, nargs="+", default=[512, 4096, 16384])
     add("--entries", type=int, default=2**29, help="rows x latents that a part is timed on")
     add("--json", default="benchmark_large.json", help="where the tables are written as JSON")
-    add("--case", nargs=3, help=argparse.SUPPRESS)  # file, rows, latents: what a process is given
+    # What a process of ours is given: a file with its rows, and the latents of the case, if any.
+    add("--case", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     if min(given.rows) < 2000 or min(given.latents) <= TARGET or given.entries < 2**14:
         parser.error(f"--rows from 2000, --latents above {TARGET}, --entries from {2**14}")
@@ -219,22 +239,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     given = parse(argv)
     if given.case:
-        file, rows, latents = given.case
-        print(run_case(file, int(rows), int(latents), given.entries))
+        file, *sizes = given.case
+        rows, *latents = map(int, sizes)
+        print(run_case(file, rows, *latents, given.entries) if latents else write_rows(file, rows))
         return
     sizes = list(itertools.product(given.rows, given.latents))
-    cases = []
     with tempfile.TemporaryDirectory() as folder:
+        # In processes of their own: what this one held would count as the peak of its children.
         path = f"{folder}/z.f32"
-        loader = synthetic_rows(max(given.rows))
-        write = partial(driver.memory_mapped_preactivations, Plain(torch.empty(0)), loader, path)
-        print(f"the file: {benchmark.clocked(write, CPU)[0]:.1f} seconds", flush=True)
-        for rows, latents in sizes:
-            command = [sys.executable, __file__, "--entries", str(given.entries)]
-            command += ["--case", path, str(rows), str(latents)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            cases.append(json.loads(done.stdout))
-            print(f"{rows:,} x {latents:,}: {done.stdout.strip()}", file=sys.stderr, flush=True)
+        print(f"the file: {in_process(path, max(given.rows)):.1f} seconds", flush=True)
+        more = ["--entries", given.entries]
+        cases = [in_process(path, *size, *more) for size in sizes]
     found = tables(sizes, cases)
     for title, rows in found.items():
         benchmark.show(title, rows)
@@ -245,6 +260,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (driver.InputError, OSError) as error:
+    except (driver.InputError, benchmark.CommandError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -284,6 +284,15 @@ def test_initial_sae_fires_as_often_as_asked_and_has_the_best_length():
         assert (x - other(x)).square().sum() > best
 
 
+def test_many_latents_start_with_the_density_asked_for():
+    x = torch.randn(501, 16, generator=generator())
+    rows = F.normalize(torch.randn(1100, 16, generator=generator(1)), dim=1)
+    sae = driver.initial_sae(rows, x, start_l0=220)
+    expected = np.quantile((x @ rows.T).double().numpy(), 0.8, axis=0)  # at the rank 400 of 500
+    cut = (sae.threshold - sae.b_enc) / (sae.W_enc * rows.T).sum(0)  # pre crosses the threshold
+    assert cut.numpy() == pytest.approx(expected, abs=1e-4)
+
+
 def test_initial_rows_point_towards_different_images():
     x = torch.randn(50, 6, generator=generator()) * torch.tensor([4.0, 1, 1, 1, 1, 0.25])
     rows = driver.initial_rows(x, 20, generator(1))
