@@ -1470,10 +1470,9 @@ def log_lines(stage: str, columns: dict[str, list], seconds: list[float]) -> lis
     """Lines of run.log.jsonl: the step, the stage, the other columns, the seconds since it began,
     read without waiting for the device."""
     lines = []
-    for row, passed in zip(zip(*columns.values(), strict=True), seconds, strict=True):
-        step, *measured = row
-        names = list(columns)[1:]
-        line = {"step": step, "stage": stage, **dict(zip(names, measured, strict=True))}
+    for place, passed in enumerate(seconds):
+        measured = {name: values[place] for name, values in columns.items()}
+        line = {"step": measured.pop("step"), "stage": stage, **measured}
         lines.append({**line, "seconds": round(passed, 3)})
     return lines
 

@@ -44,7 +44,6 @@ from torch import Tensor
 import feature_analysis as fa
 import MNIST_SAE_code as driver
 
-CPU = torch.device("cpu")
 D_IN, CLASSES, DIRECTIONS, SPARSE = 128, 10, 512, 10
 TARGET = 20  # mean active features per row
 STEPS = 12  # of training, timed after two that are not
@@ -76,8 +75,7 @@ def synthetic_rows(n: int) -> Iterator[tuple[Tensor, None]]:
 
 
 def full_activity(n: int, d_sae: int) -> fa.Activity:
-    """TARGET different features for each of n rows, evenly over the features, from a random one
-    on."""
+    """TARGET different features for each of n rows, in even steps from a random one."""
     first = torch.randint(d_sae, (n, 1), generator=torch.Generator().manual_seed(1))
     feature = (first + torch.arange(TARGET) * (d_sae // TARGET)) % d_sae
     order = torch.argsort(feature.flatten(), stable=True)
@@ -86,31 +84,23 @@ def full_activity(n: int, d_sae: int) -> fa.Activity:
     return fa.Activity(start, order // TARGET, torch.ones(n * TARGET), torch.arange(n) % CLASSES)
 
 
-class Measured(NamedTuple):
-    """One part of a case."""
-
-    what: str
-    seconds: float
-    share: float  # of the work that was timed rather than scaled up
-
-
 class Case:
-    """Everything that is timed with so many rows z (N, D_IN) and latents."""
+    """Everything that is timed with so many rows z (N, D_IN) and latents. `found`: of each part its
+    name, its seconds and the share of its work that was timed rather than scaled up."""
 
     def __init__(self, z: Tensor, d_sae: int, entries: int):
         self.z, self.entries = z, entries
         self.settings = driver.Settings(sae_latents=d_sae, target_actives=(TARGET,))
-        head = torch.randn(D_IN, CLASSES, generator=torch.Generator().manual_seed(2))
-        self.model = Plain(head)
+        self.model = Plain(torch.eye(D_IN, CLASSES))
         self.sae = benchmark.random_sae(z[: fa.HEAD_ROWS], d_sae, 0)
         self.layer = fa.ExplainedLayer(self.model, self.sae, torch.zeros(D_IN), torch.ones(D_IN))
-        self.found: list[Measured] = []
+        self.found: list[tuple[str, float, float]] = []
 
     def add(self, what: str, work, share: float = 1.0):
         started = time.process_time()
         result = work()
         seconds = time.process_time() - started
-        self.found.append(Measured(what, seconds / share, share))
+        self.found.append((what, seconds / share, share))
         return result
 
     def training(self) -> None:
@@ -201,23 +191,22 @@ def exponents(sizes: Sequence[tuple[int, int]], values: Sequence[float]) -> tupl
 def tables(sizes: Sequence[tuple[int, int]], cases: Sequence[dict]) -> dict[str, list]:
     """Seconds, shares and memory, each with a column for every case."""
     titles = [f"{rows:,} x {latents:,}" for rows, latents in sizes]
-    found: dict[str, list] = {"seconds": [], "share timed": []}
+    found: dict[str, list] = {"seconds": [], "share timed": [], "peak MiB": []}
     for parts in zip(*(case["parts"] for case in cases), strict=True):
         what, seconds = parts[0][0], [part[1] for part in parts]
         each = [latents if what in PAIRS else 1 for _, latents in sizes]
         a, b = exponents(sizes, np.divide(seconds, each))
-        columns = dict(zip(titles, seconds, strict=True))
-        found["seconds"].append(benchmark.Row(what, {**columns, "~rows": a, "~latents": b}))
+        columns = {**dict(zip(titles, seconds, strict=True)), "~rows": a, "~latents": b}
+        found["seconds"].append(benchmark.Row(what, columns))
         shares = [part[2] for part in parts]
         found["share timed"].append(benchmark.Row(what, dict(zip(titles, shares, strict=True))))
     peaks = [case["peak"] for case in cases]
     a, b = exponents(sizes, peaks)
-    peak = {**dict(zip(titles, peaks, strict=True)), "~rows": a, "~latents": b}
-    mapped = {
-        title: rows * D_IN * 4 / 2**20 for title, (rows, _) in zip(titles, sizes, strict=True)
-    }
-    file = {**mapped, "~rows": None, "~latents": None}
-    found["peak MiB"] = [benchmark.Row("all parts", peak), benchmark.Row("of it file", file)]
+    mapped = [rows * D_IN * 4 / 2**20 for rows, _ in sizes]
+    for what, values, grows in (("all parts", peaks, (a, b)), ("of it file", mapped, (None, None))):
+        columns = dict(zip(titles, values, strict=True))
+        columns |= {"~rows": grows[0], "~latents": grows[1]}
+        found["peak MiB"].append(benchmark.Row(what, columns))
     return found
 
 
