@@ -370,6 +370,18 @@ class Activity(NamedTuple):
         return torch.repeat_interleave(torch.arange(len(self.n_active)), self.n_active)
 
 
+def _with(column: Tensor, new: Tensor, n: int) -> Tensor:
+    """A column (capacity,) with `new` (m,) after its first n values; twice as large when full.
+
+    Pieces kept in a list would lie between the large arrays that come and go, and memory with such
+    holes grows without end.
+    """
+    if n + len(new) > len(column):
+        column = torch.cat([column, column.new_empty(len(column) + len(new))])
+    column[n : n + len(new)] = new
+    return column
+
+
 @torch.no_grad()
 def collect_activity(layer: ExplainedLayer, images: Tensor, labels: Tensor) -> Activity:
     """The activity of every feature on images (N, ...) with labels (N,), on the CPU.
@@ -381,13 +393,15 @@ def collect_activity(layer: ExplainedLayer, images: Tensor, labels: Tensor) -> A
     labels = _class_indices(images, labels).cpu()
     if len(images) == 0:
         raise ValueError("there are no images: give at least one")
-    parts, at_once = [], max(1, min(ROWS, ENTRIES // layer.d_sae))
+    columns, n_pairs, at_once = None, 0, max(1, min(ROWS, ENTRIES // layer.d_sae))
     for number, batch in enumerate(images.split(at_once)):
         acts = layer.feature_acts(batch).cpu()
         image, feature = (acts > 0).nonzero().unbind(1)
-        parts.append((feature, number * at_once + image, acts[image, feature]))
-    feature, image, activation = (torch.cat(column) for column in zip(*parts, strict=True))
-    del parts
+        new = (feature, number * at_once + image, acts[image, feature])
+        columns = columns or [column[:0] for column in new]
+        columns = [_with(*given, n_pairs) for given in zip(columns, new, strict=True)]
+        n_pairs += len(feature)
+    feature, image, activation = (column[:n_pairs] for column in columns)
     counts = torch.bincount(feature, minlength=layer.d_sae)
     start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     order = torch.argsort(feature, stable=True)  # images stay ascending within a feature
