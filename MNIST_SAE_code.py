@@ -421,8 +421,11 @@ def new_classifier(sizes: tuple[int, int, int], seed: int, device: torch.device)
         return Classifier(*sizes).to(device)
 
 
-def train_classifier(train: Split, settings: Settings, n_classes: int = 10) -> Classifier:
-    """Cross entropy, AdamW, one cycle of the learning rate. Raises TrainingError on divergence."""
+def train_classifier(
+    train: Split, settings: Settings, n_classes: int = 10
+) -> tuple[Classifier, list[dict]]:
+    """Cross entropy, AdamW, one cycle of the learning rate; the classifier, and its course as lines
+    of run.log.jsonl. Raises TrainingError on divergence."""
     device, n = train.labels.device, len(train.labels)
     sizes = (train.images[0].numel(), settings.hidden_units, n_classes)
     model = new_classifier(sizes, settings.seed, device)
@@ -436,15 +439,21 @@ def train_classifier(train: Split, settings: Settings, n_classes: int = 10) -> C
     losses = torch.zeros(steps, device=device)
     plan = batches(n, settings.batch_ffn, epochs, generator)
     blame = ("classifier training", "--lr-ffn", settings.lr_ffn)
+    logged, passed = logged_steps(steps), []
+    started = time.perf_counter()
 
     for step, index in enumerate(progress_bar(plan, "classifier", steps)):
         loss = F.cross_entropy(model(train.images[index]), train.labels[index])
         gradients = torch.autograd.grad(loss, weights)
         optimizer.step(gradients, settings.lr_ffn * ramp((step + 0.5) / steps, 0.2, 0.2))
         losses[step] = loss.detach()
+        if step in logged:
+            passed.append(time.perf_counter() - started)
         refuse_divergence(losses, step, *blame)
     refuse_bad_weights(model, *blame)
-    return model.requires_grad_(False).eval()
+    kept = {"step": list(logged), "loss": losses[list(logged)].tolist()}
+    lines = log_lines("classifier", kept, passed)
+    return model.requires_grad_(False).eval(), lines
 
 
 class Preactivations(NamedTuple):
@@ -476,8 +485,63 @@ def collect_preactivations(model, data: Data, normalize: bool) -> Preactivations
     mu, std = torch.zeros_like(train[0]), torch.ones_like(train[0])
     if normalize:
         mu, std = train.mean(0), train.std(0)
-        std = torch.where(std > 1e-6 * std.max(), std, torch.ones_like(std))
+        std = usable_std(std)
     return Preactivations(*raw, mu, std)
+
+
+def usable_std(std: Tensor) -> Tensor:
+    """std (d_in,) with 1 for units that never vary."""
+    return torch.where(std > 1e-6 * std.max(), std, torch.ones_like(std))
+
+
+class Mapped(NamedTuple):
+    """Standardised preactivations in a file that is mapped into memory: rows are read when they are
+    used, so there may be more than fit into memory."""
+
+    z: Tensor  # (N, d_in) float32, on the CPU
+    mu: Tensor  # (d_in,)
+    std: Tensor  # (d_in,)
+
+
+def map_rows(path: str | Path, d_in: int) -> Tensor:
+    """The rows (N, d_in) of a file of float32 without a header; what is written to them is written
+    to the file."""
+    n = Path(path).stat().st_size // 4
+    return torch.from_file(str(path), shared=True, size=n).view(-1, d_in)
+
+
+@torch.no_grad()
+def memory_mapped_preactivations(
+    model, loader: Iterable, path: str | Path, frame: tuple[Tensor, Tensor] | None = None
+) -> Mapped:
+    """Standardised preactivations of the loader's images, batch by batch into the file `path`.
+
+    `model` and `loader` are as in feature_analysis. `frame` is the mu and std of other images; by
+    default they are those of these. The file is there whole or not at all. Raises ValueError for an
+    empty loader.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            for images, _ in loader:
+                raw = model.preactivations(images).float().cpu().contiguous()
+                file.write(raw.numpy())
+        if unfinished.stat().st_size == 0:
+            raise ValueError(fa.EMPTY_LOADER)
+        z = map_rows(unfinished, raw.shape[1])
+        if frame is None:
+            mean, products = mean_and_products(z)
+            std = (products.diagonal() / (len(z) - 1)).sqrt()
+            frame = mean.float(), usable_std(std).float()
+        mu, std = (value.cpu() for value in frame)
+        for chunk in z.split(EVAL_ROWS):
+            chunk.sub_(mu).div_(std)
+        del z, chunk  # no file that is mapped can be renamed on Windows
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return Mapped(map_rows(path, len(mu)), mu, std)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -527,6 +591,25 @@ class JumpReLUSAE(nn.Module):
         return self.decode(self.encode(z))
 
 
+STREAMED = 2**25  # entries of z from which its rows are read when they are needed, never all
+
+
+def is_streamed(z: Tensor) -> bool:
+    return z.numel() > STREAMED
+
+
+def mean_and_products(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (d_in,) of the rows of z (N, d_in) and the products (d_in, d_in) of its centred columns,
+    float64, a chunk at a time."""
+    chunks = z.split(EVAL_ROWS)
+    mean = sum(chunk.sum(0, dtype=torch.float64) for chunk in chunks) / len(z)
+    products = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=z.device)
+    for chunk in chunks:
+        centred = chunk - mean
+        products.addmm_(centred.T, centred)
+    return mean, products
+
+
 class TrainingFrame(NamedTuple):
     """Coordinates the SAE is trained in: x = (z - center) @ basis / scale, centred, mean square 1.
 
@@ -542,6 +625,11 @@ class TrainingFrame(NamedTuple):
 
     @classmethod
     def of(cls, z: Tensor) -> TrainingFrame:
+        if is_streamed(z):
+            center, products = mean_and_products(z)
+            _, basis = torch.linalg.eigh(products)
+            scale = (products.trace() / z.numel()).sqrt()
+            return cls(center.float(), basis.float(), scale.float())
         center = z.mean(0)
         centred = z - center
         _, basis = torch.linalg.eigh(centred.T @ centred)
@@ -641,6 +729,15 @@ def initial_rows(x: Tensor, d_sae: int, generator: torch.Generator) -> Tensor:
     return F.normalize(torch.cat([towards_images, others]), dim=1)
 
 
+def starting_images(z: Tensor, frame: TrainingFrame, generator: torch.Generator) -> Tensor:
+    """Images (n, d_in) in the coordinates of `frame` among which training starts: all of z
+    (N, d_in), or where it is streamed as many as are held in memory, drawn at random."""
+    if not is_streamed(z):
+        return frame.enter(z)
+    order = torch.randperm(len(z), generator=generator, device=generator.device)
+    return frame.enter(z[order[: STREAMED // z.shape[1]]])
+
+
 @torch.no_grad()
 def initial_sae(rows: Tensor, x: Tensor, start_l0: float) -> JumpReLUSAE:
     """Decoder `rows` (d_sae, d_in), the encoder their transpose, every latent active on a share
@@ -654,7 +751,9 @@ def initial_sae(rows: Tensor, x: Tensor, start_l0: float) -> JumpReLUSAE:
     sae.W_dec.copy_(rows)
     projection = x @ sae.W_dec.T  # (N, d_sae)
     rank = int((1 - start_l0 / d_sae) * (len(x) - 1))
-    cut = projection.sort(dim=0).values[rank]  # (d_sae,)
+    columns = [some.T.contiguous() for some in projection.split(1024, dim=1)]
+    cut = torch.cat([some.sort(dim=1).values[:, rank] for some in columns])  # (d_sae,)
+    del columns
     active = (projection > cut).float()
 
     # Activations will be start + length * (projection - cut): least squares for the length.
@@ -741,19 +840,35 @@ def add_rare_gradients(
 
 
 class SAECourse(NamedTuple):
-    """How training went, each (steps,): reconstruction loss (share of variance), L0 of the batch,
-    lambda."""
+    """How training went: the first three (steps,), the others at the `logged_steps` only."""
 
-    loss: Tensor
-    l0: Tensor
-    l0_coefficient: Tensor
+    loss: Tensor  # of the reconstruction, share of variance
+    l0: Tensor  # of the batch
+    l0_coefficient: Tensor  # lambda
+    dead: Tensor  # latents whose moving average of density is below DEAD_BELOW
+    seconds: Tensor  # since training began; a GPU may still have work waiting that was counted
+
+    @classmethod
+    def of(cls, steps: int, device: torch.device) -> SAECourse:
+        points = len(logged_steps(steps))
+        return cls(*torch.zeros(3, steps, device=device), *torch.zeros(2, points, device=device))
+
+
+DEAD_BELOW = 1e-5  # with 128 images in a batch: silent for the last 200 batches or more
+COURSE_POINTS = 100  # about how many steps of a course are kept
+
+
+def logged_steps(n: int) -> range:
+    """About COURSE_POINTS of n steps, the last one included."""
+    every = max(1, n // COURSE_POINTS)
+    return range((n - 1) % every, n, every)
 
 
 class SAETraining:
     """The state of one SAE's training; `step` takes it one batch further.
 
-    x (N, d_in) in the coordinates of `frame`, teacher (N, C) the classifier's logits there,
-    `logits_of` as in `train_sae`.
+    x (N, d_in) in the coordinates of `frame`, teacher (N, C) the classifier's logits there; both
+    are None where z is streamed. `logits_of` as in `train_sae`.
     """
 
     def __init__(
@@ -764,22 +879,40 @@ class SAETraining:
         settings: Settings,
         generator: torch.Generator,
     ):
+        self.z = z
         self.logits_of = logits_of
         self.target = target
         self.settings = settings
         self.frame = TrainingFrame.of(z)
-        self.x = self.frame.enter(z)
-        with torch.no_grad():  # the network may ask for gradients of its weights
-            self.teacher = torch.cat([logits_of(chunk) for chunk in z.split(EVAL_ROWS)])
+        self.x = self.teacher = None
+        x = starting_images(z, self.frame, generator)
+        if not is_streamed(z):
+            self.x = x
+            with torch.no_grad():  # the network may ask for gradients of its weights
+                self.teacher = torch.cat([logits_of(chunk) for chunk in z.split(EVAL_ROWS)])
         d_sae = settings.sae_latents
         start_l0 = l0_target_at(0, target, d_sae)
-        rows = initial_rows(self.x, d_sae, generator)
-        self.sae = initial_sae(rows, self.x[: 16 * settings.batch_sae], start_l0)
+        rows = initial_rows(x, d_sae, generator)
+        self.sae = initial_sae(rows, x[: 16 * settings.batch_sae], start_l0)
         sae = self.sae
         self.optimizer = Adam([sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec])
         self.controller = LambdaController(start_l0, z.device)
         # Moving average of how often each latent fires.
         self.density = torch.full((d_sae,), start_l0 / d_sae, device=z.device)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """x (B, d_in) of the images `index` (B,)"""
+        if self.x is None:
+            return self.frame.enter(self.z[index])
+        return self.x.index_select(0, index)  # faster than self.x[index]
+
+    def teacher_of(self, index: Tensor) -> Tensor:
+        """The classifier's logits (B, C) of the images `index` (B,)"""
+        return self.logits_of(self.z[index]) if self.teacher is None else self.teacher[index]
+
+    def dead(self) -> Tensor:
+        """() how many latents hardly fire any more"""
+        return (self.density < DEAD_BELOW).sum()
 
     @torch.no_grad()
     def step(self, index: Tensor, number: int, progress: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -789,7 +922,7 @@ class SAETraining:
         l0_coefficient = (self.controller.threshold() * self.frame.scale).square()
         sae.threshold.copy_(self.thresholds(l0_target))
 
-        x = self.x.index_select(0, index)  # (B, d_in); faster than self.x[index]
+        x = self.rows(index)  # (B, d_in)
         pre = sae.pre_threshold(x)  # (B, d_sae)
         feature_acts = sae.jump(pre)
         active = feature_acts.sign()  # 1 or 0: activations are positive or 0
@@ -798,7 +931,7 @@ class SAETraining:
         loss = error.square().mean()  # 1 for a constant prediction: x has mean square 1
         d_x_hat = error * (2 / error.numel())
         if settings.head_kl and progress > STEERING.head_from:
-            d_head = head_gradient(self.teacher[index], self.logits_of, self.frame, x_hat)
+            d_head = head_gradient(self.teacher_of(index), self.logits_of, self.frame, x_hat)
             d_x_hat.add_(d_head, alpha=settings.head_kl)
         gradients = sae_gradients(sae, x, feature_acts, active, d_x_hat)
         if number % STEERING.rare_every == 0:
@@ -834,20 +967,26 @@ def train_sae(
     `logits_of` maps standardised preactivations (B, d_in) to the classifier's logits (B, C).
     Raises TrainingError on divergence. The lambda of the course is the base price in
     ||z - z_hat||^2 + sum_k price_k 1[f_k > 0]; rare latents pay less and busy ones more, see
-    `SAETraining.thresholds`.
+    `SAETraining.thresholds`. Of a z that `is_streamed` rows are read when a step needs them, so
+    that it may be mapped from a file, as by `memory_mapped_preactivations`.
     """
     generator = torch.Generator(z.device).manual_seed(settings.seed)
     epochs = scaled_epochs(settings.epochs_sae_final, len(z))
     steps = n_steps(len(z), settings.batch_sae, epochs)
-    course = SAECourse(*torch.zeros(3, steps, device=z.device))
+    course, logged = SAECourse.of(steps, z.device), logged_steps(steps)
     blame = (f"SAE training for {target} actives", "--lr-sae", settings.lr_sae)
 
     training = SAETraining(z, logits_of, target, settings, generator)
     plan = batches(len(z), settings.batch_sae, epochs, generator)
+    started = time.perf_counter()
     for number, index in enumerate(progress_bar(plan, f"SAE, {target} active", steps)):
         measured = training.step(index, number, (number + 0.5) / steps)
-        for record, value in zip(course, measured, strict=True):
+        for record, value in zip(course[:3], measured, strict=True):
             record[number] = value
+        if number in logged:
+            point = logged.index(number)
+            course.dead[point] = training.dead()
+            course.seconds[point] = time.perf_counter() - started
         refuse_divergence(course.loss, number, *blame)
     refuse_bad_weights(training.sae, *blame)
     return training.frame.fold(training.sae), course
@@ -858,13 +997,55 @@ def train_sae(
 # --------------------------------------------------------------------------------------------------
 
 EVAL_ROWS = 4096  # rows at once where preactivations are evaluated: bounds the memory
+EVAL_ENTRIES = 2**21  # activations at once: larger pieces of memory are slow to get
+
+
+def chunks_for(sae: JumpReLUSAE, z: Tensor) -> tuple[Tensor, ...]:
+    """z (N, d_in) in pieces for which an SAE of so many latents is evaluated at once."""
+    return z.split(max(1, min(EVAL_ROWS, EVAL_ENTRIES // len(sae.threshold))))
 
 
 @torch.no_grad()
 def mean_actives(sae: JumpReLUSAE, z: Tensor) -> float:
     """L0: mean number of active features over z (N, d_in)."""
-    active = sum(int((sae.encode(chunk) > 0).sum()) for chunk in z.split(EVAL_ROWS))
+    active = sum(int((sae.encode(chunk) > 0).sum()) for chunk in chunks_for(sae, z))
     return active / len(z)
+
+
+HALF = 2**16  # values of the upper or the lower half of a float's 32 bits
+
+
+def in_order(bits: Tensor) -> Tensor:
+    """The bits of float32 values as int32 in the values' order, and back: its own inverse."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def largest_at(ranks: Tensor, values: Callable[[], Iterable[Tensor]]) -> Tensor | None:
+    """The values of these `ranks` (n,), 1 being the largest, or None where there are fewer.
+
+    `values` gives all of them, float32 in pieces (m,), and is called twice. First they are counted
+    by the upper half of their bits, then by the lower half those that agree with a wanted one in
+    the upper: exact, at a cost proportional to their number and in memory that is not.
+    """
+    upper = torch.zeros(HALF, dtype=torch.int64, device=ranks.device)  # the largest first
+    for some in values():
+        keys = in_order(some.view(torch.int32))
+        upper += torch.bincount(HALF // 2 - 1 - (keys >> 16), minlength=HALF)
+    total = upper.cumsum(0)
+    if total[-1] < ranks.max():
+        return None
+    at = torch.searchsorted(total, ranks)  # the first place with so many
+
+    lower = upper.new_zeros(len(ranks), HALF)
+    for some in values():
+        keys = in_order(some.view(torch.int32))
+        for counts, place in zip(lower, at, strict=True):
+            agree = keys[HALF // 2 - 1 - (keys >> 16) == place]
+            counts += torch.bincount(HALF - 1 - (agree & (HALF - 1)), minlength=HALF)
+    rest = ranks - (total - upper)[at]
+    within = torch.searchsorted(lower.cumsum(1), rest[:, None])[:, 0]
+    keys = ((HALF // 2 - 1 - at) << 16) | (HALF - 1 - within)
+    return in_order(keys.int()).view(torch.float32)
 
 
 @torch.no_grad()
@@ -878,15 +1059,17 @@ def threshold_shift(sae: JumpReLUSAE, z: Tensor, target: float) -> float:
     asked for, the shift is -inf: every threshold becomes 0.
     """
     wanted = round(target * len(z))
-    largest = torch.empty(0, device=z.device)  # the wanted + 1 largest excesses, descending
-    for chunk in z.split(EVAL_ROWS):
-        pre = sae.pre_threshold(chunk)
-        candidates = torch.cat([largest, (pre - sae.threshold)[pre > 0]])
-        largest = candidates.topk(min(wanted + 1, len(candidates))).values
-    if len(largest) <= wanted:
+
+    def excesses() -> Iterator[Tensor]:
+        for chunk in chunks_for(sae, z):
+            pre = sae.pre_threshold(chunk)
+            yield (pre - sae.threshold)[pre > 0]
+
+    ranks = torch.tensor([wanted, wanted + 1], device=z.device)
+    found = largest_at(ranks, excesses)
+    if found is None:
         return -math.inf
-    last_in = largest[wanted - 1].item()  # float64 from here on
-    first_out = largest[wanted].item()
+    last_in, first_out = found.tolist()  # float64 from here on
     return (last_in + first_out) / 2
 
 
@@ -921,7 +1104,7 @@ def feature_usage(sae: JumpReLUSAE, z: Tensor) -> Usage:
     d_sae = len(sae.threshold)
     counts = torch.zeros(d_sae, dtype=torch.int64, device=z.device)
     sums = torch.zeros(d_sae, dtype=torch.float64, device=z.device)
-    for chunk in z.split(EVAL_ROWS):
+    for chunk in chunks_for(sae, z):
         feature_acts = sae.encode(chunk)
         counts += (feature_acts > 0).sum(0)
         sums += feature_acts.sum(0, dtype=torch.float64)
@@ -1311,6 +1494,40 @@ def reusable_stage(folder: Path, name: str, print_of: str, fresh: bool) -> tuple
     return stage, f"{name}: reused, its settings and data did not change (--fresh retrains)"
 
 
+LOG = "run.log.jsonl"  # the course of training, a JSON object a line
+
+
+def log_lines(stage: str, columns: dict[str, list], seconds: list[float]) -> list[dict]:
+    """Lines of run.log.jsonl: the step, the stage, the other columns, the seconds since it began,
+    read without waiting for the device."""
+    lines = []
+    for place, passed in enumerate(seconds):
+        measured = {name: values[place] for name, values in columns.items()}
+        line = {"step": measured.pop("step"), "stage": stage, **measured}
+        lines.append({**line, "seconds": round(passed, 3)})
+    return lines
+
+
+def read_log(folder: Path, stage: str) -> list[dict]:
+    """The lines of a stage; none where there is no log. Raises InputError when it is damaged."""
+    path = folder / LOG
+    if not path.exists():
+        return []
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [line for line in lines if line["stage"] == stage]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); move it away") from error
+
+
+def write_log(folder: Path, stage: str, lines: Sequence[dict]) -> None:
+    """Put the lines of a stage into the folder's log, in place of older ones."""
+    by_stage = {name: read_log(folder, name) for name in ("classifier", "sae")}
+    by_stage[stage] = list(lines)
+    rows = [json.dumps(line, allow_nan=False) for line in itertools.chain(*by_stage.values())]
+    fa.write_whole(folder / LOG, "".join(f"{row}\n" for row in rows).encode())
+
+
 # --------------------------------------------------------------------------------------------------
 # The layout of SAELens 6 (decoderesearch/SAELens), in which the tools of the field exchange SAEs
 # --------------------------------------------------------------------------------------------------
@@ -1493,7 +1710,8 @@ def classifier_stage(
     if news and not quietly:
         print(news)
     if stage is None:
-        model = train_classifier(data.train, settings, len(data.classes))
+        model, log = train_classifier(data.train, settings, len(data.classes))
+        write_log(folder, "classifier", log)
         record = {"fingerprint": print_of, "data": data.source, "settings": decisive}
         stage = save_stage(folder, "classifier", model.state_dict(), record)
     return restored_classifier(stage.tensors).to(device), stage.digest
@@ -1518,16 +1736,11 @@ class TrainedSAE(NamedTuple):
     news: str
 
 
-COURSE_POINTS = 100  # how many points of the course are kept in sae.json
-
-
 def thinned(course: SAECourse) -> dict[str, list]:
-    """The course at about COURSE_POINTS steps, the last one included."""
-    n = len(course.l0)
-    every = max(1, n // COURSE_POINTS)
-    steps = list(range((n - 1) % every, n, every))
-    kept = {name: values[steps].tolist() for name, values in course._asdict().items()}
-    return {"step": steps, **kept}
+    """Loss, L0 and lambda at the `logged_steps`: what sae.json keeps."""
+    steps = list(logged_steps(len(course.l0)))
+    names = SAECourse._fields[:3]
+    return {"step": steps, **{name: getattr(course, name)[steps].tolist() for name in names}}
 
 
 def sae_stage(settings: Settings, target: int, subject: Subject, folder: Path) -> TrainedSAE:
@@ -1543,7 +1756,8 @@ def sae_stage(settings: Settings, target: int, subject: Subject, folder: Path) -
     )
     stage, news = reusable_stage(folder, "sae", print_of, settings.fresh)
     if stage is None:
-        tensors, record = calibrated_sae(settings, target, subject)
+        tensors, record, log = calibrated_sae(settings, target, subject)
+        write_log(folder, "sae", log)
         record = {"fingerprint": print_of, "settings": decisive, **record}
         stage = save_stage(folder, "sae", tensors, record)
     sae = restored_sae(stage.tensors).to(subject.device)
@@ -1554,8 +1768,8 @@ def sae_stage(settings: Settings, target: int, subject: Subject, folder: Path) -
 
 def calibrated_sae(
     settings: Settings, target: int, subject: Subject
-) -> tuple[dict[str, Tensor], dict]:
-    """What sae.safetensors and sae.json hold: an SAE trained and calibrated."""
+) -> tuple[dict[str, Tensor], dict, list[dict]]:
+    """What sae.safetensors, sae.json and run.log.jsonl hold: an SAE trained and calibrated."""
     pre = subject.pre
     with torch_threads(training_threads(settings, subject)):
         before, course = train_sae(pre.standardised("train"), subject.logits_of, target, settings)
@@ -1574,7 +1788,10 @@ def calibrated_sae(
         "lambda": course.l0_coefficient[-1].item(),
         "course": thinned(course),
     }
-    return tensors, record
+    kept = thinned(course)
+    kept["lambda"] = kept.pop("l0_coefficient")
+    kept["dead"] = course.dead.int().tolist()
+    return tensors, record, log_lines("sae", kept, course.seconds.tolist())
 
 
 def train_saes(settings: Settings, subject: Subject, jobs: Jobs) -> dict[int, list[TrainedSAE]]:
@@ -1797,7 +2014,8 @@ def starting_rows(z: Tensor, d_sae: int, seed: int) -> Tensor:
     """Decoder rows (d_sae, d_in) from which training on z (N, d_in) would start, as z has them."""
     generator = torch.Generator(z.device).manual_seed(seed)
     frame = TrainingFrame.of(z)
-    return initial_rows(frame.enter(z), d_sae, generator) @ frame.basis.T
+    x = starting_images(z, frame, generator)
+    return initial_rows(x, d_sae, generator) @ frame.basis.T
 
 
 class Replicates(NamedTuple):
@@ -2263,6 +2481,75 @@ def draw_frontier(records: Sequence[dict], path: Path) -> None:
     draw_curves(path, title, [r["target_actives"] for r in records], panels)
 
 
+class TrainingCurve(NamedTuple):
+    """One panel of training.png."""
+
+    title: str
+    steps: list[int]
+    values: list[float]
+    logarithmic: bool = False
+    aim: float | None = None  # what is asked for
+    turn: float | None = None  # the step from which the classifier's logits count
+
+
+def training_curves(
+    classifier: Sequence[dict], sae: Sequence[dict], target: int, head_kl: float
+) -> list[TrainingCurve]:
+    """What training.png shows of the lines of run.log.jsonl; nothing of a stage without lines."""
+    curves = []
+
+    def add(lines: Sequence[dict], name: str, title: str, *given) -> None:
+        if lines:
+            steps, values = [line["step"] for line in lines], [line[name] for line in lines]
+            curves.append(TrainingCurve(title, steps, values, *given))
+
+    turn = STEERING.head_from * (sae[-1]["step"] + 1) if sae and head_kl else None
+    add(classifier, "loss", "Classifier: cross entropy\nin nats", True)
+    add(sae, "loss", "SAE: share of the variance\nnot reconstructed", True, None, turn)
+    what = f"SAE: active features per image\n(dashed: the {target} asked for)"
+    add(sae, "l0", what, False, target, turn)
+    add(sae, "lambda", "SAE: lambda, the price\nof an active feature", False, None, turn)
+    what = f"SAE: dead latents, firing on\nfewer than 1 in {1 / DEAD_BELOW:,.0f} images"
+    add(sae, "dead", what, False, None, turn)
+    return curves
+
+
+def draw_training(curves: Sequence[TrainingCurve], path: Path) -> None:
+    """A panel for each curve, over the steps of its training."""
+    figure = fa.new_figure(250 * len(curves), 290)
+    figure.set_layout_engine("constrained")
+    words = "How training went; every point is one batch"
+    if any(curve.turn is not None for curve in curves):
+        words += ". Dotted: from here on the classifier's logits count"
+    figure.suptitle(words, fontsize=11)
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axes, curve in zip(panels, curves, strict=True):
+        axes.plot(curve.steps, curve.values, color="#2166ac", linewidth=1.2)
+        if curve.logarithmic:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
+        else:
+            axes.set_ylim(0, 1.05 * max(curve.values) or 1)
+        if curve.aim is not None:
+            axes.axhline(curve.aim, color="#b2182b", linestyle="--", linewidth=1)
+        if curve.turn is not None:
+            axes.axvline(curve.turn, color="#666666", linestyle=":", linewidth=1)
+        axes.set_title(curve.title, fontsize=9.5)
+        axes.set_xlabel("step", fontsize=9)
+        axes.tick_params(labelsize=8.5)
+        axes.grid(alpha=0.3)
+    fa.save_figure(figure, path)
+
+
+def write_training(root: Path, folder: Path, target: int, head_kl: float) -> None:
+    """training.png in the folder of one target, from the logs there and in the run's folder."""
+    logs = read_log(root, "classifier"), read_log(folder, "sae")
+    curves = training_curves(*logs, target, head_kl)
+    if curves:  # there is nothing to draw where someone removed the logs of stages that are reused
+        draw_training(curves, folder / "training.png")
+
+
 def places_to_look(root: Path, settings: Settings, records: Sequence[dict]) -> str:
     """The last lines of a run."""
     lines = ["\nWhere to look next"]
@@ -2279,6 +2566,7 @@ def places_to_look(root: Path, settings: Settings, records: Sequence[dict]) -> s
         if settings.hypotheses:
             tell(folder / "hypotheses.md", "what each feature means, tested, what matters first")
             tell(folder / "influence.png", "who does the work, and how far it is explained")
+        tell(folder / "training.png", "how training went; the log beside it holds the numbers")
         tell(folder / "feature_report.json", "every feature as a table (pandas.read_json)")
     if len(records) > 1:
         tell(root / "frontier.png", "sparsity against fidelity and what returns")
@@ -2362,6 +2650,8 @@ def finish_target(
         notes[k] = panel_notes(by_feature[k], p.replicates, subject, sketch, data.val.images)
     given = (p.folder, telling, p.analysis, p.shown, notes, data.classes)
     drawing = [*p.pictures, jobs.start("panels", fa.write_feature_panels, *given)]
+    given = (Path(settings.out), p.folder, p.target, settings.head_kl)
+    drawing.append(jobs.start("training picture", write_training, *given))
     for k in telling:
         if notes[k].sketch is not None:
             path = p.folder / f"feature_{k}_hypothesis.png"

@@ -52,6 +52,8 @@ SAMPLE_PER_FEATURE = 64  # active images remembered per feature to find those ba
 ROWS = 512  # images that the model is given at once: few enough to stay in the processor's cache
 GRADIENT_ROWS = 32  # images whose gradients, d_in of each, are held at once
 HEAD_ROWS = 4096  # rows that the head is given at once, or n_eval if that is more
+ENTRIES = 2**21  # activations of which several copies are made: larger ones are slow to get
+COUNTED = 2**18  # pairs of features that are counted at once: few enough for the cache
 
 EMPTY_LOADER = "the loader is empty: it must give at least one batch of (images, labels)"
 
@@ -447,6 +449,24 @@ def _on_grid(sums: Tensor) -> Tensor:
     return torch.round(sums * 2**30) / 2**30
 
 
+def _bank_in_blocks(
+    acts: Tensor, labels: Tensor, n_classes: int, first_index: int, topk: int
+) -> FeatureBank:
+    """`_bank_of_batch`, some features at a time where there are many."""
+    blocks = acts.split(max(1, ENTRIES // max(1, len(acts))), dim=1)
+    banks = [_bank_of_batch(some, labels, n_classes, first_index, topk) for some in blocks]
+    if len(banks) == 1:
+        return banks[0]
+    top, sample, histograms, sums, n_images = zip(*banks, strict=True)
+    return FeatureBank(
+        top=Examples(*(torch.cat(columns) for columns in zip(*top, strict=True))),
+        sample=Examples(*(torch.cat(columns) for columns in zip(*sample, strict=True))),
+        label_histogram=torch.cat(histograms),
+        activation_sum=torch.cat(sums),
+        n_images=n_images[0],
+    )
+
+
 def merge_feature_banks(a: FeatureBank, b: FeatureBank) -> FeatureBank:
     """The bank of two disjoint sets of images, as if it had been collected over both at once.
 
@@ -498,8 +518,7 @@ def collect_feature_bank(
 
     `topk` strongest examples are kept of each feature; `first_index` is the index of the loader's
     first image, for banks that will be merged; these are not `whole`, and may be of fewer images
-    than topk. Memory grows with batch size x d_sae and d_sae x topk, never with the number of
-    images.
+    than topk. Memory grows with d_sae x topk, never with the number of images.
 
     Raises ValueError for shapes that do not fit, an empty loader, labels that are no class indices,
     and for a topk that is not between 1 and the number of images.
@@ -513,10 +532,12 @@ def collect_feature_bank(
         raw = layer.raw(images)
         n_classes = layer.logits_from_raw(raw[:1]).shape[1]
         labels = _class_indices(images, labels.to(mu.device), n_classes)
-        acts = sae.encode((raw - mu) / std)
-        part = _bank_of_batch(acts, labels, n_classes, first_index, topk)
-        bank = part if bank is None else merge_feature_banks(bank, part)
-        first_index += len(labels)
+        at_once = max(ROWS, ENTRIES // layer.d_sae)
+        for some, own in zip(raw.split(at_once), labels.split(at_once), strict=True):
+            acts = sae.encode((some - mu) / std)
+            part = _bank_in_blocks(acts, own, n_classes, first_index, topk)
+            bank = part if bank is None else merge_feature_banks(bank, part)
+            first_index += len(own)
 
     if bank is None or bank.n_images == 0:
         raise ValueError(EMPTY_LOADER)
@@ -555,22 +576,42 @@ class Activity(NamedTuple):
         return torch.repeat_interleave(torch.arange(len(self.n_active)), self.n_active)
 
 
+def _with(column: Tensor, new: Tensor, n: int) -> Tensor:
+    """A column (capacity,) with `new` (m,) after its first n values; twice as large when full.
+
+    Pieces kept in a list would lie between the large arrays that come and go, and memory with such
+    holes grows without end.
+    """
+    if n + len(new) > len(column):
+        column = torch.cat([column, column.new_empty(len(column) + len(new))])
+    column[n : n + len(new)] = new
+    return column
+
+
 @torch.no_grad()
 def collect_activity(layer: ExplainedLayer, images: Tensor, labels: Tensor) -> Activity:
     """The activity of every feature on images (N, ...) with labels (N,), on the CPU.
 
-    Memory for N x d_sae activations is needed. Raises ValueError for shapes that do not fit, labels
-    that are no class indices, and for no images.
+    Memory grows with the pairs. Raises ValueError for shapes that do not fit, labels that are no
+    class indices, and for no images.
     """
     layer = ExplainedLayer.checked(*layer)
     labels = _class_indices(images, labels).cpu()
     if len(images) == 0:
         raise ValueError("there are no images: give at least one")
-    acts = torch.cat([layer.feature_acts(batch).cpu() for batch in images.split(ROWS)])
-    feature, image = (acts > 0).T.nonzero().unbind(1)
+    columns, n_pairs, at_once = None, 0, max(1, min(ROWS, ENTRIES // layer.d_sae))
+    for number, batch in enumerate(images.split(at_once)):
+        acts = layer.feature_acts(batch).cpu()
+        image, feature = (acts > 0).nonzero().unbind(1)
+        new = (feature, number * at_once + image, acts[image, feature])
+        columns = columns or [column[:0] for column in new]
+        columns = [_with(*given, n_pairs) for given in zip(columns, new, strict=True)]
+        n_pairs += len(feature)
+    feature, image, activation = (column[:n_pairs] for column in columns)
     counts = torch.bincount(feature, minlength=layer.d_sae)
     start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    return Activity(start, image, acts[image, feature], labels)
+    order = torch.argsort(feature, stable=True)  # images stay ascending within a feature
+    return Activity(start, image[order], activation[order], labels)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -890,22 +931,40 @@ def nearest_features(W_dec: Tensor) -> NearestFeatures:
     return NearestFeatures(torch.cat(features).cpu(), torch.cat(cosines).cpu())
 
 
-def _images_in_common(activity: Activity, columns: int = 128) -> Tensor:
-    """(d_sae, d_sae) how many images fire both; memory for N x columns at a time."""
-    d_sae = len(activity.n_active)
-    feature = activity.feature
-    common = torch.zeros(d_sae, d_sae)
-    for first in range(0, d_sae, columns):
-        last = min(first + columns, d_sae)
-        pairs = slice(int(activity.start[first]), int(activity.start[last]))
-        active = torch.zeros(len(activity.labels), last - first)
-        active[activity.image[pairs], feature[pairs] - first] = 1
+class _ByImage(NamedTuple):
+    """The pairs of an Activity in the order of their images."""
 
-        # For every feature, the sum of the rows of those images that fire it.
-        common[:, first:last] = torch.nn.functional.embedding_bag(
-            activity.image, active, activity.start[:-1], mode="sum"
-        )
-    return common
+    start: Tensor  # (N + 1,) int64; the pairs of image i are start[i] .. start[i + 1] - 1
+    feature: Tensor  # (P,) int32
+
+    @classmethod
+    def of(cls, activity: Activity) -> _ByImage:
+        counts = torch.bincount(activity.image, minlength=len(activity.labels))
+        start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        order = torch.argsort(activity.image, stable=True)
+        return cls(start, activity.feature.int()[order])
+
+
+def _images_in_common(activity: Activity, by_image: _ByImage, first: int, last: int) -> Tensor:
+    """(last - first, d_sae) int32, how many images fire both, for the features first .. last - 1.
+
+    Sparse: each pair of such a feature and an image counts the features that the image fires.
+    """
+    d_sae = len(activity.n_active)
+    common = torch.zeros((last - first) * d_sae, dtype=torch.int32)
+    pairs = slice(int(activity.start[first]), int(activity.start[last]))
+    row = torch.repeat_interleave(torch.arange(last - first), activity.n_active[first:last])
+    fires = by_image.start.diff()  # (N,) features of each image
+    at_once = max(1, COUNTED // max(1, int(fires.max())))
+    for image, own in zip(activity.image[pairs].split(at_once), row.split(at_once), strict=True):
+        n = fires[image]
+        end = n.cumsum(0)
+        repeated = functools.partial(torch.repeat_interleave, repeats=n, output_size=int(n.sum()))
+        place = torch.arange(int(n.sum()))
+        place += repeated(by_image.start[image] - end + n)
+        both = repeated(own * d_sae) + by_image.feature[place]
+        common.index_add_(0, both, torch.ones_like(both, dtype=torch.int32))
+    return common.view(-1, d_sae)
 
 
 def most_alike(similarity: Tensor, own: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -913,6 +972,13 @@ def most_alike(similarity: Tensor, own: Tensor, n: int) -> tuple[Tensor, Tensor]
     others = similarity.scatter(1, own[:, None], -2.0)
     best = others.topk(min(n, similarity.shape[1] - 1), dim=1)
     return best.indices, best.values
+
+
+def most_alike_rows(unit: Tensor, own: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """`most_alike` by the products of the rows `own` (F,) of unit (d_sae, d_in) with all rows."""
+    found = [most_alike(unit[some] @ unit.T, some, n) for some in own.split(ROWS)]
+    columns, values = zip(*found, strict=True)
+    return torch.cat(columns), torch.cat(values)
 
 
 def firing_together(activity: Activity, n: int) -> tuple[Tensor, Tensor]:
@@ -927,9 +993,14 @@ def firing_together(activity: Activity, n: int) -> tuple[Tensor, Tensor]:
     share = activity.n_active / n_images
     spread = (share * (1 - share)).sqrt()
 
-    covariance = _images_in_common(activity) / n_images - torch.outer(share, share)
-    correlation = covariance / torch.outer(spread, spread).clamp(min=1e-9)
-    return most_alike(correlation, torch.arange(len(share)), n)
+    by_image, found = _ByImage.of(activity), []
+    for some in torch.arange(len(share)).split(ROWS):  # (ROWS, d_sae) at a time
+        common = _images_in_common(activity, by_image, int(some[0]), int(some[-1]) + 1)
+        covariance = common / n_images - torch.outer(share[some], share)
+        correlation = covariance / torch.outer(spread[some], spread).clamp(min=1e-9)
+        found.append(most_alike(correlation, some, n))
+    others, correlations = zip(*found, strict=True)
+    return torch.cat(others), torch.cat(correlations)
 
 
 def pattern_roughness(heats: Tensor) -> Tensor:
@@ -949,6 +1020,7 @@ def pattern_roughness(heats: Tensor) -> Tensor:
 
 
 ALIKE = 0.7  # cosine and correlation from which two features are the same
+MATCHED = 1024  # features whose similarities to all others are held at once
 
 
 class Matches(NamedTuple):
@@ -970,46 +1042,53 @@ class Matches(NamedTuple):
         return self.similarity >= ALIKE
 
 
-def _correlations(layer: ExplainedLayer, images: Tensor, other) -> Tensor:
-    """Pearson correlations over images of the features with those of `other`: (d_sae, d_other).
+def _correlations(layer: ExplainedLayer, images: Tensor, other, own: slice) -> Tensor:
+    """Pearson correlations over images of n features, `own`, with those of `other`: (n, d_other).
 
     0 for a feature that does not vary. Activations are taken from about their mean, that of the
     first batch, or the products of a feature that fires strongly everywhere would lose the digits
     that say how it varies.
     """
-    d_sae = layer.d_sae
+    n, d_other = len(range(layer.d_sae)[own]), len(other.W_dec)
     about = None
-    total = square = product = 0.0
-    for batch in images.split(4 * ROWS):
+    total = square = 0.0
+    product = torch.zeros(n, d_other, dtype=torch.float64, device=layer.mu.device)
+    for batch in images.split(max(ROWS, min(4 * ROWS, ENTRIES // (n + d_other)))):
         z = layer.standardised(batch)
-        acts = torch.cat([layer.sae.encode(z), other.encode(z)], 1)
+        acts = torch.cat([layer.sae.encode(z)[:, own], other.encode(z)], 1)
         if about is None:
             about = acts.mean(0)
         acts = acts - about
         total = total + acts.sum(0).double()
         square = square + acts.square().sum(0).double()
-        product = product + (acts[:, :d_sae].T @ acts[:, d_sae:]).double()
+        product += acts[:, :n].T @ acts[:, n:]
 
     mean = total / len(images)
     spread = (square / len(images) - mean.square()).clamp(min=0).sqrt()
-    covariance = product / len(images) - mean[:d_sae, None] * mean[d_sae:]
-    spreads = spread[:d_sae, None] * spread[d_sae:]
-    return (covariance / spreads.clamp(min=1e-12)).float()
+    product /= len(images)
+    product -= torch.outer(mean[:n], mean[n:])  # the covariance
+    product /= torch.outer(spread[:n], spread[n:]).clamp_(min=1e-12)
+    return product.float()
 
 
 @torch.no_grad()
 def match_features(layer: ExplainedLayer, images: Tensor, other) -> Matches:
     """Counterparts of the features of the layer's SAE among those of `other`, on the CPU.
 
-    `other` is an SAE of the same preactivations, images (N, ...).
+    `other` is an SAE of the same preactivations, images (N, ...). MATCHED features at a time are
+    compared with all others, each time over all images.
     """
     unit = torch.nn.functional.normalize(layer.sae.W_dec.detach(), dim=1)
     other_unit = torch.nn.functional.normalize(other.W_dec.detach(), dim=1)
-    cosine = (unit @ other_unit.T).cpu()
-    correlation = _correlations(layer, images, other).cpu()
-    best = torch.minimum(cosine, correlation).argmax(1)
-    each = torch.arange(len(best))
-    return Matches(best, cosine[each, best], correlation[each, best])
+    found = []
+    for first in range(0, len(unit), MATCHED):
+        own = slice(first, first + MATCHED)
+        cosine = (unit[own] @ other_unit.T).cpu()
+        correlation = _correlations(layer, images, other, own).cpu()
+        best = torch.minimum(cosine, correlation).argmax(1)
+        each = torch.arange(len(best))
+        found.append((best, cosine[each, best], correlation[each, best]))
+    return Matches(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
 class Return(NamedTuple):

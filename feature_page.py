@@ -187,7 +187,7 @@ def _entries(
     """
     own = torch.tensor([record["feature"] for record in records], dtype=torch.int64)
     unit = torch.nn.functional.normalize(sae.W_dec.detach().cpu(), dim=1)
-    near = _named(fa.most_alike(unit[own] @ unit.T, own, NEIGHBOURS))
+    near = _named(fa.most_alike_rows(unit, own, NEIGHBOURS))
     together = _named(fa.firing_together(shown.activity, NEIGHBOURS))
     threshold = getattr(sae, "threshold", torch.zeros(len(largest)))
 

@@ -321,7 +321,7 @@ def find_set(root: Path) -> Path | None:
     return found[0] if found else None
 
 
-def download_mnist(data_dir: Path) -> None:
+def download_images(data_dir: Path) -> None:
     """Fetch MNIST into `data_dir`/MNIST/raw; half a download never stays there.
 
     Raises whatever torchvision's import or the network raises; the caller turns it into words.
@@ -408,7 +408,7 @@ def find_images(where: str) -> Path | None:
 def downloaded(root: Path) -> Path | None:
     """MNIST, fetched into `root`; None, and a line that says why, where that fails."""
     try:
-        download_mnist(root)
+        download_images(root)
     except Exception as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         print(

@@ -3,6 +3,7 @@
     python tests/benchmark.py --data DIR     # DIR holds MNIST/raw; some three minutes on two cores
     python tests/benchmark.py --data sample  # the bundled 5,000 digits
     python tests/benchmark.py --repeats 3    # median of three trainings instead of one
+    python tests/benchmark_large.py          # up to a million rows x 16,384 latents
 
 Prints a table per section and writes them all as JSON. Exit status: 1 when feature_analysis and
 the plain reference disagree, 2 when an argument or the data cannot be used or the command fails,
@@ -427,7 +428,7 @@ def training_stages(
     """From the files to an SAE, and what the classifier loses through it."""
     data = clock.run("data", None, load_images, settings.data, settings.seed, clock.device)
     s = shapes_of(data, settings)
-    model = clock.run(
+    model, _ = clock.run(
         "classifier", s.classifier(settings), driver.train_classifier, data.train, settings
     )
     pre = clock.run(
@@ -559,7 +560,7 @@ class Batch(NamedTuple):
     @classmethod
     def of(cls, course: Course) -> Batch:
         training, index = course.training, course.plan[-1]
-        sae, x = training.sae, training.x[index]
+        sae, x = training.sae, training.rows(index)
         pre = sae.pre_threshold(x)
         feature_acts = sae.jump(pre)
         active = feature_acts.sign()
@@ -587,7 +588,7 @@ class Batch(NamedTuple):
 
     def head(self) -> None:
         t = self.training
-        driver.head_gradient(t.teacher[self.index], t.logits_of, t.frame, self.x_hat)
+        driver.head_gradient(t.teacher_of(self.index), t.logits_of, t.frame, self.x_hat)
 
     def rare(self) -> None:
         t = self.training
@@ -602,7 +603,7 @@ class Batch(NamedTuple):
         """Thresholds and images of the next step, the decoder's norms, densities, lambda."""
         t = self.training
         t.sae.threshold.copy_(t.thresholds(TARGET))
-        t.x.index_select(0, self.index)
+        t.rows(self.index)
         t.sae.W_dec.div_(t.sae.W_dec.norm(dim=1, keepdim=True))
         fired = self.active.mean(0)
         t.density.lerp_(fired, 0.01)

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 import feature_analysis as fa
 import feature_confirmation as fc
@@ -48,6 +49,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
     for name in contents:
         if name.endswith(".html"):
             contents[name] = re.sub(rb'"diagnoses":\[.*?\]', b"", contents[name])
+        if name.endswith("run.log.jsonl"):
+            contents[name] = re.sub(rb', "seconds": [0-9.]+', b"", contents[name])
     return contents
 
 
@@ -115,6 +118,22 @@ def test_course_of_lambda_is_recorded(first):
     assert len(course["step"]) == len(course["l0"]) == len(course["l0_coefficient"]) >= 50
     assert course["l0_coefficient"][-1] == pytest.approx(stage["lambda"])
     assert course["l0"][0] > 2 * 8 > course["l0"][-1]
+
+
+def test_the_course_of_training_is_logged_and_drawn(first):
+    folder, _ = first
+    lines = [json.loads(line) for line in (folder / "run.log.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in lines} == {"classifier", "sae"}
+    sae = [line for line in lines if line["stage"] == "sae"]
+    stage = driver.read_stage(folder, "sae").record
+    for key, name in {"loss": "loss", "l0": "l0", "l0_coefficient": "lambda"}.items():
+        assert [line[name] for line in sae] == stage["course"][key]
+    assert sae[-1]["lambda"] == stage["lambda"]
+    assert [line["step"] for line in sae] == stage["course"]["step"]
+    seconds = [line["seconds"] for line in sae]
+    assert seconds == sorted(seconds)
+    assert all(0 <= line["dead"] <= 64 for line in sae)
+    assert Image.open(folder / "training.png").size == (1250, 290)
 
 
 def test_report_is_a_table_sorted_by_rate(first):
@@ -191,6 +210,7 @@ def test_fidelity_beside_pca_from_the_saved_weights(first):
 def test_the_second_run_reuses_and_the_fresh_one_agrees_byte_for_byte(first, tmp_path):
     folder, _ = first
     before = files_of(folder)
+    (folder / "training.png").unlink()
     again = run_script(*SMALL, "--out", folder)
     assert "classifier: reused" in again.stdout
     assert "sae: reused" in again.stdout
@@ -510,7 +530,7 @@ def trained(seed: int, target: int, cache: dict) -> dict:
     with driver.torch_threads(1):
         if seed not in cache:
             data = md.load_images(os.environ["MNIST_DATA"], seed)
-            model = driver.train_classifier(data.train, settings)
+            model, _ = driver.train_classifier(data.train, settings)
             pre = driver.collect_preactivations(model, data, settings.normalize_z)
             cache[seed] = data, driver.Subject(model, "", pre, data.source, data.digest)
         data, subject = cache[seed]

@@ -188,10 +188,12 @@ def test_scene_has_the_cases_the_slow_loop_should_meet(scene):
 
 
 @pytest.mark.parametrize("batch_size", [1, N])
-def test_bank_is_independent_of_batch_size(scene, batch_size):
-    exactly(
-        fa.collect_feature_bank(*scene.given(batch_size)), fa.collect_feature_bank(*scene.given(16))
-    )
+def test_bank_is_independent_of_batch_size(scene, batch_size, monkeypatch):
+    bank = fa.collect_feature_bank(*scene.given(16))
+    exactly(fa.collect_feature_bank(*scene.given(batch_size)), bank)
+    monkeypatch.setattr(fa, "ENTRIES", 21)  # a batch is taken in pieces, of rows and of features
+    monkeypatch.setattr(fa, "ROWS", 7)
+    exactly(fa.collect_feature_bank(*scene.given(batch_size)), bank)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
@@ -608,6 +610,30 @@ def test_firing_together_is_the_correlation_of_numpy(d_sae):
     assert (correlation[-1] == 0).all()  # silent
 
 
+def test_neighbours_do_not_depend_on_how_many_are_held_at_once(monkeypatch):
+    acts = torch.randn(200, 24, generator=torch.Generator().manual_seed(0)).relu()
+    acts[:50] = 0  # images that fire nothing
+    activity, W_dec = activity_of(acts.tolist()), torch.randn(24, 6)
+    unit, own = torch.nn.functional.normalize(W_dec, dim=1), torch.tensor([20, 3, 4, 5, 6, 7])
+    together, alike = fa.firing_together(activity, 3), fa.most_alike_rows(unit, own, 4)
+    cosine = (unit @ unit.T).numpy()
+    np.fill_diagonal(cosine, -2)
+    assert alike[0].tolist() == np.argsort(-cosine[own], axis=1)[:, :4].tolist()
+    monkeypatch.setattr(fa, "ROWS", 5)
+    monkeypatch.setattr(fa, "COUNTED", 30)
+    for some, whole in zip(fa.firing_together(activity, 3), together, strict=True):
+        exactly(some, whole)
+    assert fa.most_alike_rows(unit, own, 4)[0].tolist() == alike[0].tolist()
+    assert_close(fa.most_alike_rows(unit, own, 4)[1], alike[1])
+
+
+def test_images_in_common_are_counted():
+    acts = torch.randn(90, 11, generator=torch.Generator().manual_seed(0)).relu()
+    activity, fires = activity_of(acts.tolist()), (acts > 0).int()
+    common = fa._images_in_common(activity, fa._ByImage.of(activity), 4, 9)
+    exactly(common, (fires.T @ fires)[4:9])
+
+
 def test_a_single_feature_has_no_neighbours():
     partner, correlation = fa.firing_together(activity_of([[1.0], [0.0]]), 3)
     assert partner.shape == correlation.shape == (1, 0)
@@ -809,9 +835,10 @@ def test_negative_activations_are_no_activity():
     assert_close(bank.activation_sum, acts.clamp(min=0).double().sum(0))
 
 
-@pytest.mark.parametrize("rows", [fa.ROWS, 5])
-def test_the_same_sae_in_another_order_returns(scene, rows, monkeypatch):
+@pytest.mark.parametrize(("rows", "matched"), [(fa.ROWS, fa.MATCHED), (5, 2)])
+def test_the_same_sae_in_another_order_returns(scene, rows, matched, monkeypatch):
     monkeypatch.setattr(fa, "ROWS", rows)
+    monkeypatch.setattr(fa, "MATCHED", matched)
     order = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(0))
     W_enc, b_enc, threshold, W_dec = scene.sae
     mixed = SAE(W_enc[:, order], b_enc[order], threshold[order], W_dec[order])

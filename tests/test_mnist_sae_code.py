@@ -1,6 +1,7 @@
 """MNIST_SAE_code.py: settings, the SAE and its calibration, fidelity, jobs, saved stages."""
 
 import hashlib
+import json
 import math
 import os
 import pickle
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import feature_analysis as fa
 import MNIST_SAE_code as driver
 from mnist_data import Split, load_images
 from MNIST_SAE_code import InputError, JumpReLUSAE, Settings, TrainingError, TrainingFrame
@@ -177,12 +179,16 @@ def test_classifier_learns_and_leaves_the_global_generator_alone():
     torch.manual_seed(5)
     expected_next = torch.rand(1).item()
     torch.manual_seed(5)
-    model, again = (driver.train_classifier(train, settings) for _ in range(2))
+    (model, log), (again, _) = (driver.train_classifier(train, settings) for _ in range(2))
     assert torch.rand(1).item() == expected_next
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
     assert (model(train.images).argmax(1) == train.labels).float().mean() > 0.95
-    other = driver.train_classifier(train, Settings(epochs_ffn=1, batch_ffn=64, seed=1))
+    n = driver.n_steps(len(train.labels), 64, driver.scaled_epochs(1, len(train.labels)))
+    assert [line["step"] for line in log] == list(driver.logged_steps(n))
+    assert log[0]["loss"] == pytest.approx(math.log(10), abs=0.3) != log[-1]["loss"] < 0.3
+    assert log[0].keys() == {"step", "stage", "loss", "seconds"}
+    other, _ = driver.train_classifier(train, Settings(epochs_ffn=1, batch_ffn=64, seed=1))
     assert not torch.equal(model.hidden.weight, other.hidden.weight)
 
 
@@ -276,6 +282,15 @@ def test_initial_sae_fires_as_often_as_asked_and_has_the_best_length():
         other.b_enc.copy_(start + factor * (sae.b_enc - start))
         assert ((other.encode(x) > 0) != (sae.encode(x) > 0)).sum() <= 64  # those at the threshold
         assert (x - other(x)).square().sum() > best
+
+
+def test_many_latents_start_with_the_density_asked_for():
+    x = torch.randn(501, 16, generator=generator())
+    rows = F.normalize(torch.randn(1100, 16, generator=generator(1)), dim=1)
+    sae = driver.initial_sae(rows, x, start_l0=220)
+    expected = np.quantile((x @ rows.T).double().numpy(), 0.8, axis=0)  # at the rank 400 of 500
+    cut = (sae.threshold - sae.b_enc) / (sae.W_enc * rows.T).sum(0)  # pre crosses the threshold
+    assert cut.numpy() == pytest.approx(expected, abs=1e-4)
 
 
 def test_initial_rows_point_towards_different_images():
@@ -550,6 +565,48 @@ def test_the_shift_does_not_depend_on_how_images_are_cut(monkeypatch):
     assert driver.threshold_shift(sae, z, 3) == pytest.approx(whole, abs=1e-6)
 
 
+def shift_by_sorting(sae: JumpReLUSAE, z: torch.Tensor, target: float) -> float:
+    """Between the last excess that is wanted and the next one, all of them sorted."""
+    pre = sae.pre_threshold(z)
+    excess = np.sort((pre - sae.threshold)[pre > 0].numpy())[::-1].astype(np.float64)
+    wanted = round(target * len(z))
+    return (excess[wanted - 1] + excess[wanted]) / 2
+
+
+@pytest.mark.parametrize("digits", [1, 6])  # with one digit most excesses tie
+def test_the_shift_is_exactly_that_of_sorting(digits, monkeypatch):
+    monkeypatch.setattr(driver, "EVAL_ROWS", 77)
+    z = torch.randn(1000, 6, generator=generator(1))
+    sae = random_sae()
+    sae.W_enc.mul_(10**digits).round_().div_(10**digits)
+    z = (10**digits * z).round() / 10**digits
+    for target in (0.001, 0.5, 2, 3.3):
+        assert driver.threshold_shift(sae, z, target) == shift_by_sorting(sae, z, target)
+
+
+def test_the_values_of_ranks_are_those_of_sorting():
+    special = torch.tensor([0.0, 1e-45, -1e-45, 1e-38, -1e-38, 1.0, 1.0, torch.inf, -torch.inf])
+    values = torch.cat([special, 10 ** (10 * torch.randn(500, generator=generator()))])
+    values = torch.cat([values, -values[:300]])
+    expected = values.sort(descending=True).values
+    ranks = torch.arange(1, len(values) + 1)
+    assert torch.equal(driver.largest_at(ranks, lambda: values.split(64)), expected)
+    assert driver.largest_at(ranks + 1, lambda: [values]) is None
+    bits = torch.tensor([-(2**31), -1, 0, 1, 2**31 - 1], dtype=torch.int32)
+    assert torch.equal(driver.in_order(driver.in_order(bits)), bits)
+
+
+def test_many_latents_are_evaluated_in_smaller_pieces(monkeypatch):
+    sae, z = random_sae(), torch.randn(1000, 6, generator=generator(1))
+    whole = (driver.feature_usage(sae, z), driver.mean_actives(sae, z))
+    monkeypatch.setattr(driver, "EVAL_ENTRIES", 9 * 20)
+    assert {len(chunk) for chunk in driver.chunks_for(sae, z)} == {20}
+    density, mean = driver.feature_usage(sae, z)
+    assert torch.equal(density, whole[0].feature_density)
+    assert torch.allclose(mean, whole[0].mean_activation)
+    assert driver.mean_actives(sae, z) == whole[1]
+
+
 def test_thresholds_stay_at_zero_or_above():
     sae, z = random_sae(), torch.randn(1000, 6, generator=generator(1))
     positive = int((sae.pre_threshold(z) > 0).sum())
@@ -579,6 +636,130 @@ def test_ties_are_left_out_together():
     for wanted, reached in ((1, 1), (2, 1), (3, 1), (4, 4), (5, 5)):
         adjusted, _ = driver.adjust_thresholds(sae, z, wanted / 5)
         assert actives(adjusted, z) == reached, wanted
+
+
+# --- Preactivations in a file, and the course -----------------------------------------------------
+
+
+class Doubled:
+    """A model whose preactivations are twice its inputs."""
+
+    def preactivations(self, images):
+        return 2 * images
+
+
+def test_preactivations_in_a_file_are_the_standardised_ones(tmp_path):
+    images = 3 * torch.randn(1000, 5, generator=generator()) + 100
+    images[:, 2] = 7  # a unit that never varies
+    loader = [(some, None) for some in images.split(300)]
+    path = tmp_path / "z.f32"
+    z, mu, std = driver.memory_mapped_preactivations(Doubled(), loader, path)
+    raw = 2 * images.double().numpy()
+    expected = raw.std(0, ddof=1)
+    expected[2] = 1
+    assert mu.numpy() == pytest.approx(raw.mean(0), rel=1e-6)
+    assert std.numpy() == pytest.approx(expected, rel=1e-6)
+    assert z.numpy() == pytest.approx((raw - raw.mean(0)) / expected, abs=1e-4)
+    assert np.array_equal(np.fromfile(path, np.float32).reshape(1000, 5), z.numpy())
+    assert [file.name for file in tmp_path.iterdir()] == ["z.f32"]
+
+    some = [(images[:10], None)]
+    other = driver.memory_mapped_preactivations(Doubled(), some, tmp_path / "other", (mu, std))
+    assert torch.equal(other.z, z[:10])
+    with pytest.raises(ValueError, match="the loader is empty"):
+        driver.memory_mapped_preactivations(Doubled(), [], path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_training_on_rows_that_are_streamed(tmp_path, monkeypatch):
+    z = synthetic_z()
+    z.numpy().tofile(tmp_path / "z.f32")
+    settings = Settings(target_actives=(5,), **TOY)
+    usual, plain = TrainingFrame.of(z), driver.train_sae(z, head, 5, settings)[0]
+    monkeypatch.setattr(driver, "STREAMED", 1000 * 16)
+    mapped = driver.map_rows(tmp_path / "z.f32", 16)
+    frame = TrainingFrame.of(mapped)
+    assert torch.allclose(frame.center, usual.center, atol=1e-6)
+    assert torch.allclose(frame.scale, usual.scale)
+    turned = (frame.basis.T @ usual.basis).abs()  # an eigenvector's sign is free
+    assert torch.allclose(turned, torch.eye(16), atol=1e-3)
+
+    training = driver.SAETraining(mapped, head, 5, settings, generator())
+    assert training.x is None
+    assert training.teacher is None
+    index = torch.tensor([3, 3999, 17])
+    assert torch.allclose(training.rows(index), frame.enter(z)[index], atol=1e-5)
+    assert torch.equal(training.teacher_of(index), head(z)[index])
+    x = driver.starting_images(mapped, frame, generator())
+    assert len(x) == 1000
+    distance = torch.cdist(frame.leave(x), z).amin(1)
+    assert distance.max() < 1e-2  # all are images
+
+    before = (tmp_path / "z.f32").read_bytes()
+    sae, _ = driver.train_sae(mapped, head, 5, settings)
+    assert driver.mean_actives(sae, z) == pytest.approx(5, rel=0.08)
+    assert fvu_of(sae, z) < 1.2 * fvu_of(plain, z)
+    assert (tmp_path / "z.f32").read_bytes() == before
+
+
+def test_logged_steps_end_with_the_last():
+    for n in (1, 99, 100, 101, 250, 1875, 7813):
+        steps = driver.logged_steps(n)
+        assert steps[-1] == n - 1
+        assert min(n, 100) <= len(steps) < 200
+        assert steps[0] >= 0
+
+
+def test_dead_latents_are_those_whose_density_is_tiny():
+    training = driver.SAETraining(synthetic_z(400), head, 5, Settings(**TOY), generator())
+    assert training.dead() == 0
+    training.density[:7] = torch.tensor([0, 9e-6, 1.1e-5, 1e-4, 0.5, 1, 0])
+    assert training.dead() == 3
+    # A latent that has fired on one of 128 images counts as dead after 206 silent batches.
+    silent = math.log(driver.DEAD_BELOW * 128 / 0.01) / math.log(0.99)
+    assert silent == pytest.approx(205, abs=1)
+
+
+def test_the_log_keeps_each_stage_once(tmp_path):
+    assert driver.read_log(tmp_path, "sae") == []
+    columns = {"step": [0, 9], "loss": [2.0, 0.5], "dead": [0, 3]}
+    lines = driver.log_lines("sae", columns, [0.12345, 1.0])
+    assert lines == [
+        {"step": 0, "stage": "sae", "loss": 2.0, "dead": 0, "seconds": 0.123},
+        {"step": 9, "stage": "sae", "loss": 0.5, "dead": 3, "seconds": 1.0},
+    ]
+    other = driver.log_lines("classifier", {"step": [4], "loss": [1.5]}, [2.0])
+    driver.write_log(tmp_path, "sae", lines)
+    driver.write_log(tmp_path, "classifier", other)
+    driver.write_log(tmp_path, "sae", lines[1:])
+    written = (tmp_path / driver.LOG).read_text().splitlines()
+    assert [json.loads(line) for line in written] == [*other, lines[1]]
+    (tmp_path / driver.LOG).write_text("{")
+    with pytest.raises(InputError, match=r"run\.log\.jsonl is damaged .*; move it away"):
+        driver.read_log(tmp_path, "sae")
+
+
+def test_the_picture_shows_the_log(tmp_path, monkeypatch):
+    classifier = driver.log_lines("classifier", {"step": [4], "loss": [1.5]}, [2.0])
+    columns = {"step": [0, 9], "loss": [2.0, 0.5], "l0": [30, 6], "lambda": [3, 4], "dead": [0, 1]}
+    sae = driver.log_lines("sae", columns, [1.0, 2.0])
+    curves = driver.training_curves(classifier, sae, 5, 0.15)
+    assert [curve.values for curve in curves] == [[1.5], *list(columns.values())[1:]]
+    assert [curve.steps for curve in curves] == [[4], *4 * [[0, 9]]]
+    assert [curve.aim for curve in curves] == [None, None, 5, None, None]
+    assert {curve.turn for curve in curves[1:]} == {5}
+    assert len(driver.training_curves([], sae, 5, 0)) == 4
+    assert driver.training_curves([], sae, 5, 0)[0].turn is None
+
+    drawn = []
+    monkeypatch.setattr(fa, "save_figure", lambda figure, path: drawn.append(figure))
+    driver.draw_training(curves, tmp_path / "training.png")
+    panels = drawn[0].axes
+    assert [panel.get_title() for panel in panels] == [curve.title for curve in curves]
+    assert panels[2].lines[0].get_ydata().tolist() == [30, 6]
+    assert panels[2].lines[1].get_ydata() == [5, 5]
+    driver.write_training(tmp_path, tmp_path, 5, 0.15)
+    assert len(drawn) == 1  # without a log there is nothing to draw
 
 
 # --- Fidelity -------------------------------------------------------------------------------------
@@ -782,6 +963,7 @@ def test_what_cannot_be_sent_is_refused_at_once():
 
 PARENT = """
 import sys, time
+import feature_analysis as fa
 import MNIST_SAE_code as driver
 import os
 if __name__ == "__main__":
