@@ -240,7 +240,7 @@ LARGEST = {  # of a setting; beyond, numbers overflow, or steps are no longer st
     **dict.fromkeys("sae_latents hidden_units batch_sae batch_ffn topk n_eval".split(), 10**8),
     **dict.fromkeys("epochs_sae_final epochs_ffn features".split(), 10**8),
     **dict.fromkeys("stability_seeds workers".split(), 1000),
-    **dict.fromkeys("lr_sae lr_ffn".split(), 10**38),
+    **dict.fromkeys("lr_sae lr_ffn".split(), 1e38),
     "head_kl": 1000,  # at 1 the logits weigh as much as the reconstruction
     "weight_decay_ffn": 10,  # a step at the usual rate takes lr * decay of every weight
     "alpha": 10**6,
