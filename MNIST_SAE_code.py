@@ -93,12 +93,11 @@ import feature_confirmation as fc  # noqa: E402
 import feature_hypotheses as fh  # noqa: E402
 import feature_page as fp  # noqa: E402
 from mnist_data import (  # noqa: E402
-    FULL_TRAIN_IMAGES,
     Data,
     DataError,
     Split,
     TensorLoader,
-    load_mnist,
+    load_images,
 )
 from whole_files import (  # noqa: E402
     BusyError,
@@ -127,11 +126,12 @@ WEIGHT_DECAY_FFN = 0.4  # pixels without evidence lose their weight; more costs 
 TOPK = 20  # strongest images kept per feature
 N_EVAL = 2000  # images over which an effect on the logits is averaged
 ALPHA = 1.0  # how much of a feature is added when its logit effect is measured
+STROKES = True  # name strokes of ink, where images are pen strokes on a blank ground
 HYPOTHESES = True  # propose a statement about every feature, freeze it, test it on the test images
 STABILITY_SEEDS = 1  # train so many more SAEs from other seeds and see which features return
 FEATURES = 0  # analyse only this many of the most influential features; 0 analyses all
 SEED = 0  # same seed and device: the same artifacts
-DATA = "data"  # folder that holds MNIST/raw, or "sample" for the bundled 5,000 digits
+DATA = "auto"  # folder of images in MNIST's format; "sample": 5,000 digits; "auto": find MNIST
 OUT = "artifacts_mnist_sae"  # where everything is written
 DEVICE = "auto"  # auto takes a CUDA GPU when there is one
 WORKERS = -1  # processes beside this one; -1 takes one for each further core
@@ -165,6 +165,7 @@ class Settings:
     topk: int = setting(TOPK, "strongest images kept per feature")
     n_eval: int = setting(N_EVAL, "images over which an effect is averaged")
     alpha: float = setting(ALPHA, "how much of a feature is added to measure its logit effect")
+    strokes: bool = setting(STROKES, "name strokes of ink, where images are drawn with a pen")
     hypotheses: bool = setting(HYPOTHESES, "state what every feature means, freeze and test it")
     stability_seeds: int = setting(
         STABILITY_SEEDS, "more SAEs to train, to see which features return"
@@ -173,7 +174,9 @@ class Settings:
         FEATURES, "analyse only so many of the most influential features; 0: all"
     )
     seed: int = setting(SEED, "seed of every random choice")
-    data: str = setting(DATA, "folder that holds MNIST/raw, or 'sample'")
+    data: str = setting(
+        DATA, "folder of images in MNIST's file format, or 'sample', or 'auto': MNIST from the web"
+    )
     out: str = setting(OUT, "folder for everything that is written")
     device: str = setting(DEVICE, "auto, cpu, cuda or cuda:N")
     workers: int = setting(WORKERS, "processes beside this one; -1: one for each further core")
@@ -317,6 +320,9 @@ def make_cuda_repeatable() -> None:
 # --------------------------------------------------------------------------------------------------
 
 
+FULL_TRAIN_IMAGES = 48_000  # of MNIST, in passes over which epochs are counted
+
+
 def scaled_epochs(epochs: int, n_train: int) -> int:
     """Passes over `n_train` images that make about as many steps as `epochs` over the full set."""
     return max(1, round(epochs * FULL_TRAIN_IMAGES / n_train))
@@ -426,7 +432,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(hidden_units, n_classes)
 
     def preactivations(self, images: Tensor) -> Tensor:
-        """images (B, 1, 28, 28) -> z (B, d_in)
+        """images (B, 1, H, W) -> z (B, d_in)
 
         Once trained, it raises ValueError for ink that does not run from 0 to 1.
         """
@@ -444,18 +450,20 @@ class Classifier(nn.Module):
         return self.logits_from_preactivations(self.preactivations(images))
 
 
-def new_classifier(hidden_units: int, seed: int, device: torch.device) -> Classifier:
-    """An untrained one. nn.Linear draws from torch's own generator, which is left as it was."""
+def new_classifier(sizes: tuple[int, int, int], seed: int, device: torch.device) -> Classifier:
+    """An untrained one of so many pixels, hidden units and classes. nn.Linear draws from torch's
+    own generator, which is left as it was."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        return Classifier(hidden_units=hidden_units).to(device)
+        return Classifier(*sizes).to(device)
 
 
-def train_classifier(train: Split, settings: Settings) -> Classifier:
+def train_classifier(train: Split, settings: Settings, n_classes: int = 10) -> Classifier:
     """Cross entropy, AdamW, one cycle of the learning rate. Raises TrainingError on divergence."""
     device, n = train.labels.device, len(train.labels)
-    model = new_classifier(settings.hidden_units, settings.seed, device)
+    sizes = (train.images[0].numel(), settings.hidden_units, n_classes)
+    model = new_classifier(sizes, settings.seed, device)
     model.pixel_mean.copy_(train.images.flatten(1).mean(0))
     weights = list(model.parameters())
     optimizer = Adam(weights, settings.weight_decay_ffn)
@@ -492,8 +500,8 @@ class Preactivations(NamedTuple):
 
 
 @torch.no_grad()
-def collect_preactivations(model: Classifier, data: Data, normalize: bool) -> Preactivations:
-    """The classifier's preactivations for every image. Without `normalize`, mu = 0 and std = 1.
+def collect_preactivations(model, data: Data, normalize: bool) -> Preactivations:
+    """The network's preactivations for every image. Without `normalize`, mu = 0 and std = 1.
 
     A unit that never varies gets std = 1: it carries nothing, and dividing by zero would spread
     NaN.
@@ -799,7 +807,8 @@ class SAETraining:
         self.settings = settings
         self.frame = TrainingFrame.of(z)
         self.x = self.frame.enter(z)
-        self.teacher = torch.cat([logits_of(chunk) for chunk in z.split(EVAL_ROWS)])
+        with torch.no_grad():  # the network may ask for gradients of its weights
+            self.teacher = torch.cat([logits_of(chunk) for chunk in z.split(EVAL_ROWS)])
         d_sae = settings.sae_latents
         start_l0 = l0_target_at(0, target, d_sae)
         rows = initial_rows(self.x, d_sae, generator)
@@ -1403,23 +1412,31 @@ def reusable_stage(
 # --------------------------------------------------------------------------------------------------
 
 
-class Subject(NamedTuple):
-    """What an SAE is trained on: the classifier, and what it makes of every image."""
+OWN_NETWORK = "the classifier of this project"
+LOGIT_ROWS = 16_384  # rows at once that a head of any kind is given
 
-    model: Classifier
+
+class Subject(NamedTuple):
+    """What an SAE is trained on: the network, and what it makes of every image."""
+
+    model: object  # with preactivations(images) and logits_from_preactivations(raw)
     digest: str  # SHA-256 of its weights
     pre: Preactivations
     source: str  # of the images, in words
     data_digest: str
+    network: str = OWN_NETWORK
 
     @property
     def device(self) -> torch.device:
         return self.pre.mu.device
 
     def logits_of(self, z: Tensor) -> Tensor:
-        """The classifier's logits (B, C) of standardised preactivations (B, d_in)."""
+        """The network's logits (B, C) of standardised preactivations (B, d_in)."""
         raw = torch.addcmul(self.pre.mu, z, self.pre.std)
-        return self.model.logits_from_preactivations(raw)
+        head = self.model.logits_from_preactivations
+        if len(raw) <= LOGIT_ROWS:
+            return head(raw)
+        return torch.cat([head(some) for some in raw.split(LOGIT_ROWS)])
 
     def layer(self, sae: object) -> fa.ExplainedLayer:
         return fa.ExplainedLayer(self.model, sae, self.pre.mu, self.pre.std)
@@ -1444,11 +1461,12 @@ def classifier_stage(settings: Settings, data: Data, folder: Path) -> tuple[Clas
     decisive = chosen(settings, CLASSIFIER_SETTINGS)
     print_of = fingerprint(decisive, data=data.digest, device=device.type)
     sizes = {"i": settings.hidden_units, "p": data.train.images[0].numel()}
+    sizes["c"] = len(data.classes)
     stage, news = reusable_stage(folder, "classifier", print_of, settings.fresh, **sizes)
     if news:
         print(news)
     if stage is None:
-        model = train_classifier(data.train, settings)
+        model = train_classifier(data.train, settings, len(data.classes))
         record = {"fingerprint": print_of, "data": data.source, "data_digest": data.digest}
         record |= {"seed": settings.seed, "settings": decisive}
         stage = save_stage(folder, "classifier", model.state_dict(), record)
@@ -1458,9 +1476,9 @@ def classifier_stage(settings: Settings, data: Data, folder: Path) -> tuple[Clas
 LARGE_SAE = 2**18  # entries of W_enc from which all cores work on one product
 
 
-def training_threads(settings: Settings) -> int:
+def training_threads(settings: Settings, subject: Subject) -> int:
     """One, unless the SAE is so large that more help."""
-    is_large = settings.hidden_units * settings.sae_latents >= LARGE_SAE
+    is_large = len(subject.pre.mu) * settings.sae_latents >= LARGE_SAE
     return available_cores() if is_large else 1
 
 
@@ -1496,9 +1514,9 @@ def sae_stage(settings: Settings, target: int, subject: Subject, folder: Path) -
         model=subject.digest,
         data=subject.data_digest,
         device=subject.device.type,
-        threads=training_threads(settings),
+        threads=training_threads(settings, subject),
     )
-    sizes = {"i": settings.hidden_units, "s": settings.sae_latents}
+    sizes = {"i": len(subject.pre.mu), "s": settings.sae_latents}
     stage, news = reusable_stage(folder, "sae", print_of, settings.fresh, **sizes)
     if stage is None:
         tensors, record = calibrated_sae(settings, target, subject)
@@ -1515,7 +1533,7 @@ def calibrated_sae(
 ) -> tuple[dict[str, Tensor], dict]:
     """What sae.safetensors and sae.json hold: an SAE trained and calibrated."""
     pre = subject.pre
-    with torch_threads(training_threads(settings)):
+    with torch_threads(training_threads(settings, subject)):
         before, course = train_sae(pre.standardised("train"), subject.logits_of, target, settings)
     sae, shift = adjust_thresholds(before, pre.standardised("val"), target)
     tensors = {
@@ -1540,7 +1558,7 @@ def calibrated_sae(
 def train_saes(settings: Settings, subject: Subject, jobs: Jobs) -> dict[int, list[TrainedSAE]]:
     """By target, its SAE and those of the other seeds, each trained or taken from where it is."""
     # An SAE that a GPU or all cores train takes the whole machine.
-    one_at_a_time = subject.device.type != "cpu" or training_threads(settings) > 1
+    one_at_a_time = subject.device.type != "cpu" or training_threads(settings, subject) > 1
     seeds = range(settings.seed, settings.seed + settings.stability_seeds + 1)
     started = []
     for target in settings.target_actives:
@@ -1565,15 +1583,21 @@ def train_saes(settings: Settings, subject: Subject, jobs: Jobs) -> dict[int, li
 
 
 class Run(NamedTuple):
-    """A finished run, ready for a notebook."""
+    """A finished run of one target, ready for a notebook."""
 
-    model: Classifier
+    model: object  # with preactivations(images) and logits_from_preactivations(raw)
     sae: JumpReLUSAE
     mu: Tensor
     std: Tensor
     loaders: dict[str, TensorLoader]  # train, val, test
     settings: Settings
     data: Data
+    folder: Path  # of the target's files
+
+    @property
+    def report(self) -> list[dict]:
+        """The records of feature_report.json, the most influential feature first."""
+        return json.loads((self.folder / "feature_report.json").read_bytes())
 
     @property
     def layer(self) -> fa.ExplainedLayer:
@@ -1587,20 +1611,27 @@ class Finished(NamedTuple):
     settings: Settings
     data: str  # in words
     data_digest: str
+    network: str  # OWN_NETWORK, or what explain() was given
     classifier_sha256: str
     sae_sha256: dict[str, str]  # by target
 
 
 def read_settings(root: Path) -> Finished:
-    """Raises InputError when there is no finished run."""
+    """Raises InputError when there is no finished run, and for one of somebody's own network."""
     passing = {name: False for name in PASSING} | {"workers": 0}
     try:
         stored = read_json((root / "settings.json").read_bytes(), {"settings": dict[str, Any]})
-        return as_kind({**stored, "settings": {**stored["settings"], **passing}}, Finished)
+        found = as_kind({**stored, "settings": {**stored["settings"], **passing}}, Finished)
     except (OSError, ValueError) as error:
         raise InputError(
             f"{root} holds no finished run ({error}); run MNIST_SAE_code.py --out {root} first"
         ) from error
+    if found.network != OWN_NETWORK:
+        raise InputError(
+            f"{root} explains {found.network}, which is not stored there: call explain() "
+            f"again with the same network, images and settings; it reuses the SAE"
+        )
+    return found
 
 
 def load_run(
@@ -1624,7 +1655,7 @@ def load_run(
         )
 
     where = pick_device(device)
-    data = load_mnist(data_dir or settings.data, settings.seed, where)
+    data = load_images(data_dir or settings.data, settings.seed, where)
     if data.digest != finished.data_digest:
         raise InputError(
             f"{root} was made with: {finished.data}; found now: {data.source}. Give data_dir"
@@ -1638,6 +1669,7 @@ def load_run(
         loaders={name: TensorLoader(getattr(data, name)) for name in ("train", "val", "test")},
         settings=settings,
         data=data,
+        folder=target_folder(root, settings, target),
     )
 
 
@@ -1677,13 +1709,15 @@ def target_folder(root: Path, settings: Settings, target: int) -> Path:
 # Analysis: every feature, by the functions of feature_analysis.py
 # --------------------------------------------------------------------------------------------------
 
+PATTERN_IMAGES = 128  # over which gradients are averaged that differ from image to image
 INKED_SHARE = 0.01  # pixels inked in fewer training images are drawn grey: no evidence about them
 
 
 class Clock:
     """Seconds per stage. Where the device works asynchronously, a stage ends when its work does."""
 
-    def __init__(self) -> None:
+    def __init__(self, started: float | None = None) -> None:
+        self.started = started  # the whole run, where this is its clock
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -1696,6 +1730,14 @@ class Clock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + passed
 
 
+def gradient_at(layer: fa.ExplainedLayer, images: Tensor) -> dict:
+    """Where input patterns are taken, as arguments of their functions: anywhere if preactivations
+    are linear in the pixels, otherwise at some of the images."""
+    shape = tuple(images.shape[1:])
+    linear = fa.is_linear(layer, shape)
+    return {"images": None if linear else images[:PATTERN_IMAGES], "image_shape": shape}
+
+
 def analyse(layer: fa.ExplainedLayer, data: Data, settings: Settings, clock: Clock) -> fa.Analysis:
     """Images, pixels and classes of all features, from the validation images alone."""
     loader = TensorLoader(data.val)
@@ -1705,8 +1747,9 @@ def analyse(layer: fa.ExplainedLayer, data: Data, settings: Settings, clock: Clo
     with clock("bank"):
         bank = fa.collect_feature_bank(model, loader, sae, mu, std, topk=topk)
     with clock("patterns"):
-        heats = fa.feature_input_patterns(model, sae, mu, std).cpu()
-        inked = (data.train.images > 0).float().mean(0)[0] >= INKED_SHARE
+        heats = fa.feature_input_patterns(*layer, **gradient_at(layer, data.val.images)).cpu()
+        heats = heats.sum(1) if heats.dim() == 4 else heats  # of a colour image, all channels
+        inked = (fa.as_ink(data.train.images) > 0).float().mean(0)[0] >= INKED_SHARE
     with clock("effects"):
         logit = fa.feature_logit_effects(
             model, loader, sae, mu, std, alpha=settings.alpha, n_eval=n_eval
@@ -1741,11 +1784,16 @@ PICTURE_JOBS = 2  # each is sent all images, so not more than keeps two cores bu
 
 
 def start_pictures(
-    folder: Path, analysis: fa.Analysis, features: Sequence[int], images: Tensor, jobs: Jobs
+    folder: Path,
+    analysis: fa.Analysis,
+    features: Sequence[int],
+    images: Tensor,
+    classes: tuple[str, ...],
+    jobs: Jobs,
 ) -> list[Job]:
     """Gallery and pattern of each of `features`."""
     remove_pictures(folder)
-    shown = (analysis.bank, images.cpu(), analysis.heats, analysis.inked)
+    shown = (analysis.bank, images, analysis.heats, analysis.inked, classes)
     started = []
     for part in range(PICTURE_JOBS):
         given = (folder, features[part::PICTURE_JOBS], *shown)
@@ -1901,6 +1949,16 @@ def refuse_changed_hypotheses(folder: Path) -> None:
             ) from error
 
 
+def tell_unnamed_strokes(hypotheses: Sequence[fh.Hypothesis]) -> None:
+    """Say once why no sentence names strokes, where none can."""
+    reasons = {h.why_not.get("ink") for h in hypotheses if h.cut is not None}
+    if len(reasons) == 1 and None not in reasons and not any(any(h.ink) for h in hypotheses):
+        print(
+            f"no strokes are named: {reasons.pop()}; what is said are labels and effects, and no "
+            f"feature counts as explained"
+        )
+
+
 def remove_statements(folder: Path) -> None:
     """Those of an earlier run."""
     for name in ("hypotheses.json", "hypotheses.md", "explained.png", "influence.png"):
@@ -1980,11 +2038,12 @@ def write_statements(
 # --------------------------------------------------------------------------------------------------
 
 
-def feature_block(record: dict, n_images: int) -> str:
+def feature_block(record: dict, n_images: int, classes: Sequence[str] = ()) -> str:
     """The lines a reader expects for one feature."""
     histogram, active = record["label_histogram"], record["n_active"]
     common = sorted(range(len(histogram)), key=lambda c: (-histogram[c], c))[:4]
-    shares = [f"{c}: {100 * histogram[c] / active:.0f}%" for c in common if histogram[c]]
+    names = [fa.class_name(classes, c) for c in range(len(histogram))]
+    shares = [f"{names[c]}: {100 * histogram[c] / active:.0f}%" for c in common if histogram[c]]
     boost = record["logit_boost_class"]
     top = zip(record["top_examples"][:5], record["top_scores"][:5], strict=True)
     examples = [f"#{i} ({score:.2f})" for i, score in top]
@@ -1997,37 +2056,43 @@ def feature_block(record: dict, n_images: int) -> str:
         f"  mean active      {record['mean_active']:.4f} ({active:,} of {n_images:,} validation "
         f"images)",
         f"  label histogram  {', '.join(shares)}",
-        f"  boosts class     {boost} by {added:+.3f} when added",
-        f"  when removed     class {boost} changes by {removed:+.3f}",
+        f"  boosts class     {names[boost]} by {added:+.3f} when added",
+        f"  when removed     class {names[boost]} changes by {removed:+.3f}",
         f"  top examples     {', '.join(examples)}",
     ]
     return "\n".join(lines + statement_block(record))
 
 
 def panel_notes(
-    record: dict, replicates: Replicates | None, subject: Subject, sketch: fa.Sketch | None
+    record: dict,
+    replicates: Replicates | None,
+    subject: Subject,
+    sketch: fa.Sketch | None,
+    images: Tensor,
 ) -> fa.PanelNotes:
     """What a panel says about a feature: its hypothesis, in words and drawn, and its counterparts
-    in other SAEs."""
+    in other SAEs, with their patterns at images (N, ...)."""
     caption = "\n".join(line.strip() for line in statement_block(record))
     counterparts = []
     for found in record.get("counterparts", []):
         sae = replicates.saes[replicates.seeds.index(found["seed"])]
-        pre = subject.pre
-        heat = fa.feature_input_pattern(subject.model, sae, pre.mu, pre.std, found["feature"])
+        layer = subject.layer(sae)
+        at = gradient_at(layer, images)
+        heat = fa.feature_input_pattern(*layer, found["feature"], **at)
+        heat = heat.sum(0) if heat.dim() == 3 else heat
         similarity = min(found["cosine"], found["correlation"])
         words = f"seed {found['seed']}, no. {found['feature']}\nsimilarity {similarity:.2f}"
         counterparts.append((words, heat.cpu().numpy()))
     return fa.PanelNotes(caption, counterparts=tuple(counterparts), sketch=sketch)
 
 
-def sketch_of(h: fh.Hypothesis, analysis: fa.Analysis, data: Data) -> fa.Sketch | None:
-    """What a claim draws, over the mean of the validation images that fire the feature; None where
-    it draws nothing."""
+def sketch_of(h: fh.Hypothesis, analysis: fa.Analysis, images: Tensor) -> fa.Sketch | None:
+    """What a claim draws, over the mean of the images (N, 1, H, W) that fire the feature; None
+    where it draws nothing."""
     if not any(h.drawing):
         return None
     at, _ = analysis.activity.of(h.feature)
-    mean = data.val.images[at.to(data.val.images.device), 0].mean(0).cpu().numpy()
+    mean = images[at, 0].mean(0).numpy()
     masks = [fh.place_masks(places).numpy() for places in h.drawing]
     return fa.Sketch(mean, *masks)
 
@@ -2220,6 +2285,7 @@ class Prepared(NamedTuple):
     frozen: str | None  # the SHA-256 of hypotheses.json, if there are hypotheses
     pictures: list[Job]
     clock: Clock
+    shown: Tensor  # (N, 1, H, W) the validation images as pictures show them
 
 
 def prepare_target(
@@ -2237,17 +2303,19 @@ def prepare_target(
     layer = subject.layer(trained.sae)
     analysis = analyse(layer, data, settings, clock)
     features = analysed_features(analysis, settings.features)
-    pictures = start_pictures(folder, analysis, features, data.val.images, jobs)
+    shown = fa.as_ink(data.val.images.cpu())
+    pictures = start_pictures(folder, analysis, features, shown, data.classes, jobs)
     remove_statements(folder)
     if settings.hypotheses:
         with clock("propose and freeze"):
-            known = (analysis.activity, analysis.removed)
+            known = (analysis.activity, analysis.removed, settings.strokes, data.classes)
             hypotheses = fh.propose_hypotheses(layer, *data.val, None, True, *known)
             frozen = fh.freeze_hypotheses(hypotheses, folder / "hypotheses.json")
+        tell_unnamed_strokes(hypotheses)
     with clock("matching"):
         replicates = compare_seeds(target, saes, settings, subject, data.val.images)
     return Prepared(
-        target, folder, trained, replicates, analysis, features, frozen, pictures, clock
+        target, folder, trained, replicates, analysis, features, frozen, pictures, clock, shown
     )
 
 
@@ -2264,9 +2332,9 @@ def finish_target(
     telling = p.features[:TELLING]
     notes = {}
     for k in telling:
-        sketch = sketch_of(trial.hypotheses[k], p.analysis, data) if trial else None
-        notes[k] = panel_notes(by_feature[k], p.replicates, subject, sketch)
-    given = (p.folder, telling, p.analysis, data.val.images.cpu(), notes)
+        sketch = sketch_of(trial.hypotheses[k], p.analysis, p.shown) if trial else None
+        notes[k] = panel_notes(by_feature[k], p.replicates, subject, sketch, data.val.images)
+    given = (p.folder, telling, p.analysis, p.shown, notes, data.classes)
     drawing = [*p.pictures, jobs.start("panels", fa.write_feature_panels, *given)]
     for k in telling:
         if notes[k].sketch is not None:
@@ -2288,7 +2356,7 @@ def finish_target(
     drawn = {"pictures": sum(job.outcome[1] for job in p.pictures)}
     diagnoses = diagnose(record, p.analysis, p.features, {**p.clock.seconds, **drawn})
     record["diagnoses"] = [{**d._asdict(), "fine": d.fine} for d in diagnoses]
-    tell_target(record, by_feature, diagnoses, len(data.val.labels))
+    tell_target(record, by_feature, diagnoses, data)
     return record, report
 
 
@@ -2328,7 +2396,7 @@ def target_record(p: Prepared, settings: Settings, subject: Subject, data: Data)
 
 
 def tell_target(
-    record: dict, by_feature: dict[int, dict], diagnoses: Sequence[Diagnosis], n_images: int
+    record: dict, by_feature: dict[int, dict], diagnoses: Sequence[Diagnosis], data: Data
 ) -> None:
     """What the terminal shows of one target as soon as it is finished."""
     words = "the features whose removal changes the logits most (influence)"
@@ -2336,13 +2404,21 @@ def tell_target(
     if "hypotheses" in record:
         print(f"{fh.LEGEND}\n")
     for k in record["telling_features"]:
-        print(feature_block(by_feature[k], n_images), end="\n\n")
+        print(feature_block(by_feature[k], len(data.val.labels), data.classes), end="\n\n")
     if "hypotheses" in record:
         print(fc.statements_table(record["hypotheses"]), end="\n\n")
     print(diagnoses_text(diagnoses))
 
 
 PAGE_TESTS = 60  # test images that the page offers
+
+
+def page_network(model: object) -> fp.Network | None:
+    """The weights with which the page computes; None for a network that it cannot compute."""
+    if not isinstance(model, Classifier):
+        return None
+    first_bias = model.hidden.bias - model.hidden.weight @ model.pixel_mean  # no mean image there
+    return fp.Network(model.hidden.weight, first_bias, model.head.weight, model.head.bias)
 
 
 def write_page(
@@ -2354,25 +2430,24 @@ def write_page(
     data: Data,
 ) -> None:
     """feature_report.html of one target; `frontier` has a record of each target."""
-    model, layer = subject.model, subject.layer(p.trained.sae)
-    first_bias = model.hidden.bias - model.hidden.weight @ model.pixel_mean  # no mean image there
-    network = fp.Network(model.hidden.weight, first_bias, model.head.weight, model.head.bias)
+    layer = subject.layer(p.trained.sae)
+    network = page_network(subject.model)
     results = [(r.on_page, shown_result(r, record)) for r in RESULTS if r.on_page]
     if "hypotheses" in record:
         own = record["hypotheses"]["shares"]["SAE"]
         results.append(("influence of explained features", f"{own['influence_explained']:.0%}"))
         results.append(("features explained", f"{own['explained']:.0%}"))
     n_features = len(p.analysis.heats)
-    title = f"{n_features} features of a digit classifier, target {p.target} ({data.source})"
+    title = f"{n_features} features of a network, target {p.target} ({data.source})"
     a = p.analysis
     fp.write_dashboard(
         p.folder / "feature_report.html",
         report,
         layer,
-        fp.Shown(a.bank, a.activity, data.val.images, a.heats, a.inked),
+        fp.Shown(a.bank, a.activity, p.shown, a.heats, a.inked),
         fp.Overview(title, results, record["diagnoses"], frontier),
         network=network,
-        tests=(data.test.images[:PAGE_TESTS], data.test.labels[:PAGE_TESTS]),
+        tests=(fa.as_ink(data.test.images)[:PAGE_TESTS], data.test.labels[:PAGE_TESTS]),
     )
 
 
@@ -2429,7 +2504,7 @@ def prepare_subject(settings: Settings, clock: Clock) -> tuple[Data, Subject]:
     if device.type == "cuda":
         make_cuda_repeatable()
     with clock("data"):
-        data = load_mnist(settings.data, settings.seed, device)
+        data = load_images(settings.data, settings.seed, device)
     sizes = " / ".join(f"{len(split.labels):,}" for split in data[:3])
     print(
         f"data: {data.source}; {sizes} train, validation, test; device {device}, "
@@ -2474,16 +2549,18 @@ def write_settings(settings: Settings, subject: Subject, prepared: Sequence[Prep
         "settings": kept,
         "data": subject.source,
         "data_digest": subject.data_digest,
+        "network": subject.network,
         "classifier_sha256": subject.digest,
         "sae_sha256": {str(p.target): p.trained.digest for p in prepared},
     }
     fa.write_whole(Path(settings.out) / "settings.json", to_json(described), durable=True)
 
 
-def run_all(settings: Settings, clock: Clock, jobs: Jobs) -> list[dict]:
-    """Every stage; returns the records of summary.json."""
+def explain_subject(
+    settings: Settings, data: Data, subject: Subject, clock: Clock, jobs: Jobs
+) -> list[dict]:
+    """Everything from the SAE on; returns the records of summary.json."""
     root = Path(settings.out)
-    data, subject = prepare_subject(settings, clock)
     prepared = prepare_targets(settings, subject, data, clock, jobs)
     finished = [finish_target(p, settings, subject, data, jobs) for p in prepared]
     records = [record for record, _ in finished]
@@ -2497,44 +2574,196 @@ def run_all(settings: Settings, clock: Clock, jobs: Jobs) -> list[dict]:
         draw_frontier(records, root / "frontier.png")
     write_settings(settings, subject, prepared)
 
-    total = time.perf_counter() - STARTED
+    total = time.perf_counter() - clock.started
     for p, record in zip(prepared, records, strict=True):
         in_jobs = {f"{name}, in jobs": s for name, s in jobs.seconds.items()}
         record["seconds"] = {**clock.seconds, **p.clock.seconds, **in_jobs, "whole run": total}
     fa.write_whole(root / "summary.json", to_json(records))
+    print("\n" + results_table(records))
+    print("\n" + seconds_table(records))
+    print(places_to_look(root, settings, records))
     return records
 
 
-def prepare_folders(root: Path, settings: Settings) -> None:
-    """Make the targets' folders, and clear away what killed runs left. Raises InputError."""
-    for target in settings.target_actives:
-        prepare_folder(target_folder(root, settings, target))
+def prepare_folders(settings: Settings) -> None:
+    """Make the targets' folders, clear away what killed runs left, and refuse a folder in which
+    frozen hypotheses were edited."""
+    root = Path(settings.out)
     for inside in ("", "target_*/", "stability_seed_*/", "target_*/stability_seed_*/"):
         remove_unfinished(root, inside)
-    if not settings.fresh:
-        for target in settings.target_actives:
-            refuse_changed_hypotheses(target_folder(root, settings, target))
+    for target in settings.target_actives:
+        folder = target_folder(root, settings, target)
+        prepare_folder(folder)
+        if not settings.fresh:
+            refuse_changed_hypotheses(folder)
+
+
+def n_workers(settings: Settings) -> int:
+    if settings.workers >= 0:
+        return settings.workers
+    return min(available_cores() - 1, MOST_WORKERS)
+
+
+@contextmanager
+def working(settings: Settings) -> Iterator[Jobs]:
+    """The run's folders, to which nobody else writes meanwhile, and its workers."""
+    root = Path(settings.out)
+    prepare_folder(root)
+    with only_writer(root, settings.wait):
+        prepare_folders(settings)
+        with torch_threads(1), Jobs(n_workers(settings)) as jobs:
+            yield jobs
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     """The whole run; returns the records of summary.json. Raises InputError, DataError or
     TrainingError."""
-    clock = Clock()
+    clock = Clock(STARTED)
     clock.seconds["imports"] = time.perf_counter() - STARTED
     settings = parse_settings(argv)
-    root = Path(settings.out)
-    prepare_folder(root)
-    workers = settings.workers
-    if workers < 0:
-        workers = min(available_cores() - 1, MOST_WORKERS)
-    with only_writer(root, settings.wait):
-        prepare_folders(root, settings)
-        with torch_threads(1), Jobs(workers) as jobs:
-            records = run_all(settings, clock, jobs)
-    print("\n" + results_table(records))
-    print("\n" + seconds_table(records))
-    print(places_to_look(root, settings, records))
-    return records
+    with working(settings) as jobs:
+        data, subject = prepare_subject(settings, clock)
+        return explain_subject(settings, data, subject, clock, jobs)
+
+
+# --------------------------------------------------------------------------------------------------
+# Any network
+# --------------------------------------------------------------------------------------------------
+
+
+def whole_split(given: object, name: str, device: torch.device) -> Split:
+    """Images and labels as tensors on `device`, from a pair of tensors, a Dataset of (image, label)
+    pairs, or a DataLoader, read once. Raises InputError where they are none of these."""
+    is_pair = isinstance(given, (tuple, list)) and len(given) == 2
+    if is_pair and all(isinstance(part, Tensor) for part in given):
+        images, labels = given
+    elif isinstance(given, torch.utils.data.DataLoader):
+        images, labels = (torch.cat(part) for part in zip(*given, strict=True))
+    elif hasattr(given, "__getitem__") and hasattr(given, "__len__") and not is_pair:
+        pairs = [given[i] for i in range(len(given))]
+        images = torch.stack([torch.as_tensor(image) for image, _ in pairs])
+        labels = torch.as_tensor([int(label) for _, label in pairs])
+    else:
+        raise InputError(
+            f"{name} is a {type(given).__name__}; give a pair of tensors (images, labels), a "
+            f"Dataset of such pairs, or a DataLoader"
+        )
+    if images.dim() == 3:
+        images = images[:, None]
+    if images.dim() != 4 or labels.shape != images.shape[:1] or len(images) < 2:
+        raise InputError(
+            f"{name} has images of shape {tuple(images.shape)} and labels of shape "
+            f"{tuple(labels.shape)}; (N, C, H, W) and (N,) are needed, of two images at least"
+        )
+    return Split(images.to(device).float(), labels.to(device).long())
+
+
+def digest_of(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of shapes and values."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(str((tuple(tensor.shape), tensor.dtype)).encode())
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def data_of(splits: Sequence[Split], classes: Sequence[str], n_classes: int) -> Data:
+    """The splits that explain() was given. Raises InputError for names or labels that do not
+    fit."""
+    names = tuple(map(str, classes)) or tuple(map(str, range(n_classes)))
+    if len(names) != n_classes:
+        raise InputError(f"classes has {len(names)} names; the network has {n_classes} logits")
+    for split in splits:
+        low, high = int(split.labels.min()), int(split.labels.max())
+        if low < 0 or high >= n_classes:
+            raise InputError(f"labels run from {low} to {high}; the network has {n_classes} logits")
+    n = sum(len(split.labels) for split in splits)
+    tensors = [tensor for split in splits for tensor in split]
+    return Data(*splits, names, f"{n:,} images of one's own", digest_of(tensors))
+
+
+def explain(
+    model: nn.Module,
+    layer: str | None,
+    train: object,
+    val: object,
+    test: object,
+    *,
+    classes: Sequence[str] = (),
+    target: int = TARGET_ACTIVES[0],
+    pool: str | None = None,
+    **settings: object,
+) -> Run:
+    """Train an SAE on a layer of any network, and explain its features: all that the script does.
+
+        run = explain(model, "features.7", train, val, test, classes=names, out="explained")
+
+    Args:
+        model: maps images (B, C, H, W) to logits (B, n_classes). It runs in evaluation mode where
+            it is, and is left as it was.
+        layer: its name, as in `model.named_modules()`; None for a model that itself has the methods
+            `preactivations` and `logits_from_preactivations`.
+        train, val, test: pairs of tensors (images, labels), Datasets or DataLoaders. The SAE is
+            trained on the first, hypotheses are made from the second, and tested on the third.
+        classes: names of the logits.
+        target: mean number of active features per image.
+        pool: for a layer with positions, as in `feature_analysis.AtLayer`.
+        settings: any other of `Settings`, by name: out, sae_latents, hypotheses, fresh, ... There
+            are twice as many latents as d_in unless it is said, and no worker processes.
+
+    Returns the run as `load_run` does; its files lie in `out`. A second call with the same network
+    and images reuses the SAE. Raises InputError for what cannot be used, ValueError for a layer
+    that the logits do not depend on alone.
+    """
+    clock = Clock(time.perf_counter())
+    known = [f.name for f in fields(Settings)]
+    for name in settings:
+        if name not in known or name in ("target_actives", "data", "device", "hidden_units"):
+            raise InputError(f"explain() has no setting {name!r}; it has {', '.join(known)}")
+
+    if layer is None:
+        some = next(model.parameters(), None)
+        device = torch.device("cpu") if some is None else some.device
+    else:
+        device = fa.AtLayer(model, layer, pool).device
+    given = {"train": train, "val": val, "test": test}
+    splits = [whole_split(split, name, device) for name, split in given.items()]
+    net = model if layer is None else fa.AtLayer(model, layer, pool, splits[0].images[:PROBES])
+    with torch.no_grad():
+        raw = net.preactivations(splits[0].images[:2])
+        n_classes = net.logits_from_preactivations(raw).shape[1]
+    data = data_of(splits, classes, n_classes)
+
+    d_in = raw.shape[1]
+    latents = max(2 * d_in, 2 * target)
+    chosen_settings = {"sae_latents": latents, "workers": 0, **settings}
+    own = Settings(target_actives=(target,), device=str(device), **chosen_settings)
+    if device.type == "cuda":
+        make_cuda_repeatable()
+    refuse_too_large(replace(own, hidden_units=d_in), data)
+    with working(own) as jobs:
+        subject = subject_of(net, model, layer, data, own, clock)
+        explain_subject(own, data, subject, clock, jobs)
+        trained = sae_stage(replace(own, fresh=False), target, subject, Path(own.out))
+    loaders = {name: TensorLoader(getattr(data, name)) for name in given}
+    pre = subject.pre
+    return Run(net, trained.sae, pre.mu, pre.std, loaders, own, data, Path(own.out))
+
+
+PROBES = 64  # images among which two unlike ones are looked for
+
+
+def subject_of(
+    net: object, model: nn.Module, layer: str | None, data: Data, settings: Settings, clock: Clock
+) -> Subject:
+    """A network that explain() was given, and what it makes of every image."""
+    with clock("preactivations"):
+        pre = collect_preactivations(net, data, settings.normalize_z)
+    name = type(model).__name__
+    subject = Subject(net, "", pre, data.source, data.digest, f"{layer or 'a layer'} of {name}")
+    with torch.no_grad():  # of what the SAE learns from, not of code that nobody can hash
+        logits = subject.logits_of(pre.standardised("val"))
+    return subject._replace(digest=digest_of([*pre, logits, *model.state_dict().values()]))
 
 
 class Terminated(BaseException):

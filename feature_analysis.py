@@ -26,12 +26,14 @@ No function changes its inputs or the state of a random number generator.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import io
 import math
 import operator
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -91,6 +93,8 @@ def _changes_in_training(module: torch.nn.Module) -> bool:
 
 def refuse_training_mode(model: object) -> None:
     """Raise ValueError when the model, or one that it holds, has dropout or the like at work."""
+    if isinstance(model, AtLayer):  # which sees to that
+        return
     for part in (model, *getattr(model, "__dict__", {}).values()):
         for module in part.modules() if isinstance(part, torch.nn.Module) else ():
             if module.training and _changes_in_training(module):
@@ -195,9 +199,201 @@ def _same_images(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+def class_name(classes: Sequence[str], c: int) -> str:
+    """What class c is called: by its number where `classes` is empty."""
+    return classes[c] if classes else str(c)
+
+
 def batches_of(images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
     """A loader of images (N, ...) with labels (N,), in batches of ROWS."""
     return list(zip(images.split(ROWS), labels.split(ROWS), strict=True))
+
+
+# --------------------------------------------------------------------------------------------------
+# A layer of any network
+# --------------------------------------------------------------------------------------------------
+
+POOLS = ("mean", "max", "flatten")  # what to make of a layer's output that has positions
+SAME = 1e-4  # of the largest logit: the same but for rounding
+
+
+class _Reached(Exception):  # noqa: N818
+    """The layer's output is there; the rest of the network need not run."""
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and each of its modules in its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class AtLayer:
+    """The output of one layer of any network as preactivations, and the rest of it as a head.
+
+        net = AtLayer(model, "features.7")
+        raw = net.preactivations(images)           # (B, d_in), by a forward hook
+        logits = net.logits_from_preactivations(raw)  # (B, C), the layer's output replaced
+
+    Nothing of the model is changed: it runs in evaluation mode, which is undone afterwards. What
+    comes before the layer is run on one image to get to what comes after.
+
+    Args:
+        model: maps images (B, ...) to logits (B, C).
+        name: of the layer, as in `model.named_modules()`.
+        pool: of an output with positions (B, C, H, W), "mean" or "max" over them, which serves
+            where the rest reads no more than that, or "flatten" for all of it.
+        images: (N, ...), two or more that the network can take. Without, the first ones serve
+            that `preactivations` is given.
+
+    Raises ValueError for an unknown layer; with the first images, for a layer without one tensor as
+    its output, or one with positions and no pool, and where the logits depend on more than this
+    layer: a connection around it, or positions that the pool has lost.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        name: str,
+        pool: str | None = None,
+        images: Tensor | None = None,
+    ):
+        modules = dict(model.named_modules())
+        if name not in modules or not name:
+            near = difflib.get_close_matches(name, modules, 5, 0) if name else list(modules)[1:6]
+            raise ValueError(f"the model has no layer {name!r}; it has {', '.join(near)}, ...")
+        if pool is not None and pool not in POOLS:
+            raise ValueError(f"pool is {pool!r}; use one of {', '.join(POOLS)}")
+        self.model, self.name, self.pool = model, name, pool
+        self.layer = modules[name]
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+        self.device, self.dtype = like.device, like.dtype
+        self.shape: tuple[int, ...] | None = None  # of the layer's output for one image
+        self.before: Tensor | None = None  # images that lead to the layer, where only it counts
+        self.one_serves = True  # whether one such image leads many replaced outputs to the head
+        if images is not None:
+            self._get_to_know(images)
+
+    def preactivations(self, images: Tensor) -> Tensor:
+        """images (B, ...) -> (B, d_in) float32; gradients flow to images that ask for them"""
+        if self.before is None:
+            self._get_to_know(images)
+        return self._rows(self._output(images))
+
+    def logits_from_preactivations(self, raw: Tensor) -> Tensor:
+        """raw (B, d_in) -> logits (B, C) float32; gradients flow to a raw that asks for them"""
+        if self.before is None:
+            raise ValueError(f"{self.name}: give `images` first, or call `preactivations`")
+        return self._logits(raw)
+
+    def _run(self, images: Tensor, hook: Callable, gradients: bool) -> Tensor:
+        """The model on images, with a hook on the layer."""
+        handle = self.layer.register_forward_hook(hook)
+        wanted = torch.is_grad_enabled() and gradients  # never because of the weights
+        try:
+            with evaluating(self.model), torch.set_grad_enabled(wanted):
+                return self.model(images.to(self.device, self.dtype))
+        finally:
+            handle.remove()
+
+    def _output(self, images: Tensor) -> Tensor:
+        """What the layer gives: (B, ...), a copy, since what follows may work in place."""
+        found = []
+
+        def keep(_module, _given, output) -> None:
+            found.append(output)
+            raise _Reached
+
+        try:
+            self._run(images, keep, images.requires_grad)
+        except _Reached:
+            pass
+        if not found:
+            raise ValueError(f"layer {self.name!r} does not run when the model is given images")
+        if not isinstance(found[0], Tensor) or found[0].dim() < 2:
+            what = type(found[0]).__name__
+            raise ValueError(f"layer {self.name!r} gives no tensor (B, d_in) but a {what}")
+        return found[0].clone()
+
+    def _rows(self, output: Tensor) -> Tensor:
+        """The layer's output (B, ...) as (B, d_in)."""
+        shape = tuple(output.shape)
+        if len(shape) > 2 and math.prod(shape[2:]) > 1 and self.pool is None:
+            raise ValueError(
+                f"layer {self.name!r} gives {shape}, outputs with positions: say pool='mean' or "
+                f"'max' where the rest reads no more, or pool='flatten' for {math.prod(shape[1:])} "
+                f"numbers"
+            )
+        if self.pool == "mean":
+            output = output.flatten(2).mean(2) if len(shape) > 2 else output
+        elif self.pool == "max":
+            output = output.flatten(2).amax(2) if len(shape) > 2 else output
+        return output.flatten(1).float()
+
+    def _as_output(self, raw: Tensor) -> Tensor:
+        """raw (B, d_in) as the layer would give it: the same at every position where pooled."""
+        shape = self.shape
+        if self.pool in ("mean", "max") and len(shape) > 1:
+            ones = (1,) * (len(shape) - 1)
+            return raw.reshape(len(raw), shape[0], *ones).expand(-1, *shape).clone()
+        return raw.reshape(len(raw), *shape).clone()
+
+    def _logits(self, raw: Tensor) -> Tensor:
+        replaced = self._as_output(raw.to(self.device, self.dtype))
+        before = self.before
+        if not self.one_serves:
+            before = before.expand(len(raw), *before.shape[1:])
+        logits = self._run(before, lambda *_: replaced, raw.requires_grad)
+        return logits.float()
+
+    @torch.no_grad()
+    def _get_to_know(self, images: Tensor) -> None:
+        """Learn the shape of the layer's output, and see that the logits depend on it alone.
+
+        Of two images the one leads to the layer, and the other's output is put in there: the logits
+        must be the other's.
+        """
+        first = images[:1]
+        unlike = (images - first).flatten(1).abs().amax(1).argmax()
+        pair = torch.cat([first, images[unlike : unlike + 1]]).detach()
+        output = self._output(pair)
+        raw = self._rows(output)
+        runs = []
+        expected = self._run(pair, lambda *_: runs.append(1), False)
+        if not isinstance(expected, Tensor) or expected.dim() != 2:
+            what = tuple(expected.shape) if isinstance(expected, Tensor) else type(expected)
+            raise ValueError(f"the model gives {what} instead of logits (B, C)")
+        if len(runs) > 1:
+            raise ValueError(f"layer {self.name!r} runs {len(runs)} times; name one that runs once")
+
+        self.shape, self.before = tuple(output.shape[1:]), first.detach().clone()
+        off = self._furthest(raw, expected.float())
+        if off > SAME:  # a network may ask its input how many images there are
+            self.one_serves = False
+            off = self._furthest(raw, expected.float())
+        if off > SAME:
+            self.before = None
+            lost = f"or reads more of it than pool={self.pool!r} keeps" if self.pool else ""
+            raise ValueError(
+                f"what comes after layer {self.name!r} does not depend on it alone {lost}: with "
+                f"its output for an image but the input of another the logits are off by "
+                f"{off:.2g} of the largest; name a layer that everything passes through"
+            )
+
+    def _furthest(self, raw: Tensor, expected: Tensor) -> float:
+        """How far the logits are from those expected, relative to the largest of these."""
+        try:
+            logits = self._logits(raw)
+        except (RuntimeError, IndexError):
+            return math.inf
+        if logits.shape != expected.shape:
+            return math.inf
+        return float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -430,7 +626,7 @@ def collect_activity(layer: ExplainedLayer, images: Tensor, labels: Tensor) -> A
     layer = ExplainedLayer.checked(*layer)
     if len(images) == 0:
         raise ValueError("there are no images: give at least one")
-    n_classes = layer.logits_from_raw(layer.mu[None]).shape[1]
+    n_classes = layer.logits_from_raw(layer.raw(images[:1])).shape[1]
     labels = _class_indices(images, labels, n_classes).cpu()
     acts = torch.cat([layer.feature_acts(batch).cpu() for batch in images.split(ROWS)])
     feature, image = (acts > 0).T.nonzero().unbind(1)
@@ -444,8 +640,8 @@ def collect_activity(layer: ExplainedLayer, images: Tensor, labels: Tensor) -> A
 # --------------------------------------------------------------------------------------------------
 
 
-def _check_linear(layer: ExplainedLayer, image_shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless the preactivations are linear in the pixels.
+def is_linear(layer: ExplainedLayer, image_shape: tuple[int, ...]) -> bool:
+    """Whether the preactivations are linear in the pixels of images of that shape.
 
     They are when they are so on the way between any two images; three pairs of noise images, fixed
     and unlike each other, are tried.
@@ -458,8 +654,7 @@ def _check_linear(layer: ExplainedLayer, image_shape: tuple[int, ...]) -> None:
         between = layer.raw(0.3 * a + 0.7 * b)
 
     bend = (0.3 * at_a + 0.7 * at_b - between).abs().amax(0)
-    if (bend > 1e-4 * torch.cat([at_a, at_b]).abs().amax(0)).any():
-        raise ValueError("the model is not linear in the pixels: pass images to average over")
+    return not (bend > 1e-4 * torch.cat([at_a, at_b]).abs().amax(0)).any()
 
 
 def _mean_jacobian(
@@ -470,7 +665,8 @@ def _mean_jacobian(
     Without images, a blank one of that shape serves, if any would. A single channel is dropped.
     """
     if images is None:
-        _check_linear(layer, shape)
+        if not is_linear(layer, shape):
+            raise ValueError("the model is not linear in the pixels: pass images to average over")
         images = torch.zeros(1, *shape)
     if len(images) == 0:
         raise ValueError("images is empty: give at least one to average over")
@@ -1106,13 +1302,52 @@ def _as_array(values) -> np.ndarray:
 
 
 def grey_images(images) -> np.ndarray:
-    """Images as an array (N, H, W) with ink in [0, 1]. Raises ValueError when they are not grey."""
+    """Images as an array (N, H, W) with ink in [0, 1]. Raises ValueError when they are not grey or
+    run further; `as_ink` makes such ones of others."""
     array = _as_array(images)
     if array.ndim == 4 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != 3:
         raise ValueError(f"images have shape {array.shape}; expected (N, H, W) or (N, 1, H, W)")
+    low, high = array.min(initial=0), array.max(initial=0)
+    if not (low >= 0 and high <= 1):  # NaN is refused as well
+        raise ValueError(
+            f"pixels run from {low:.3g} to {high:.3g}; pictures show ink from 0 to 1: give "
+            f"as_ink(images)"
+        )
     return array
+
+
+LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
+BLANK_SHARE = (
+    0.3  # of the pixels that have one and the same value: the paper that others are ink on
+)
+
+
+def as_ink(images: Tensor) -> Tensor:
+    """Images (N, C, H, W), C = 1 or 3, as pictures show them: (N, 1, H, W) ink from 0 to 1.
+
+    Values outside of [0, 1], as of normalised images, are brought there by the smallest and the
+    largest of each channel; colours become their luminance. What is light is shown dark where the
+    smallest value is that of a blank ground, as in MNIST, and light otherwise. Raises ValueError
+    for another number of channels and for values that are not finite.
+    """
+    images = images[:, None] if images.dim() == 3 else images
+    if images.dim() != 4 or images.shape[1] not in (1, 3):
+        shape = tuple(images.shape)
+        raise ValueError(f"images have shape {shape}; expected (N, C, H, W) with C = 1 or 3")
+    low, high = images.amin((0, 2, 3)), images.amax((0, 2, 3))
+    if not bool(torch.isfinite(high - low).all()):
+        raise ValueError("images hold values that are not finite numbers")
+    light = images.float()
+    if low.min() < 0 or high.max() > 1:
+        span = (high - low).clamp(min=1e-12)
+        light = (light - low[:, None, None]) / span[:, None, None]
+    if images.shape[1] == 3:
+        weights = torch.tensor(LUMINANCE, device=images.device)
+        light = (light * weights[:, None, None]).sum(1, keepdim=True).clamp(0, 1)
+    is_ground = float((light <= light.min()).float().mean()) >= BLANK_SHARE
+    return light if is_ground else 1 - light
 
 
 def as_patterns(heats) -> np.ndarray:
@@ -1146,6 +1381,7 @@ GALLERY_HEADERS = (
     (3, 5, "from the weakest quarter"),
 )
 HEADERS_ABOVE = (1, 1, 2, 3)  # lines of headers above each row of tiles
+SHORT_NAME = 2  # letters of a class's name that leave room for an activation beside it
 
 
 def _three_digits(value: float) -> str:
@@ -1157,6 +1393,11 @@ def _three_digits(value: float) -> str:
     if value < 99.95:
         return f"{value:.1f}"
     return f"{value:.0f}"
+
+
+def _cut(text: str, n: int) -> str:
+    """A text in at most n letters."""
+    return text if len(text) <= n else f"{text[: n - 1]}…"
 
 
 def _gallery_title(k: int, bank: FeatureBank) -> str:
@@ -1181,13 +1422,15 @@ def _gallery_examples(k: int, bank: FeatureBank) -> tuple[list[int], Examples]:
 class GalleryPainter:
     """Paints galleries: strongest images first, then some of each quarter of the active range."""
 
-    def __init__(self, images):
-        self.images = grey_images(images)
+    def __init__(self, images, classes: Sequence[str] = ()):
+        self.images, self.classes = grey_images(images), classes
         height, width = self.images.shape[1:]
         self.zoom = _zoom((height, width), TILE)
         self.tile_height, self.tile_width = self.zoom * height + 2, self.zoom * width + 2  # framed
 
-        pitch = self.tile_height + len(_lettering("", 10, MONO))  # captions stand below tiles
+        self.line = len(_lettering("", 10, MONO))
+        self.lines = 2 if max(map(len, classes), default=0) > SHORT_NAME else 1
+        pitch = self.tile_height + self.lines * self.line  # captions stand below tiles
         tops = [TITLE + HEADER * n + pitch * row for row, n in enumerate(HEADERS_ABOVE)]
         lefts = [MARGIN + (self.tile_width + GAP) * column for column in range(COLUMNS)]
         self.places = [(top, left) for top in tops for left in lefts]  # of the tiles
@@ -1216,24 +1459,36 @@ class GalleryPainter:
         labels, activations = examples.label.tolist(), examples.activation.tolist()
         for i, number in enumerate(numbers):
             top, left = self.places[number]
-            text = f"{labels[i]}: {_three_digits(activations[i])}"
-            caption = _lettering(text, 10, MONO)[:, : self.tile_width]
-            indent = (self.tile_width - caption.shape[1]) // 2
+            name, activation = class_name(self.classes, labels[i]), _three_digits(activations[i])
+            texts = [f"{name}: {activation}"]
+            if self.lines == 2:
+                texts = [
+                    _cut(name, self.tile_width // len(_lettering("m", 10, MONO)[0])),
+                    activation,
+                ]
             _paste(page, tiles[i], top, left)
-            _paste(page, caption, top + self.tile_height, left + indent)
+            for n, text in enumerate(texts):
+                caption = _lettering(text, 10, MONO)[:, : self.tile_width]
+                indent = (self.tile_width - caption.shape[1]) // 2
+                _paste(page, caption, top + self.tile_height + n * self.line, left + indent)
         return page
 
 
 def show_feature_gallery(
-    k: int, bank: FeatureBank, images, save_path: str | Path | None = None
+    k: int,
+    bank: FeatureBank,
+    images,
+    save_path: str | Path | None = None,
+    classes: Sequence[str] = (),
 ) -> Figure:
     """The images that fire feature k: the strongest ones, then five from each quarter of its range.
 
     `images` (N, H, W) or (N, 1, H, W) are those the bank was collected on, in the same order. A
-    feature that never fires gets a picture that says so. Raises IndexError for a k out of range or
-    too few images, ValueError for images of another shape.
+    feature that never fires gets a picture that says so. `classes` are the names of the labels.
+    Raises IndexError for a k out of range or too few images, ValueError for images of another shape
+    or scale.
     """
-    return _figure_of(GalleryPainter(images).paint(k, bank), save_path)
+    return _figure_of(GalleryPainter(images, classes).paint(k, bank), save_path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1315,7 +1570,13 @@ def visualize_feature_pattern(
 
 
 def write_feature_pictures(
-    folder: str | Path, features: Iterable[int], bank: FeatureBank, images, heats, inked=None
+    folder: str | Path,
+    features: Iterable[int],
+    bank: FeatureBank,
+    images,
+    heats,
+    inked=None,
+    classes: Sequence[str] = (),
 ) -> None:
     """feature_{k}_gallery.png, feature_{k}_pattern.png and feature_{k}_pattern.npy of `features`.
 
@@ -1323,7 +1584,7 @@ def write_feature_pictures(
     like the functions that show one picture, and OSError when a file cannot be written.
     """
     heats = as_patterns(heats)
-    gallery = GalleryPainter(images)
+    gallery = GalleryPainter(images, classes)
     pattern = PatternPainter(heats.shape[1:], inked)
     for k in features:
         name = f"{folder}/feature_{k}"
@@ -1403,13 +1664,14 @@ def visualize_sketch(
 
 CHART_WIDTH, CHART_HEIGHT = 320, 58  # screen pixels of a chart's bars
 CHART_TITLE, CHART_PITCH = 24, 108  # screen pixels above a chart, and from one to the next
-CLASS_NUMBERS = 20  # a chart has room for about as many
+CLASS_NUMBERS, CLASS_NAMES = 20, 10  # a chart has room for about as many
+NAME_LETTERS = 7  # of a class's name below a bar
 NUMBERS = 70  # screen pixels at the left of a chart, for its numbers
 CAPTION_LETTERS, CAPTION_LINE = 100, 17  # letters in a line of a panel's caption, and its height
 BLUE, RED, GREY = "#2166ac", "#b2182b", "#666666"  # of bars; blue and red are RdBu_r's
 
 
-def _draw_charts(histogram, logit_delta, ablation_delta) -> np.ndarray:
+def _draw_charts(histogram, logit_delta, ablation_delta, classes: Sequence[str] = ()) -> np.ndarray:
     """Three charts with one bar per class, from (C,) each: (height, width, 3) uint8."""
     charts = (
         ("images that fire it, by label", histogram, GREY, GREY),
@@ -1418,6 +1680,7 @@ def _draw_charts(histogram, logit_delta, ablation_delta) -> np.ndarray:
     )
     width, height = NUMBERS + CHART_WIDTH + MARGIN, CHART_PITCH * len(charts)
     figure = new_figure(width, height)
+    named = max(map(len, classes), default=0) > SHORT_NAME
     for row, (title, values, above, below) in enumerate(charts):
         values = _as_array(values)
         bottom = height - CHART_PITCH * row - CHART_TITLE - CHART_HEIGHT
@@ -1430,8 +1693,10 @@ def _draw_charts(histogram, logit_delta, ablation_delta) -> np.ndarray:
         axes.set_title(title, fontsize=9.5, loc="left", y=1.03)  # not to be placed, which is slow
         axes.set_xticks([])  # ticks are slow: plain text takes half the time
         below_axes = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top"}
-        for c in range(0, len(values), math.ceil(len(values) / CLASS_NUMBERS)):
-            axes.text(c, -0.12, str(c), fontsize=8, **below_axes)
+        n_shown = CLASS_NAMES if named else CLASS_NUMBERS
+        for c in range(0, len(values), math.ceil(len(values) / n_shown)):
+            text = _cut(class_name(classes, c), NAME_LETTERS)
+            axes.text(c, -0.12, text, fontsize=7 if named else 8, **below_axes)
         axes.locator_params(axis="y", nbins=3, integer=row == 0)
         axes.spines[["top", "right", "bottom"]].set_visible(False)
         if not values.any():
@@ -1480,7 +1745,7 @@ def _paint_panel(
     images = gallery.paint(k, bank)
     numbers = _pattern_colours(heat, display_scale(heat, mask), mask)
     pattern = pattern_palette()[_enlarged(numbers, zoom)]
-    charts = _draw_charts(bank.label_histogram[k], *effects)
+    charts = _draw_charts(bank.label_histogram[k], *effects, gallery.classes)
     lines = []
     for paragraph in notes.caption.splitlines():
         lines += textwrap.wrap(paragraph, CAPTION_LETTERS)
@@ -1526,6 +1791,7 @@ def show_feature_panel(
     ablation_delta,
     save_path: str | Path | None = None,
     notes: PanelNotes | None = None,
+    classes: Sequence[str] = (),
 ) -> Figure:
     """Everything about feature k in one picture: gallery, pattern, labels and both logit effects.
 
@@ -1533,13 +1799,18 @@ def show_feature_panel(
     `feature_logit_effect` and `feature_ablation_effect`; the rest is as in `show_feature_gallery`.
     """
     effects = logit_delta, ablation_delta
-    gallery, notes = GalleryPainter(images), notes or PanelNotes()
+    gallery, notes = GalleryPainter(images, classes), notes or PanelNotes()
     pixels = _paint_panel(gallery, k, bank, _as_array(heat), effects, notes)
     return _figure_of(pixels, save_path)
 
 
 def write_feature_panels(
-    folder: str | Path, features: Iterable[int], analysis: Analysis, images, notes: Mapping
+    folder: str | Path,
+    features: Iterable[int],
+    analysis: Analysis,
+    images,
+    notes: Mapping,
+    classes: Sequence[str] = (),
 ) -> None:
     """feature_{k}_panel.png of `features`, with the PanelNotes notes[k] where there are some.
 
@@ -1547,7 +1818,7 @@ def write_feature_panels(
     `write_feature_pictures`.
     """
     heats = as_patterns(analysis.heats)
-    gallery = GalleryPainter(images)
+    gallery = GalleryPainter(images, classes)
     for k in features:
         effects = analysis.logit.mean_delta[k], analysis.ablation.mean_delta[k]
         about = notes.get(k, PanelNotes())._replace(inked=analysis.inked)

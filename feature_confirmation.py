@@ -1202,15 +1202,16 @@ def _signed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:+.3f}" for value in values[1:])
 
 
-def _effect_lines(claim: fh.Effect, t: EffectTest, m: Measurement, verdict: str) -> list[str]:
+def _effect_lines(h: fh.Hypothesis, t: EffectTest, m: Measurement, verdict: str) -> list[str]:
+    claim = h.effect
     moves, doses = [], []
     if claim.raises is not None:
-        logit, other = f"logit of {claim.raises}", t.chance_raised
+        logit, other = f"logit of {fa.class_name(h.classes, claim.raises)}", t.chance_raised
         said = f"said {claim.raised_by:.3f}, other directions {other:.3f}"
         moves.append(f"lowers the {logit} by {t.raised_by:.3f} ({said})")
         doses.append(f"{logit} {_signed(t.dose_raises)} (linear {_signed(t.linear_raises)})")
     if claim.lowers is not None:
-        logit, other = f"logit of {claim.lowers}", t.chance_lowered
+        logit, other = f"logit of {fa.class_name(h.classes, claim.lowers)}", t.chance_lowered
         said = f"said {claim.lowered_by:.3f}, other directions {other:.3f}"
         moves.append(f"raises the {logit} by {t.lowered_by:.3f} ({said})")
         doses.append(f"{logit} {_signed(t.dose_lowers)} (linear {_signed(t.linear_lowers)})")
@@ -1246,7 +1247,7 @@ def measured_lines(
             said = f"bar {m.bar:g}, {_p_words(m.p)}: {j.tests[name]}"
             lines.append(f"{_edit_line(name, test)}, {said}")
     if e.effect is not None:
-        lines += _effect_lines(h.effect, e.effect, measured["effect"], j.tests["effect"])
+        lines += _effect_lines(h, e.effect, measured["effect"], j.tests["effect"])
     if "little" in measured:
         share, bar = fh.percent(e.changes), fh.percent(fh.LITTLE)
         said = f"on {share} of {e.n_active} images, at most {bar}: {j.tests['little']}"
@@ -1272,7 +1273,8 @@ def evidence_line(h: fh.Hypothesis, e: Evidence) -> str:
     shares = []
     for c in ranked[:2]:
         if e.label_histogram[c]:
-            shares.append(f"{fh.percent(e.label_histogram[c] / e.n_active)} of them {c}s")
+            share = fh.percent(e.label_histogram[c] / e.n_active)
+            shares.append(f"{share} of them {fh.images_of(h.classes, c)}")
     pieces[0] += ", " + fh.listed(shares) if shares else ""
     if not e.judgeable:
         pieces.append("too few that do, or do not, to judge")
@@ -1326,16 +1328,16 @@ left, left, middle, right, far right), and "stem upper left" is as true of an im
 vertical piece of stroke centred in that cell is inked, with blank sides. A bar is horizontal, a
 stem vertical, a slash rises (/), a backslash falls (\\), ink is any. The sentence is scored by its
 words alone, each counting alike. Percentages are of the validation images that fire the feature:
-the share of a digit among them, and of predictions that change. They are not tested as numbers; the
+the share of a class among them, and of predictions that change. They are not tested as numbers; the
 evidence has them for unseen images.
 
 - The ink named predicts where the feature fires with AUROC {ink_auroc}, labels with {class_auroc},
 the sentence as a whole with {both_auroc}. An image is described when it scores as high as separates
 best (F1) on the validation images.
 - Erasing: on images that fire it, the ink named is removed, and as much ink elsewhere. Filling:
-strokes said to be absent are painted. Painting: on images that do not fire it, of the digits named,
-what is said is made true. Elsewhere the same shapes are painted, with as much ink. Edits as named
-must change the feature on a share of the images that is larger by {edit_difference}.
+strokes said to be absent are painted. Painting: on images that do not fire it, of the classes
+named, what is said is made true. Elsewhere the same shapes are painted, with as much ink. Edits as
+named must change the feature on a share of the images that is larger by {edit_difference}.
 - Effect: removing the feature moves the logit named by {effect_size:.0%} of what is said, and
 further than {percentile:.0%} of random directions of its length, each on the logit it moves most;
 each larger dose moves it further. "Little effect": at most {little:.0%} of predictions change.

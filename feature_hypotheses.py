@@ -24,14 +24,14 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import feature_analysis as fa
-from whole_files import read_json
+from whole_files import as_kind, read_json
 
 # --------------------------------------------------------------------------------------------------
 # Places: exact pieces of pen stroke on a 28 x 28 image
@@ -278,6 +278,7 @@ class Hypothesis(NamedTuple):
     influence: float  # its share of all that removing single features does to the logits
     changes: float  # share of the images that fire it whose prediction changes without it
     why_not: dict[str, str]
+    classes: tuple[str, ...] = ()  # what labels and logits are called; empty: by their numbers
 
     @property
     def n_active(self) -> int:
@@ -930,6 +931,11 @@ def _weak(auroc: float, bar: float) -> str:
     return f"AUROC {auroc:.3f} on the discovery images, {bar} is asked for"
 
 
+LOOKED_AT = 2000  # images
+BLANK_BELOW = 0.1
+THICK, MOST_THICK = 5, 0.1  # of MNIST's ink 1% is so thick, of Fashion-MNIST's 34%
+
+
 def why_no_strokes(images: Tensor) -> str | None:
     """Why strokes cannot be named on such images; None when they can."""
     shape = tuple(images.shape[1:])
@@ -941,6 +947,22 @@ def why_no_strokes(images: Tensor) -> str | None:
     if low < 0 or high > 1:
         return (
             f"pixels run from {low:g} to {high:g}; strokes are described where ink runs from 0 to 1"
+        )
+    return None
+
+
+def why_unlike_strokes(images: Tensor) -> str | None:
+    """Why images (N, 28, 28) or (N, 1, 28, 28) are no pen strokes on a blank ground; None: they
+    are."""
+    some = images.reshape(-1, 1, SIDE, SIDE)[:LOOKED_AT]
+    blank = float((some < BLANK_BELOW).float().mean())
+    if blank < 0.5:
+        return f"{percent(blank)} of the pixels are blank; strokes are described on a blank ground"
+    core = -torch.nn.functional.max_pool2d(-some, THICK, stride=1)  # ink with as much all around
+    thick = float(core.sum() / some.sum().clamp(min=1e-9))
+    if thick > MOST_THICK:
+        return (
+            f"{percent(thick)} of the ink lies {THICK} x {THICK} pixels thick; strokes are thinner"
         )
     return None
 
@@ -1019,6 +1041,8 @@ def propose_hypotheses(
     drawings: bool = True,
     activity: fa.Activity | None = None,
     removed: fa.Removals | None = None,
+    strokes: bool = True,
+    classes: Sequence[str] = (),
 ) -> list[Hypothesis]:
     """A claim about every feature, from the discovery images (N, ...) with labels (N,) alone.
 
@@ -1028,7 +1052,9 @@ def propose_hypotheses(
     effect  the logits that its removal lowers and raises most, where it does so further than other
             directions would
 
-    Beside them stands a drawing of exact places. `activity` and `removed`, by
+    Ink is named with `strokes`, and where images are pen strokes on a blank ground of 28 x 28
+    pixels. Beside the words stands a drawing of exact places. `classes` are the names of the
+    labels, which otherwise are called by their numbers. `activity` and `removed`, by
     `fa.removal_effects`, are those of the same images, where they are at hand. A part that does not
     reach the rule's bar on these very images is not claimed. Raises ValueError for shapes that do
     not fit, labels that the model does not know, or no images.
@@ -1043,7 +1069,7 @@ def propose_hypotheses(
     raw = layer.raw_of_all(images)
     hypotheses = []
     for k in range(layer.d_sae):
-        h = _unclaimed(k, activity, histograms[k], removed)
+        h = _unclaimed(k, activity, histograms[k], removed)._replace(classes=tuple(classes))
         if rule.min_active <= h.n_active <= len(images) - rule.min_active:
             h = _claim_labels(h, label_counts, rule)
             h = _claim_effect(h, removed.mean_delta[k], layer, raw, activity, rule)
@@ -1053,14 +1079,16 @@ def propose_hypotheses(
             h = h._replace(why_not=dict.fromkeys(PARTS, why))
         hypotheses.append(h)
 
-    no_strokes, inks = why_no_strokes(images), torch.empty(0, len(images))
+    no_strokes = why_no_strokes(images) or why_unlike_strokes(images)
+    no_strokes = no_strokes if strokes else "strokes are switched off"
+    inks = torch.empty(0, len(images))
     if no_strokes:
         hypotheses = [h.drops("ink", h.why_not.get("ink", no_strokes)) for h in hypotheses]
     else:
         of_places = place_inks(images)
         inks = word_inks(of_places)
-        strokes = of_places if drawings else None
-        hypotheses = _claim_ink(hypotheses, layer, images, inks, strokes, activity)
+        drawn = of_places if drawings else None
+        hypotheses = _claim_ink(hypotheses, layer, images, inks, drawn, activity)
     return [_weigh(h, inks, activity, rule) for h in hypotheses]
 
 
@@ -1111,11 +1139,32 @@ LEGEND = """A bar is horizontal, a stem vertical, a slash rises, a backslash fal
 percentages are of the images that fire the feature."""
 
 
+def plural(name: str) -> str:
+    """As in "6s", "bags", "dresses", "T-shirts/tops", "cherries"."""
+    if name[-1:].isalpha() and name[-1].isupper():
+        return f"{name}s"
+    if name.endswith(("s", "x", "sh", "ch")):
+        return f"{name}es"
+    if name.endswith("y") and name[-2:-1] not in "aeiou":
+        return f"{name[:-1]}ies"
+    return "/".join(f"{part}s" for part in name.split("/"))
+
+
+def images_of(classes: Sequence[str], c: int) -> str:
+    """What the images of class c are called, as in "6s" or "trousers"."""
+    name = fa.class_name(classes, c)
+    is_word = len(name) > 1 and name[0].isupper() and name[1].islower()
+    return plural(name[0].lower() + name[1:] if is_word else name)
+
+
 def _label_words(h: Hypothesis) -> str:
     """As in "80% are 6s, 12% 0s", of the images that fire it."""
-    shares = [(c, percent(h.label_histogram[c] / h.n_active)) for c in h.often]
-    words = [f"{share} {'are ' if n == 0 else ''}{c}s" for n, (c, share) in enumerate(shares)]
-    return ", ".join(words)
+    words = []
+    for c in h.often:
+        share = percent(h.label_histogram[c] / h.n_active)
+        words.append(f"{share} {images_of(h.classes, c)}")
+    first = " ".join(words[:1]).replace(" ", " are ", 1)
+    return ", ".join([first, *words[1:]])
 
 
 def _effect_words(h: Hypothesis) -> str:
@@ -1125,7 +1174,7 @@ def _effect_words(h: Hypothesis) -> str:
     moves = []
     for c, verb, by in zip(h.effect[::2], ("loses", "gains"), h.effect[1::2], strict=True):
         if c is not None:
-            moves.append(f"{c} {verb} {by:.2f}")
+            moves.append(f"{fa.class_name(h.classes, c)} {verb} {by:.2f}")
     return f"without it {listed(moves)} logits, {percent(h.changes)} of predictions change"
 
 
@@ -1137,7 +1186,8 @@ def statement(h: Hypothesis) -> str:
     empty = listed([f"no {word.words()}" for word in h.ink.absent])
     pieces = [", ".join(piece for piece in (there, empty) if piece)]
     pieces.append(_label_words(h))
-    pieces.append("hardly any " + listed([f"{c}s" for c in h.hardly], "or") if h.hardly else "")
+    rare = listed([images_of(h.classes, c) for c in h.hardly], "or")
+    pieces.append(f"hardly any {rare}" if rare else "")
     pieces.append(_effect_words(h))
     text = "; ".join(piece for piece in pieces if piece)
     return text[:1].upper() + text[1:]
@@ -1162,7 +1212,9 @@ def hypothesis_record(h: Hypothesis) -> dict:
     """A claim as JSON has it."""
     strokes = {"ink": _strokes_record(h.ink), "drawing": _strokes_record(h.drawing)}
     effect = {"effect": h.effect._asdict() if h.effect else None}
-    return {"statement": statement(h), **h._asdict(), **strokes, **effect}
+    record = {"statement": statement(h), **h._asdict(), **strokes, **effect}
+    del record["classes"]  # the same for all
+    return record
 
 
 DIGEST = re.compile(rb'\A{\n "sha256": "(\w{64})",\n')  # the first two lines of a frozen file
@@ -1172,7 +1224,8 @@ class Frozen(NamedTuple):
     """What a frozen file holds besides its digest."""
 
     rule: Rule
-    hypotheses: tuple[Hypothesis, ...]
+    classes: tuple[str, ...]
+    hypotheses: tuple[dict[str, Any], ...]
 
 
 def freeze_hypotheses(
@@ -1185,6 +1238,7 @@ def freeze_hypotheses(
     """
     frozen = {
         "rule": (rule or Rule())._asdict(),
+        "classes": list(hypotheses[0].classes) if hypotheses else [],
         "hypotheses": [hypothesis_record(h) for h in hypotheses],
     }
     content = (json.dumps(frozen, indent=1, allow_nan=False) + "\n").encode()
@@ -1212,12 +1266,14 @@ def read_hypotheses(path: str | Path, sha256: str | None = None) -> tuple[list[H
                 f"{recorded}"
             )
     try:
-        rule, hypotheses = read_json(content, Frozen)
-        for h in hypotheses:
-            _refuse_unsayable(h)
+        frozen = read_json(content, Frozen)
+        hypotheses = []
+        for record in frozen.hypotheses:
+            hypotheses.append(as_kind({**record, "classes": list(frozen.classes)}, Hypothesis))
+            _refuse_unsayable(hypotheses[-1])
     except ValueError as error:
         raise ValueError(f"{path} holds no claims: {error}") from error
-    return list(hypotheses), rule
+    return hypotheses, frozen.rule
 
 
 def _refuse_unsayable(h: Hypothesis) -> None:

@@ -1,14 +1,16 @@
 """Where do the images come from? Files on disk to three splits of images and labels.
 
 Takes the name of a folder and a seed. Gives `Data`: training, validation and test images with
-their labels, in words where they came from, and a digest of all of it. Knows nothing of networks,
-and imports no other room. What cannot be used ends in a DataError of one line.
+their labels, the names of the classes, in words where they came from, and a digest of all of it.
+Knows nothing of networks, and imports no other room. What cannot be used ends in a DataError of
+one line.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import math
 import os
 import socket
@@ -23,16 +25,74 @@ import numpy as np
 import torch
 from torch import Tensor
 
+AUTO = "auto"  # stands for the digits under DOWNLOADS, fetched if need be, or else the sample
 SAMPLE = "sample"  # the name that stands for the bundled digits
+DOWNLOADS = "data"
 SAMPLE_FILE = Path(__file__).resolve().parent / "data" / "mnist_5k.npz"
-IDX_FILES = {  # name without .gz: (magic number, shape, MD5 of the decompressed file)
-    "train-images-idx3-ubyte": (2051, (60_000, 28, 28), "6bbc9ace898e44ae57da46a324031adb"),
-    "train-labels-idx1-ubyte": (2049, (60_000,), "a25bea736e30d166cdddb491f175f624"),
-    "t10k-images-idx3-ubyte": (2051, (10_000, 28, 28), "2646ac647ad5339dbf082846283269ea"),
-    "t10k-labels-idx1-ubyte": (2049, (10_000,), "27ae3e4e09519cfbb04c329615203637"),
-}
-FULL_TRAIN_IMAGES = 48_000  # of the full set; the rest of its 60,000 validate
+SAMPLE_SHA256 = "246e0c30eeea57c8d0037d3f38c8e00651ec204cc61b8022563e9aeeb9d756f4"
+TRAIN_SHARE = 0.8  # of the training images; the others validate
 DOWNLOAD_TIMEOUT = 10.0  # seconds a mirror may stay silent
+
+IMAGES, LABELS = 2051, 2049  # magic numbers of IDX files of uint8, three dimensions and one
+IDX_FILES = {
+    "train-images-idx3-ubyte": IMAGES,
+    "train-labels-idx1-ubyte": LABELS,
+    "t10k-images-idx3-ubyte": IMAGES,
+    "t10k-labels-idx1-ubyte": LABELS,
+}
+SIDES = range(8, 65)  # heights and widths of images that are taken
+MOST_CLASSES = 256  # labels are bytes
+MOST_PIXELS = 2**32  # in one file
+PIXELS_AT_ONCE = 2**21  # in a batch: a network of many channels makes much more of them
+FEWEST = {"train": 100, "t10k": 20}  # images below which nothing can be learned, or tested
+
+
+class KnownSet(NamedTuple):
+    """A set that its digests tell: MD5s, in the order of IDX_FILES."""
+
+    classes: tuple[str, ...]
+    plain: tuple[str, ...] = ()  # of the files as they are, where known
+    packed: tuple[str, ...] = ()  # of the gzipped files as published, from torchvision 0.28
+
+
+DIGITS = tuple("0123456789")
+FASHION = "T-shirt/top|Trouser|Pullover|Dress|Coat|Sandal|Shirt|Sneaker|Bag|Ankle boot"
+KNOWN_SETS = {
+    "MNIST": KnownSet(
+        DIGITS,
+        plain=(
+            "6bbc9ace898e44ae57da46a324031adb",
+            "a25bea736e30d166cdddb491f175f624",
+            "2646ac647ad5339dbf082846283269ea",
+            "27ae3e4e09519cfbb04c329615203637",
+        ),
+    ),
+    "Fashion-MNIST": KnownSet(
+        tuple(FASHION.split("|")),
+        plain=(  # of Debian's dataset-fashion-mnist 0.0~git20200523.55506a9-1
+            "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+            "9018921c3c673c538a1fc5bad174d6f9",
+            "8181f5470baa50b63fa0f6fddb340f0a",
+            "15d484375f8d13e6eb1aabb0c3f46965",
+        ),
+        packed=(
+            "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "25c81989df183df01b3e8a0aad5dffbe",
+            "bef4ecab320f06d8554ea6380940ec79",
+            "bb300cfdad3c16e7a12a480ee83cd310",
+        ),
+    ),
+    "KMNIST": KnownSet(
+        ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+        packed=(
+            "bdb82020997e1d708af4cf47b453dcf7",
+            "e144d726b3acfaa3e44228e80efcd344",
+            "5c965bf0a639b31b8f53240b1b52f4d7",
+            "7320c461ea6c1c855c0b718fb2a4b134",
+        ),
+    ),
+}
+CLASSES_FILE = "classes.txt"  # names of the classes, one a line, beside the images
 
 
 class DataError(ValueError):
@@ -40,28 +100,33 @@ class DataError(ValueError):
 
 
 class Split(NamedTuple):
-    """Images (N, 1, 28, 28) float32 in [0, 1] and labels (N,) int64."""
+    """Images (N, 1, H, W) float32 in [0, 1] and labels (N,) int64."""
 
     images: Tensor
     labels: Tensor
 
 
 class Data(NamedTuple):
-    """The three disjoint splits, and where they came from."""
+    """The three disjoint splits, what their labels are called, and where they came from."""
 
     train: Split
     val: Split
     test: Split
+    classes: tuple[str, ...]  # the name of each label
     source: str  # in words
-    digest: str  # SHA-256 of the digits, the labels and who is in which split
+    digest: str  # SHA-256 of the images, the labels and who is in which split
 
 
 class TensorLoader:
-    """Batches of a Split in its own order, without copying; a `loader` for the analysis."""
+    """Batches of a Split in its own order, without copying; a `loader` for the analysis.
 
-    def __init__(self, split: Split, batch_size: int = 2000):
+    Without a batch size, batches are of 2,000 images, or fewer where these are large.
+    """
+
+    def __init__(self, split: Split, batch_size: int | None = None):
         self.split = split
-        self.batch_size = batch_size
+        n_pixels = math.prod(split.images.shape[1:])
+        self.batch_size = batch_size or min(2000, max(1, PIXELS_AT_ONCE // n_pixels))
 
     def __len__(self) -> int:
         return math.ceil(len(self.split.labels) / self.batch_size)
@@ -73,77 +138,187 @@ class TensorLoader:
 
 
 # --------------------------------------------------------------------------------------------------
-# MNIST's own files
+# Files in MNIST's format
 # --------------------------------------------------------------------------------------------------
 
+AGAIN = "fetch the file again"
 
-def parse_idx(raw: bytes, name: str) -> np.ndarray:
-    """One decompressed IDX file as a uint8 array of the shape MNIST has.
+
+class IdxFile(NamedTuple):
+    """One file: its array, and the MD5s of what is stored and of what that unpacks to."""
+
+    array: np.ndarray  # uint8, (N, H, W) or (N,)
+    digests: frozenset[str]
+
+
+def idx_shape(header: bytes, name: str) -> tuple[int, ...]:
+    """What the first bytes of the IDX file `name` announce. Raises DataError naming the file."""
+    expected = IDX_FILES[name.removesuffix(".gz")]
+    n_dims = expected % 256
+    size = 4 * (1 + n_dims)
+    if len(header) < size:
+        raise DataError(f"{name} is damaged: {len(header)} bytes are too few for a header; {AGAIN}")
+    magic, *shape = struct.unpack(f">{1 + n_dims}I", header[:size])
+    if magic != expected:
+        raise DataError(
+            f"{name} is not what its name says: magic number {magic}, expected {expected}"
+        )
+    if any(side not in SIDES for side in shape[1:]):
+        raise DataError(
+            f"{name} holds images of {shape[1]} x {shape[2]} pixels; "
+            f"{SIDES[0]} to {SIDES[-1]} are taken each way"
+        )
+    if math.prod(shape) > MOST_PIXELS:
+        raise DataError(f"{name} announces {shape[0]:,} entries: more than can be held; {AGAIN}")
+    return tuple(shape)
+
+
+def parse_idx(file: io.BufferedIOBase, name: str) -> tuple[np.ndarray, str]:
+    """An opened IDX file as a uint8 array, and its MD5; never more is read than is announced.
 
     Raises DataError naming the file.
     """
-    magic, shape, md5 = IDX_FILES[name.removesuffix(".gz")]
-    again = "fetch the file again"
-
-    header = 4 * (1 + len(shape))
-    if len(raw) < header:
-        raise DataError(f"{name} is damaged: {len(raw)} bytes are too few for a header; {again}")
-
-    found_magic, *found_shape = struct.unpack(f">{1 + len(shape)}I", raw[:header])
-    if found_magic != magic:
+    header_size = 4 * (1 + IDX_FILES[name.removesuffix(".gz")] % 256)
+    header = file.read(header_size)
+    shape = idx_shape(header, name)
+    size = math.prod(shape)
+    content = file.read(size + 1)
+    if len(content) != size:
+        found = f"{len(header) + len(content):,}" if len(content) < size else "more"
         raise DataError(
-            f"{name} is not what its name says: magic number {found_magic}, expected {magic}"
+            f"{name} is damaged: {found} bytes, {header_size + size:,} are announced; {AGAIN}"
         )
-    if tuple(found_shape) != shape:
-        raise DataError(
-            f"{name} announces the shape {tuple(found_shape)}, expected {shape}; {again}"
-        )
-
-    expected_size = header + math.prod(shape)
-    if len(raw) != expected_size:
-        raise DataError(
-            f"{name} is damaged: {len(raw):,} bytes, expected {expected_size:,}; {again}"
-        )
-
-    found_md5 = hashlib.md5(raw, usedforsecurity=False).hexdigest()
-    if found_md5 != md5:  # also what catches labels that belong to other images
-        raise DataError(
-            f"{name} differs from MNIST's own file: MD5 {found_md5}, expected {md5}; {again}"
-        )
-    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+    md5 = hashlib.md5(header + content, usedforsecurity=False).hexdigest()
+    return np.frombuffer(content, np.uint8).reshape(shape), md5
 
 
-def read_idx(folder: Path, name: str) -> np.ndarray:
+def read_idx(folder: Path, name: str) -> IdxFile:
     """The IDX file `name` of `folder`, plain or gzipped.
 
     Raises DataError when it is missing or damaged.
     """
     plain = folder / name
     if plain.exists():
-        return parse_idx(plain.read_bytes(), plain.name)
+        with plain.open("rb") as file:
+            array, md5 = parse_idx(file, name)
+        return IdxFile(array, frozenset([md5]))
 
     packed = folder / f"{name}.gz"
     if not packed.exists():
-        raise DataError(
-            f"{folder} holds some of MNIST's files but neither {name} nor {name}.gz; add it"
-        )
+        raise DataError(f"{folder} holds part of a set but neither {name} nor {name}.gz; add it")
     try:
-        raw = gzip.decompress(packed.read_bytes())
+        with gzip.open(packed) as file:
+            array, md5 = parse_idx(file, packed.name)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{packed.name} is damaged ({error}); fetch the file again") from error
-    return parse_idx(raw, packed.name)
+        raise DataError(f"{packed.name} is damaged ({error}); {AGAIN}") from error
+    stored = hashlib.md5(packed.read_bytes(), usedforsecurity=False).hexdigest()
+    return IdxFile(array, frozenset([md5, stored]))
 
 
-def read_full_set(raw_dir: Path) -> tuple[np.ndarray, np.ndarray]:
-    """All 70,000 images and labels, training images first. Raises DataError."""
-    arrays = [read_idx(raw_dir, name) for name in IDX_FILES]
-    return np.concatenate(arrays[0::2]), np.concatenate(arrays[1::2])
+def known_set(files: list[IdxFile]) -> str | None:
+    """Which of KNOWN_SETS the four files are; None for a set that nobody knows.
+
+    Raises DataError for some files of a set beside others: images with another's labels, or a
+    damaged file.
+    """
+    for set_name, known in KNOWN_SETS.items():
+        same = [False] * len(files)
+        for digests in (known.plain, known.packed):
+            for n, digest in enumerate(digests):
+                same[n] |= digest in files[n].digests
+        if all(same):
+            return set_name
+        if any(same):
+            names = list(IDX_FILES)
+            other, fitting = names[same.index(False)], names[same.index(True)]
+            raise DataError(
+                f"{other} differs from {set_name}'s own file, which {fitting} is; {AGAIN}"
+            )
+    return None
 
 
-def has_idx_file(raw_dir: Path) -> bool:
-    """Whether the folder holds at least one of MNIST's files."""
+class ImageSet(NamedTuple):
+    """Images (N, H, W) and labels (N,), uint8, the training images first."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    n_train: int
+    known: str | None
+
+
+def read_set(folder: Path) -> ImageSet:
+    """The four files of a folder. Raises DataError where one is damaged or they do not fit."""
+    files = [read_idx(folder, name) for name in IDX_FILES]
+    known = known_set(files)
+    train_images, train_labels, test_images, test_labels = (file.array for file in files)
+    for name, images, labels in (
+        ("train", train_images, train_labels),
+        ("t10k", test_images, test_labels),
+    ):
+        if len(images) != len(labels):
+            raise DataError(
+                f"{folder}: {len(images):,} {name} images have {len(labels):,} labels; one each is "
+                f"needed"
+            )
+        if len(images) < FEWEST[name]:
+            raise DataError(
+                f"{folder}: {len(images)} {name} images are too few; {FEWEST[name]} are needed"
+            )
+    if train_images.shape[1:] != test_images.shape[1:]:
+        raise DataError(
+            f"{folder}: training images are {train_images.shape[1:]}, test images "
+            f"{test_images.shape[1:]}; they must be of one size"
+        )
+    images = np.concatenate([train_images, test_images])
+    labels = np.concatenate([train_labels, test_labels])
+    if train_labels.max() == train_labels.min():
+        raise DataError(f"{folder}: all training labels are {train_labels[0]}; two are needed")
+    return ImageSet(images, labels, len(train_labels), known)
+
+
+def class_names(folder: Path, known: str | None, n_labels: int) -> tuple[str, ...]:
+    """What the labels 0 .. n_labels - 1 are called: CLASSES_FILE of the folder decides, then what
+    is known of the set; otherwise numbers. Raises DataError for a file that does not fit."""
+    path = folder / CLASSES_FILE
+    if not path.exists():
+        numbers = tuple(map(str, range(n_labels)))
+        return KNOWN_SETS[known].classes if known else numbers
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error}); write one name a line") from error
+    names = tuple(" ".join(line.split()) for line in lines if line.strip())
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{path} names {twice!r} twice; give each class a name of its own")
+    if not n_labels <= len(names) <= MOST_CLASSES:
+        raise DataError(
+            f"{path} has {len(names)} names, but labels run to {n_labels - 1}; "
+            f"{n_labels} to {MOST_CLASSES} are needed, one a line"
+        )
+    return names
+
+
+def has_idx_file(folder: Path) -> bool:
+    """Whether the folder holds at least one of the four files."""
     names = [*IDX_FILES, *(f"{name}.gz" for name in IDX_FILES)]
-    return any((raw_dir / name).exists() for name in names)
+    return any((folder / name).is_file() for name in names)
+
+
+def find_set(root: Path) -> Path | None:
+    """Where under `root` a set is: there itself, or where torchvision puts it; None: nowhere.
+
+    Raises DataError where several are.
+    """
+    if has_idx_file(root):
+        return root
+    inside = [root / "raw", *sorted(root.glob("*/raw"))]
+    found = [folder for folder in inside if has_idx_file(folder)]
+    if len(found) > 1:
+        raise DataError(
+            f"{root} holds several sets: {', '.join(map(str, found))}; name one of these folders"
+        )
+    return found[0] if found else None
 
 
 def download_mnist(data_dir: Path) -> None:
@@ -175,23 +350,21 @@ def download_mnist(data_dir: Path) -> None:
 
 
 def read_sample() -> tuple[np.ndarray, np.ndarray]:
-    """The 5,000 bundled digits. Raises DataError when the file is missing or damaged."""
-    name = SAMPLE_FILE.name
+    """The 5,000 bundled digits. Raises DataError when the file is missing or not as delivered."""
     try:
-        with np.load(SAMPLE_FILE) as stored:
-            images = stored["images"]
-            labels = stored["labels"]
-    except (OSError, KeyError, ValueError, EOFError, zlib.error) as error:
+        stored = SAMPLE_FILE.read_bytes()
+    except OSError as error:
         raise DataError(
-            f"the bundled sample {name} is damaged or missing ({error}); restore it"
+            f"the bundled sample {SAMPLE_FILE.name} cannot be read ({error.strerror}); restore it"
         ) from error
-
-    right_shape = images.shape == (5000, 28, 28) and labels.shape == (5000,)
-    if not right_shape or np.bincount(labels).tolist() != [500] * 10:
+    found = hashlib.sha256(stored).hexdigest()
+    if found != SAMPLE_SHA256:
         raise DataError(
-            f"the bundled sample {name} holds {images.shape} images, not 500 a class; restore it"
+            f"the bundled sample {SAMPLE_FILE.name} is damaged: SHA-256 {found}, expected "
+            f"{SAMPLE_SHA256}; restore it"
         )
-    return images, labels
+    with np.load(io.BytesIO(stored)) as arrays:
+        return arrays["images"], arrays["labels"]
 
 
 def sample_split(labels: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
@@ -210,59 +383,82 @@ def sample_split(labels: np.ndarray, rng: np.random.Generator) -> list[np.ndarra
 # --------------------------------------------------------------------------------------------------
 
 
-def find_full_set(data_dir: str) -> Path | None:
-    """The folder of MNIST's files under `data_dir`, downloaded if need be; None: use the sample.
+def find_images(where: str) -> Path | None:
+    """The folder of the set that is asked for; None: the sample.
 
-    Says in one line why the sample is used, unless that is what was asked for.
+    Says in one line why the sample is used, unless that is what was asked for. Raises DataError
+    for a named folder without a set.
     """
-    if data_dir == SAMPLE:
+    if where == SAMPLE:
         return None
-    raw_dir = Path(data_dir) / "MNIST" / "raw"
-    if has_idx_file(raw_dir):
-        return raw_dir
+    if where == AUTO:
+        return find_set(Path(DOWNLOADS)) or downloaded(Path(DOWNLOADS))
+    folder = find_set(Path(where)) if where.strip() else None
+    if folder is None:
+        first = next(iter(IDX_FILES))
+        state = "holds no images" if Path(where).is_dir() and where.strip() else "is no folder"
+        raise DataError(
+            f"--data {where or repr(where)} {state}: looked for {first} and its three companions, "
+            f"gzipped or not, there, in raw/ and in */raw/; name the folder of a set in MNIST's "
+            f"format, or '{SAMPLE}'"
+        )
+    return folder
+
+
+def downloaded(root: Path) -> Path | None:
+    """MNIST, fetched into `root`; None, and a line that says why, where that fails."""
     try:
-        download_mnist(Path(data_dir))
+        download_mnist(root)
     except Exception as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         print(
-            f"No MNIST under {raw_dir} and no download ({reason}): using the bundled 5,000 digits, "
-            f"so accuracy is lower and features are coarser. For the full set put the four IDX "
-            f"files there, or give --data DIR."
+            f"No MNIST under {root} and no download ({reason}): using the bundled 5,000 digits, "
+            f"so accuracy is lower and features are coarser. For the full set give --data DIR, the "
+            f"folder of its four IDX files."
         )
         return None
-    return raw_dir
+    return find_set(root)
 
 
 def as_split(images: np.ndarray, labels: np.ndarray, device: torch.device | str) -> Split:
-    """uint8 images (N, 28, 28) and labels (N,) as a Split on `device`."""
+    """uint8 images (N, H, W) and labels (N,) as a Split on `device`."""
     pixels = torch.from_numpy(images).to(device).float().div_(255)
     return Split(pixels[:, None], torch.from_numpy(labels).to(device).long())
 
 
-def load_mnist(data_dir: str, seed: int = 0, device: torch.device | str = "cpu") -> Data:
-    """The digits, split into training, validation and test images, on `device`.
+def load_images(where: str, seed: int = 0, device: torch.device | str = "cpu") -> Data:
+    """Images and labels, split into training, validation and test images, on `device`.
 
-    Takes the first of: the four IDX files under `data_dir`/MNIST/raw; a download into it; the
-    bundled sample (outright when `data_dir` is "sample"). The full set is split 48,000 / 12,000 /
-    10,000, the last being MNIST's own test set; the sample 3,500 / 500 / 1,000.
+    `where` names a folder that holds a set in MNIST's file format, or "sample" for the bundled
+    digits, or "auto": MNIST in data/, downloaded if need be, or else the sample. A fifth of a
+    set's training images, drawn with `seed`, validate, and its test images test; the sample is
+    split 3,500 / 500 / 1,000.
 
-    Raises DataError when a file that is there is damaged, incomplete or not MNIST's.
+    Raises DataError when the folder holds no set, or files that are damaged or do not fit.
     """
     rng = np.random.default_rng(seed)
-    raw_dir = find_full_set(data_dir)
-    if raw_dir is None:
+    folder = find_images(where)
+    if folder is None:
         images, labels = read_sample()
         parts = sample_split(labels, rng)
-        source = "bundled sample of 5,000 MNIST training digits"
+        classes, source = DIGITS, "bundled sample of 5,000 MNIST training digits"
     else:
-        images, labels = read_full_set(raw_dir)
-        order = rng.permutation(60_000)
-        train, val = np.split(order, [FULL_TRAIN_IMAGES])
-        parts = [train, val, np.arange(60_000, 70_000)]
-        source = "MNIST, full set of 70,000 digits"
+        images, labels, n_train, known = read_set(folder)
+        train, val = np.split(rng.permutation(n_train), [round(TRAIN_SHARE * n_train)])
+        parts = [train, val, np.arange(n_train, len(labels))]
+        classes = class_names(folder, known, int(labels.max()) + 1)
+        kind = "digits" if known == "MNIST" else "images"
+        source = f"{known or folder.resolve().name}, full set of {len(labels):,} {kind}"
+        if known is None:
+            height, width = images.shape[1:]
+            print(
+                f"{folder} is no set known by its digests: taken as it is, {len(labels):,} images "
+                f"of {height} x {width} pixels in {len(classes)} classes"
+            )
 
     digest = hashlib.sha256()
     for array in (images, labels, *parts):
+        digest.update(str(array.shape).encode())
         digest.update(np.ascontiguousarray(array))
     splits = [as_split(images[part], labels[part], device) for part in parts]
-    return Data(*splits, source=source, digest=digest.hexdigest())
+    return Data(*splits, classes=classes, source=source, digest=digest.hexdigest())

@@ -84,7 +84,7 @@ import feature_analysis as fa  # noqa: E402
 import feature_confirmation as fc  # noqa: E402
 import feature_hypotheses as fh  # noqa: E402
 import MNIST_SAE_code as driver  # noqa: E402
-from mnist_data import Data, DataError, Split, TensorLoader, load_mnist  # noqa: E402
+from mnist_data import Data, DataError, Split, TensorLoader, load_images  # noqa: E402
 
 try:
     import resource
@@ -416,7 +416,7 @@ def training_stages(
     clock: StageClock, settings: driver.Settings
 ) -> tuple[Data, driver.Subject, driver.TrainedSAE]:
     """From the files to an SAE, and what the classifier loses through it."""
-    data = clock.run("data", None, load_mnist, settings.data, settings.seed, clock.device)
+    data = clock.run("data", None, load_images, settings.data, settings.seed, clock.device)
     s = shapes_of(data, settings)
     model = clock.run(
         "classifier", s.classifier(settings), driver.train_classifier, data.train, settings
@@ -683,7 +683,7 @@ def threads(e: Explained) -> list[Row]:
             with driver.torch_threads(cores):
                 with_all.append(course.seconds(e.device))
         one, all_cores = 1000 * best_mean(with_one), 1000 * best_mean(with_all)
-        large = driver.training_threads(replace(e.settings, sae_latents=d_sae)) > 1
+        large = driver.training_threads(replace(e.settings, sae_latents=d_sae), e.subject) > 1
         columns = {"latents": d_sae, "one thread, ms": one, f"all {cores} cores, ms": all_cores}
         columns |= {"ratio": one / all_cores, "driver takes": "all" if large else "one"}
         rows.append(Row("SAE step", columns))

@@ -42,7 +42,7 @@ def explained() -> benchmark.Explained:
     """An untrained classifier of noise and an untrained SAE; nothing is analysed."""
     data = Data(noise_split(700, 0), noise_split(300, 1), noise_split(200, 2), "noise", "")
     settings = driver.Settings(sae_latents=64, target_actives=(20,))
-    model = driver.new_classifier(settings.hidden_units, 0, CPU).requires_grad_(False)
+    model = driver.new_classifier((784, settings.hidden_units, 10), 0, CPU).requires_grad_(False)
     pre = driver.collect_preactivations(model, data, True)
     sae = benchmark.random_sae(pre.standardised("val"), 64, 0)
     subject = driver.Subject(model, "", pre, "noise", "")

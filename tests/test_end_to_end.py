@@ -391,13 +391,13 @@ def test_hypotheses_are_frozen_before_a_test_image_is_looked_at(tmp_path, monkey
 
 
 def test_proposals_do_not_depend_on_the_test_images(stated, tmp_path, monkeypatch):
-    load = driver.load_mnist
+    load = driver.load_images
 
     def blank_test_images(*args):
         data = load(*args)
         return data._replace(test=md.Split(torch.zeros_like(data.test.images), data.test.labels))
 
-    monkeypatch.setattr(driver, "load_mnist", blank_test_images)
+    monkeypatch.setattr(driver, "load_images", blank_test_images)
     driver.main(
         [*STATED, "--out", str(tmp_path)]
     )  # nothing fires on blank images, and that is no reason to fail
@@ -514,7 +514,7 @@ def trained(seed: int, target: int, cache: dict) -> dict:
     settings = driver.Settings(seed=seed, target_actives=(target,))
     with driver.torch_threads(1):
         if seed not in cache:
-            data = md.load_mnist(os.environ["MNIST_DATA"], seed)
+            data = md.load_images(os.environ["MNIST_DATA"], seed)
             model = driver.train_classifier(data.train, settings)
             pre = driver.collect_preactivations(model, data, settings.normalize_z)
             cache[seed] = data, driver.Subject(model, "", pre, data.source, data.digest)
@@ -535,7 +535,7 @@ def cache():
 @pytest.mark.full
 @needs_mnist
 def test_full_set_is_mnist():
-    data = md.load_mnist(os.environ["MNIST_DATA"])
+    data = md.load_images(os.environ["MNIST_DATA"])
     assert [len(split.labels) for split in data[:3]] == [48_000, 12_000, 10_000]
     assert torch.bincount(data.test.labels).tolist() == [
         980,

@@ -67,7 +67,7 @@ def test_stages_name_what_they_were_made_from(finished):
         json.loads((finished / f"{name}.json").read_text())
         for name in ("classifier", "sae", "settings")
     )
-    data = driver.load_mnist("sample", 0)
+    data = driver.load_images("sample", 0)
     for record in (classifier, sae):
         assert (record["seed"], record["data_digest"]) == (0, data.digest)
     digests = {}
@@ -207,7 +207,7 @@ def test_claims_frozen_before_a_kill_do_not_block_the_next_run(tmp_path):
     fh.freeze_hypotheses([], tmp_path / "hypotheses.json")
     for said in ("[]", '[{"target_actives": 4, "hypotheses_sha256": "of another run"}]'):
         (tmp_path / "summary.json").write_text(said)
-        driver.prepare_folders(tmp_path, parsed("--out", tmp_path))
+        driver.prepare_folders(parsed("--out", tmp_path))
 
 
 def test_edited_claims_are_refused_with_and_without_a_summary(tmp_path):
@@ -215,8 +215,8 @@ def test_edited_claims_are_refused_with_and_without_a_summary(tmp_path):
     fh.freeze_hypotheses([], path)
     path.write_text(path.read_text().replace("0.85", "0.84"))
     with pytest.raises(driver.InputError, match=r"was changed after it was frozen.* --fresh"):
-        driver.prepare_folders(tmp_path, parsed("--out", tmp_path))
-    driver.prepare_folders(tmp_path, parsed("--out", tmp_path, "--fresh"))
+        driver.prepare_folders(parsed("--out", tmp_path))
+    driver.prepare_folders(parsed("--out", tmp_path, "--fresh"))
 
 
 # --- Two at once ----------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def test_what_is_too_large_is_refused_before_training(tmp_path, monkeypatch, fla
 
 
 def test_a_usual_run_is_not_too_large():
-    data = driver.load_mnist("sample", 0)
+    data = driver.load_images("sample", 0)
     assert sum(driver.needed_bytes(driver.Settings(), data).values()) < 1e8
     assert 1e8 < driver.memory_bytes()
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import MNIST_SAE_code as driver
-from mnist_data import Split, load_mnist
+from mnist_data import Split, load_images
 from MNIST_SAE_code import InputError, JumpReLUSAE, Settings, TrainingError, TrainingFrame
 
 
@@ -167,7 +167,7 @@ def test_classifier_is_the_composition_of_its_two_methods():
 
 
 def tiny_data(n: int = 2000) -> Split:
-    data = load_mnist("sample")
+    data = load_images("sample")
     return Split(data.train.images[:n], data.train.labels[:n])
 
 
@@ -192,7 +192,7 @@ def test_classifier_divergence_is_reported():
 
 
 def test_preactivations_are_standardised_by_the_training_images_only():
-    data = load_mnist("sample")
+    data = load_images("sample")
     model = driver.Classifier().requires_grad_(False)
     model.hidden.weight[3] = 0  # a unit that never varies
     pre = driver.collect_preactivations(model, data, normalize=True)
