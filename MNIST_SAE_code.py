@@ -184,6 +184,8 @@ class Settings:
     wait: bool = setting(WAIT, "wait while another run writes to the same folder")
 
     def __post_init__(self) -> None:
+        if not isinstance(self.target_actives, tuple):
+            raise InputError(f"target_actives is {self.target_actives!r}; it must be a tuple")
         self._refuse_other_kinds()
         self._refuse_targets()
         positive = """epochs_sae_final batch_sae lr_sae hidden_units epochs_ffn batch_ffn lr_ffn
@@ -266,7 +268,7 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse, but a wrong flag is reported like every other wrong input: in one line."""
 
     def error(self, message: str) -> None:
-        raise InputError(f"{message} (--help lists the flags)")
+        raise InputError(f"{' '.join(message.split())} (--help lists the flags)")
 
 
 def parse_settings(argv: Sequence[str] | None = None) -> Settings:
@@ -2802,7 +2804,7 @@ def run_script() -> int:
         if not fa.is_out_of_memory(error):
             raise
         words = "out of memory; lower --sae-latents, --hidden-units or --batch-sae"
-    print(f"error: {words}", file=sys.stderr)
+    print("error:", words.replace("\n", " "), file=sys.stderr)
     return status
 
 

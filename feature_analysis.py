@@ -75,14 +75,23 @@ def check_feature(k: int, d_sae: int) -> int:
 
 
 def check_whole(name: str, value: int, least: int | None = None) -> int:
-    """The value itself. Raises ValueError for what is no whole number, or below the least."""
+    """The value itself. Raises ValueError for what is no whole number, below the least, or beyond
+    LAST_INDEX."""
     try:
         whole = operator.index(value)
     except TypeError:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number") from None
+        raise ValueError(f"{name} is {_met(value)}; it must be a whole number") from None
     if least is not None and whole < least:
         raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if whole > LAST_INDEX:
+        raise ValueError(f"{name} is more than {LAST_INDEX:,}")
     return whole
+
+
+def _met(value: object) -> str:
+    """What was met, on one line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:56]} ..."
 
 
 def _changes_in_training(module: torch.nn.Module) -> bool:
@@ -138,6 +147,9 @@ class ExplainedLayer(NamedTuple):
         Raises ValueError when the model cannot take the images, or gives another shape than mu's,
         or numbers that are not finite.
         """
+        if not isinstance(images, Tensor) or images.dim() < 2:
+            met = tuple(getattr(images, "shape", ())) or type(images).__name__
+            raise ValueError(f"images are {met}; a tensor (B, ...) is needed")
         try:
             raw = self.model.preactivations(images.to(self.mu.device))
         except RuntimeError as error:
@@ -668,7 +680,7 @@ def _mean_jacobian(
         if not is_linear(layer, shape):
             raise ValueError("the model is not linear in the pixels: pass images to average over")
         images = torch.zeros(1, *shape)
-    if len(images) == 0:
+    if images.dim() < 2 or len(images) == 0:
         raise ValueError("images is empty: give at least one to average over")
 
     def projected(pixels: Tensor) -> Tensor:
@@ -783,9 +795,13 @@ def _steering_effects(layer: ExplainedLayer, raw: Tensor, shifts: Tensor) -> Log
 
 def _steps(layer: ExplainedLayer, alpha: float) -> Tensor:
     """(d_sae, d_in) what alpha of each feature adds to raw preactivations. Raises ValueError."""
-    step = alpha * layer.sae.W_dec.detach() * layer.std
+    try:
+        number = float(alpha)
+    except (OverflowError, RuntimeError, ValueError):  # too many digits, or too many numbers
+        number = math.nan
+    step = number * layer.sae.W_dec.detach() * layer.std
     if not step.isfinite().all():
-        raise ValueError(f"alpha is {alpha}; it must be finite, and what it adds as well")
+        raise ValueError(f"alpha is {_met(alpha)}; it must be finite, and what it adds as well")
     return step
 
 
@@ -1307,7 +1323,7 @@ def grey_images(images) -> np.ndarray:
     array = _as_array(images)
     if array.ndim == 4 and array.shape[1] == 1:
         array = array[:, 0]
-    if array.ndim != 3:
+    if array.ndim != 3 or 0 in array.shape[1:]:
         raise ValueError(f"images have shape {array.shape}; expected (N, H, W) or (N, 1, H, W)")
     low, high = array.min(initial=0), array.max(initial=0)
     if not (low >= 0 and high <= 1):  # NaN is refused as well

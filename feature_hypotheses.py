@@ -1284,5 +1284,6 @@ def _refuse_unsayable(h: Hypothesis) -> None:
     named = [*h.often, *h.hardly]
     if h.effect:
         named += [c for c in (h.effect.raises, h.effect.lowers) if c is not None]
-    if len(h.label_scores) not in (0, n_classes) or not set(named) <= set(range(n_classes)):
+    lengths = {len(h.label_scores), len(h.classes)}
+    if not lengths <= {0, n_classes} or not set(named) <= set(range(n_classes)):
         raise ValueError(f"feature {h.feature} counts {n_classes} classes, but names others")

@@ -107,6 +107,30 @@ def test_numbers_of_images_are_whole(value):
         fa.collect_feature_bank(*given(), first_index=-1)
 
 
+@pytest.mark.parametrize(
+    ("name", "other", "told"),
+    [
+        ("feature_ablation_effect", {"k": 1, "n_eval": 10**400}, "n_eval is more than"),
+        ("feature_logit_effect", {"k": 1, "alpha": 10**400}, "alpha is 1000"),
+        ("feature_logit_effect", {"k": 1, "alpha": torch.ones(2)}, r"alpha is tensor\(\[1"),
+        ("feature_logit_effect", {"k": torch.zeros(2, 1)}, r"feature is tensor\(\[\[0.\], \[0"),
+        ("collect_feature_bank", {"loader": [(torch.ones(()), LABELS)]}, "images are Tensor"),
+        ("collect_feature_bank", {"loader": [(torch.ones(3), LABELS)]}, r"images are \(3,\)"),
+    ],
+)
+def test_what_once_ended_within_a_library_is_refused_in_one_line(name, other, told):
+    model, loader, *rest = given()
+    with pytest.raises(ValueError, match=told) as error:
+        getattr(fa, name)(model, other.pop("loader", loader), *rest, **other)
+    assert "\n" not in str(error.value)
+
+
+def test_images_without_pixels_are_no_pictures():
+    bank = fa.collect_feature_bank(*given(), topk=1)
+    with pytest.raises(ValueError, match=r"images have shape \(0, 0, 0\)"):
+        fa.show_feature_gallery(0, bank, torch.zeros(0, 0, 0))
+
+
 def test_labels_are_classes_of_the_model():
     labels = LABELS.clone()
     labels[3] = 4

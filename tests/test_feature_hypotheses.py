@@ -464,6 +464,7 @@ def frozen_with(content: bytes) -> bytes:
             ),
             "long=True.* is not in word_vocabulary",
         ),
+        (lambda f: f.update(classes=["one"]), "feature 0 counts 6 classes, but names"),
         (lambda f: f.update(hypotheses={}), "hypotheses is {}, not a list"),
     ],
 )
