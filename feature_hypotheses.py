@@ -1269,7 +1269,11 @@ def read_hypotheses(path: str | Path, sha256: str | None = None) -> tuple[list[H
         frozen = read_json(content, Frozen)
         hypotheses = []
         for record in frozen.hypotheses:
-            hypotheses.append(as_kind({**record, "classes": list(frozen.classes)}, Hypothesis))
+            whole, at = (
+                {**record, "classes": list(frozen.classes)},
+                f"hypotheses[{len(hypotheses)}]",
+            )
+            hypotheses.append(as_kind(whole, Hypothesis, at))
             _refuse_unsayable(hypotheses[-1])
     except ValueError as error:
         raise ValueError(f"{path} holds no claims: {error}") from error

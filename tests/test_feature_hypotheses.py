@@ -454,7 +454,7 @@ def frozen_with(content: bytes) -> bytes:
     ("edit", "told"),
     [
         (lambda f: f.pop("rule"), "it has no 'rule'"),
-        (lambda f: f["rule"].update(min_active=None), "it.rule.min_active is None, not int"),
+        (lambda f: f["rule"].update(min_active=None), "rule.min_active is None, not int"),
         (lambda f: f["hypotheses"][0].pop("ink"), r"hypotheses\[0\] has no 'ink'"),
         (lambda f: f["hypotheses"][0].update(often=3), r"\.often is 3, not a list"),
         (lambda f: f["hypotheses"][0].update(often=[77]), "feature 0 counts 6 classes, but names"),
