@@ -37,6 +37,8 @@ statement percent plural _rows download message parse shown frontier""".split()
 SWAPS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
 SWAPS |= {"+": "-", "-": "+", "*": "/", "/": "*", "//": "*", "%": "*", "**": "*", "@": "*"}
 SWAPS |= {"and": "or", "or": "and", "is": "is not", "is not": "is", "in": "not in", "not in": "in"}
+SPLITS = {"train": "val", "val": "test", "test": "val", "judging": "aside", "aside": "judging"}
+SPLITS |= {"min": "max", "max": "min"}
 NOT_IN = (ast.JoinedStr, ast.Raise, ast.arg, ast.AnnAssign)  # messages and annotations
 LIMIT = 600  # seconds until a mutant counts as caught: it hangs
 
@@ -72,10 +74,12 @@ def changes(node: ast.AST, text: str, at) -> Iterator[tuple[int, int, str]]:
         yield start, end, str(node.value + 1)
     elif isinstance(node, ast.UnaryOp):
         yield start, at(node.operand.lineno, node.operand.col_offset), ""
-    elif isinstance(node, (ast.Name, ast.Attribute)):
-        for old, new in (("min", "max"), ("max", "min"), ("test", "train"), ("val", "test")):
-            if re.search(rf"(^|\.){old}$", text[start:end]):
-                yield end - len(old), end, new
+    elif isinstance(node, ast.Constant) and node.value in SPLITS:
+        yield start, end, repr(SPLITS[node.value])
+    elif isinstance(node, ast.Attribute) and node.attr in SPLITS:
+        yield end - len(node.attr), end, SPLITS[node.attr]
+    elif isinstance(node, ast.Name) and node.id in ("min", "max"):
+        yield start, end, "max" if node.id == "min" else "min"
 
 
 def mutants_of(room: str) -> list[Mutant]:
