@@ -12,7 +12,6 @@ import argparse
 import ast
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
