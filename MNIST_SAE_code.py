@@ -1794,7 +1794,6 @@ def start_pictures(
     jobs: Jobs,
 ) -> list[Job]:
     """Gallery and pattern of each of `features`."""
-    remove_pictures(folder)
     shown = (analysis.bank, images, analysis.heats, analysis.inked, classes)
     started = []
     for part in range(PICTURE_JOBS):
@@ -1961,10 +1960,16 @@ def tell_unnamed_strokes(hypotheses: Sequence[fh.Hypothesis]) -> None:
         )
 
 
-def remove_statements(folder: Path) -> None:
-    """Those of an earlier run."""
-    for name in ("hypotheses.json", "hypotheses.md", "explained.png", "influence.png"):
+RESULTS_OF_RUN = """settings.json summary.json frontier.png feature_report.json feature_report.html
+hypotheses.json hypotheses.md explained.png influence.png""".split()
+
+
+def remove_results(folder: Path) -> None:
+    """Those of an earlier run: if this one stops half way, nothing looks as if it were finished.
+    settings.json goes first, without which it is no run."""
+    for name in RESULTS_OF_RUN:
         (folder / name).unlink(missing_ok=True)
+    remove_pictures(folder)
 
 
 COMPARED = ("untrained SAE", "random directions", "neurons")
@@ -2307,7 +2312,6 @@ def prepare_target(
     features = analysed_features(analysis, settings.features)
     shown = fa.as_ink(data.val.images.cpu())
     pictures = start_pictures(folder, analysis, features, shown, data.classes, jobs)
-    remove_statements(folder)
     if settings.hypotheses:
         with clock("propose and freeze"):
             known = (analysis.activity, analysis.removed, settings.strokes, data.classes)
@@ -2530,6 +2534,8 @@ def prepare_targets(
     root = Path(settings.out)
     with clock("sae"):
         trained = train_saes(settings, subject, jobs)
+    for folder in [root, *(target_folder(root, settings, target) for target in trained)]:
+        remove_results(folder)
     prepared = []
     for target, saes in trained.items():
         prepared.append(prepare_target(target, saes, settings, subject, data, jobs))

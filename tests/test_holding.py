@@ -104,8 +104,24 @@ def test_networks_of_a_later_run_are_not_taken_for_those_of_the_finished_one(
     monkeypatch.setattr(driver, last, stop)
     with pytest.raises(StopHere):
         driver.main([*TINY, *flags, "--out", str(run)])
-    with pytest.raises(driver.InputError, match="networks of another run than its settings"):
+    with pytest.raises(driver.InputError, match=r"another run than its settings|no finished run"):
         driver.load_run(str(run))
+
+
+def test_a_run_that_stopped_half_way_leaves_nothing_that_looks_finished(run, monkeypatch):
+    """Not even where the next one has another number of targets, and so other folders."""
+
+    def stop(*_):
+        raise StopHere
+
+    assert (run / "summary.json").exists()
+    assert list(run.glob("feature_*.png"))
+    monkeypatch.setattr(driver, "prepare_target", stop)
+    with pytest.raises(StopHere):
+        driver.main([*TINY, "--target-actives", "3", "4", "--out", str(run)])
+    left = {path.name for path in run.iterdir()}
+    stages = {f"{name}.{ending}" for name in ("classifier", "sae") for ending in driver.STAGE_FILES}
+    assert left == {*stages, ".lock", "target_3", "target_4"}
 
 
 # --- Files from a stranger ------------------------------------------------------------------------
