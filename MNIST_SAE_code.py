@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -55,6 +56,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -271,8 +273,14 @@ class OneLineParser(argparse.ArgumentParser):
         raise InputError(f"{' '.join(message.split())} (--help lists the flags)")
 
 
-def parse_settings(argv: Sequence[str] | None = None) -> Settings:
-    """Flags to Settings. Raises InputError for values that cannot be used."""
+SWEPT = ("target_actives", "sae_latents")  # flags that take several values; and --seeds
+
+
+def parse_runs(argv: Sequence[str] | None = None) -> list[Settings]:
+    """Flags to Settings: of one run, or of one run for each seed and number of latents asked for.
+
+    Raises InputError for values that cannot be used.
+    """
     parser = OneLineParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -282,12 +290,24 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
         kind: dict = {"type": types[f.name]}
         if types[f.name] is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        elif f.name == "target_actives":
+        elif f.name in SWEPT:
             kind = {"type": int, "nargs": "*"}
         parser.add_argument(flag_name(f.name), default=f.default, help=f.metadata["help"], **kind)
+    what = "train every combination of these seeds, --target-actives and --sae-latents"
+    parser.add_argument("--seeds", type=int, nargs="*", help=what)
     given = vars(parser.parse_args(argv))
     given["target_actives"] = tuple(given["target_actives"])
-    return Settings(**given)
+    seeds = given.pop("seeds")
+    seeds = [given["seed"]] if seeds is None else seeds
+    latents = given["sae_latents"]
+    latents = [latents] if isinstance(latents, int) else latents
+    for name, values in (("seeds", seeds), ("sae_latents", latents)):
+        if not values or len(set(values)) < len(values):
+            raise InputError(f"{flag_name(name)} {values} must name at least one value, each once")
+    runs = []
+    for seed, n in itertools.product(seeds, latents):
+        runs.append(Settings(**{**given, "seed": seed, "sae_latents": n}))
+    return runs
 
 
 def pick_device(name: str) -> torch.device:
@@ -1410,6 +1430,134 @@ def reusable_stage(
 
 
 # --------------------------------------------------------------------------------------------------
+# The layout of SAELens 6 (decoderesearch/SAELens), in which the tools of the field exchange SAEs
+# --------------------------------------------------------------------------------------------------
+
+SAELENS_WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+SAELENS_DONE = ("normalize_activations", "reshape_activations")
+SAELENS_LOADED = ("jumprelu", "standard", "topk")  # architectures that the analysis can take
+
+
+class Coder(NamedTuple):
+    """An SAE and the standardisation that it reads: what the functions of feature_analysis take
+    between the loader and the number of a feature."""
+
+    sae: JumpReLUSAE
+    mu: Tensor  # (d_in,)
+    std: Tensor  # (d_in,)
+
+
+class TopKSAE(JumpReLUSAE):
+    """An SAE whose k largest pre are active, where they are positive (Gao et al. 2024)."""
+
+    def __init__(self, d_in: int, d_sae: int, k: int):
+        super().__init__(d_in, d_sae)
+        self.k = k
+
+    def jump(self, pre: Tensor) -> Tensor:
+        largest, place = pre.topk(self.k, dim=1)
+        return torch.zeros_like(pre).scatter(1, place, largest.relu())
+
+
+@torch.no_grad()
+def on_raw(sae: JumpReLUSAE, mu: Tensor, std: Tensor) -> dict[str, Tensor]:
+    """The weights of an SAE that reads raw preactivations, and gives the same activations.
+
+    With z = (raw - mu) / std:  W_enc / std,  b_enc - (mu / std) W_enc,  W_dec * std,
+    b_dec * std + mu; in float64, rounded once.
+    """
+    W_enc, b_enc, W_dec, b_dec = (
+        getattr(sae, name).detach().cpu().double() for name in SAELENS_WEIGHTS[:4]
+    )
+    mu, std = mu.cpu().double(), std.cpu().double()
+    weights = {
+        "W_enc": W_enc / std[:, None],
+        "b_enc": b_enc - (mu / std) @ W_enc,
+        "W_dec": W_dec * std,
+        "b_dec": b_dec * std + mu,
+        "threshold": sae.threshold.cpu(),
+    }
+    return {name: weight.float().contiguous() for name, weight in weights.items()}
+
+
+def save_saelens(run: Run | fa.ExplainedLayer | Coder, folder: str | Path) -> None:
+    """Write cfg.json and sae_weights.safetensors, which `SAE.load_from_disk` of SAELens 6 reads.
+
+    `run` is anything with sae, mu and std. What is written reads raw preactivations.
+    """
+    if isinstance(run.sae, TopKSAE):
+        raise InputError("an SAE with a fixed number of active features has no thresholds to save")
+    folder = Path(folder)
+    prepare_folder(folder)
+    d_in, d_sae = run.sae.W_enc.shape
+    config = {
+        "architecture": "jumprelu",
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"sae_lens_version": "6.0.0"},  # of the layout
+    }
+    weights = safetensors.torch.save(on_raw(run.sae, run.mu, run.std))
+    fa.write_whole(folder / "sae_weights.safetensors", weights)
+    fa.write_whole(folder / "cfg.json", to_json(config))
+
+
+def load_saelens(folder: str | Path) -> Coder:
+    """An SAE that SAELens 6 saved, JumpReLU, standard (ReLU) or TopK, for the analysis.
+
+        fa.collect_feature_bank(model, loader, *load_saelens(folder))
+
+    It reads raw preactivations: mu is 0 and std is 1. Raises InputError for a folder without such
+    an SAE, and for one that does more to its input than subtracting b_dec.
+    """
+    folder = Path(folder)
+    try:
+        kinds = {"architecture": str, "d_in": int, "d_sae": int}
+        config = read_json((folder / "cfg.json").read_bytes(), kinds)
+        weights = safetensors.torch.load((folder / "sae_weights.safetensors").read_bytes())
+        kind, d_in, d_sae = (config[name] for name in ("architecture", "d_in", "d_sae"))
+        done = {config.get(name, "none") for name in SAELENS_DONE}  # to its input
+        if kind not in SAELENS_LOADED or done != {"none"}:
+            taken = ", ".join(SAELENS_LOADED)
+            raise ValueError(f"it is {kind} with input {done}; {taken} on plain input are taken")
+        if tuple(weights["W_enc"].shape) != (d_in, d_sae):
+            raise ValueError(f"W_enc has shape {tuple(weights['W_enc'].shape)}")
+        if kind == "topk" and not 0 < as_kind(config["k"], int, "k") <= d_sae:
+            raise ValueError(f"k is {config['k']}; it must be from 1 to {d_sae}")
+        sae = TopKSAE(d_in, d_sae, config["k"]) if kind == "topk" else JumpReLUSAE(d_in, d_sae)
+        weights = {"threshold": torch.zeros(d_sae), **weights}
+        sae.load_state_dict({name: weights[name].float() for name in SAELENS_WEIGHTS})
+        if not all(bool(weights[name].isfinite().all()) for name in SAELENS_WEIGHTS):
+            raise ValueError("its weights are not finite")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{folder} holds no SAE of SAELens that can be used ({reason})") from error
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{folder}/sae_weights.safetensors is damaged ({error})") from error
+    sae = as_plain(sae.requires_grad_(False), config)
+    return Coder(sae, torch.zeros(d_in), torch.ones(d_in))
+
+
+@torch.no_grad()
+def as_plain(sae: JumpReLUSAE, config: dict) -> JumpReLUSAE:
+    """What SAELens does besides, written into the weights: the input less b_dec, activations in
+    units of their decoder rows; a threshold below 0 is 0, since f is a ReLU as well."""
+    if config.get("apply_b_dec_to_input", True):
+        sae.b_enc.sub_(sae.b_dec @ sae.W_enc)
+    if config.get("rescale_acts_by_decoder_norm", False):
+        length = sae.W_dec.norm(dim=1)
+        sae.W_enc.mul_(length)
+        sae.b_enc.mul_(length)
+        sae.W_dec.div_(length[:, None])
+    sae.threshold.clamp_(min=0)
+    return sae
+
+
+# --------------------------------------------------------------------------------------------------
 # Stages: train, or take what an earlier run saved
 # --------------------------------------------------------------------------------------------------
 
@@ -1457,7 +1605,9 @@ def restored_sae(tensors: dict[str, Tensor]) -> JumpReLUSAE:
     return sae.requires_grad_(False)
 
 
-def classifier_stage(settings: Settings, data: Data, folder: Path) -> tuple[Classifier, str]:
+def classifier_stage(
+    settings: Settings, data: Data, folder: Path, quietly: bool = False
+) -> tuple[Classifier, str]:
     """The classifier, and the SHA-256 of its weights."""
     device = data.train.labels.device
     decisive = chosen(settings, CLASSIFIER_SETTINGS)
@@ -1465,7 +1615,7 @@ def classifier_stage(settings: Settings, data: Data, folder: Path) -> tuple[Clas
     sizes = {"i": settings.hidden_units, "p": data.train.images[0].numel()}
     sizes["c"] = len(data.classes)
     stage, news = reusable_stage(folder, "classifier", print_of, settings.fresh, **sizes)
-    if news:
+    if news and not quietly:
         print(news)
     if stage is None:
         model = train_classifier(data.train, settings, len(data.classes))
@@ -1599,7 +1749,7 @@ class Run(NamedTuple):
     @property
     def report(self) -> list[dict]:
         """The records of feature_report.json, the most influential feature first."""
-        return json.loads((self.folder / "feature_report.json").read_bytes())
+        return read_json((self.folder / "feature_report.json").read_bytes(), list[dict[str, Any]])
 
     @property
     def layer(self) -> fa.ExplainedLayer:
@@ -1743,11 +1893,10 @@ def gradient_at(layer: fa.ExplainedLayer, images: Tensor) -> dict:
 def analyse(layer: fa.ExplainedLayer, data: Data, settings: Settings, clock: Clock) -> fa.Analysis:
     """Images, pixels and classes of all features, from the validation images alone."""
     loader = TensorLoader(data.val)
-    topk = min(settings.topk, len(data.val.labels))
     n_eval = settings.n_eval
     model, sae, mu, std = layer
     with clock("bank"):
-        bank = fa.collect_feature_bank(model, loader, sae, mu, std, topk=topk)
+        bank = shared_bank(layer, data, settings)
     with clock("patterns"):
         heats = fa.feature_input_patterns(*layer, **gradient_at(layer, data.val.images)).cpu()
         heats = heats.sum(1) if heats.dim() == 4 else heats  # of a colour image, all channels
@@ -1961,7 +2110,8 @@ def tell_unnamed_strokes(hypotheses: Sequence[fh.Hypothesis]) -> None:
 
 
 RESULTS_OF_RUN = """settings.json summary.json frontier.png feature_report.json feature_report.html
-hypotheses.json hypotheses.md explained.png influence.png""".split()
+hypotheses.json hypotheses.md explained.png influence.png saelens/cfg.json
+saelens/sae_weights.safetensors""".split()
 
 
 def remove_results(folder: Path) -> None:
@@ -2222,26 +2372,52 @@ def frontier_curves(records: Sequence[dict]) -> dict[str, tuple[list[float], lis
     return curves
 
 
+class Curve(NamedTuple):
+    """Values over the numbers of active features, with their spread."""
+
+    l0: Sequence[float]
+    values: Sequence[float]
+    spread: Sequence[float]
+
+
+COLOURS = ("#2166ac", "#b2182b", "#4d9221", "#7b3294", "#666666")
+
+
+def draw_curves(
+    path: Path, title: str, targets: Sequence[int], panels: dict[str, dict[str, Curve]]
+) -> None:
+    """A picture with one panel for each title, in it one curve for each name; `targets` stand at
+    the places of the first curve."""
+    figure = fa.new_figure(250 * len(panels), 310)
+    figure.set_layout_engine("constrained")
+    figure.suptitle(title)
+    axes_of = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (what, curves) in zip(axes_of, panels.items(), strict=True):
+        for (name, curve), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
+            axes.errorbar(*curve, fmt="o-", color=colour, capsize=3, label=name)
+        first = next(iter(curves.values()))
+        axes.set_xscale("log")
+        axes.set_xticks(first.l0, [str(target) for target in targets])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("active features per image", fontsize=9)
+        axes.set_title(what, fontsize=9.5)
+        axes.tick_params(labelsize=8.5)
+        axes.grid(alpha=0.3)
+    if len(panels) and len(curves) > 1:
+        axes_of[0].legend(fontsize=8)
+    fa.save_figure(figure, path)
+
+
 def draw_frontier(records: Sequence[dict], path: Path) -> None:
     """Sparsity against fidelity, and against what returns where other seeds were trained."""
     records = sorted(records, key=lambda r: r["achieved_actives_test"])
     l0 = [r["achieved_actives_test"] for r in records]
-    curves = frontier_curves(records)
-    figure = fa.new_figure(250 * len(curves), 310)
-    figure.set_layout_engine("constrained")
-    figure.suptitle("What the number of active features changes (bars: spread over pairs of SAEs)")
-    panels = zip(figure.subplots(1, len(curves)), curves.items(), strict=True)
-    for axes, (title, (values, spread)) in panels:
-        axes.errorbar(l0, values, spread, fmt="o-", color="#2166ac", capsize=3)
-        axes.set_xscale("log")
-        axes.set_xticks(l0, [f"{r['target_actives']}" for r in records])
-        axes.minorticks_off()
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("active features per image", fontsize=9)
-        axes.set_title(title, fontsize=9.5)
-        axes.tick_params(labelsize=8.5)
-        axes.grid(alpha=0.3)
-    fa.save_figure(figure, path)
+    panels = {}
+    for title, (values, spread) in frontier_curves(records).items():
+        panels[title] = {"": Curve(l0, values, spread)}
+    title = "What the number of active features changes (bars: spread over pairs of SAEs)"
+    draw_curves(path, title, [r["target_actives"] for r in records], panels)
 
 
 def places_to_look(root: Path, settings: Settings, records: Sequence[dict]) -> str:
@@ -2356,6 +2532,7 @@ def finish_target(
         given = (p.folder, trial, comparisons, record["hypotheses"], title, marks)
         drawing.append(jobs.start("statements", write_statements, *given))
     fa.write_whole(p.folder / "feature_report.json", to_json(report))
+    save_saelens(subject.layer(p.trained.sae), p.folder / "saelens")
     with p.clock("pictures, waited for"):
         jobs.results(drawing)
 
@@ -2504,7 +2681,9 @@ def refuse_too_large(settings: Settings, data: Data) -> None:
         )
 
 
-def prepare_subject(settings: Settings, clock: Clock) -> tuple[Data, Subject]:
+def prepare_subject(
+    settings: Settings, clock: Clock, quietly: bool = False
+) -> tuple[Data, Subject]:
     """The images, and the classifier with what it makes of them."""
     device = pick_device(settings.device)
     if device.type == "cuda":
@@ -2512,13 +2691,14 @@ def prepare_subject(settings: Settings, clock: Clock) -> tuple[Data, Subject]:
     with clock("data"):
         data = load_images(settings.data, settings.seed, device)
     sizes = " / ".join(f"{len(split.labels):,}" for split in data[:3])
-    print(
-        f"data: {data.source}; {sizes} train, validation, test; device {device}, "
-        f"seed {settings.seed}"
-    )
+    if not quietly:
+        print(
+            f"data: {data.source}; {sizes} train, validation, test; device {device}, "
+            f"seed {settings.seed}"
+        )
     refuse_too_large(settings, data)
     with clock("classifier"):
-        model, digest = classifier_stage(settings, data, Path(settings.out))
+        model, digest = classifier_stage(settings, data, Path(settings.out), quietly)
     with clock("preactivations"):
         pre = collect_preactivations(model, data, settings.normalize_z)
     return data, Subject(model, digest, pre, data.source, data.digest)
@@ -2536,6 +2716,7 @@ def prepare_targets(
         trained = train_saes(settings, subject, jobs)
     for folder in [root, *(target_folder(root, settings, target) for target in trained)]:
         remove_results(folder)
+    this_rank().wait()  # the others may read what is saved
     prepared = []
     for target, saes in trained.items():
         prepared.append(prepare_target(target, saes, settings, subject, data, jobs))
@@ -2593,11 +2774,16 @@ def explain_subject(
     return records
 
 
+# Folders inside a run's or a sweep's to which it writes.
+WRITTEN_IN = ("", "saelens/", "target_*/", "target_*/saelens/", "stability_seed_*/")
+WRITTEN_IN += ("target_*/stability_seed_*/", "seed_*_classifier/", "seed_*_latents_*_target_*/")
+
+
 def prepare_folders(settings: Settings) -> None:
     """Make the targets' folders, clear away what killed runs left, and refuse a folder in which
     frozen hypotheses were edited."""
     root = Path(settings.out)
-    for inside in ("", "target_*/", "stability_seed_*/", "target_*/stability_seed_*/"):
+    for inside in WRITTEN_IN:
         remove_unfinished(root, inside)
     for target in settings.target_actives:
         folder = target_folder(root, settings, target)
@@ -2607,9 +2793,11 @@ def prepare_folders(settings: Settings) -> None:
 
 
 def n_workers(settings: Settings) -> int:
+    """Processes beside this one; ranks on one machine share its cores."""
     if settings.workers >= 0:
         return settings.workers
-    return min(available_cores() - 1, MOST_WORKERS)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(max(available_cores() // ranks_here - 1, 0), MOST_WORKERS)
 
 
 @contextmanager
@@ -2624,14 +2812,272 @@ def working(settings: Settings) -> Iterator[Jobs]:
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
-    """The whole run; returns the records of summary.json. Raises InputError, DataError or
-    TrainingError."""
+    """The whole run, or a sweep; returns the records of summary.json or sweep.json. Raises
+    InputError, DataError or TrainingError."""
     clock = Clock(STARTED)
     clock.seconds["imports"] = time.perf_counter() - STARTED
-    settings = parse_settings(argv)
-    with working(settings) as jobs:
-        data, subject = prepare_subject(settings, clock)
-        return explain_subject(settings, data, subject, clock, jobs)
+    runs = parse_runs(argv)
+    with ranks(runs[0].device) as rank:
+        if len(runs) > 1:
+            return sweep_alone(runs, rank)
+        (settings,) = runs
+        if rank.number:
+            return help_first_rank(settings, clock)
+        with working(settings) as jobs:
+            data, subject = prepare_subject(settings, clock)
+            return explain_subject(settings, data, subject, clock, jobs)
+
+
+# --------------------------------------------------------------------------------------------------
+# Sweeps: every combination of seeds, numbers of latents and targets, trained once and measured
+# --------------------------------------------------------------------------------------------------
+
+SWEEP_TABLE = (  # what is told of a combination, with its form
+    ("active, test", "achieved_actives_test", "{:.2f}"),
+    ("FVU", "fvu", "{:.4f}"),
+    ("FVU to PCs", "fvu_to_pca", "{:.3f}"),
+    ("agreement", "agreement_jumprelu", "{:.2%}"),
+    ("accuracy lost", "delta_acc_jumprelu", "{:.2%}"),
+    ("dead", "dead_features", "{:.1f}"),
+    ("L0 by dense", "dense_share_of_l0", "{:.1%}"),
+)
+
+
+def combinations(runs: Sequence[Settings]) -> list[Settings]:
+    """One Settings for each SAE, with a folder of its own: that of a run of these settings."""
+    singles = []
+    for run in runs:
+        for target in run.target_actives:
+            name = f"seed_{run.seed}_latents_{run.sae_latents}_target_{target}"
+            out = str(Path(run.out) / name)
+            singles.append(replace(run, target_actives=(target,), out=out))
+    return singles
+
+
+def train_combination(settings: Settings, classifiers: str) -> dict:
+    """Train the SAE of one combination and measure it; what an earlier call finished is reused.
+
+    The classifier of its seed is in the folder `classifiers`. Returns its record.
+    """
+    (target,) = settings.target_actives
+    of_classifier = replace(settings, out=classifiers, fresh=False)
+    data, subject = prepare_subject(of_classifier, Clock(), quietly=True)
+    trained = sae_stage(settings, target, subject, Path(settings.out))
+    chosen_of = chosen(settings, ["seed", "sae_latents"])
+    measured = measure(trained, subject, data.test.labels, target)
+    record = {**chosen_of, "target_actives": target, "lambda": trained.record["lambda"], **measured}
+    fa.write_whole(Path(settings.out) / "combination.json", to_json(record))
+    return record
+
+
+def sweep_alone(runs: Sequence[Settings], rank: Rank) -> list[dict]:
+    """`sweep`, while no other run writes to its folder; the first rank holds it for all."""
+    root = Path(runs[0].out)
+    if rank.number:
+        return sweep(runs, rank)
+    prepare_folder(root)
+    with only_writer(root, runs[0].wait):
+        for inside in WRITTEN_IN:
+            remove_unfinished(root, inside)
+        return sweep(runs, rank)
+
+
+def sweep(runs: Sequence[Settings], rank: Rank) -> list[dict]:
+    """Every combination, shared among ranks and among the worker processes of each; the first rank
+    returns their records and writes sweep.json and sweep.png."""
+    root = Path(runs[0].out)
+    singles = combinations(runs)
+    for single in singles[rank.number :: rank.count]:
+        prepare_folder(Path(single.out))
+    places = {}
+    for single in singles:
+        places[single.seed] = str(root / f"seed_{single.seed}_classifier")
+    one_at_a_time = pick_device(runs[0].device).type != "cpu"
+
+    with torch_threads(1), Jobs(0 if one_at_a_time else n_workers(runs[0])) as jobs:
+        first_of = {single.seed: single for single in reversed(singles)}
+        started = []
+        for seed in sorted(first_of)[rank.number :: rank.count]:
+            prepare_folder(Path(places[seed]))
+            given = (replace(first_of[seed], out=places[seed]), places[seed])
+            started.append(jobs.start("classifier", train_only_classifier, *given))
+        jobs.results(started)
+        rank.wait()  # until every seed has its classifier
+        started = []
+        for single in singles[rank.number :: rank.count]:
+            started.append(jobs.start("sae", train_combination, single, places[single.seed]))
+        jobs.results(started)
+    rank.wait()  # until every combination is there
+    if rank.number:
+        return []
+    records = []
+    for single in singles:
+        stored = (Path(single.out) / "combination.json").read_bytes()
+        records.append(read_json(stored, dict[str, float | None]))
+    fa.write_whole(root / "sweep.json", to_json(records))
+    draw_sweep(records, root / "sweep.png")
+    print(sweep_table(records))
+    one = singles[0]
+    print(
+        f"\n{root / 'sweep.png'} shows this. One of them explained, its SAE reused: python "
+        f"MNIST_SAE_code.py --data {one.data} --seed {one.seed} --sae-latents {one.sae_latents} "
+        f"--target-actives {one.target_actives[0]} --out {one.out}"
+    )
+    return records
+
+
+def train_only_classifier(settings: Settings, folder: str) -> None:
+    """The classifier of a seed, into its folder."""
+    data = load_images(settings.data, settings.seed, pick_device(settings.device))
+    classifier_stage(settings, data, Path(folder))
+
+
+def over_seeds(records: Sequence[dict], latents: int, target: int, key: str) -> dict:
+    """Mean and spread of a measurement over the seeds of one combination."""
+    found = []
+    for r in records:
+        if (r["sae_latents"], r["target_actives"]) == (latents, target):
+            found.append(math.nan if r[key] is None else r[key])
+    return mean_and_spread(np.array(found))
+
+
+def sizes_and_targets(records: Sequence[dict]) -> tuple[list[int], list[int]]:
+    latents = sorted({r["sae_latents"] for r in records})
+    return latents, sorted({r["target_actives"] for r in records})
+
+
+def sweep_table(records: Sequence[dict]) -> str:
+    """One row for each number of latents and target: means over seeds ± their spread."""
+    n_seeds = len({r["seed"] for r in records})
+    rows = [["latents", "target", *(title for title, _, _ in SWEEP_TABLE)]]
+    for latents, target in itertools.product(*sizes_and_targets(records)):
+        row = [str(latents), str(target)]
+        for _, key, form in SWEEP_TABLE:
+            found = over_seeds(records, latents, target, key)
+            words = form.format(found["mean"])
+            if found["std"] is not None:
+                words += f" ± {form.format(found['std'])}"
+            row.append(words)
+        rows.append(row)
+    return f"Mean ± standard deviation over {n_seeds} seeds\n" + fc.text_table(rows)
+
+
+def draw_sweep(records: Sequence[dict], path: Path) -> None:
+    """The frontier of each number of latents, with the spread over seeds."""
+    sizes, targets = sizes_and_targets(records)
+    panels: dict[str, dict[str, Curve]] = {}
+    for title, key, _ in SWEEP_TABLE:
+        if key in (
+            "achieved_actives_test",
+            "agreement_jumprelu",
+        ):  # the axis; seen as accuracy lost
+            continue
+        panels[title] = {}
+        for latents in sizes:
+            found = [over_seeds(records, latents, target, key) for target in targets]
+            l0 = [over_seeds(records, latents, t, "achieved_actives_test")["mean"] for t in targets]
+            values = [f["mean"] for f in found]
+            spread = [f["std"] or 0.0 for f in found]
+            panels[title][f"{latents} latents"] = Curve(l0, values, spread)
+    title = "What the number of active features changes (bars: spread over seeds)"
+    draw_curves(path, title, targets, panels)
+
+
+# --------------------------------------------------------------------------------------------------
+# Several machines: ranks that torchrun starts, and a folder that all can write to
+# --------------------------------------------------------------------------------------------------
+
+PATIENCE = timedelta(days=7)  # a rank may train for so long while others wait
+
+
+class Rank(NamedTuple):
+    """Which of how many processes this is."""
+
+    number: int = 0
+    count: int = 1
+
+    def wait(self) -> None:
+        """Until all ranks have come here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    def gather(self, value: object) -> list | None:
+        """The values of all ranks in their order, for the first one; None for the others."""
+        if self.count == 1:
+            return [value]
+        found = [None] * self.count if self.number == 0 else None
+        torch.distributed.gather_object(value, found)
+        return found
+
+
+@contextmanager
+def ranks(device: str) -> Iterator[Rank]:
+    """The rank of this process, as torchrun's environment says; without it, the only one."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Rank()
+        return
+    on_gpu = pick_device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "nccl" if on_gpu else "gloo"
+    torch.distributed.init_process_group(backend, timeout=PATIENCE)
+    try:
+        yield Rank(torch.distributed.get_rank(), count)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def this_rank() -> Rank:
+    """The rank of this process, where `ranks` has begun."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return Rank()
+    return Rank(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def help_first_rank(settings: Settings, clock: Clock) -> list[dict]:
+    """What the other ranks do in a single run: their share of the images, for each target.
+
+    The first rank trains; what they need of it they read from the folder that all can write to.
+    """
+    rank = this_rank()
+    rank.wait()  # until the classifier and the SAEs are saved
+    with torch_threads(1):
+        data, subject = prepare_subject(replace(settings, fresh=False), clock, quietly=True)
+        for target in settings.target_actives:
+            folder = target_folder(Path(settings.out), settings, target)
+            trained = sae_stage(replace(settings, fresh=False), target, subject, folder)
+            layer = subject.layer(trained.sae)
+            rank.gather(share_of_bank(layer, data, settings, rank))
+    return []
+
+
+def share_of_bank(
+    layer: fa.ExplainedLayer, data: Data, settings: Settings, rank: Rank
+) -> fa.FeatureBank | None:
+    """The bank of this rank's batches of validation images; None where it has none.
+
+    Batches are whole, and merging is exact: the bank of all does not depend on how many ranks there
+    are.
+    """
+    batches_of_all = list(TensorLoader(data.val))
+    cut = np.linspace(0, len(batches_of_all), rank.count + 1).round().astype(int)
+    first, last = int(cut[rank.number]), int(cut[rank.number + 1])
+    if first == last:
+        return None
+    before = sum(len(labels) for _, labels in batches_of_all[:first])
+    model, sae, mu, std = layer
+    topk = min(settings.topk, len(data.val.labels))
+    return fa.collect_feature_bank(
+        model, batches_of_all[first:last], sae, mu, std, topk, before, whole=False
+    )
+
+
+def shared_bank(layer: fa.ExplainedLayer, data: Data, settings: Settings) -> fa.FeatureBank:
+    """The bank of all validation images, each rank having looked at its share of them."""
+    rank = this_rank()
+    parts = rank.gather(share_of_bank(layer, data, settings, rank))
+    return functools.reduce(fa.merge_feature_banks, [part for part in parts if part is not None])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2671,7 +3117,7 @@ def digest_of(tensors: Iterable[Tensor]) -> str:
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(str((tuple(tensor.shape), tensor.dtype)).encode())
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        found.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
     return found.hexdigest()
 
 

@@ -523,9 +523,14 @@ def _bank_of_batch(
         top=_largest(every, _strength(every), topk),
         sample=_largest(every, _lottery_number(every), SAMPLE_PER_FEATURE),
         label_histogram=counts.long().cpu(),
-        activation_sum=acts.clamp(min=0).sum(0, dtype=torch.float64).cpu(),
+        activation_sum=_on_grid(acts.clamp(min=0).sum(0, dtype=torch.float64)).cpu(),
         n_images=len(labels),
     )
+
+
+def _on_grid(sums: Tensor) -> Tensor:
+    """float64 rounded to multiples of 2^-30: sums of such below 2^23 are exact, in any order."""
+    return torch.round(sums * 2**30) / 2**30
 
 
 def merge_feature_banks(a: FeatureBank, b: FeatureBank) -> FeatureBank:
@@ -566,13 +571,21 @@ def _class_indices(images: Tensor, labels: Tensor, n_classes: int | None = None)
 
 @torch.no_grad()
 def collect_feature_bank(
-    model, loader: Iterable, sae, mu: Tensor, std: Tensor, topk: int = 20, first_index: int = 0
+    model,
+    loader: Iterable,
+    sae,
+    mu: Tensor,
+    std: Tensor,
+    topk: int = 20,
+    first_index: int = 0,
+    whole: bool = True,
 ) -> FeatureBank:
     """One pass over the images: which of them fire each feature, how strongly, with which labels.
 
     `topk` strongest examples are kept of each feature; `first_index` is the index of the loader's
-    first image, for banks that will be merged. Memory grows with batch size x d_sae and
-    d_sae x topk, never with the number of images.
+    first image, for banks that will be merged; these are not `whole`, and may be of fewer images
+    than topk. Memory grows with batch size x d_sae and d_sae x topk, never with the number of
+    images.
 
     Raises ValueError for shapes that do not fit, an empty loader, labels that are no class indices,
     and for a topk that is not between 1 and the number of images.
@@ -593,7 +606,7 @@ def collect_feature_bank(
 
     if bank is None or bank.n_images == 0:
         raise ValueError(EMPTY_LOADER)
-    if topk > bank.n_images:
+    if whole and topk > bank.n_images:
         raise ValueError(f"topk = {topk} is more than the {bank.n_images} images there are")
     return bank
 

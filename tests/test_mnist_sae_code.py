@@ -53,14 +53,14 @@ def test_a_line_edited_in_the_settings_block_is_what_the_script_uses():
         exec(compile(source, "edited_driver", "exec"), module.__dict__)
     finally:
         del sys.modules["edited_driver"]
-    settings = module.parse_settings([])
+    settings = module.parse_runs([])[0]
     assert settings.target_actives == (5, 7)
     assert settings.normalize_z is False
     assert settings.sae_latents == driver.SAE_LATENTS
 
 
 def test_flags_override_the_settings_block():
-    settings = driver.parse_settings(
+    (settings,) = driver.parse_runs(
         "--target-actives 10 20 --no-normalize-z --lr-sae 0.5 --out there".split()
     )
     assert (settings.target_actives, settings.normalize_z, settings.lr_sae, settings.out) == (
@@ -69,7 +69,7 @@ def test_flags_override_the_settings_block():
         0.5,
         "there",
     )
-    assert driver.parse_settings([]) == Settings()
+    assert driver.parse_runs([]) == [Settings()]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_flags_override_the_settings_block():
 )
 def test_settings_that_cannot_be_used_are_named(flags, message):
     with pytest.raises(InputError, match=message):
-        driver.parse_settings(flags.split())
+        driver.parse_runs(flags.split())
 
 
 def test_a_whole_number_is_asked_for_where_one_is_needed():

@@ -1,0 +1,452 @@
+"""Any network, its layers, and SAEs in the layout of SAELens."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import feature_analysis as fa
+import feature_hypotheses as fh
+import MNIST_SAE_code as driver
+from MNIST_SAE_code import InputError
+
+NAMES = ("sky", "sea", "sand")
+
+
+class Branched(nn.Module):
+    """A network with all that may stand in the way: dropout, batch norm, work in place, a question
+    about the batch, and, if asked for, a connection around the layer."""
+
+    def __init__(self, around: bool = False, counts: bool = False):
+        super().__init__()
+        self.around, self.counts = around, counts
+        layers = [nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)]
+        self.features = nn.Sequential(*layers)
+        self.wide = nn.Linear(4 * 16, 12)
+        self.rest = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(12, 3))
+        self.shortcut = nn.Linear(3 * 64, 3)
+
+    def forward(self, images):
+        n = images.shape[0]
+        found = self.wide(self.features(images).flatten(1))
+        logits = self.rest(found.view(n, -1) if self.counts else found)
+        return logits + self.shortcut(images.flatten(1)) if self.around else logits
+
+
+def network(**kinds: bool) -> Branched:
+    """In training mode, with statistics that are not those of one batch."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        net = Branched(**kinds)
+        net(torch.randn(50, 3, 8, 8))
+    return net
+
+
+def some_images(n: int = 30) -> torch.Tensor:
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def by_hand(net: Branched, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output of `wide` and the logits, in evaluation mode, written out."""
+    conv, norm, _ = net.features
+    spread = (norm.running_var + norm.eps).sqrt()[:, None, None]
+    x = (conv(images) - norm.running_mean[:, None, None]) / spread
+    x = (x * norm.weight[:, None, None] + norm.bias[:, None, None]).clamp(min=0)
+    wide = x.flatten(1) @ net.wide.weight.T + net.wide.bias
+    head = net.rest[2]
+    return wide, wide.clamp(min=0) @ head.weight.T + head.bias
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_a_layer_and_the_rest_of_a_network(counts):
+    net, images = network(counts=counts), some_images()
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    wide, logits = by_hand(net, images)
+    at = fa.AtLayer(net, "wide")
+    raw = at.preactivations(images)
+    assert raw.numpy(force=True) == pytest.approx(wide.numpy(force=True), abs=1e-5)
+    before = raw.clone()
+    found = at.logits_from_preactivations(raw)
+    assert found.numpy(force=True) == pytest.approx(logits.numpy(force=True), abs=1e-5)
+    assert torch.equal(raw, before)  # the ReLU in place worked on a copy
+    moved = at.logits_from_preactivations(raw + 1.5)
+    expected = (wide + 1.5).clamp(min=0) @ net.rest[2].weight.T + net.rest[2].bias
+    assert moved.numpy(force=True) == pytest.approx(expected.numpy(force=True), abs=1e-5)
+
+    assert all(module.training for module in net.modules())
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert not raw.requires_grad
+    assert not found.requires_grad
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_modes_that_differ_are_restored_one_by_one():
+    net = network()
+    net.features.eval()
+    fa.AtLayer(net, "wide", images=some_images())
+    assert net.training
+    assert net.rest[1].training
+    assert not any(module.training for module in net.features.modules())
+
+
+def test_gradients_flow_where_they_are_asked_for():
+    net, images = network(), some_images(2)
+    at = fa.AtLayer(net, "wide", images=images)
+    pixels = images.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(at.preactivations(pixels)[:, 3].sum(), pixels)
+    wide, _ = by_hand(net, pixels)
+    (expected,) = torch.autograd.grad(wide[:, 3].sum(), pixels)
+    assert gradient.numpy() == pytest.approx(expected.numpy(), abs=1e-5)
+    raw = at.preactivations(images).requires_grad_(True)
+    (slope,) = torch.autograd.grad(at.logits_from_preactivations(raw)[:, 1].sum(), raw)
+    weights = net.rest[2].weight[1].detach()
+    assert torch.equal(slope, torch.where(raw > 0, weights, 0.0))
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_a_connection_around_the_layer_is_found():
+    with pytest.raises(ValueError, match="after layer 'wide' does not depend on it alone"):
+        fa.AtLayer(network(around=True), "wide", images=some_images())
+
+
+class Pooled(nn.Module):
+    """Channels that are read by their mean, or one position of which is read."""
+
+    def __init__(self, by_mean: bool):
+        super().__init__()
+        self.by_mean = by_mean
+        self.conv = nn.Conv2d(3, 5, 3)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, images):
+        found = self.conv(images)
+        return self.head(found.mean((2, 3)) if self.by_mean else found[:, :, 2, 2])
+
+
+def test_positions_are_pooled_where_the_rest_reads_no_more():
+    images, net = some_images(), Pooled(by_mean=True)
+    with pytest.raises(ValueError, match=r"gives \(2, 5, 6, 6\), outputs with positions: say pool"):
+        fa.AtLayer(net, "conv", images=images)
+    at = fa.AtLayer(net, "conv", "mean", images)
+    raw = at.preactivations(images)
+    assert raw.shape == (30, 5)
+    assert torch.allclose(raw, net.conv(images).mean((2, 3)), atol=1e-6)
+    assert torch.allclose(at.logits_from_preactivations(raw), net(images), atol=1e-5)
+
+    reader = Pooled(by_mean=False)
+    with pytest.raises(ValueError, match="reads more of it than pool='mean' keeps"):
+        fa.AtLayer(reader, "conv", "mean", images)
+    flat = fa.AtLayer(reader, "conv", "flatten", images)
+    assert flat.preactivations(images).shape == (30, 180)
+    logits = flat.logits_from_preactivations(flat.preactivations(images))
+    assert torch.allclose(logits, reader(images), atol=1e-6)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.turn, self.unused = nn.Linear(6, 6), nn.Linear(1, 1)
+
+    def forward(self, x):
+        return self.turn(self.turn(x).relu())
+
+
+@pytest.mark.parametrize(
+    ("name", "pool", "message"),
+    [
+        ("trun", None, r"no layer 'trun'; it has .*turn"),
+        ("", None, "no layer ''"),
+        ("turn", "sum", "pool is 'sum'; use one of mean, max, flatten"),
+        ("turn", None, "layer 'turn' runs 2 times"),
+        ("unused", None, "layer 'unused' does not run"),
+    ],
+)
+def test_layers_that_cannot_be_taken(name, pool, message):
+    with pytest.raises(ValueError, match=message):
+        fa.AtLayer(Twice(), name, pool, torch.randn(4, 6))
+
+
+def test_the_rest_cannot_be_run_before_any_image_was_seen():
+    with pytest.raises(ValueError, match="give `images` first"):
+        fa.AtLayer(network(), "wide").logits_from_preactivations(torch.zeros(2, 12))
+
+
+# --- Pictures of images of any kind -------------------------------------------------------------
+
+
+def test_ink_of_any_images():
+    digits = torch.tensor([[0.0, 0.0, 0.0, 1.0]]).reshape(1, 1, 2, 2)
+    assert torch.equal(fa.as_ink(digits), digits)
+    assert torch.equal(fa.as_ink(digits[:, 0]), digits)
+    normalised = (digits - 0.13) / 0.31
+    assert fa.as_ink(normalised).numpy() == pytest.approx(digits.numpy(), abs=1e-6)
+    photo = torch.tensor([0.2, 0.9, 0.5, 0.7]).reshape(1, 1, 2, 2)  # no blank ground
+    assert torch.equal(fa.as_ink(photo), 1 - photo)  # so that light stays light
+    colour = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    grey = 0.299 * colour[:, :1] + 0.587 * colour[:, 1:2] + 0.114 * colour[:, 2:]
+    assert fa.as_ink(colour).numpy() == pytest.approx(1 - grey.numpy(), abs=1e-6)
+    with pytest.raises(ValueError, match="C = 1 or 3"):
+        fa.as_ink(torch.zeros(2, 2, 4, 4))
+    with pytest.raises(ValueError, match="not finite"):
+        fa.as_ink(torch.full((2, 1, 4, 4), float("nan")))
+
+
+def test_pictures_refuse_other_scales_in_a_line():
+    with pytest.raises(ValueError, match=r"run from -0.5 to 2; .* give as_ink\(images\)"):
+        fa.GalleryPainter(torch.tensor([-0.5, 2.0]).reshape(1, 1, 1, 2))
+
+
+# --- explain() ----------------------------------------------------------------------------------
+
+
+def picture_set(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Colour images (n, 3, 8, 8), the third of their labels lit up, on any scale."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 3
+    images = 0.3 * torch.randn(n, 3, 8, 8, generator=generator)
+    images[torch.arange(n), labels] += 1.0
+    return images, labels
+
+
+@pytest.fixture(scope="module")
+def explained(tmp_path_factory):
+    """A network trained on such pictures, and the run that explains it."""
+    net, (images, labels) = network(), picture_set(600, 0)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(60):
+        loss = nn.functional.cross_entropy(net(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    out = tmp_path_factory.mktemp("own") / "explained"
+    settings = {"target": 4, "sae_latents": 24, "epochs_sae_final": 1, "out": str(out)}
+    data = [(images, labels), picture_set(150, 1), picture_set(150, 2)]
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    run = driver.explain(net, "wide", *data, classes=NAMES, **settings)
+    return net, data, settings, run, state
+
+
+def test_everything_of_a_run_comes_out(explained):
+    net, data, _, run, state = explained
+    assert run.sae.W_enc.shape == (12, 24)
+    raw = by_hand(net.eval(), data[1][0])[0]
+    net.train()
+    acts = run.sae.encode((raw - run.mu) / run.std)
+    assert (acts > 0).sum(1).double().mean() == pytest.approx(4, abs=2 / 150)
+    for record in run.report:
+        density = (acts[:, record["feature"]] > 0).double().mean()
+        assert record["mean_active"] == pytest.approx(float(density), abs=1.1 / 150)
+    frame = pd.read_json(run.folder / "feature_report.json")
+    assert len(frame) == 24
+    assert frame.influence.is_monotonic_decreasing
+    for name in (
+        "summary.json",
+        "hypotheses.json",
+        "hypotheses.md",
+        "feature_report.html",
+        "sae.safetensors",
+        "saelens/cfg.json",
+        f"feature_{run.report[0]['feature']}_panel.png",
+    ):
+        assert (run.folder / name).stat().st_size > 100, name
+    (summary,) = json.loads((run.folder / "summary.json").read_text())
+    assert summary["recon_acc_jumprelu"] > 0.9
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert net.training
+
+
+def test_classes_have_their_names_and_no_stroke_is_named(explained):
+    run = explained[3]
+    text = (run.folder / "hypotheses.md").read_text()
+    assert re.search(r"\d% are (skies|seas|sands)", text)
+    assert not re.search(
+        r"\b(0|1|2)s\b|bar|stem|slash", " ".join(h["statement"] for h in run.report)
+    )
+    assert "images have shape (3, 8, 8)" in text
+    claims = json.loads((run.folder / "hypotheses.json").read_text())
+    assert claims["classes"] == list(NAMES)
+
+
+def test_the_same_network_again_reuses_and_another_does_not(explained, capsys):
+    net, data, settings, run, _ = explained
+    again = driver.explain(net, "wide", *data, classes=NAMES, **settings)
+    assert "sae: reused" in capsys.readouterr().out
+    assert torch.equal(again.sae.W_enc, run.sae.W_enc)
+    with torch.no_grad():
+        net.rest[2].weight[0, 0] += 0.5  # what comes after the layer counts as well
+    driver.explain(net, "wide", *data, classes=NAMES, hypotheses=False, **settings)
+    assert "sae: retrained" in capsys.readouterr().out
+    with pytest.raises(InputError, match="explains wide of Branched, which is not stored there"):
+        driver.load_run(settings["out"])
+
+
+class Pairs(torch.utils.data.Dataset):
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.images[i], int(self.labels[i])
+
+
+def test_images_come_as_tensors_datasets_or_loaders():
+    images, labels = picture_set(7, 0)
+    for given in (
+        (images, labels),
+        Pairs(images, labels),
+        torch.utils.data.DataLoader(Pairs(images, labels), batch_size=3),
+    ):
+        split = driver.whole_split(given, "train", torch.device("cpu"))
+        assert torch.equal(split.images, images)
+        assert torch.equal(split.labels, labels)
+    loader = torch.utils.data.DataLoader(Pairs(images, labels), batch_size=3, shuffle=True)
+    split = driver.whole_split(loader, "train", torch.device("cpu"))
+    for image, label in zip(split.images, split.labels, strict=True):  # read once: they belong
+        at = (images == image).flatten(1).all(1).nonzero()[0, 0]
+        assert labels[at] == label
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": ("a", "b")}, "classes has 2 names; the network has 3 logits"),
+        (
+            {"layers": 3},
+            "explain\\(\\) has no setting 'layers'; it has target_actives, sae_latents",
+        ),
+        ({"val": 5}, "val is a int; give a pair of tensors"),
+        ({"val": (torch.zeros(4, 3, 8, 8), torch.zeros(3))}, "labels of shape"),
+        ({"val": (torch.zeros(4, 3, 8, 8), torch.full((4,), 3))}, "labels run from 3 to 3"),
+    ],
+)
+def test_what_explain_cannot_use_is_named(tmp_path, change, message):
+    given = {"train": picture_set(20, 0), "val": picture_set(20, 1), "test": picture_set(20, 2)}
+    with pytest.raises(InputError, match=message):
+        driver.explain(network(), "wide", out=str(tmp_path), **{**given, **change})
+
+
+# --- Strokes are named where there are strokes ---------------------------------------------------
+
+
+def test_filled_shapes_are_no_strokes():
+    digits = driver.load_images("sample").val.images
+    assert fh.why_unlike_strokes(digits) is None
+    filled = torch.zeros(20, 1, 28, 28)
+    filled[:, :, 6:20, 8:22] = 1
+    assert "of the ink lies 5 x 5 pixels thick" in fh.why_unlike_strokes(filled)
+    photo = torch.rand(20, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    assert "blank ground" in fh.why_unlike_strokes(photo)
+
+
+@pytest.mark.parametrize(
+    ("name", "many"),
+    [
+        ("6", "6s"),
+        ("Trouser", "trousers"),
+        ("Dress", "dresses"),
+        ("T-shirt/top", "T-shirts/tops"),
+        ("Ankle boot", "ankle boots"),
+        ("cherry", "cherries"),
+        ("toy", "toys"),
+        ("B", "Bs"),
+    ],
+)
+def test_what_images_of_a_class_are_called(name, many):
+    assert fh.images_of([name], 0) == many
+
+
+# --- The layout of SAELens -----------------------------------------------------------------------
+
+
+def small_sae(seed: int = 0) -> driver.Coder:
+    generator = torch.Generator().manual_seed(seed)
+    sae = driver.JumpReLUSAE(5, 9).requires_grad_(False)
+    for parameter in sae.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    sae.threshold.copy_(torch.rand(9, generator=generator))
+    return driver.Coder(sae, torch.randn(5, generator=generator), torch.tensor([1, 2, 3, 0.5, 4.0]))
+
+
+def test_an_sae_saved_for_saelens_works_on_raw_preactivations(tmp_path):
+    coder = small_sae()
+    driver.save_saelens(coder, tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert config["architecture"] == "jumprelu"
+    assert (config["d_in"], config["d_sae"], config["dtype"]) == (5, 9, "float32")
+    assert config["apply_b_dec_to_input"] is False
+    assert {config["normalize_activations"], config["reshape_activations"]} == {"none"}
+    assert int(config["metadata"]["sae_lens_version"].split(".")[0]) >= 6
+    weights = {k: v.numpy() for k, v in load_file(tmp_path / "sae_weights.safetensors").items()}
+    assert set(weights) == {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"}
+
+    raw = 3 * torch.randn(1000, 5, generator=torch.Generator().manual_seed(5))
+    pre = raw.numpy() @ weights["W_enc"] + weights["b_enc"]
+    acts = np.maximum(pre, 0) * (pre > weights["threshold"])
+    z = (raw - coder.mu) / coder.std
+    expected = coder.sae.encode(z)
+    assert acts == pytest.approx(expected.numpy(), abs=1e-5)
+    rebuilt = acts @ weights["W_dec"] + weights["b_dec"]
+    assert rebuilt == pytest.approx((coder.sae(z) * coder.std + coder.mu).numpy(), abs=1e-4)
+    again = driver.load_saelens(tmp_path)
+    assert again.sae.encode(raw).numpy() == pytest.approx(acts, abs=1e-5)
+    assert torch.equal(again.mu, torch.zeros(5))
+    assert torch.equal(again.std, torch.ones(5))
+
+
+def write_saelens(folder: Path, config: dict, **weights: torch.Tensor) -> Path:
+    (folder / "cfg.json").write_text(json.dumps({"d_in": 5, "d_sae": 9, **config}))
+    save_file(weights, folder / "sae_weights.safetensors")
+    return folder
+
+
+def weights_of(sae: driver.JumpReLUSAE, *but: str) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in sae.state_dict().items() if k not in but}
+
+
+def test_other_saes_of_saelens_load(tmp_path):
+    sae = small_sae(2).sae
+    raw = torch.randn(50, 5, generator=torch.Generator().manual_seed(6))
+    config = {"architecture": "standard", "apply_b_dec_to_input": True}
+    loaded = driver.load_saelens(write_saelens(tmp_path, config, **weights_of(sae, "threshold")))
+    expected = ((raw - sae.b_dec) @ sae.W_enc + sae.b_enc).relu()
+    assert loaded.sae.encode(raw).numpy() == pytest.approx(expected.numpy(), abs=1e-5)
+
+    config = {"architecture": "topk", "k": 3, "rescale_acts_by_decoder_norm": True}
+    config["apply_b_dec_to_input"] = False
+    loaded = driver.load_saelens(write_saelens(tmp_path, config, **weights_of(sae, "threshold")))
+    length = sae.W_dec.norm(dim=1)
+    pre = (raw @ sae.W_enc + sae.b_enc) * length
+    cut = pre.sort(dim=1, descending=True).values[:, 2:3]
+    acts = torch.where(pre >= cut, pre.relu(), 0.0)
+    assert loaded.sae.encode(raw).numpy() == pytest.approx(acts.numpy(), abs=1e-5)
+    rebuilt = acts @ (sae.W_dec / length[:, None]) + sae.b_dec
+    assert loaded.sae(raw).numpy() == pytest.approx(rebuilt.numpy(), abs=1e-5)
+    with pytest.raises(InputError, match="fixed number of active features"):
+        driver.save_saelens(loaded, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architecture": "gated"}, "it is gated"),
+        ({"architecture": "standard", "normalize_activations": "layer_norm"}, "layer_norm"),
+        ({"architecture": "jumprelu", "d_sae": 8}, "size mismatch"),
+        ({}, "architecture"),
+    ],
+)
+def test_saes_that_cannot_be_loaded_are_named(tmp_path, config, message):
+    folder = write_saelens(tmp_path, config, **weights_of(small_sae().sae))
+    with pytest.raises(InputError, match=f"holds no SAE of SAELens that can be used.*{message}"):
+        driver.load_saelens(folder)
+    with pytest.raises(InputError, match="No such file"):
+        driver.load_saelens(tmp_path / "nowhere")
