@@ -1525,7 +1525,7 @@ def load_saelens(folder: str | Path) -> Coder:
             taken = ", ".join(SAELENS_LOADED)
             raise ValueError(f"it is {kind} with input {done}; {taken} on plain input are taken")
         if tuple(weights["W_enc"].shape) != (d_in, d_sae):
-            raise ValueError(f"W_enc has shape {tuple(weights['W_enc'].shape)}")
+            raise ValueError(f"size mismatch: W_enc is {tuple(weights['W_enc'].shape)}")
         if kind == "topk" and not 0 < as_kind(config["k"], int, "k") <= d_sae:
             raise ValueError(f"k is {config['k']}; it must be from 1 to {d_sae}")
         sae = TopKSAE(d_in, d_sae, config["k"]) if kind == "topk" else JumpReLUSAE(d_in, d_sae)
