@@ -1212,11 +1212,15 @@ def save_pixels(pixels: np.ndarray, path: str | Path, palette: np.ndarray = GREY
     write_whole(path, buffer.getvalue())
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Save a Figure as PNG, whole or not at all."""
+def figure_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Save a Figure as PNG, whole or not at all."""
+    write_whole(path, figure_png(figure))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1255,14 +1259,27 @@ def pattern_palette() -> np.ndarray:
     return np.concatenate([colours, greys, GREYS[[224]]])
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """A Figure of width x height screen pixels, registered nowhere: it needs no closing."""
+@functools.cache
+def _shown_figure() -> type[Figure]:
+    """The class of figures that a notebook shows without being told to."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    FigureCanvasAgg(figure)
-    return figure
+    class ShownFigure(Figure):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            FigureCanvasAgg(self)
+
+        def _repr_png_(self) -> bytes:
+            return figure_png(self)
+
+    return ShownFigure
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A Figure of width x height screen pixels, registered nowhere: it needs no closing. As the
+    last value of a notebook's cell it is shown."""
+    return _shown_figure()(figsize=(width / DPI, height / DPI), dpi=DPI)
 
 
 def _figure_of(

@@ -367,7 +367,16 @@ class Explained(NamedTuple):
         """What the driver's last stages take; nothing is frozen, no picture is under way."""
         features = driver.analysed_features(self.analysis, 0)
         return driver.Prepared(
-            TARGET, folder, self.trained, None, self.analysis, features, None, [], driver.Clock()
+            TARGET,
+            folder,
+            self.trained,
+            None,
+            self.analysis,
+            features,
+            None,
+            [],
+            driver.Clock(),
+            self.data.val.images,
         )
 
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import feature_analysis as fa
 import feature_confirmation as fc
 import MNIST_SAE_code as driver
-from mnist_data import Data, Split, TensorLoader
+from mnist_data import DIGITS, Data, Split, TensorLoader
 
 CPU = torch.device("cpu")
 SECTIONS = """machine|stages|SAE step|threads|statements|page|command|busy|reference|scaling
@@ -40,7 +40,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def explained() -> benchmark.Explained:
     """An untrained classifier of noise and an untrained SAE; nothing is analysed."""
-    data = Data(noise_split(700, 0), noise_split(300, 1), noise_split(200, 2), "noise", "")
+    data = Data(noise_split(700, 0), noise_split(300, 1), noise_split(200, 2), DIGITS, "noise", "")
     settings = driver.Settings(sae_latents=64, target_actives=(20,))
     model = driver.new_classifier((784, settings.hidden_units, 10), 0, CPU).requires_grad_(False)
     pre = driver.collect_preactivations(model, data, True)

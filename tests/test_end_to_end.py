@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -468,26 +469,26 @@ def test_divergence_is_one_line_and_loses_nothing(tmp_path):
     assert driver.read_stage(tmp_path, "classifier").tensors["head.bias"].shape == (10,)
 
 
-def readme_block(containing: str) -> str:
-    blocks = re.findall(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
-    )
+def block_of(page: str, containing: str) -> str:
+    """The block of Python of a page of the documentation."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (block,) = [block for block in blocks if containing in block]
     return block
 
 
-def test_the_notebook_lines_of_the_readme(tmp_path, monkeypatch, capsys):
+def test_the_notebook_lines_of_the_documentation(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "artifacts_mnist_sae"
     run_script(*SMALL, "--sae-latents", 128, "--out", folder)
     monkeypatch.chdir(tmp_path)
-    block = readme_block("load_run")
+    block = block_of("docs/notebook.md", "load_run")
     assert len(block.strip().splitlines()) <= 12
     scope: dict = {}
     exec(block, scope)
     assert isinstance(scope["bank"], fa.FeatureBank)
     assert scope["heat"].shape == (28, 28)
     assert scope["delta"].shape == (10,)
-    exec(readme_block("propose_hypotheses"), scope)
+    exec(block_of("docs/notebook.md", "propose_hypotheses"), scope)
     assert len(scope["judgements"]) == 128
     assert scope["judgements"][116].verdict in capsys.readouterr().out
 
@@ -495,8 +496,7 @@ def test_the_notebook_lines_of_the_readme(tmp_path, monkeypatch, capsys):
 def test_load_run_refuses_other_digits(first, tmp_path):
     described = json.loads((first[0] / "settings.json").read_text())
     described["data_digest"] = "another"
-    for path in first[0].iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(first[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / "settings.json").write_text(json.dumps(described))
     with pytest.raises(driver.InputError, match="was made with: bundled sample"):
         driver.load_run(str(tmp_path))

@@ -1,14 +1,18 @@
 """Any network, its layers, and SAEs in the layout of SAELens."""
 
+import copy
 import json
 import re
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from nbclient import NotebookClient
 from safetensors.torch import load_file, save_file
+from test_end_to_end import ROOT, block_of
 from torch import nn
 
 import feature_analysis as fa
@@ -333,6 +337,43 @@ def test_what_explain_cannot_use_is_named(tmp_path, change, message):
     given = {"train": picture_set(20, 0), "val": picture_set(20, 1), "test": picture_set(20, 2)}
     with pytest.raises(InputError, match=message):
         driver.explain(network(), "wide", out=str(tmp_path), **{**given, **change})
+
+
+def test_the_example_of_the_readme(tmp_path, monkeypatch):
+    """As it stands there, on fewer steps."""
+    block = block_of("README.md", "explain(net")
+    assert len(block.strip().splitlines()) <= 10
+    monkeypatch.chdir(tmp_path)
+    quick = {"hypotheses": False, "epochs_sae_final": 1, "stability_seeds": 0}
+    full = driver.explain
+    monkeypatch.setattr(driver, "explain", lambda *a, **k: full(*a, **{**k, **quick}))
+    scope: dict = {}
+    exec(block, scope)
+    assert scope["run"].sae.W_enc.shape == (32, 64)
+    assert (tmp_path / "explained" / "feature_report.html").exists()
+
+
+def test_the_notebook_runs_and_shows_its_pictures(tmp_path):
+    """A copy of it, in a real kernel, on the bundled sample."""
+    stored = nbformat.read(ROOT / "examples" / "own_network.ipynb", 4)
+    fresh = copy.deepcopy(stored)
+    (tmp_path / "examples").mkdir()
+    for cell in fresh.cells:
+        cell.source = cell.source.replace(
+            'sys.path.insert(0, "..")', f"sys.path.insert(0, {str(ROOT)!r})"
+        )
+        cell.source = cell.source.replace("target=6", "target=6, stability_seeds=0")
+    where = {"metadata": {"path": str(tmp_path / "examples")}}
+    NotebookClient(fresh, timeout=600, kernel_name="python3", resources=where).execute()
+    for notebook in (stored, fresh):  # what is stored was run, too
+        shown = [kind for cell in notebook.cells for kind in pictures_of(cell)]
+        assert shown.count("image/png") == 2
+    said = "".join(output.get("text", "") for output in fresh.cells[-1].outputs)
+    assert re.search(r"confidence (High|Medium|Low)", said)
+
+
+def pictures_of(cell) -> list[str]:
+    return [kind for output in cell.get("outputs", []) for kind in output.get("data", {})]
 
 
 # --- Strokes are named where there are strokes ---------------------------------------------------
