@@ -58,9 +58,29 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 STARTED = time.perf_counter()  # before the heavy imports: the table of seconds includes them
+
+
+def leave_at_once(number: int, _: object) -> None:
+    """For Ctrl-C and SIGTERM while the heavy imports run, and for a second one after that."""
+    os.write(2, b"error: stopped at once; finished stages are saved and will be reused\n")
+    os._exit(128 + number)
+
+
+def open_closed_streams() -> None:
+    """/dev/null in place of streams that were closed by whoever started this: otherwise the next
+    file that is opened takes their number, and what is printed is written into it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+
+
+if __name__ == "__main__":
+    open_closed_streams()
+    signal.signal(signal.SIGINT, leave_at_once)
+    signal.signal(signal.SIGTERM, leave_at_once)
 
 import numpy as np  # noqa: E402
 import safetensors  # noqa: E402
@@ -80,6 +100,13 @@ from mnist_data import (  # noqa: E402
     Split,
     TensorLoader,
     load_images,
+)
+from whole_files import (  # noqa: E402
+    BusyError,
+    as_kind,
+    only_writer,
+    read_json,
+    remove_unfinished,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -111,6 +138,7 @@ OUT = "artifacts_mnist_sae"  # where everything is written
 DEVICE = "auto"  # auto takes a CUDA GPU when there is one
 WORKERS = -1  # processes beside this one; -1 takes one for each further core
 FRESH = False  # retrain although finished stages could be reused
+WAIT = False  # wait for another run that writes to the same folder, rather than refuse
 
 
 def setting(default, what: str):
@@ -155,9 +183,12 @@ class Settings:
     device: str = setting(DEVICE, "auto, cpu, cuda or cuda:N")
     workers: int = setting(WORKERS, "processes beside this one; -1: one for each further core")
     fresh: bool = setting(FRESH, "retrain instead of reusing finished stages")
+    wait: bool = setting(WAIT, "wait while another run writes to the same folder")
 
     def __post_init__(self) -> None:
-        self._refuse_fractions()
+        if not isinstance(self.target_actives, tuple):
+            raise InputError(f"target_actives is {self.target_actives!r}; it must be a tuple")
+        self._refuse_other_kinds()
         self._refuse_targets()
         positive = """epochs_sae_final batch_sae lr_sae hidden_units epochs_ffn batch_ffn lr_ffn
         topk n_eval"""
@@ -167,23 +198,33 @@ class Settings:
         for name in "head_kl weight_decay_ffn stability_seeds features seed".split():
             if not 0 <= getattr(self, name) < math.inf:
                 raise self._refusal(name, "it must not be negative")
+        for name, largest in LARGEST.items():
+            if abs(getattr(self, name)) > largest:
+                raise self._refusal(name, f"it must be at most {largest:,}")
         if self.seed >= 2**63:
             raise self._refusal("seed", "it must be below 2**63")
-        if not math.isfinite(self.alpha):
-            raise self._refusal("alpha", "it must be a finite number")
         if self.workers < -1:
             raise self._refusal("workers", "it must be 0 or more, or -1 for all cores")
+        for name in ("data", "out"):
+            folder = getattr(self, name)
+            if not folder.strip() or "\0" in folder:
+                raise InputError(f"{flag_name(name)} is {folder!r}; it must name a folder")
 
     def _refusal(self, name: str, why: str) -> InputError:
         return InputError(f"{flag_name(name)} is {getattr(self, name)}; {why}")
 
-    def _refuse_fractions(self) -> None:
-        whole = [name for name, kind in get_type_hints(Settings).items() if kind is int]
-        given = [(name, getattr(self, name)) for name in whole]
-        given += [("target_actives", target) for target in self.target_actives]
-        for name, value in given:
-            if not isinstance(value, int):
+    def _refuse_other_kinds(self) -> None:
+        """Whole numbers where they are asked for, finite ones elsewhere, and no text for them."""
+        given = [(name, kind, getattr(self, name)) for name, kind in KINDS.items()]
+        given += [("target_actives", int, target) for target in self.target_actives]
+        for name, kind, value in given:
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if kind is int and not (is_number and isinstance(value, int)):
                 raise InputError(f"{flag_name(name)} is {value}; it must be a whole number")
+            if kind is float and not (is_number and abs(value) < math.inf):
+                raise InputError(f"{flag_name(name)} is {value}; it must be a finite number")
+            if kind in (bool, str) and not isinstance(value, kind):
+                raise InputError(f"{flag_name(name)} is {value!r}; it must be a {kind.__name__}")
 
     def _refuse_targets(self) -> None:
         targets = self.target_actives
@@ -199,6 +240,18 @@ class Settings:
                     f"--target-actives {target} must be positive and below --sae-latents "
                     f"{self.sae_latents}"
                 )
+
+
+KINDS = get_type_hints(Settings)
+LARGEST = {  # of a setting; beyond, numbers overflow, or steps are no longer steps
+    **dict.fromkeys("sae_latents hidden_units batch_sae batch_ffn topk n_eval".split(), 10**8),
+    **dict.fromkeys("epochs_sae_final epochs_ffn features".split(), 10**8),
+    **dict.fromkeys("stability_seeds workers".split(), 1000),
+    **dict.fromkeys("lr_sae lr_ffn".split(), 1e38),
+    "head_kl": 1000,  # at 1 the logits weigh as much as the reconstruction
+    "weight_decay_ffn": 10,  # a step at the usual rate takes lr * decay of every weight
+    "alpha": 10**6,
+}
 
 
 class InputError(ValueError):
@@ -217,7 +270,7 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse, but a wrong flag is reported like every other wrong input: in one line."""
 
     def error(self, message: str) -> None:
-        raise InputError(f"{message} (--help lists the flags)")
+        raise InputError(f"{' '.join(message.split())} (--help lists the flags)")
 
 
 SWEPT = ("target_actives", "sae_latents")  # flags that take several values; and --seeds
@@ -232,7 +285,7 @@ def parse_runs(argv: Sequence[str] | None = None) -> list[Settings]:
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    types = get_type_hints(Settings)  # not those of the defaults: HEAD_KL = 0 is still a float
+    types = KINDS  # not those of the defaults: HEAD_KL = 0 is still a float
     for f in fields(Settings):
         kind: dict = {"type": types[f.name]}
         if types[f.name] is bool:
@@ -401,7 +454,14 @@ class Classifier(nn.Module):
         self.head = nn.Linear(hidden_units, n_classes)
 
     def preactivations(self, images: Tensor) -> Tensor:
-        """images (B, 1, H, W) -> z (B, d_in)"""
+        """images (B, 1, H, W) -> z (B, d_in)
+
+        Once trained, it raises ValueError for ink that does not run from 0 to 1.
+        """
+        if not self.training and len(images):
+            low, high = images.aminmax()
+            if not (low > -0.01 and high < 1.01):
+                raise ValueError(f"ink runs from {low:g} to {high:g}, but must from 0 to 1")
         return self.hidden(images.flatten(1) - self.pixel_mean)
 
     def logits_from_preactivations(self, z: Tensor) -> Tensor:
@@ -1286,7 +1346,19 @@ def _timed(function: Callable, args: tuple) -> tuple[object, float]:
 def _run_pickled(job: bytes) -> bytes:
     """Pickled by hand: multiprocessing would put tensors into shared memory, of which containers
     have little."""
-    return pickle.dumps(_timed(*pickle.loads(job)))
+    try:
+        return pickle.dumps(_timed(*pickle.loads(job)))
+    except Exception as error:
+        raise _portable(error) from error
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or what it says where it cannot travel: the pool would call the worker dead."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @dataclass(eq=False)
@@ -1439,20 +1511,64 @@ def save_stage(folder: Path, name: str, tensors: dict[str, Tensor], record: dict
     on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     stored = safetensors.torch.save(on_cpu)
     digest = hashlib.sha256(stored).hexdigest()
-    fa.write_whole(folder / f"{name}.safetensors", stored)
-    fa.write_whole(folder / f"{name}.json", to_json({"sha256": digest, **record}))
+    described = to_json({"sha256": digest, **record})
+    fa.write_whole(folder / f"{name}.safetensors", stored, durable=True)
+    fa.write_whole(folder / f"{name}.json", described, durable=True)
     return Stage(on_cpu, record, digest)
 
 
-def read_stage(folder: Path, name: str) -> Stage:
-    """Raises InputError when a file is missing, cannot be read, or does not belong to the other."""
+# What a stage must hold: kinds of its record, shapes of its tensors, equal letters for equal sizes.
+NAMED = {"sha256": str, "fingerprint": str}
+CHAIN = {"seed": int, "data_digest": str}  # what a stage was made from
+RECORDS = {
+    "classifier": {**NAMED, **CHAIN, "settings": dict[str, Any]},
+    "sae": {
+        **{**NAMED, **CHAIN, "classifier_sha256": str, "target_actives": int},
+        **{"lambda": float, "threshold_shift": float | None},
+    },
+}
+SHAPES = {
+    "classifier": {
+        **{"pixel_mean": "p", "hidden.weight": "ip", "hidden.bias": "i"},
+        **{"head.weight": "ci", "head.bias": "c"},
+    },
+    "sae": {
+        **{"W_enc": "is", "b_enc": "s", "W_dec": "si", "b_dec": "i", "mu": "i", "std": "i"},
+        **{"threshold": "s", "threshold_before_shift": "s"},
+    },
+}
+
+
+def refuse_odd_tensors(tensors: dict[str, Tensor], shapes: dict[str, str], **sizes: int) -> None:
+    """Raise ValueError unless they are finite float32 of those shapes; `sizes` of letters that are
+    known."""
+    if shapes and set(tensors) != set(shapes):
+        raise ValueError(f"it holds {sorted(tensors)}, not {sorted(shapes)}")
+    for name, letters in shapes.items():
+        tensor, shape = tensors[name], tuple(tensors[name].shape)
+        expected = tuple(sizes.setdefault(*at) for at in zip(letters, shape, strict=False))
+        if shape != expected or len(shape) != len(letters) or tensor.dtype != torch.float32:
+            raise ValueError(f"{name} is {tensor.dtype} of shape {shape}, expected {expected}")
+        if 0 in shape or not tensor.isfinite().all():
+            raise ValueError(f"{name} is empty or not finite")
+    for name in {"std", "threshold", "threshold_before_shift"} & set(tensors):
+        if tensors[name].min() < 0 or (name == "std" and tensors[name].min() == 0):
+            raise ValueError(f"{name} is too small: {tensors[name].min():g}")
+
+
+def read_stage(folder: Path, name: str, **sizes: int) -> Stage:
+    """Raises InputError when a file is missing, cannot be read, does not belong to the other, or
+    holds something else than such a stage, of those sizes (letters of SHAPES)."""
+    kind = name.split(".")[0]  # sae.kept-1 is an sae
     try:
-        record = json.loads((folder / f"{name}.json").read_bytes())
+        record = read_json((folder / f"{name}.json").read_bytes(), RECORDS.get(kind, NAMED))
         stored = (folder / f"{name}.safetensors").read_bytes()
         digest = hashlib.sha256(stored).hexdigest()
         if record["sha256"] != digest:
             raise ValueError("the two files do not belong together")
-        return Stage(safetensors.torch.load(stored), record, digest)
+        tensors = safetensors.torch.load(stored)
+        refuse_odd_tensors(tensors, SHAPES.get(kind, {}), **sizes)
+        return Stage(tensors, record, digest)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise InputError(
             f"{name}.safetensors with {name}.json in {folder} is damaged or incomplete ({error})"
@@ -1474,14 +1590,16 @@ def keep_aside(folder: Path, name: str) -> str:
     return f"{name}.kept-{n}"
 
 
-def reusable_stage(folder: Path, name: str, print_of: str, fresh: bool) -> tuple[Stage | None, str]:
+def reusable_stage(
+    folder: Path, name: str, print_of: str, fresh: bool, **sizes: int
+) -> tuple[Stage | None, str]:
     """The saved stage if it is the one asked for; otherwise None, and what was there is kept
     aside unless `fresh`. And what to tell the user, if anything."""
     if not any((folder / f"{name}.{ending}").exists() for ending in STAGE_FILES):
         return None, ""
     stage, reason = None, ""
     try:
-        stage = read_stage(folder, name)
+        stage = read_stage(folder, name, **sizes)
         if stage.record.get("fingerprint") != print_of:
             reason = "it belongs to other settings, data or code"
     except InputError as error:
@@ -1615,14 +1733,19 @@ def load_saelens(folder: str | Path) -> Coder:
     """
     folder = Path(folder)
     try:
-        config = json.loads((folder / "cfg.json").read_bytes())
+        kinds = {"architecture": str, "d_in": int, "d_sae": int}
+        config = read_json((folder / "cfg.json").read_bytes(), kinds)
         weights = safetensors.torch.load((folder / "sae_weights.safetensors").read_bytes())
         kind, d_in, d_sae = (config[name] for name in ("architecture", "d_in", "d_sae"))
         done = {config.get(name, "none") for name in SAELENS_DONE}  # to its input
         if kind not in SAELENS_LOADED or done != {"none"}:
             taken = ", ".join(SAELENS_LOADED)
             raise ValueError(f"it is {kind} with input {done}; {taken} on plain input are taken")
-        sae = TopKSAE(d_in, d_sae, int(config["k"])) if kind == "topk" else JumpReLUSAE(d_in, d_sae)
+        if tuple(weights["W_enc"].shape) != (d_in, d_sae):
+            raise ValueError(f"size mismatch: W_enc is {tuple(weights['W_enc'].shape)}")
+        if kind == "topk" and not 0 < as_kind(config["k"], int, "k") <= d_sae:
+            raise ValueError(f"k is {config['k']}; it must be from 1 to {d_sae}")
+        sae = TopKSAE(d_in, d_sae, config["k"]) if kind == "topk" else JumpReLUSAE(d_in, d_sae)
         weights = {"threshold": torch.zeros(d_sae), **weights}
         sae.load_state_dict({name: weights[name].float() for name in SAELENS_WEIGHTS})
         if not all(bool(weights[name].isfinite().all()) for name in SAELENS_WEIGHTS):
@@ -1706,13 +1829,16 @@ def classifier_stage(
     device = data.train.labels.device
     decisive = chosen(settings, CLASSIFIER_SETTINGS)
     print_of = fingerprint(decisive, data=data.digest, device=device.type)
-    stage, news = reusable_stage(folder, "classifier", print_of, settings.fresh)
+    sizes = {"i": settings.hidden_units, "p": data.train.images[0].numel()}
+    sizes["c"] = len(data.classes)
+    stage, news = reusable_stage(folder, "classifier", print_of, settings.fresh, **sizes)
     if news and not quietly:
         print(news)
     if stage is None:
         model, log = train_classifier(data.train, settings, len(data.classes))
         write_log(folder, "classifier", log)
-        record = {"fingerprint": print_of, "data": data.source, "settings": decisive}
+        record = {"fingerprint": print_of, "data": data.source, "data_digest": data.digest}
+        record |= {"seed": settings.seed, "settings": decisive}
         stage = save_stage(folder, "classifier", model.state_dict(), record)
     return restored_classifier(stage.tensors).to(device), stage.digest
 
@@ -1734,6 +1860,7 @@ class TrainedSAE(NamedTuple):
     sae: JumpReLUSAE
     record: dict
     news: str
+    digest: str = ""  # SHA-256 of what was saved
 
 
 def thinned(course: SAECourse) -> dict[str, list]:
@@ -1754,7 +1881,8 @@ def sae_stage(settings: Settings, target: int, subject: Subject, folder: Path) -
         device=subject.device.type,
         threads=training_threads(settings, subject),
     )
-    stage, news = reusable_stage(folder, "sae", print_of, settings.fresh)
+    sizes = {"i": len(subject.pre.mu), "s": settings.sae_latents}
+    stage, news = reusable_stage(folder, "sae", print_of, settings.fresh, **sizes)
     if stage is None:
         tensors, record, log = calibrated_sae(settings, target, subject)
         write_log(folder, "sae", log)
@@ -1763,7 +1891,7 @@ def sae_stage(settings: Settings, target: int, subject: Subject, folder: Path) -
     sae = restored_sae(stage.tensors).to(subject.device)
     before = copy.deepcopy(sae)
     before.threshold.copy_(stage.tensors["threshold_before_shift"])
-    return TrainedSAE(before, sae, stage.record, news)
+    return TrainedSAE(before, sae, stage.record, news, stage.digest)
 
 
 def calibrated_sae(
@@ -1782,6 +1910,8 @@ def calibrated_sae(
     }
     record = {
         "data": subject.source,
+        "data_digest": subject.data_digest,
+        "seed": settings.seed,
         "target_actives": target,
         "classifier_sha256": subject.digest,
         "threshold_shift": shift if math.isfinite(shift) else None,
@@ -1836,7 +1966,7 @@ class Run(NamedTuple):
     @property
     def report(self) -> list[dict]:
         """The records of feature_report.json, the most influential feature first."""
-        return json.loads((self.folder / "feature_report.json").read_bytes())
+        return read_json((self.folder / "feature_report.json").read_bytes(), list[dict[str, Any]])
 
     @property
     def layer(self) -> fa.ExplainedLayer:
@@ -1844,26 +1974,33 @@ class Run(NamedTuple):
         return fa.ExplainedLayer(self.model, self.sae, self.mu, self.std)
 
 
-def read_settings(root: Path) -> tuple[Settings, str, str]:
-    """Settings of a finished run, where its images came from, and their digest.
+class Finished(NamedTuple):
+    """What settings.json says of a finished run: what it was made with, and of which stages."""
 
-    Raises InputError when there is no such run, and for one of somebody's own network.
-    """
+    settings: Settings
+    data: str  # in words
+    data_digest: str
+    network: str  # OWN_NETWORK, or what explain() was given
+    classifier_sha256: str
+    sae_sha256: dict[str, str]  # by target
+
+
+def read_settings(root: Path) -> Finished:
+    """Raises InputError when there is no finished run, and for one of somebody's own network."""
+    passing = {name: False for name in PASSING} | {"workers": 0}
     try:
-        stored = json.loads((root / "settings.json").read_bytes())
-        given = stored["settings"]
-        settings = Settings(**{**given, "target_actives": tuple(given["target_actives"])})
-        described = settings, stored["data"], stored["data_digest"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        stored = read_json((root / "settings.json").read_bytes(), {"settings": dict[str, Any]})
+        found = as_kind({**stored, "settings": {**stored["settings"], **passing}}, Finished)
+    except (OSError, ValueError) as error:
         raise InputError(
             f"{root} holds no finished run ({error}); run MNIST_SAE_code.py --out {root} first"
         ) from error
-    if stored.get("network") != OWN_NETWORK:
+    if found.network != OWN_NETWORK:
         raise InputError(
-            f"{root} explains {stored.get('network')}, which is not stored there: call explain() "
+            f"{root} explains {found.network}, which is not stored there: call explain() "
             f"again with the same network, images and settings; it reuses the SAE"
         )
-    return described
+    return found
 
 
 def load_run(
@@ -1876,7 +2013,8 @@ def load_run(
     than those it was trained on.
     """
     root = Path(folder)
-    settings, source, digest = read_settings(root)
+    finished = read_settings(root)
+    settings = finished.settings
     targets = settings.target_actives
     if target is None and len(targets) == 1:
         target = targets[0]
@@ -1887,17 +2025,11 @@ def load_run(
 
     where = pick_device(device)
     data = load_images(data_dir or settings.data, settings.seed, where)
-    if data.digest != digest:
-        raise InputError(f"{root} was made with: {source}; found now: {data.source}. Give data_dir")
-
-    classifier = read_stage(root, "classifier")
-    sae = read_stage(target_folder(root, settings, target), "sae")
-    belongs = (classifier.digest, target)
-    if (sae.record.get("classifier_sha256"), sae.record.get("target_actives")) != belongs:
+    if data.digest != finished.data_digest:
         raise InputError(
-            f"{root} holds an SAE of another classifier or target: a later run stopped half way; "
-            f"run it again"
+            f"{root} was made with: {finished.data}; found now: {data.source}. Give data_dir"
         )
+    classifier, sae = read_networks(root, finished, target)
     return Run(
         model=restored_classifier(classifier.tensors).to(where),
         sae=restored_sae(sae.tensors).to(where),
@@ -1908,6 +2040,33 @@ def load_run(
         data=data,
         folder=target_folder(root, settings, target),
     )
+
+
+def read_networks(root: Path, finished: Finished, target: int) -> tuple[Stage, Stage]:
+    """Classifier and SAE of a finished run. Raises InputError unless each was made from the one
+    before, and both are those that the run finished with."""
+    settings = finished.settings
+    hidden, latents = settings.hidden_units, settings.sae_latents
+    classifier = read_stage(root, "classifier", i=hidden)
+    sae = read_stage(target_folder(root, settings, target), "sae", i=hidden, s=latents)
+
+    made_from = {"seed": settings.seed, "data_digest": finished.data_digest}
+    of_sae = {**made_from, "classifier_sha256": classifier.digest, "target_actives": target}
+    finished_with = finished.classifier_sha256, finished.sae_sha256.get(str(target))
+    if (
+        chosen_of(classifier.record, made_from) != made_from
+        or chosen_of(sae.record, of_sae) != of_sae
+        or (classifier.digest, sae.digest) != finished_with
+    ):
+        raise InputError(
+            f"{root} holds networks of another run than its settings.json: a later one stopped "
+            f"half way; run it again"
+        )
+    return classifier, sae
+
+
+def chosen_of(record: dict, names: Iterable[str]) -> dict:
+    return {name: record[name] for name in names}
 
 
 def target_folder(root: Path, settings: Settings, target: int) -> Path:
@@ -2001,7 +2160,6 @@ def start_pictures(
     jobs: Jobs,
 ) -> list[Job]:
     """Gallery and pattern of each of `features`."""
-    remove_pictures(folder)
     shown = (analysis.bank, images, analysis.heats, analysis.inked, classes)
     started = []
     for part in range(PICTURE_JOBS):
@@ -2144,23 +2302,15 @@ def diagnose(
 # --------------------------------------------------------------------------------------------------
 
 
-def refuse_changed_hypotheses(root: Path, settings: Settings, target: int) -> None:
-    """Raise InputError when the hypotheses an earlier run froze are not those it recorded.
+def refuse_changed_hypotheses(folder: Path) -> None:
+    """Raise InputError when the hypotheses an earlier run froze there are not as it wrote them.
 
     Whoever edited them should not lose the edit, nor mistake it for something that was tested.
     """
-    path = target_folder(root, settings, target) / "hypotheses.json"
-    summary = root / "summary.json"
-    if settings.fresh or not path.exists() or not summary.exists():
-        return
-    try:
-        records = json.loads(summary.read_bytes())
-        hashes = {r["target_actives"]: r.get("hypotheses_sha256") for r in records}
-    except (ValueError, KeyError, TypeError):
-        return  # not a summary of ours: nothing was recorded
-    if hashes.get(target) is not None:
+    path = folder / "hypotheses.json"
+    if path.exists():
         try:
-            fh.read_hypotheses(path, hashes[target])
+            fh.read_hypotheses(path)
         except ValueError as error:
             raise InputError(
                 f"{error}; to start over, move the file away or give --fresh"
@@ -2177,10 +2327,17 @@ def tell_unnamed_strokes(hypotheses: Sequence[fh.Hypothesis]) -> None:
         )
 
 
-def remove_statements(folder: Path) -> None:
-    """Those of an earlier run."""
-    for name in ("hypotheses.json", "hypotheses.md", "explained.png", "influence.png"):
+RESULTS_OF_RUN = """settings.json summary.json frontier.png feature_report.json feature_report.html
+hypotheses.json hypotheses.md explained.png influence.png saelens/cfg.json
+saelens/sae_weights.safetensors""".split()
+
+
+def remove_results(folder: Path) -> None:
+    """Those of an earlier run: if this one stops half way, nothing looks as if it were finished.
+    settings.json goes first, without which it is no run."""
+    for name in RESULTS_OF_RUN:
         (folder / name).unlink(missing_ok=True)
+    remove_pictures(folder)
 
 
 COMPARED = ("untrained SAE", "random directions", "neurons")
@@ -2619,7 +2776,6 @@ def prepare_target(
     features = analysed_features(analysis, settings.features)
     shown = fa.as_ink(data.val.images.cpu())
     pictures = start_pictures(folder, analysis, features, shown, data.classes, jobs)
-    remove_statements(folder)
     if settings.hypotheses:
         with clock("propose and freeze"):
             known = (analysis.activity, analysis.removed, settings.strokes, data.classes)
@@ -2768,6 +2924,53 @@ def write_page(
     )
 
 
+WORKER_BYTES = 2e8  # what a worker process takes before it does anything
+
+
+def memory_bytes() -> float:
+    """Of this machine, or of the container it is; infinite where the system does not tell."""
+    sizes: list[float] = [math.inf]
+    with suppress(AttributeError, ValueError, OSError):
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(OSError, ValueError):
+        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(sizes)
+
+
+def needed_bytes(settings: Settings, data: Data) -> dict[str, float]:
+    """What a run holds at once at the very least, by what it is; float32 unless said otherwise."""
+    n_train, n_val, n_test = (len(split.labels) for split in data[:3])
+    pixels = data.train.images[0].numel()
+    d_in, d_sae = settings.hidden_units, settings.sae_latents
+    steps = 0
+    for epochs, batch in (
+        (settings.epochs_ffn, settings.batch_ffn),
+        (settings.epochs_sae_final, settings.batch_sae),
+    ):
+        steps = max(steps, n_steps(n_train, batch, scaled_epochs(epochs, n_train)))
+    adam = 4  # weights, their gradients and two moments
+    examples = min(settings.topk, n_val) + fa.SAMPLE_PER_FEATURE
+    return {
+        "--hidden-units": 4 * d_in * (adam * pixels + n_train + n_val + n_test + 2 * d_in),
+        "--sae-latents": 4 * d_sae * (adam * 2 * d_in + n_val + pixels + 5 * examples),
+        "--epochs-ffn or --epochs-sae-final": 3 * 4 * steps,
+        "--workers": WORKER_BYTES * max(0, settings.workers),
+    }
+
+
+def refuse_too_large(settings: Settings, data: Data) -> None:
+    """Raise InputError, before memory is taken, when a run cannot fit into it."""
+    needed, there, device = needed_bytes(settings, data), memory_bytes(), data.train.labels.device
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    if sum(needed.values()) > there:
+        most = max(needed, key=needed.get)
+        raise InputError(
+            f"at least {sum(needed.values()) / 1e9:,.0f} GB of memory are needed, but there are "
+            f"{there / 1e9:,.1f} GB; lower {most}"
+        )
+
+
 def prepare_subject(
     settings: Settings, clock: Clock, quietly: bool = False
 ) -> tuple[Data, Subject]:
@@ -2783,6 +2986,7 @@ def prepare_subject(
             f"data: {data.source}; {sizes} train, validation, test; device {device}, "
             f"seed {settings.seed}"
         )
+    refuse_too_large(settings, data)
     with clock("classifier"):
         model, digest = classifier_stage(settings, data, Path(settings.out), quietly)
     with clock("preactivations"):
@@ -2800,6 +3004,8 @@ def prepare_targets(
     root = Path(settings.out)
     with clock("sae"):
         trained = train_saes(settings, subject, jobs)
+    for folder in [root, *(target_folder(root, settings, target) for target in trained)]:
+        remove_results(folder)
     this_rank().wait()  # the others may read what is saved
     prepared = []
     for target, saes in trained.items():
@@ -2810,14 +3016,23 @@ def prepare_targets(
     return prepared
 
 
-def write_settings(settings: Settings, subject: Subject) -> None:
+PASSING = ("fresh", "wait", "workers")  # settings that decide nothing about what comes out
+
+
+def write_settings(settings: Settings, subject: Subject, prepared: Sequence[Prepared]) -> None:
     """settings.json: what makes a folder a finished run."""
     kept = asdict(settings)
-    for passing in ("fresh", "workers"):  # decide nothing about what comes out
-        del kept[passing]
-    described = {"settings": kept, "data": subject.source, "data_digest": subject.data_digest}
-    described["network"] = subject.network
-    fa.write_whole(Path(settings.out) / "settings.json", to_json(described))
+    for name in PASSING:
+        del kept[name]
+    described = {
+        "settings": kept,
+        "data": subject.source,
+        "data_digest": subject.data_digest,
+        "network": subject.network,
+        "classifier_sha256": subject.digest,
+        "sae_sha256": {str(p.target): p.trained.digest for p in prepared},
+    }
+    fa.write_whole(Path(settings.out) / "settings.json", to_json(described), durable=True)
 
 
 def explain_subject(
@@ -2836,7 +3051,7 @@ def explain_subject(
             write_page(p, record, report, frontier, subject, data)
     if len(records) > 1:
         draw_frontier(records, root / "frontier.png")
-    write_settings(settings, subject)
+    write_settings(settings, subject, prepared)
 
     total = time.perf_counter() - clock.started
     for p, record in zip(prepared, records, strict=True):
@@ -2849,12 +3064,22 @@ def explain_subject(
     return records
 
 
+# Folders inside a run's or a sweep's to which it writes.
+WRITTEN_IN = ("", "saelens/", "target_*/", "target_*/saelens/", "stability_seed_*/")
+WRITTEN_IN += ("target_*/stability_seed_*/", "seed_*_classifier/", "seed_*_latents_*_target_*/")
+
+
 def prepare_folders(settings: Settings) -> None:
-    """Make the run's folders, and refuse one in which frozen hypotheses were edited."""
+    """Make the targets' folders, clear away what killed runs left, and refuse a folder in which
+    frozen hypotheses were edited."""
     root = Path(settings.out)
+    for inside in WRITTEN_IN:
+        remove_unfinished(root, inside)
     for target in settings.target_actives:
-        prepare_folder(target_folder(root, settings, target))
-        refuse_changed_hypotheses(root, settings, target)
+        folder = target_folder(root, settings, target)
+        prepare_folder(folder)
+        if not settings.fresh:
+            refuse_changed_hypotheses(folder)
 
 
 def n_workers(settings: Settings) -> int:
@@ -2865,6 +3090,17 @@ def n_workers(settings: Settings) -> int:
     return min(max(available_cores() // ranks_here - 1, 0), MOST_WORKERS)
 
 
+@contextmanager
+def working(settings: Settings) -> Iterator[Jobs]:
+    """The run's folders, to which nobody else writes meanwhile, and its workers."""
+    root = Path(settings.out)
+    prepare_folder(root)
+    with only_writer(root, settings.wait):
+        prepare_folders(settings)
+        with torch_threads(1), Jobs(n_workers(settings)) as jobs:
+            yield jobs
+
+
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     """The whole run, or a sweep; returns the records of summary.json or sweep.json. Raises
     InputError, DataError or TrainingError."""
@@ -2873,12 +3109,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     runs = parse_runs(argv)
     with ranks(runs[0].device) as rank:
         if len(runs) > 1:
-            return sweep(runs, rank)
+            return sweep_alone(runs, rank)
         (settings,) = runs
         if rank.number:
             return help_first_rank(settings, clock)
-        prepare_folders(settings)
-        with torch_threads(1), Jobs(n_workers(settings)) as jobs:
+        with working(settings) as jobs:
             data, subject = prepare_subject(settings, clock)
             return explain_subject(settings, data, subject, clock, jobs)
 
@@ -2925,6 +3160,18 @@ def train_combination(settings: Settings, classifiers: str) -> dict:
     return record
 
 
+def sweep_alone(runs: Sequence[Settings], rank: Rank) -> list[dict]:
+    """`sweep`, while no other run writes to its folder; the first rank holds it for all."""
+    root = Path(runs[0].out)
+    if rank.number:
+        return sweep(runs, rank)
+    prepare_folder(root)
+    with only_writer(root, runs[0].wait):
+        for inside in WRITTEN_IN:
+            remove_unfinished(root, inside)
+        return sweep(runs, rank)
+
+
 def sweep(runs: Sequence[Settings], rank: Rank) -> list[dict]:
     """Every combination, shared among ranks and among the worker processes of each; the first rank
     returns their records and writes sweep.json and sweep.png."""
@@ -2955,7 +3202,8 @@ def sweep(runs: Sequence[Settings], rank: Rank) -> list[dict]:
         return []
     records = []
     for single in singles:
-        records.append(json.loads((Path(single.out) / "combination.json").read_bytes()))
+        stored = (Path(single.out) / "combination.json").read_bytes()
+        records.append(read_json(stored, dict[str, float | None]))
     fa.write_whole(root / "sweep.json", to_json(records))
     draw_sweep(records, root / "sweep.png")
     print(sweep_table(records))
@@ -3236,8 +3484,8 @@ def explain(
     own = Settings(target_actives=(target,), device=str(device), **chosen_settings)
     if device.type == "cuda":
         make_cuda_repeatable()
-    prepare_folders(own)
-    with torch_threads(1), Jobs(n_workers(own)) as jobs:
+    refuse_too_large(replace(own, hidden_units=d_in), data)
+    with working(own) as jobs:
         subject = subject_of(net, model, layer, data, own, clock)
         explain_subject(own, data, subject, clock, jobs)
         trained = sae_stage(replace(own, fresh=False), target, subject, Path(own.out))
@@ -3262,16 +3510,28 @@ def subject_of(
     return subject._replace(digest=digest_of([*pre, logits, *model.state_dict().values()]))
 
 
+class Terminated(BaseException):
+    """SIGTERM: like KeyboardInterrupt, nothing but the end of the run may catch it."""
+
+
+def stop(number: int, _: object) -> None:
+    """For the first Ctrl-C or SIGTERM; a second one is not waited for."""
+    signal.signal(number, leave_at_once)
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+
 def run_script() -> int:
     """main, with the errors a user can cause as one line on stderr and exit status 2."""
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     status = 2
     try:
         main()
         return 0
     except (InputError, DataError, TrainingError) as error:
         words = str(error)
-    except (MemoryError, torch.OutOfMemoryError):
-        words = "out of memory; lower --sae-latents, --hidden-units or --batch-sae"
+    except BusyError as error:
+        words = f"{error}; give --wait to wait for it, or another --out"
     except BrokenProcessPool:
         words = "a worker process was ended from outside (out of memory?); try --workers 0"
     except BrokenPipeError:  # whoever read our output has had enough
@@ -3280,7 +3540,13 @@ def run_script() -> int:
         words = f"{error.filename or 'a file'} could not be written or read ({error.strerror})"
     except KeyboardInterrupt:
         words, status = "interrupted; finished stages are saved and will be reused", 130
-    print(f"error: {words}", file=sys.stderr)
+    except Terminated:
+        words, status = "terminated; finished stages are saved and will be reused", 143
+    except (MemoryError, RuntimeError) as error:
+        if not fa.is_out_of_memory(error):
+            raise
+        words = "out of memory; lower --sae-latents, --hidden-units or --batch-sae"
+    print("error:", words.replace("\n", " "), file=sys.stderr)
     return status
 
 

@@ -30,8 +30,7 @@ import difflib
 import functools
 import io
 import math
-import os
-import tempfile
+import operator
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,6 +41,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from whole_files import write_whole
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import, and only a Figure needs it
     from matplotlib.figure import Figure
@@ -62,11 +63,54 @@ EMPTY_LOADER = "the loader is empty: it must give at least one batch of (images,
 # --------------------------------------------------------------------------------------------------
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; on CPUs torch raises a plain RuntimeError for that."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
+
+
 def check_feature(k: int, d_sae: int) -> int:
-    """k itself. Raises IndexError unless 0 <= k < d_sae."""
-    if not 0 <= k < d_sae:
+    """k itself. Raises IndexError unless 0 <= k < d_sae, ValueError for what is no whole number."""
+    if not 0 <= check_whole("feature", k) < d_sae:
         raise IndexError(f"feature {k} does not exist: the SAE has features 0 to {d_sae - 1}")
     return int(k)
+
+
+def check_whole(name: str, value: int, least: int | None = None) -> int:
+    """The value itself. Raises ValueError for what is no whole number, below the least, or beyond
+    LAST_INDEX."""
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {_met(value)}; it must be a whole number") from None
+    if least is not None and whole < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if whole > LAST_INDEX:
+        raise ValueError(f"{name} is more than {LAST_INDEX:,}")
+    return whole
+
+
+def _met(value: object) -> str:
+    """What was met, on one line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:56]} ..."
+
+
+def _changes_in_training(module: torch.nn.Module) -> bool:
+    """Whether it gives something else, or remembers what it is given, in training mode."""
+    kinds = torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._NormBase
+    return isinstance(module, (*kinds, torch.nn.RReLU))
+
+
+def refuse_training_mode(model: object) -> None:
+    """Raise ValueError when the model, or one that it holds, has dropout or the like at work."""
+    if isinstance(model, AtLayer):  # which sees to that
+        return
+    for part in (model, *getattr(model, "__dict__", {}).values()):
+        for module in part.modules() if isinstance(part, torch.nn.Module) else ():
+            if module.training and _changes_in_training(module):
+                kind = type(module).__name__
+                raise ValueError(f"the model is in training mode, and has {kind}: call eval()")
 
 
 class ExplainedLayer(NamedTuple):
@@ -79,12 +123,20 @@ class ExplainedLayer(NamedTuple):
 
     @classmethod
     def checked(cls, model, sae, mu: Tensor, std: Tensor) -> ExplainedLayer:
-        """The layer. Raises ValueError unless mu and std are (d_in,) like the SAE's input."""
-        d_in = sae.W_enc.shape[0]
+        """The layer. Raises ValueError unless mu and std are (d_in,) and of the type of the SAE's
+        input, finite, std above 0, and for a model in training mode."""
+        d_in, kind = sae.W_enc.shape[0], sae.W_enc.dtype
         for name, value in (("mu", mu), ("std", std)):
             if tuple(value.shape) != (d_in,):
                 shape = tuple(value.shape)
                 raise ValueError(f"{name} has shape {shape}, but the SAE takes d_in = {d_in}")
+            if value.dtype != kind:
+                raise ValueError(f"{name} is {value.dtype}, but the SAE's weights are {kind}")
+            if not value.isfinite().all():
+                raise ValueError(f"{name} is not finite: {_first(value, ~value.isfinite())}")
+        if not (std > 0).all():
+            raise ValueError(f"std must be above 0: {_first(std, ~(std > 0))}")
+        refuse_training_mode(model)
         return cls(model, sae, mu, std)
 
     @property
@@ -94,19 +146,26 @@ class ExplainedLayer(NamedTuple):
     def raw(self, images: Tensor) -> Tensor:
         """images (B, ...) -> the model's own preactivations (B, d_in)
 
-        Raises ValueError when the model cannot take the images, or gives another shape than mu's.
+        Raises ValueError when the model cannot take the images, or gives another shape than mu's,
+        or numbers that are not finite.
         """
+        if not isinstance(images, Tensor) or images.dim() < 2:
+            met = tuple(getattr(images, "shape", ())) or type(images).__name__
+            raise ValueError(f"images are {met}; a tensor (B, ...) is needed")
         try:
             raw = self.model.preactivations(images.to(self.mu.device))
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             shape = tuple(images.shape)
             raise ValueError(f"the model cannot take images of shape {shape}: {error}") from error
 
         shape, expected = tuple(raw.shape), tuple(self.mu.shape)
         if shape[1:] != expected:
             raise ValueError(f"preactivations have shape {shape}, but mu has shape {expected}")
+        if not raw.isfinite().all():
+            cause = "the model's weights" if images.isfinite().all() else "the images"
+            raise ValueError(f"preactivations are not finite, because {cause} are not")
         return raw
 
     @torch.no_grad()
@@ -125,6 +184,33 @@ class ExplainedLayer(NamedTuple):
     def logits_from_raw(self, raw: Tensor) -> Tensor:
         """raw preactivations (B, d_in) -> logits (B, C)"""
         return self.model.logits_from_preactivations(raw)
+
+
+def _first(values: Tensor, wrong: Tensor) -> str:
+    """The first of the wrong ones of values (n,), as people read it."""
+    at = int(wrong.nonzero()[0])
+    return f"entry {at} is {values[at]:g}"
+
+
+def in_order(loader: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
+    """The loader's batches.
+
+    Raises ValueError when it begins another pass with other images, as one that shuffles does, or
+    has no other pass: an image's index would mean nothing.
+    """
+    if iter(loader) is loader:
+        raise ValueError("the loader can be read only once: give a list, or a DataLoader")
+    first = next(iter(loader), None)
+    for number, (images, labels) in enumerate(loader):
+        if number == 0 and not _same_images(images, first[0]):
+            raise ValueError(
+                "the loader gives other images first in each pass: it must not shuffle or augment"
+            )
+        yield images, labels
+
+
+def _same_images(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def class_name(classes: Sequence[str], c: int) -> str:
@@ -524,11 +610,11 @@ def collect_feature_bank(
     and for a topk that is not between 1 and the number of images.
     """
     layer = ExplainedLayer.checked(model, sae, mu, std)
-    if topk < 1:
-        raise ValueError(f"topk is {topk}; it must be at least 1")
+    check_whole("topk", topk, 1)
+    check_whole("first_index", first_index, 0)
 
     bank = None
-    for images, labels in loader:
+    for images, labels in in_order(loader):
         raw = layer.raw(images)
         n_classes = layer.logits_from_raw(raw[:1]).shape[1]
         labels = _class_indices(images, labels.to(mu.device), n_classes)
@@ -596,9 +682,10 @@ def collect_activity(layer: ExplainedLayer, images: Tensor, labels: Tensor) -> A
     class indices, and for no images.
     """
     layer = ExplainedLayer.checked(*layer)
-    labels = _class_indices(images, labels).cpu()
     if len(images) == 0:
         raise ValueError("there are no images: give at least one")
+    n_classes = layer.logits_from_raw(layer.raw(images[:1])).shape[1]
+    labels = _class_indices(images, labels, n_classes).cpu()
     columns, n_pairs, at_once = None, 0, max(1, min(ROWS, ENTRIES // layer.d_sae))
     for number, batch in enumerate(images.split(at_once)):
         acts = layer.feature_acts(batch).cpu()
@@ -647,7 +734,7 @@ def _mean_jacobian(
         if not is_linear(layer, shape):
             raise ValueError("the model is not linear in the pixels: pass images to average over")
         images = torch.zeros(1, *shape)
-    if len(images) == 0:
+    if images.dim() < 2 or len(images) == 0:
         raise ValueError("images is empty: give at least one to average over")
 
     def projected(pixels: Tensor) -> Tensor:
@@ -733,16 +820,11 @@ def _as_effects(delta_sum: Tensor, n_images: Tensor) -> LogitEffects:
     return LogitEffects(mean, torch.where(n_images > 0, mean.argmax(1), -1), n_images)
 
 
-def _check_n_eval(n_eval: int) -> None:
-    if n_eval < 1:
-        raise ValueError(f"n_eval is {n_eval}; it must be at least 1")
-
-
 def _first_preactivations(layer: ExplainedLayer, loader: Iterable, n_eval: int) -> Tensor:
     """Raw preactivations (n, d_in) of the loader's first n_eval images; ValueError without any."""
-    _check_n_eval(n_eval)
+    check_whole("n_eval", n_eval, 1)
     parts, missing = [], n_eval
-    for images, _ in loader:
+    for images, _ in in_order(loader):
         parts.append(layer.raw(images[:missing]))
         missing -= len(parts[-1])
         if missing == 0:
@@ -765,6 +847,18 @@ def _steering_effects(layer: ExplainedLayer, raw: Tensor, shifts: Tensor) -> Log
     return _as_effects(sums, torch.full((len(shifts),), len(raw), device=raw.device))
 
 
+def _steps(layer: ExplainedLayer, alpha: float) -> Tensor:
+    """(d_sae, d_in) what alpha of each feature adds to raw preactivations. Raises ValueError."""
+    try:
+        number = float(alpha)
+    except (OverflowError, RuntimeError, ValueError):  # too many digits, or too many numbers
+        number = math.nan
+    step = number * layer.sae.W_dec.detach() * layer.std
+    if not step.isfinite().all():
+        raise ValueError(f"alpha is {_met(alpha)}; it must be finite, and what it adds as well")
+    return step
+
+
 @torch.no_grad()
 def feature_logit_effects(
     model, loader: Iterable, sae, mu: Tensor, std: Tensor, alpha: float = 1.0, n_eval: int = 2000
@@ -772,7 +866,7 @@ def feature_logit_effects(
     """`feature_logit_effect` of every feature."""
     layer = ExplainedLayer.checked(model, sae, mu, std)
     raw = _first_preactivations(layer, loader, n_eval)
-    return _steering_effects(layer, raw, alpha * sae.W_dec.detach() * std)
+    return _steering_effects(layer, raw, _steps(layer, alpha))
 
 
 @torch.no_grad()
@@ -795,20 +889,20 @@ def feature_logit_effect(
     layer = ExplainedLayer.checked(model, sae, mu, std)
     k = check_feature(k, layer.d_sae)
     raw = _first_preactivations(layer, loader, n_eval)
-    return _steering_effects(layer, raw, alpha * sae.W_dec.detach()[k : k + 1] * std).of(0)
+    return _steering_effects(layer, raw, _steps(layer, alpha)[k : k + 1]).of(0)
 
 
 def _ablation_effects(
     layer: ExplainedLayer, loader: Iterable, features: Tensor, n_eval: int
 ) -> LogitEffects:
     """Effects of removing each of `features` (n,) from the first n_eval images that fire it."""
-    _check_n_eval(n_eval)
+    check_whole("n_eval", n_eval, 1)
     shifts = layer.sae.W_dec.detach()[features] * layer.std  # (n, d_in)
     n_classes = layer.logits_from_raw(layer.mu[None]).shape[1]
     counts = torch.zeros(len(features), dtype=torch.int64, device=layer.mu.device)
     sums = counts.new_zeros(len(features), n_classes, dtype=torch.float64)
     seen = 0
-    for images, _ in loader:
+    for images, _ in in_order(loader):
         raw = layer.raw(images)
         seen += len(raw)
         base = layer.logits_from_raw(raw)
@@ -879,6 +973,7 @@ def removal_effects(layer: ExplainedLayer, images: Tensor, activity: Activity) -
     As in `feature_ablation_effect`, only its own contribution is subtracted. Centred logits have
     their mean over classes taken away, which no prediction depends on.
     """
+    layer = ExplainedLayer.checked(*layer)
     raw = layer.raw_of_all(images)
     base = torch.cat([layer.logits_from_raw(some) for some in raw.split(ROWS)])
     predicted = base.argmax(1)
@@ -1177,20 +1272,6 @@ def feature_record(k: int, analysis: Analysis) -> dict:
 GREYS = np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1)  # (256, 3)
 
 
-def write_whole(path: str | Path, content: bytes) -> None:
-    """Write a file so that it is there completely or not at all, whatever interrupts."""
-    path = Path(path)
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(unfinished, 0o644)  # mkstemp makes files that only their owner may read
-        os.replace(unfinished, path)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
-
-
 def save_pixels(pixels: np.ndarray, path: str | Path, palette: np.ndarray = GREYS) -> None:
     """Save a picture as PNG, whole or not at all.
 
@@ -1351,7 +1432,7 @@ def grey_images(images) -> np.ndarray:
     array = _as_array(images)
     if array.ndim == 4 and array.shape[1] == 1:
         array = array[:, 0]
-    if array.ndim != 3:
+    if array.ndim != 3 or 0 in array.shape[1:]:
         raise ValueError(f"images have shape {array.shape}; expected (N, H, W) or (N, 1, H, W)")
     low, high = array.min(initial=0), array.max(initial=0)
     if not (low >= 0 and high <= 1):  # NaN is refused as well

@@ -21,15 +21,17 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import feature_analysis as fa
+from whole_files import as_kind, read_json
 
 # --------------------------------------------------------------------------------------------------
 # Places: exact pieces of pen stroke on a 28 x 28 image
@@ -1215,48 +1217,77 @@ def hypothesis_record(h: Hypothesis) -> dict:
     return record
 
 
-def _strokes_of(record: dict, kind: type) -> Strokes:
-    read = []
-    for name in Strokes._fields:
-        read.append(tuple(kind(*(s[field] for field in kind._fields)) for s in record[name]))
-    return Strokes(*read)
+DIGEST = re.compile(rb'\A{\n "sha256": "(\w{64})",\n')  # the first two lines of a frozen file
 
 
-def _hypothesis_of(record: dict, classes: Sequence[str]) -> Hypothesis:
-    fields = {name: record[name] for name in Hypothesis._fields if name != "classes"}
-    for name in ("often", "hardly", "label_scores", "label_histogram"):
-        fields[name] = tuple(fields[name])
-    fields["ink"] = _strokes_of(fields["ink"], Word)
-    fields["drawing"] = _strokes_of(fields["drawing"], Place)
-    fields["effect"] = Effect(**fields["effect"]) if fields["effect"] else None
-    return Hypothesis(**fields, classes=tuple(classes))
+class Frozen(NamedTuple):
+    """What a frozen file holds besides its digest."""
+
+    rule: Rule
+    classes: tuple[str, ...]
+    hypotheses: tuple[dict[str, Any], ...]
 
 
 def freeze_hypotheses(
     hypotheses: Sequence[Hypothesis], path: str | Path, rule: Rule | None = None
 ) -> str:
-    """Write claims and the rule that will judge them; returns the SHA-256 of the file."""
+    """Write claims and the rule that will judge them; returns the SHA-256 of all that is said.
+
+    The file's second line holds it, and it is that of the file without this line, so that claims
+    and digest are written in one step (`sed 2d FILE | sha256sum` shows it).
+    """
     frozen = {
         "rule": (rule or Rule())._asdict(),
         "classes": list(hypotheses[0].classes) if hypotheses else [],
         "hypotheses": [hypothesis_record(h) for h in hypotheses],
     }
     content = (json.dumps(frozen, indent=1, allow_nan=False) + "\n").encode()
-    fa.write_whole(path, content)
-    return hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256(content).hexdigest()
+    signed = content.replace(b"{\n", f'{{\n "sha256": "{digest}",\n'.encode(), 1)
+    fa.write_whole(path, signed, durable=True)
+    return digest
 
 
-def read_hypotheses(path: str | Path, sha256: str) -> tuple[list[Hypothesis], Rule]:
+def read_hypotheses(path: str | Path, sha256: str | None = None) -> tuple[list[Hypothesis], Rule]:
     """What `freeze_hypotheses` wrote.
 
-    Raises ValueError with both hashes when it is not the file of that SHA-256.
+    Raises ValueError with both hashes when it is not what the file itself, or `sha256`, says was
+    frozen, and for a file that holds no claims.
     """
     content = Path(path).read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise ValueError(
-            f"{path} was changed after it was frozen: its SHA-256 is {found}, recorded was {sha256}"
-        )
-    frozen = json.loads(content)
-    hypotheses = [_hypothesis_of(h, frozen["classes"]) for h in frozen["hypotheses"]]
-    return hypotheses, Rule(**frozen["rule"])
+    named = DIGEST.match(content)
+    said = b"{\n" + content[named.end() :] if named else content
+    found = hashlib.sha256(said).hexdigest()
+    inside = named[1].decode() if named else "nowhere"
+    for recorded in (inside, sha256 or inside):
+        if recorded != found:
+            raise ValueError(
+                f"{path} was changed after it was frozen: its SHA-256 is {found}, recorded was "
+                f"{recorded}"
+            )
+    try:
+        frozen = read_json(content, Frozen)
+        hypotheses = []
+        for record in frozen.hypotheses:
+            whole, at = (
+                {**record, "classes": list(frozen.classes)},
+                f"hypotheses[{len(hypotheses)}]",
+            )
+            hypotheses.append(as_kind(whole, Hypothesis, at))
+            _refuse_unsayable(hypotheses[-1])
+    except ValueError as error:
+        raise ValueError(f"{path} holds no claims: {error}") from error
+    return hypotheses, frozen.rule
+
+
+def _refuse_unsayable(h: Hypothesis) -> None:
+    """Raise ValueError unless what is claimed can be tested."""
+    for stroke in (*h.ink.there, *h.ink.absent, *h.drawing.there, *h.drawing.absent):
+        _number_of(stroke)
+    n_classes = len(h.label_histogram)
+    named = [*h.often, *h.hardly]
+    if h.effect:
+        named += [c for c in (h.effect.raises, h.effect.lowers) if c is not None]
+    lengths = {len(h.label_scores), len(h.classes)}
+    if not lengths <= {0, n_classes} or not set(named) <= set(range(n_classes)):
+        raise ValueError(f"feature {h.feature} counts {n_classes} classes, but names others")

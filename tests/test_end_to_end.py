@@ -268,15 +268,19 @@ def stated(tmp_path_factory):
     return folder, run_script(*STATED, "--stability-seeds", 1, "--out", folder)
 
 
+def digest_of_claims(folder: Path) -> str:
+    """As `sed 2d hypotheses.json | sha256sum` has it."""
+    first, _, *rest = (folder / "hypotheses.json").read_bytes().splitlines(keepends=True)
+    return hashlib.sha256(b"".join([first, *rest])).hexdigest()
+
+
 def test_statements_are_in_every_output(stated):
     folder, done = stated
     (record,) = json.loads((folder / "summary.json").read_text())
     frozen = (folder / "hypotheses.json").read_bytes()
-    assert (
-        record["hypotheses_sha256"]
-        == hashlib.sha256(frozen).hexdigest()
-        == record["hypotheses"]["sha256"]
-    )
+    digest = digest_of_claims(folder)
+    assert record["hypotheses_sha256"] == digest == record["hypotheses"]["sha256"]
+    assert json.loads(frozen)["sha256"] == digest
     assert len(json.loads(frozen)["hypotheses"]) == 64
     assert record["hypotheses"]["rule"] == fh.Rule()._asdict()
     sources = {"SAE", "untrained SAE", "random directions", "neurons"}
@@ -402,7 +406,7 @@ def test_hypotheses_are_frozen_before_a_test_image_is_looked_at(tmp_path, monkey
     monkeypatch.setattr(driver, "measure", stop)
     with pytest.raises(StopHere):
         driver.main([*STATED, "--workers", "0", "--out", str(tmp_path)])
-    digest = hashlib.sha256((tmp_path / "hypotheses.json").read_bytes()).hexdigest()
+    digest = digest_of_claims(tmp_path)
     expected = [{"target_actives": 8, "hypotheses_sha256": digest}]
     assert json.loads((tmp_path / "summary.json").read_text()) == expected
 
@@ -442,7 +446,7 @@ def test_hypotheses_changed_after_freezing_are_refused(tmp_path, monkeypatch):
 def test_hypotheses_edited_after_a_run_are_refused_by_the_next(stated, tmp_path, capsys):
     for name in ("hypotheses.json", "summary.json"):
         (tmp_path / name).write_bytes((stated[0] / name).read_bytes())
-    driver.refuse_changed_hypotheses(tmp_path, driver.Settings(target_actives=(8,)), 8)
+    driver.refuse_changed_hypotheses(tmp_path)
     path = tmp_path / "hypotheses.json"
     path.write_text(path.read_text().replace('"class_auroc": 0.65', '"class_auroc": 0.55'))
     done = run_script(*STATED, "--out", tmp_path, status=2)
@@ -451,7 +455,8 @@ def test_hypotheses_edited_after_a_run_are_refused_by_the_next(stated, tmp_path,
         done.stderr,
     )
     assert '"class_auroc": 0.55' in path.read_text()  # the edit is still there
-    driver.refuse_changed_hypotheses(tmp_path, driver.Settings(target_actives=(8,), fresh=True), 8)
+    with pytest.raises(driver.InputError, match="was changed"):
+        driver.refuse_changed_hypotheses(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -423,8 +424,56 @@ def test_frozen_claims_come_back_as_they_were(world, hand, tmp_path):
     claims = [*world[3], *hand[3], BLANK._replace(why_not={"class": "nothing"})]
     digest = fh.freeze_hypotheses(claims, path, rule)
     assert fh.read_hypotheses(path, digest) == (claims, rule)
+    assert fh.read_hypotheses(path) == (claims, rule)
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert hashlib.sha256(b"".join([lines[0], *lines[2:]])).hexdigest() == digest
+    assert json.loads(lines[1].decode().join("{}").replace(",\n", "")) == {"sha256": digest}
+
     path.write_text(path.read_text().replace('"raises": 0', '"raises": 1', 1))
-    other = hashlib.sha256(path.read_bytes()).hexdigest()
+    edited = path.read_bytes()
+    changed = edited.splitlines(keepends=True)
+    other = hashlib.sha256(b"".join([changed[0], *changed[2:]])).hexdigest()
     told = f"changed after it was frozen: its SHA-256 is {other}, recorded was {digest}"
+    for known in (digest, None):
+        with pytest.raises(ValueError, match=told):
+            fh.read_hypotheses(path, known)
+
+    path.write_bytes(edited.replace(digest.encode(), other.encode()))  # a skilful hand
+    assert fh.read_hypotheses(path)[0] != claims
     with pytest.raises(ValueError, match=told):
         fh.read_hypotheses(path, digest)
+
+
+def frozen_with(content: bytes) -> bytes:
+    """A frozen file of that content, whatever it is, with its right digest."""
+    digest = hashlib.sha256(content).hexdigest()
+    return content.replace(b"{\n", f'{{\n "sha256": "{digest}",\n'.encode(), 1)
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (lambda f: f.pop("rule"), "it has no 'rule'"),
+        (lambda f: f["rule"].update(min_active=None), "rule.min_active is None, not int"),
+        (lambda f: f["hypotheses"][0].pop("ink"), r"hypotheses\[0\] has no 'ink'"),
+        (lambda f: f["hypotheses"][0].update(often=3), r"\.often is 3, not a list"),
+        (lambda f: f["hypotheses"][0].update(often=[77]), "feature 0 counts 6 classes, but names"),
+        (
+            lambda f: f["hypotheses"][0]["ink"]["absent"].append(
+                {"shape": "dot", "long": True, "row": 0, "col": 0}
+            ),
+            "long=True.* is not in word_vocabulary",
+        ),
+        (lambda f: f.update(classes=["one"]), "feature 0 counts 6 classes, but names"),
+        (lambda f: f.update(hypotheses={}), "hypotheses is {}, not a list"),
+    ],
+)
+def test_what_is_no_claim_is_not_read(world, tmp_path, edit, told):
+    path = tmp_path / "h.json"
+    fh.freeze_hypotheses(world[3], path)
+    frozen = json.loads(path.read_bytes())
+    del frozen["sha256"]
+    edit(frozen)
+    path.write_bytes(frozen_with(json.dumps(frozen, indent=1).encode()))
+    with pytest.raises(ValueError, match=f"holds no claims: .*{told}"):
+        fh.read_hypotheses(path)

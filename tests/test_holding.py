@@ -1,0 +1,394 @@
+"""The script under bad conditions: two at once, stopped half way, files from a stranger, too large.
+
+`chaos.py` tries the same at every place and at random ones; here stands what once went wrong.
+"""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import feature_hypotheses as fh
+import MNIST_SAE_code as driver
+
+ROOT = Path(driver.__file__).parent
+TINY = """--data sample --sae-latents 32 --target-actives 4 --epochs-sae-final 1 --epochs-ffn 1
+--features 1 --stability-seeds 0 --no-hypotheses --workers 0""".split()
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows has other signals and limits")
+
+
+def start(*flags: object, **more) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "MNIST_SAE_code.py"), *map(str, flags)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, **{**pipes, **more})
+
+
+def told(process: subprocess.Popen, status: int) -> str:
+    """The one line that a process says on stderr, which ends with that status."""
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == status, errors
+    (line,) = errors.splitlines()
+    return line
+
+
+def parsed(*flags: object) -> driver.Settings:
+    return driver.parse_settings([*TINY, *map(str, flags)])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    driver.main([*TINY, "--out", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A copy of a finished run, to do harm to."""
+    for path in finished.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+# --- What belongs together ------------------------------------------------------------------------
+
+
+def test_stages_name_what_they_were_made_from(finished):
+    classifier, sae, settings = (
+        json.loads((finished / f"{name}.json").read_text())
+        for name in ("classifier", "sae", "settings")
+    )
+    data = driver.load_images("sample", 0)
+    for record in (classifier, sae):
+        assert (record["seed"], record["data_digest"]) == (0, data.digest)
+    digests = {}
+    for name in ("classifier", "sae"):
+        digests[name] = hashlib.sha256((finished / f"{name}.safetensors").read_bytes()).hexdigest()
+    assert sae["classifier_sha256"] == settings["classifier_sha256"] == digests["classifier"]
+    assert settings["sae_sha256"] == {"4": digests["sae"]}
+    assert settings["data_digest"] == data.digest
+    assert not set(driver.PASSING) & set(settings["settings"])
+
+
+class StopHere(Exception):  # noqa: N818
+    pass
+
+
+@pytest.mark.parametrize(
+    ("flags", "last"),
+    [
+        (["--seed", "1"], "prepare_target"),
+        (["--seed", "1"], "train_saes"),
+        (["--epochs-sae-final", "2"], "prepare_target"),
+        (["--lr-ffn", "0.01"], "train_saes"),
+    ],
+)
+def test_networks_of_a_later_run_are_not_taken_for_those_of_the_finished_one(
+    run, monkeypatch, flags, last
+):
+    """After seed 1, test images of seed 0's split would be training images."""
+
+    def stop(*_):
+        raise StopHere
+
+    driver.load_run(str(run))
+    monkeypatch.setattr(driver, last, stop)
+    with pytest.raises(StopHere):
+        driver.main([*TINY, *flags, "--out", str(run)])
+    with pytest.raises(driver.InputError, match=r"another run than its settings|no finished run"):
+        driver.load_run(str(run))
+
+
+def test_a_run_that_stopped_half_way_leaves_nothing_that_looks_finished(run, monkeypatch):
+    """Not even where the next one has another number of targets, and so other folders."""
+
+    def stop(*_):
+        raise StopHere
+
+    assert (run / "summary.json").exists()
+    assert list(run.glob("feature_*.png"))
+    monkeypatch.setattr(driver, "prepare_target", stop)
+    with pytest.raises(StopHere):
+        driver.main([*TINY, "--target-actives", "3", "4", "--out", str(run)])
+    left = {path.name for path in run.iterdir()}
+    stages = {f"{name}.{ending}" for name in ("classifier", "sae") for ending in driver.STAGE_FILES}
+    assert left == {*stages, ".lock", "target_3", "target_4"}
+
+
+# --- Files from a stranger ------------------------------------------------------------------------
+
+
+def rewrite(folder: Path, name: str, change) -> None:
+    """Change a stage's tensors and record the hash that they have now, everywhere."""
+    path = folder / f"{name}.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    change(tensors)
+    before = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_bytes(safetensors.torch.save(tensors))
+    after = hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in folder.glob("*.json"):
+        path.write_text(path.read_text().replace(before, after))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("sae", lambda t: t["std"].fill_(0), "std is too small: 0"),
+        ("sae", lambda t: t["W_dec"][0].fill_(torch.nan), "W_dec is empty or not finite"),
+        ("sae", lambda t: t["threshold"].sub_(99), "threshold is too small"),
+        ("sae", lambda t: t.pop("mu"), "it holds .* not"),
+        ("sae", lambda t: t.update(extra=torch.ones(1)), "it holds .*'extra'"),
+        ("sae", lambda t: t.update(mu=t["mu"].double()), "mu is torch.float64"),
+        (
+            "sae",
+            lambda t: t.update(b_enc=torch.zeros(31)),
+            r"b_enc is .* \(31,\), expected \(32,\)",
+        ),
+        ("sae", lambda t: t.update(b_dec=torch.zeros(128, 1)), r"b_dec is .* \(128, 1\)"),
+        ("classifier", lambda t: t["hidden.bias"].fill_(torch.inf), "hidden.bias is empty or not"),
+        ("classifier", lambda t: t.update({"head.bias": torch.zeros(0)}), "head.bias"),
+    ],
+)
+def test_tensors_that_cannot_be_are_not_believed(run, name, change, message):
+    rewrite(run, name, change)
+    with pytest.raises(driver.InputError, match=f"{name}.json in .* is damaged .*{message}"):
+        driver.load_run(str(run))
+
+
+@pytest.mark.parametrize("name", ["settings", "classifier", "sae"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        "{" + '"a": {' * 5000,
+        "[]",
+        "null",
+        "{}",
+        '{"sha256": NaN}',
+        "\x00",
+        '{"a": 1',
+    ],
+)
+def test_json_that_is_something_else_is_one_line(run, name, content):
+    (run / f"{name}.json").write_text(content)
+    with pytest.raises(driver.InputError, match=r"holds no finished run|damaged or incomplete"):
+        driver.load_run(str(run))
+
+
+def fields_of(record: dict, inside: tuple = ()) -> list[tuple]:
+    found = []
+    for name, value in record.items():
+        found.append((*inside, name))
+        if isinstance(value, dict) and name == "settings":
+            found += fields_of(value, (*inside, name))
+    return found
+
+
+def test_a_field_of_settings_that_is_missing_or_of_another_kind_is_refused(run):
+    path = run / "settings.json"
+    whole = path.read_text()
+    for *inside, name in fields_of(json.loads(whole)):
+        for harm in (lambda record, name: record.pop(name), lambda r, n: r.update({n: [{}]})):
+            described = json.loads(whole)
+            record = described["settings"] if inside else described
+            harm(record, name)
+            path.write_text(json.dumps(described))
+            with pytest.raises(driver.InputError):
+                driver.load_run(str(run))
+    path.write_text(whole)
+    driver.load_run(str(run))
+
+
+def test_a_stage_that_cannot_be_is_trained_again(run, capsys):
+    rewrite(run, "sae", lambda t: t["std"].fill_(0))
+    driver.main([*TINY, "--out", str(run)])
+    assert "sae: retrained, because" in capsys.readouterr().out
+    driver.load_run(str(run))
+
+
+# --- Claims ---------------------------------------------------------------------------------------
+
+
+def test_claims_frozen_before_a_kill_do_not_block_the_next_run(tmp_path):
+    """summary.json is from before: it says nothing of these claims, or something else."""
+    fh.freeze_hypotheses([], tmp_path / "hypotheses.json")
+    for said in ("[]", '[{"target_actives": 4, "hypotheses_sha256": "of another run"}]'):
+        (tmp_path / "summary.json").write_text(said)
+        driver.prepare_folders(parsed("--out", tmp_path))
+
+
+def test_edited_claims_are_refused_with_and_without_a_summary(tmp_path):
+    path = tmp_path / "hypotheses.json"
+    fh.freeze_hypotheses([], path)
+    path.write_text(path.read_text().replace("0.85", "0.84"))
+    with pytest.raises(driver.InputError, match=r"was changed after it was frozen.* --fresh"):
+        driver.prepare_folders(parsed("--out", tmp_path))
+    driver.prepare_folders(parsed("--out", tmp_path, "--fresh"))
+
+
+# --- Two at once ----------------------------------------------------------------------------------
+
+
+@posix
+def test_two_runs_do_not_write_into_one_folder(tmp_path, finished):
+    """The second is refused, or waits; killing the first with SIGKILL frees the folder."""
+    with start(
+        *TINY, "--seed", 1, "--workers", 1, "--epochs-sae-final", 50, "--out", tmp_path
+    ) as a:
+        assert "data: bundled sample" in a.stdout.readline()
+        line = told(start(*TINY, "--out", tmp_path), 2)
+        assert re.fullmatch(
+            rf"error: {tmp_path} is being written to by process {a.pid} since .*; give --wait to "
+            r"wait for it, or another --out",
+            line,
+        )
+        waiting = start(*TINY, "--wait", "--out", tmp_path)
+        assert f"process {a.pid} since" in waiting.stdout.readline()
+        a.kill()
+    waiting.communicate(timeout=300)
+    assert waiting.returncode == 0
+    (expected,) = json.loads((finished / "summary.json").read_text())
+    (found,) = json.loads((tmp_path / "summary.json").read_text())
+    assert found["fvu"] == expected["fvu"]
+    driver.load_run(str(tmp_path))
+
+
+# --- Too large ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--sae-latents", 10**8],
+            r"GB of memory are needed, but there are .*; lower --sae-latents",
+        ),
+        (["--hidden-units", 10**8], "GB of memory are needed, .*; lower --hidden-units"),
+        (["--epochs-sae-final", 10**8, "--batch-sae", 1], "lower --epochs-ffn or --epochs-sae"),
+        (["--sae-latents", 10**19], "--sae-latents is 10000000000000000000; it must be at most"),
+        (["--n-eval", 2**63], "--n-eval is .* it must be at most 100,000,000"),
+        (["--workers", 10**6], "--workers is 1000000; it must be at most 1,000"),
+        (["--alpha", "1e300"], r"--alpha is 1e\+300; it must be at most 1,000,000"),
+        (["--alpha=-inf"], "--alpha is -inf; it must be a finite number"),
+        (["--head-kl", "inf"], "--head-kl is inf; it must be a finite number"),
+        (["--head-kl", "1e30"], r"--head-kl is 1e\+30; it must be at most 1,000"),
+        (["--weight-decay-ffn", "1e30"], r"--weight-decay-ffn is 1e\+30; it must be at most 10"),
+        (["--lr-ffn", "1e300"], r"--lr-ffn is 1e\+300; it must be at most 1e\+38"),
+        (["--out", ""], "--out is ''; it must name a folder"),
+        (["--data", " "], "--data is ' '; it must name a folder"),
+    ],
+)
+def test_what_is_too_large_is_refused_before_training(tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr(driver, "memory_bytes", lambda: 64e9)
+    monkeypatch.setattr(driver, "train_classifier", None)  # not reached
+    out = ["--out", str(tmp_path)]
+    with pytest.raises(driver.InputError, match=message):
+        driver.main([*TINY, *out, *map(str, flags)])
+
+
+def test_a_usual_run_is_not_too_large():
+    data = driver.load_images("sample", 0)
+    assert sum(driver.needed_bytes(driver.Settings(), data).values()) < 1e8
+    assert 1e8 < driver.memory_bytes()
+
+
+@posix
+def test_memory_that_runs_out_is_one_line(tmp_path):
+    """An allocation that the system refuses, on a CPU a plain RuntimeError of torch."""
+    code = f"""
+import resource, sys, torch
+import MNIST_SAE_code as driver
+def train(*_):
+    resource.setrlimit(resource.RLIMIT_AS, (2**35, 2**35))
+    torch.zeros(2**40)
+driver.train_classifier = train
+sys.argv = ["run", *{TINY!r}, "--out", {str(tmp_path)!r}]
+sys.exit(driver.run_script())
+"""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
+    assert told(process, 2).startswith("error: out of memory; lower --sae-latents")
+
+
+# --- Stopped --------------------------------------------------------------------------------------
+
+
+@posix
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_says_so_in_one_line(tmp_path, number, status):
+    process = start(*TINY, "--epochs-ffn", 50, "--workers", 1, "--out", tmp_path)
+    process.stdout.readline()
+    process.send_signal(number)
+    assert re.fullmatch(
+        r"error: (interrupted|terminated); finished .* reused", told(process, status)
+    )
+    assert not (tmp_path / ".writer").exists()
+
+
+@posix
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_while_it_imports_it_says_so_in_one_line(tmp_path, number, status):
+    """A package that is imported late says when the time has come."""
+    (tmp_path / "tqdm.py").write_text("import time\nprint('now', flush=True)\ntime.sleep(60)\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    process = start(*TINY, "--out", tmp_path / "out", env=environment)
+    assert process.stdout.readline() == "now\n"
+    process.send_signal(number)
+    assert told(process, status).startswith("error: stopped at once")
+
+
+@posix
+def test_closed_streams_are_not_written_to(tmp_path):
+    """With `2>&-` the next file that is opened would be number 2, and get what is said there."""
+    script = f"exec {sys.executable} MNIST_SAE_code.py {' '.join(TINY)} --out {tmp_path} <&- 2>&-"
+    done = subprocess.run(["sh", "-c", script], cwd=ROOT, capture_output=True, timeout=300)
+    assert done.returncode == 0
+    assert b"Where to look next" in done.stdout
+    done = subprocess.run(["sh", "-c", f"{script} --head-kl inf"], cwd=ROOT, timeout=300)
+    assert done.returncode == 2
+
+
+class Odd(Exception):  # noqa: N818
+    """Can be pickled, but not unpickled."""
+
+    def __init__(self, a, b):
+        super().__init__(f"{a} and {b}")
+
+
+def raise_odd() -> None:
+    raise Odd("this", "that")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_worker_raised_is_told_even_if_it_cannot_travel(workers):
+    with driver.Jobs(workers) as jobs:
+        job = jobs.start("odd", raise_odd)
+        with pytest.raises((Odd, RuntimeError), match="this and that"):
+            jobs.results([job])
+        assert jobs.results([jobs.start("sum", sum, [1, 2])]) == [3]
+
+
+@posix
+def test_workers_of_a_killed_run_are_gone_before_they_write(tmp_path):
+    process = start(*TINY, "--workers", 1, "--epochs-sae-final", 200, "--out", tmp_path)
+    process.stdout.readline()
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True)
+    assert children.stdout.split()
+    process.kill()
+    process.communicate()
+    left = children.stdout.split()
+    for _ in range(100):
+        left = [pid for pid in left if Path(f"/proc/{pid.decode()}").exists()]
+        if not left:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"still there: {left}")
