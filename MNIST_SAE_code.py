@@ -2200,9 +2200,6 @@ def tell_target(
     print(diagnoses_text(diagnoses))
 
 
-PAGE_TESTS = 60  # test images that the page offers
-
-
 def write_page(
     p: Prepared,
     record: dict,
@@ -2230,7 +2227,7 @@ def write_page(
         fp.Shown(a.bank, a.activity, data.val.images, a.heats, a.inked),
         fp.Overview(title, results, record["diagnoses"], frontier),
         network=network,
-        tests=(data.test.images[:PAGE_TESTS], data.test.labels[:PAGE_TESTS]),
+        tests=fp.Tests(*data.test),
     )
 
 
