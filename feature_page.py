@@ -440,6 +440,7 @@ def write_dashboard(
         "classes": _class_names(overview, n_classes),
         "of_class": torch.bincount(shown.activity.labels, minlength=n_classes).tolist(),
         "bins": HISTOGRAM_BINS,
+        "d_sae": layer.d_sae,
         "features": entries,
         "map": {"cells": cells, "side": side, "kept": kept},
         "network": {"d_in": len(layer.mu), "d_sae": layer.d_sae} if network else None,

@@ -3,7 +3,8 @@ function classPicture(c, size, rows) { /* the mean image, under all that speaks 
   const sum = new Float32Array(P);
   for (const i of rows) for (let p = 0; p < P; p++) sum[p] += adds(c, i, c) * heat(i, p);
   const most = Math.max(...sum.map(Math.abs), 1e-9);
-  return picture(`the mean ${names[c]}, red where ink speaks for it, blue where it speaks against`, size,
+  return picture(`the mean ${names[c]}, red where ink speaks for it, blue where it speaks against`,
+    size,
     null, p => tinted(p, arrays.class_means[c * P + p], arrays.inked[p] ? sum[p] / most : 0));
 }
 function classView() {
@@ -12,14 +13,17 @@ function classView() {
   const mean = picture("", 0, null, p => grey(255 - .7 * arrays.class_means[c * P + p]));
   const figure = el("figure", { id: "onMean" });
   const whole = () => figure.replaceChildren(classPicture(c, 224, forIt),
-    el("figcaption", { class: "small" }, `The mean ${names[c]}; red: ink there speaks for it, blue: against ` +
-      "it (patterns of the features below, weighted by what they add)."));
+    el("figcaption", { class: "small" },
+      `The mean ${names[c]}; red: ink there speaks for it, blue: against it (patterns of the ` +
+        `features below, weighted by what they add).`));
   const onlyOne = i => figure.replaceChildren(sketch(i, 224, mean),
-    el("figcaption", { class: "small" }, `The places of feature ${features[i].feature} on the mean ` +
-      `${names[c]}: full outline, ink; dashed, none.`));
+    el("figcaption", { class: "small" },
+      `The places of feature ${features[i].feature} on the mean ${names[c]}: full outline, ink; ` +
+        `dashed, none.`));
   whole();
   const row = i => featureRow(features[i].feature, adds(c, i, c), { onlook: () => onlyOne(i),
-    note: `fires on ${share(i)} of all ${names[c]}s; where it fires at all, it ${does(features[i])}` });
+    note: `fires on ${share(i)} of all ${names[c]}s; where it fires at all, it ` +
+      `${does(features[i])}` });
   const forSum = classes.map(d => d === c ? null : [d, largest(1, i => parts(c, i, c, d))[0]]);
   main.replaceChildren(el("h2", {}, `What makes a ${names[c]}`),
     classLinks("Class", d => to("class", { class: d }), c),
@@ -28,11 +32,13 @@ function classView() {
     el("div", {}, featureRows(`These speak for ${names[c]}`, forIt.map(row)),
       featureRows(`These speak against ${names[c]}, on images of ${names[c]}s`, against.map(row)),
       el("h3", {}, `What most keeps a ${names[c]} from being read as`),
-      el("ul", { class: "plain" }, forSum.filter(x => x !== null && x[1] !== undefined).map(([d, i]) =>
+      el("ul", { class: "plain" }, forSum.filter(x => x !== null &&
+        x[1] !== undefined).map(([d, i]) =>
         el("li", {}, link(to("pair", { a: c, b: d }), `a ${names[d]}`), ": ",
           link(toFeature(features[i].feature), `feature ${features[i].feature}`),
           `, ${looksFor(features[i])}`))),
       soft(`The number is what a feature adds to the score of ${names[c]}, the mean over all ` +
-        `${n.toLocaleString("en")} validation images of the class; it is 0 on those that do not fire it. `,
+        `${n.toLocaleString("en")} validation images of the class; it is 0 on those that do not ` +
+          `fire it. `,
       ADDS, " ", NOT_SUMS))));
 }

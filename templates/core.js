@@ -85,7 +85,8 @@ function head(z) {
 function through(feature) { /* the preactivations that the SAE rebuilds from its features */
   const z = Float64Array.from(arrays.b_dec), d = z.length;
   for (let k = 0; k < feature.length; k++)
-    if (feature[k]) for (let j = 0, at = k * d; j < d; j++) z[j] += feature[k] * arrays.W_dec[at + j];
+    if (feature[k]) for (let j = 0, at = k * d; j < d; j++) z[j] += feature[k] * arrays.W_dec[at +
+      j];
   return z.map((v, j) => v * arrays.std[j] + arrays.mu[j]);
 }
 function moved(z, k, by) { /* z with `by` more of feature k; what the SAE does not rebuild stays */

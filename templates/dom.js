@@ -4,7 +4,8 @@ const byId = id => document.getElementById(id);
 function put(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value);
+    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name,
+      value);
   }
   const wanted = children.flat(9).filter(child => ![null, undefined, "", false].includes(child));
   node.append(...wanted);
@@ -16,7 +17,8 @@ const svg = (tag, attributes = {}, ...children) =>
   put(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 const say = words => { byId("status").textContent = words; };
 const soft = (...words) => el("p", { class: "small soft" }, ...words);
-const button = (text, onclick, more = {}) => el("button", { type: "button", onclick, ...more }, text);
+const button = (text, onclick, more = {}) => el("button", { type: "button", onclick, ...more },
+  text);
 
 /* ---------- words ---------- */
 function percent(x, digits = 1) {
@@ -35,11 +37,13 @@ const name = c => c === null || c === undefined ? "none" : names[c];
 /* ---------- the address ---------- */
 const address = () => new URLSearchParams(location.hash.slice(1));
 const to = (view, more = {}) =>
-  "#" + new URLSearchParams({ view, ...more }).toString().replaceAll("%2C", ",").replaceAll("%3A", ":");
+  "#" + new URLSearchParams({ view, ...more }).toString().replaceAll("%2C", ",").replaceAll("%3A",
+    ":");
 const toFeature = k => to("feature", { feature: k });
 const link = (href, ...words) => el("a", { href }, ...words);
 const choose = (label, links, chosen) => el("nav", { "aria-label": label },
-  links.map(([text, href, value]) => el("a", { href, "aria-current": value === chosen && "true" }, text)));
+  links.map(([text, href, value]) => el("a", { href, "aria-current": value === chosen && "true" },
+    text)));
 
 /* ---------- pictures ---------- */
 const painted = new Map();
@@ -87,7 +91,8 @@ function common(p) {
 }
 const heat = (i, p) => arrays.heats[i * P + p] / 127;
 const pattern = (i, size) =>
-  picture(`pixels that raise (red) or lower (blue) feature ${features[i].feature}`, size, `heat${i}`,
+  picture(`pixels that fire (red) or silence (blue) feature ${features[i].feature}`, size,
+    `heat${i}`,
     p => arrays.inked[p] ? heatColour(heat(i, p)) : [224, 224, 224]);
 /* The pattern of feature i over the mean of the images that fire it. */
 const portrait = (i, size, label = "") => picture(label, size, `portrait${i}`,
@@ -113,14 +118,15 @@ function outline(context, drawing, scale) { /* the places of a claim: ink full, 
 }
 function sketch(i, size, background = null) { /* the places of feature i's claim, on a picture */
   const f = features[i], drawing = f.drawing ?? { there: [], absent: [] };
-  const label = `drawing of the hypothesis of feature ${f.feature}: ${drawing.there.length} places ` +
-    `with ink, ${drawing.absent.length} without`;
+  const label = `drawing of the hypothesis of feature ${f.feature}: ${drawing.there.length} ` +
+    `places with ink, ${drawing.absent.length} without`;
   const canvas = el("canvas", { width: 2 * size, height: 2 * size * H / W, role: "img",
     class: "sketch", "aria-label": label });
   canvas.style.width = `${size}px`;
   const context = canvas.getContext("2d");
   context.imageSmoothingEnabled = false;
-  const mean = background ?? picture("", 0, `mean${i}`, p => grey(255 - .7 * arrays.means[i * P + p]));
+  const mean = background ?? picture("", 0, `mean${i}`,
+    p => grey(255 - .7 * arrays.means[i * P + p]));
   context.drawImage(mean, 0, 0, canvas.width, canvas.height);
   outline(context, drawing, canvas.width / W);
   return canvas;
@@ -155,21 +161,26 @@ function scores(title, logits, more = {}) {
   const p = softmax(logits), best = argmax(p);
   const rows = shownClasses(more.before ?? logits).map(c => ({ value: logits[c],
     before: more.before?.[c],
-    label: c === best ? el("b", {}, name(c)) : name(c), text: `${signed(logits[c])} (${sure(p[c])})` }));
+    label: c === best ? el("b", {}, name(c)) : name(c),
+      text: `${signed(logits[c])} (${sure(p[c])})` }));
   const data = { "data-logits": [...logits].join(" ") };
   return bars(title, rows, { data, ...more });
 }
 function columns(title, values, labels, height = 110, width = 300) { /* upright bars, for counts */
   const high = Math.max(...values, 1e-12), w = width / values.length;
   const words = [...values].map((v, i) => `${labels[i]} ${number(v)}`).join(", ");
-  const box = { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}: ${words}` };
+  const box = { viewBox: `0 0 ${width} ${height}`, role: "img",
+    "aria-label": `${title}: ${words}` };
   const chart = svg("svg", { width, height, ...box });
   [...values].forEach((v, i) => {
     const tall = (height - 34) * v / high, y = height - 20 - tall;
-    chart.append(svg("rect", { x: i * w + 1.5, width: Math.max(1, w - 3), y, height: Math.max(.5, tall),
+    chart.append(svg("rect", { x: i * w + 1.5, width: Math.max(1, w - 3), y,
+      height: Math.max(.5, tall),
       class: "column" }, svg("title", {}, `${labels[i]}: ${number(v)}`)));
-    const first = i === 0 && labels[i].length > 3, last = i === values.length - 1 && labels[i].length > 3;
-    const x = first ? 0 : last ? width : (i + .5) * w, anchor = first ? "start" : last ? "end" : "middle";
+    const first = i === 0 && labels[i].length > 3, last = i === values.length - 1 &&
+      labels[i].length > 3;
+    const x = first ? 0 : last ? width : (i + .5) * w, anchor = first ? "start" : last ? "end"
+      : "middle";
     chart.append(svg("text", { x, y: height - 6, "text-anchor": anchor }, labels[i]));
   });
   chart.append(svg("text", { x: 0, y: 11 }, `highest: ${number(high)}`));

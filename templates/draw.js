@@ -82,27 +82,34 @@ function paintInk() {
   shown.context.strokeRect(live.pen[0] - 5, live.pen[1] - 5, 10, 10);
 }
 function paintSeen() { /* what the network sees; red and blue: how it drives the watched feature */
-  const i = live.watched === null ? undefined : place.get(live.watched), driven = new Float32Array(P);
+  const i = live.watched === null ? undefined : place.get(live.watched),
+    driven = new Float32Array(P);
   if (i !== undefined) for (let p = 0; p < P; p++) driven[p] = live.pixels[p] * heat(i, p);
   const most = driven.reduce((a, v) => Math.max(a, Math.abs(v)), 1e-9);
-  const paint = p => i === undefined ? grey(255 - 255 * live.pixels[p]) : driving(255 * live.pixels[p], driven[p] / most);
+  const paint = p => i === undefined ? grey(255 - 255 * live.pixels[p])
+    : driving(255 * live.pixels[p], driven[p] / most);
   shown.seen.getContext("2d").putImageData(imageData(null, paint), 0, 0);
   const places = i !== undefined && features[i].drawing;
   shown.places.replaceChildren(...places ? [sketch(i, 84, shown.seen)] : []);
   shown.why.textContent = i === undefined ? "What the network sees" :
-    `Ink that fires feature ${live.watched} (red) or holds it back (blue)${places ? "; its places" : ""}`;
+    `Ink that fires feature ${live.watched} (red) or holds it back (blue)${places ? "; its " +
+      "places" : ""}`;
 }
 function paintScores(before, after) {
-  const p = softmax(after), q = softmax(before), says = argmax(p), said = argmax(q), rows = shownClasses(before);
+  const p = softmax(after), q = softmax(before), says = argmax(p), said = argmax(q),
+    rows = shownClasses(before);
   if (String(rows) !== shown.rows) {
     shown.rows = String(rows);
-    shown.lines = rows.map(c => [c, el("span", { class: "label" }, names[c]), el("span", { class: "bar" }),
-      el("span", { class: "zero" }), el("span", { class: "before" }), el("span", { class: "value" })]);
+    shown.lines = rows.map(c => [c, el("span", { class: "label" }, names[c]),
+      el("span", { class: "bar" }),
+      el("span", { class: "zero" }), el("span", { class: "before" }),
+        el("span", { class: "value" })]);
     shown.bars.replaceChildren(...shown.lines.map(([, label, bar, zero, old, value]) =>
       el("li", {}, label, el("span", { class: "track" }, bar, zero, old), value)));
   }
   const every = rows.flatMap(c => [before[c], after[c], 0]);
-  const low = 5 * Math.floor(Math.min(...every) / 5), high = 5 * Math.ceil(Math.max(...every) / 5) || 5;
+  const low = 5 * Math.floor(Math.min(...every) / 5),
+    high = 5 * Math.ceil(Math.max(...every) / 5) || 5;
   const at = v => 100 * (v - low) / (high - low), zero0 = at(0);
   for (const [c, label, bar, zero, old, value] of shown.lines) {
     const x = at(after[c]);
@@ -117,24 +124,30 @@ function paintScores(before, after) {
   }
   shown.axis.textContent = `scores from ${low} to ${high}; thin line: without your changes`;
   shown.says.textContent = `The network says ${names[said]} (${sure(q[said])})`;
-  shown.changed.textContent = live.change.size ? `with your changes ${names[says]} (${sure(p[says])})`
-    : "switch a feature off, or drag its slider";
+  shown.changed.textContent = live.change.size
+    ? `with your changes ${names[says]} (${sure(p[says])})`
+    : "switch features off to change that";
   shown.says.dataset.logits = before.join(" ");
   shown.changed.dataset.logits = after.join(" ");
 }
 function tileOf(k) {
   if (shown.tiles.has(k)) return shown.tiles.get(k);
-  const i = place.get(k), f = features[i] ?? null, title = el("a", { href: toFeature(k) }, `Feature ${k}`);
-  const slider = el("input", { type: "range", id: `set${k}`, min: 0, step: "any", "aria-label": `activation of feature ${k}`,
+  const i = place.get(k), f = features[i] ?? null, title = el("a", { href: toFeature(k) },
+    `Feature ${k}`);
+  const slider = el("input", { type: "range", id: `set${k}`, min: 0, step: "any",
+    "aria-label": `activation of feature ${k}`,
     oninput: () => { setFeature(k, Number(slider.value)); schedule(); } });
-  const flip = button("off", () => { setFeature(k, live.change.get(k) === 0 ? null : 0); refresh(); },
+  const flip = button("off", () => { setFeature(k, live.change.get(k) === 0 ? null : 0); refresh();
+    },
     { id: `flip${k}` });
   const watch = button("places", () => { live.watched = live.watched === k ? null : k; refresh(); },
     { id: `watch${k}`, "aria-label": `show where feature ${k} is on the drawing` });
   const value = el("span", {}), adding = el("b", {});
-  const node = el("li", { class: "unit", "data-feature": k }, i === undefined ? el("span") : portrait(i, 64),
-    el("div", {}, el("span", { class: "words" }, f ? [title, `: ${looksFor(f)}`] : `Feature ${k}`), slider,
-      el("div", { class: "controls" }, flip, watch, value, adding)));
+  const node = el("li", { class: "unit", "data-feature": k }, i === undefined ? el("span")
+    : portrait(i, 64),
+    el("div", {}, el("div", { class: "controls" }, f ? title : `Feature ${k}`, adding),
+      f && el("div", { class: "words" }, looksFor(f)), slider,
+      el("div", { class: "controls" }, flip, watch, value)));
   const tile = { node, slider, flip, watch, value, adding };
   shown.tiles.set(k, tile);
   return tile;
@@ -159,18 +172,19 @@ function paintTiles(target) {
   const size = new Map([...firing].map(k => [k, Math.abs(contribution(k, target))]));
   /* While one draws or drags, what is there keeps its place. */
   const known = live.down || live.change.size ? live.order.filter(k => firing.has(k)) : [];
-  const fresh = [...firing].filter(k => !known.includes(k)).sort((a, b) => size.get(b) - size.get(a));
+  const fresh = [...firing].filter(k => !known.includes(k)).sort((a, b) =>
+    size.get(b) - size.get(a));
   const order = [...known, ...fresh], same = String(order) === shown.order;
   for (const k of order) paintTile(k, target);
   if (!same) {
     const focused = document.activeElement?.id;
     byId("active").replaceChildren(...order.map(k => tileOf(k).node));
-    if (focused && document.activeElement?.id !== focused) byId(focused)?.focus({ preventScroll: true });
+    if (focused) byId(focused)?.focus({ preventScroll: true });
   }
   live.order = order;
   shown.order = String(order);
-  byId("count").textContent = `${plural(order.length, "feature")} fire; right, what each adds to the ` +
-    `score of ${names[target]} (or takes from it); sliders: 0 is off.`;
+  byId("count").textContent = `${plural(order.length, "feature")} fire; right, what each adds ` +
+    `to the score of ${names[target]} (or takes from it); sliders: 0 is off.`;
 }
 function refresh() {
   const blank = !live.pixels.some(v => v > 0), after = compute(), { logits } = live.result;
@@ -186,7 +200,8 @@ function refresh() {
 }
 let waiting = false;
 function schedule() {
-  if (!waiting) requestAnimationFrame(() => { waiting = false; if (current === "draw") refresh(); });
+  if (!waiting) requestAnimationFrame(() => { waiting = false; if (current === "draw") refresh();
+    });
   waiting = true;
 }
 
@@ -194,7 +209,8 @@ function schedule() {
 function pointer(canvas) {
   const at = e => {
     const box = canvas.getBoundingClientRect();
-    return [(e.clientX - box.left - 2) * IW / (box.width - 4), (e.clientY - box.top - 2) * IH / (box.height - 4)];
+    return [(e.clientX - box.left - 2) * IW / (box.width - 4),
+      (e.clientY - box.top - 2) * IH / (box.height - 4)];
   };
   const line = e => { const here = at(e); mark(live.last ?? here, here); live.last = here; };
   canvas.addEventListener("pointerdown", e => {
@@ -225,7 +241,8 @@ function penKeys(e) {
   schedule();
 }
 function sheet() {
-  const label = "The drawing. Arrow keys move the pen, space puts it down or lifts it, Escape lifts it.";
+  const label = "The drawing. Arrow keys move the pen, space puts it down or lifts it, Escape " +
+    "lifts it.";
   const canvas = el("canvas", { id: "draw", width: IW, height: IH, tabindex: 0, role: "application",
     "aria-label": label, onkeydown: penKeys, onfocus: e => {
       if (e.target.matches(":focus-visible")) { live.keyed = true; schedule(); }
@@ -248,28 +265,37 @@ function build() {
     changed: el("b", { id: "changed" }), why: soft(""), places: el("div", {}), rows: "", order: "",
     empty: el("p", { id: "empty" }, "Draw in the square, or take a test image."),
     seen: picture("what the network sees", 84, null, () => [255, 255, 255]) });
-  const rub = button("eraser", () => { live.rub = !live.rub; rub.setAttribute("aria-pressed", live.rub); },
+  const rub = button("eraser", () => { live.rub = !live.rub; rub.setAttribute("aria-pressed",
+    live.rub); },
     { id: "rub", "aria-pressed": "false" });
   const controls = el("div", { class: "controls" }, button("undo", undo, { id: "undo" }), rub,
     button("clear", wipe, { id: "clear" }));
-  const reset = button("undo my changes", () => { live.change.clear(); refresh(); }, { id: "reset" });
-  const pick = meta.tests && strip("Test images", tests().filter(t => !isError(t)).concat(tests().filter(isError).slice(0, 20)),
-    t => to("draw", { image: t }), null, t => isError(t) ? `${name(meta.tests.labels[t])}, error` : name(meta.tests.labels[t]));
+  const reset = button("undo my changes", () => { live.change.clear(); refresh(); },
+    { id: "reset" });
+  const pick = meta.tests && strip("Test images",
+    tests().filter(t => !isError(t)).concat(tests().filter(isError).slice(0, 20)),
+    t => to("draw", { image: t }), null, t => isError(t) ? `${name(meta.tests.labels[t])}, error`
+      : name(meta.tests.labels[t]));
   shown.sheet = [el("div", { id: "drawing" },
-    el("div", {}, sheet(), controls, soft("By keyboard: arrows move the pen (Shift: finely), space puts it " +
-      "down or lifts it. A drawing is centred and scaled as the network's images were; a test image is " +
-      "taken as it is, and can be edited."), el("div", { class: "controls" }, shown.seen, shown.places), shown.why),
-    el("div", { id: "predictions" }, shown.empty, el("p", {}, shown.says, ", ", shown.changed, "."), bar,
-      el("div", { class: "controls" }, reset, shown.axis)),
-    el("div", {}, el("h3", {}, "What fires"), el("p", { id: "count", class: "small soft" }),
+    el("div", {}, sheet(), controls, soft("By keyboard: arrows move the pen (Shift: finely), " +
+      "space puts it down or lifts it. A drawing is centred and scaled as the network's images " +
+        "were; a test image is taken as it is, and can be " +
+          "edited."), el("div", { class: "controls" }, shown.seen,
+        shown.places), shown.why),
+    el("div", { id: "predictions" }, shown.empty, el("p", {}, shown.says, ", ", shown.changed, "."),
+      bar,
+      shown.axis),
+    el("div", {}, el("div", { class: "controls" }, el("h3", {}, "What fires"), reset),
+      el("p", { id: "count", class: "small soft" }),
       el("ul", { class: "units", id: "active" }))),
   el("h3", {}, "Or take a test image, and change it"), pick || noTests()];
 }
 function drawView() {
   const why = meta.without_drawing || "This page was written without the network's weights.";
   if (!meta.network) {
-    main.replaceChildren(el("h2", {}, "Draw"), el("p", { id: "without" }, "There is nothing to draw on " +
-      `here: ${why} Everything else on this page was computed when it was written.`));
+    main.replaceChildren(el("h2", {}, "Draw"), el("p", { id: "without" },
+      `There is nothing to draw on here: ${why} Everything else on this page was computed when ` +
+        `it was written.`));
     return;
   }
   if (!shown.sheet) build();

@@ -9,15 +9,17 @@ function thumbnails(title, list) {
 function doses(f) {
   if (!f.dose) return "";
   const row = (tag, cells) => el("tr", {}, cells.map(text => el(tag, {}, text)));
-  return el("div", {}, el("h3", {}, "Dose and response"), soft("Mean change of a score when the feature " +
-    "is added again, in doses of its typical activation; in brackets what a straight line predicts."),
+  return el("div", {}, el("h3", {}, "Dose and response"),
+    soft("Mean change of a score when the feature is added again, in doses of its typical " +
+      "activation; in brackets what a straight line predicts."),
   el("div", { class: "scroll", tabindex: 0, role: "group", "aria-label": "doses" }, el("table", {},
     row("th", ["dose", ...f.dose.at.map(String)]), f.dose.curves.map(([c, curve, line]) => row("td",
       [`score of ${names[c]}`, ...curve.map((v, i) => `${number(v)} (${number(line[i])})`)])))));
 }
 const marks = { confirmed: "✓ passed", inconclusive: "? open", refuted: "✗ failed" };
 function clause(line) { /* what was measured, with a mark where it was a test */
-  const [, words, verdict] = line.match(/^(.*): (confirmed|inconclusive|refuted)$/) ?? [null, line, null];
+  const [, words, verdict] = line.match(/^(.*): (confirmed|inconclusive|refuted)$/) ?? [null, line,
+    null];
   return el("li", {}, verdict ? el("b", { class: verdict }, marks[verdict] + ": ") : "", words);
 }
 function statement(f) {
@@ -26,29 +28,36 @@ function statement(f) {
   return el("div", { class: "card" }, el("p", {}, el("b", {}, `“${f.statement}”`)),
     el("p", {}, "Confidence ", el("b", {}, f.confidence ?? "none"),
       "; verdict ", el("b", { class: f.verdict }, f.verdict ?? "none"), mark ? `; ${mark}` : ""),
-    soft("A bar is horizontal, a stem vertical, a slash rises, a backslash falls, ink is any; percentages " +
-      "are of the images that fire the feature."));
+    soft("A bar is horizontal, a stem vertical, a slash rises, a backslash falls, ink is any; " +
+      "percentages are of the images that fire the feature."));
 }
 const tested = f => f.statement && el("details", { open: true },
   el("summary", {}, "Every test its statement was put to"),
   el("p", { class: "small" }, f.evidence), el("ul", { class: "small plain" }, f.lines.map(clause)));
 const supports = (f, range = {}) => bars("Supports: what each score loses without it",
-  shownClasses(f.supports.map(Math.abs)).map(c => ({ value: f.supports[c], label: names[c], text: signed(f.supports[c]) })),
-  { id: "supports", note: "Right: it supports the class, left: it opposes it; the mean over images that " +
-    "fire it.", ...range });
+  shownClasses(f.supports.map(Math.abs)).map(c => ({ value: f.supports[c], label: names[c],
+    text: signed(f.supports[c]) })),
+  { id: "supports", note: "Right: it supports the class, left: it opposes it; the mean over " +
+    "images that fire it.", ...range });
 const pushes = f => el("details", {}, el("summary", {}, "Pushes when added: another question"),
   bars("", shownClasses(f.pushes.map(Math.abs)).map(c => ({ value: f.pushes[c], label: names[c],
-    text: signed(f.pushes[c]) })), { id: "pushes", note: "The change of each score when the feature is added, at " +
-    "strength 1, to all images, whether it fires on them or not." }));
-const labelColumns = f => columns("Images that fire it, by class", f.labels, C <= 12 ? names : names.map(() => ""));
+    text: signed(f.pushes[c]) })), { id: "pushes",
+      note: "The change of each score when the feature is added, at strength 1, to all images, " +
+        "whether it fires on them or not." }));
+const labelColumns = f => columns("Images that fire it, by class", f.labels, C <= 12 ? names
+  : names.map(() => ""));
 function places(f, i) {
   return el("div", { class: "row" },
     el("figure", {}, el("h3", {}, "Pixels that drive it"), pattern(i, 200),
-      el("figcaption", { class: "small soft" }, "red raises, blue lowers, grey is hardly ever inked")),
-    el("figure", {}, el("h3", {}, f.drawing ? "Exact places that predict it" : "The mean of its images"),
+      el("figcaption", { class: "small soft" },
+        "red: ink fires it, blue: ink silences it, grey: hardly ever inked")),
+    el("figure", {}, el("h3", {}, f.drawing ? "Exact places that predict it"
+      : "The mean of its images"),
       sketch(i, 200), el("figcaption", { class: "small soft" }, f.drawing
-        ? "full outline: ink, dashed: none; over the mean of its images" : "no places were claimed")),
-    el("figure", {}, el("h3", {}, "Both"), portrait(i, 200, "the pattern over the mean of its images"),
+        ? "full outline: ink, dashed: none; over the mean of its images"
+          : "no places were claimed")),
+    el("figure", {}, el("h3", {}, "Both"),
+      portrait(i, 200, "the pattern over the mean of its images"),
       el("figcaption", { class: "small soft" }, "the pattern over the mean of its images")));
 }
 function known(k) {
@@ -65,27 +74,33 @@ function featureView() {
     [link(toFeature(g), `feature ${g}`), ` (${v.toFixed(2)}) `]));
   const other = el("input", { id: "other", type: "number", min: 0, value: f.near[0]?.[0] ?? k });
   const top = el("input", { id: "side", type: "submit", value: "side by side" });
-  const compare = e => { e.preventDefault(); location.hash = to("two", { features: `${k},${other.value}` }); };
+  const compare = e => { e.preventDefault(); location.hash = to("two",
+    { features: `${k},${other.value}` }); };
   const turned = f.mends === undefined ? "" : ` Removed from every test image, it alone mends ` +
     `${plural(f.mends, "error")} and makes ${plural(f.breaks, "right prediction")} wrong.`;
   main.replaceChildren(el("nav", { "aria-label": "Features" }, link(step(-1), "← previous"),
     link(step(1), "next →"), link(to("features"), "all")), el("h2", {}, `Feature ${k}`),
-  el("p", {}, `It fires on ${percent(f.density)} of the images and ${does(f)}. Its share of all that single ` +
-    `features do is ${percent(f.influence, 1)}; without it ${percent(f.changes, 1)} of the predictions on images ` +
-    `that fire it change.${turned}`), statement(f), places(f, i),
+  el("p", {}, `It fires on ${percent(f.density)} of the images and ${does(f)}. Its share of all ` +
+    `that single features do is ${percent(f.influence, 1)}; without it ${percent(f.changes, 1)} ` +
+      `of the predictions on images that fire it change.${turned}`), statement(f), places(f, i),
   thumbnails("Strongest images", f.top),
   el("div", { class: "halves" }, el("div", {}, supports(f), pushes(f)),
-    el("div", {}, labelColumns(f), columns(`Activations where it is active (threshold ${number(f.threshold)})`,
+    el("div", {}, labelColumns(f), columns(`Activations where it is active (threshold ` +
+      `${number(f.threshold)})`,
       arrays.histograms.subarray(i * meta.bins, (i + 1) * meta.bins),
-      [...Array(meta.bins).keys()].map(b => b === 0 ? "0" : b === meta.bins - 1 ? number(f.largest) : "")))),
-  tested(f) ?? "", doses(f), el("details", { id: "quarters" }, el("summary", {}, "Images from each quarter of its range"),
+      [...Array(meta.bins).keys()].map(b => b === 0 ? "0" : b === meta.bins - 1 ? number(f.largest)
+        : "")))),
+  tested(f) ?? "", doses(f), el("details", { id: "quarters" },
+    el("summary", {}, "Images from each quarter of its range"),
     f.bands.map((band, b) => thumbnails(["Strongest quarter", "Second quarter", "Third quarter",
       "Weakest quarter"][b], band))),
   el("h3", {}, "Like it"), neighbours("Nearest by direction (cosine)", f.near),
   neighbours("Fires together with (correlation)", f.together),
-  el("form", { class: "row", onsubmit: compare }, el("label", {}, "Compare with feature ", other), top),
-  el("details", { id: "where" }, el("summary", {}, "Where it is on the map"), soft("Framed: this feature; " +
-    "dashed: its true nearest, named above. The map puts many of them elsewhere."), mapOf(f, 28)));
+  el("form", { class: "row", onsubmit: compare }, el("label", {}, "Compare with feature ", other),
+    top),
+  el("details", { id: "where" }, el("summary", {}, "Where it is on the map"),
+    soft("Framed: this feature; dashed: its true nearest, named above. The map puts many of " +
+      "them elsewhere."), mapOf(f, 28)));
 }
 function twoView() {
   const pair = (address().get("features") ?? "").split(",").map(Number), found = pair.map(known);
@@ -97,7 +112,8 @@ function twoView() {
     el("h3", {}, link(toFeature(f.feature), `Feature ${f.feature}`)), portrait(found[n], 160,
       "the pattern over the mean of its images"), sketch(found[n], 160),
     el("p", {}, f.statement ?? "No statement."), el("p", { class: "soft" },
-      `Fires on ${percent(f.density)}; influence ${percent(f.influence)}; confidence ${f.confidence ?? "none"}.`),
+      `Fires on ${percent(f.density)}; influence ${percent(f.influence)}; confidence ` +
+        `${f.confidence ?? "none"}.`),
     supports(f, range), labelColumns(f), thumbnails("Strongest images", f.top.slice(0, 8)));
   main.replaceChildren(el("h2", {}, `Features ${pair[0]} and ${pair[1]}`),
     cosine === undefined ? "" : el("p", {}, `Their directions have cosine ${cosine.toFixed(2)}.`),

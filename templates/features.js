@@ -4,7 +4,8 @@ const sorts = { influence: f => -f.influence, "firing rate": f => -f.density,
   confidence: f => ["High", "Medium", "Low", null].indexOf(f.confidence ?? null) };
 const rates = { "at least 10%": [.1, 2], "1% to 10%": [.01, .1], "0.1% to 1%": [.001, .01],
   "less than 0.1%": [1e-9, .001], never: [-1, 1e-9] };
-const chosen = { sort: "influence", label: "", supports: "", rate: "", confidence: "", verdict: "", search: "" };
+const chosen = { sort: "influence", label: "", supports: "", rate: "", confidence: "", verdict: "",
+  search: "" };
 function matches(f) {
   const words = chosen.search.trim().toLowerCase(), rate = rates[chosen.rate];
   const found = /^\d+$/.test(words) ? String(f.feature) === words
@@ -13,7 +14,8 @@ function matches(f) {
     (chosen.supports === "" || f.density > 0 && String(supported(f)) === chosen.supports) &&
     (!rate || f.density >= rate[0] && f.density < rate[1]) &&
     (chosen.confidence === "" || f.confidence === chosen.confidence) &&
-    (chosen.verdict === "" || (chosen.verdict === "explained" ? f.explained : f.verdict === chosen.verdict));
+    (chosen.verdict === "" || (chosen.verdict === "explained" ? f.explained
+      : f.verdict === chosen.verdict));
 }
 function selection() {
   const by = sorts[chosen.sort], list = features.map((f, i) => [f, i]).filter(([f]) => matches(f));
@@ -22,7 +24,8 @@ function selection() {
 function choice(field, title, options) {
   const fill = () => { chosen[field] = byId(field).value; fillGrid(); };
   return el("label", { class: "small" }, title + " ", el("select", { id: field, onchange: fill },
-    options.map(([value, text]) => el("option", { value, selected: value === chosen[field] }, text))));
+    options.map(([value, text]) => el("option", { value, selected: value === chosen[field] },
+      text))));
 }
 function fillGrid() {
   const list = selection();
@@ -33,7 +36,8 @@ function fillGrid() {
     `${percent(f.density)} ${f.confidence ?? ""}`))));
 }
 function filters() {
-  const same = words => words.map(word => [word, word]), labels = classes.map(c => [String(c), names[c]]);
+  const same = words => words.map(word => [word, word]),
+    labels = classes.map(c => [String(c), names[c]]);
   const verdicts = same(["explained", "confirmed", "inconclusive", "refuted", "no hypothesis"]);
   return el("div", { class: "row" }, choice("sort", "sort by", same(Object.keys(sorts))),
     choice("label", "fires most on", [["", "any"], ...labels]),
@@ -50,24 +54,30 @@ function mapOf(here, size) { /* every feature in its place; `here` is marked and
   const box = el("div", { id: "map", style: `width:${side * size}px;height:${side * size}px` });
   features.forEach((f, i) => {
     const [x, y] = cells[i], kind = f === here ? "here" : near.has(f.feature) ? "near" : "";
-    box.append(el("a", { href: toFeature(f.feature), class: kind, title: `${f.feature}: ${looksFor(f)}`,
+    box.append(el("a", { href: toFeature(f.feature), class: kind,
+      title: `${f.feature}: ${looksFor(f)}`,
       "aria-label": `feature ${f.feature}${kind && `, ${kind}`}`,
-      style: `left:${x * size}px;top:${y * size}px;width:${size}px;height:${size}px` }, portrait(i, size - 4)));
+      style: `left:${x * size}px;top:${y * size}px;width:${size}px;height:${size}px` },
+        portrait(i, size - 4)));
   });
   return el("div", { class: "scroll" }, box);
 }
 function mapView() {
-  return [el("p", { class: "small" }, "Features whose directions in the network are alike lie near one " +
-    "another (Laplacian eigenmaps of the nearest neighbours by cosine; each is moved to the nearest free " +
-    `place). Two dimensions cannot show ${meta.network?.d_in ?? "many"}: only for ` +
-    `${percent(meta.map.kept, 0)} of the features is the true nearest neighbour among the ten nearest here. ` +
-    "Trust the list in each feature's view, where the true ones are named."), mapOf(null, 36)];
+  return [el("p", { class: "small" },
+    `Features whose directions in the network are alike lie near one another (Laplacian ` +
+      `eigenmaps of the nearest neighbours by cosine; each is moved to the nearest free place). ` +
+        `Two dimensions cannot show ${meta.network?.d_in ?? "many"}: only for ` +
+          `${percent(meta.map.kept, 0)} of the features is the true nearest neighbour among the ` +
+            `ten nearest here. Trust the list in each feature's view, where the true ones are ` +
+              `named.`), mapOf(null, 36)];
 }
 function scatter() {
   const shown = features.filter(f => f.auroc !== null && f.density > 0), width = 600, height = 300;
   if (!shown.length) return soft("No statement was tested on enough images to draw this.");
-  const logs = shown.map(f => Math.log10(f.density)), from = Math.min(...logs) - .1, till = Math.max(...logs) + .1;
-  const low = Math.min(...shown.map(f => f.auroc)) - .01, high = Math.min(1, Math.max(...shown.map(f => f.auroc)) + .01);
+  const logs = shown.map(f => Math.log10(f.density)), from = Math.min(...logs) - .1,
+    till = Math.max(...logs) + .1;
+  const low = Math.min(...shown.map(f => f.auroc)) - .01,
+    high = Math.min(1, Math.max(...shown.map(f => f.auroc)) + .01);
   const x = d => 50 + (width - 64) * (Math.log10(d) - from) / (till - from);
   const y = a => 10 + (height - 56) * (high - a) / (high - low), gap = high - low > .25 ? .1 : .05;
   const chart = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, id: "scatter" });
@@ -79,27 +89,34 @@ function scatter() {
     if (Math.log10(d) >= from && Math.log10(d) <= till) chart.append(svg("text", { x: x(d),
       y: height - 26, "text-anchor": "middle" }, `${+(100 * d).toPrecision(1)}%`));
   }
-  chart.append(svg("text", { x: width / 2, y: height - 6, "text-anchor": "middle" }, "share of images that fire it"));
-  for (const f of shown) chart.append(svg("circle", { cx: x(f.density), cy: y(f.auroc), r: 5, class: "point",
+  chart.append(svg("text", { x: width / 2, y: height - 6, "text-anchor": "middle" },
+    "share of images that fire it"));
+  for (const f of shown) chart.append(svg("circle", { cx: x(f.density), cy: y(f.auroc), r: 5,
+    class: "point",
     "data-feature": f.feature, onclick: () => { location.hash = toFeature(f.feature); } },
   svg("title", {}, `Feature ${f.feature}: ${f.statement ?? ""}`)));
-  put(chart, { role: "img", "aria-label": `AUROC of ${shown.length} statements by how often the feature fires` }, []);
+  put(chart, { role: "img", "aria-label": `AUROC of ${shown.length} statements by how often the ` +
+    `feature fires` }, []);
   return el("div", { class: "scroll", tabindex: 0, role: "group", "aria-label": "chart" }, chart);
 }
 function densities() {
   const counts = new Array(12).fill(0);
   const labels = counts.map((_, i) => i % 3 ? "" : ["0.01%", "0.1%", "1%", "10%"][i / 3]);
-  features.forEach(f => counts[Math.max(0, Math.min(11, Math.floor(3 * (Math.log10(f.density || 1e-9) + 4))))]++);
-  return columns("Features by the share of images that fire them (the first column: all rarer)", counts, labels, 150, 420);
+  features.forEach(f => counts[Math.max(0,
+    Math.min(11, Math.floor(3 * (Math.log10(f.density || 1e-9) + 4))))]++);
+  return columns("Features by the share of images that fire them (the first column: all rarer)",
+    counts, labels, 150, 420);
 }
 function listView() {
-  return [soft("Red pixels raise a feature, blue ones lower it. Arrow keys move, Enter opens."), filters(),
+  return [soft("Ink on red pixels fires a feature, on blue ones it silences it. Arrow keys " +
+    "move, Enter opens."), filters(),
     el("p", { id: "count", class: "small", role: "status" }), el("div", { id: "grid" })];
 }
 function chartsView() {
   return [el("h3", {}, "Every point is a feature; point at one, click to open"),
-    soft("Upwards: how well the statement about it predicts, on unseen images, where it fires (AUROC: 1 " +
-      "always right, 0.5 guessing). The same numbers, to read and sort: the list, by AUROC or firing rate."),
+    soft("Upwards: how well the statement about it predicts, on unseen images, where it fires " +
+      "(AUROC: 1 always right, 0.5 guessing). The same numbers, to read and sort: the list, by " +
+        "AUROC or firing rate."),
     scatter(), densities()];
 }
 function featuresView() {
@@ -110,7 +127,8 @@ function featuresView() {
   if (as === "list") fillGrid();
 }
 function gridKeys(e) { /* the arrow keys move through the list */
-  const cells = [...document.querySelectorAll("#grid a")], now = cells.indexOf(document.activeElement);
+  const cells = [...document.querySelectorAll("#grid a")],
+    now = cells.indexOf(document.activeElement);
   if (!cells.length || !e.key.startsWith("Arrow")) return;
   const across = Math.max(1, cells.filter(c => c.offsetTop === cells[0].offsetTop).length);
   const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -across, ArrowDown: across }[e.key];

@@ -1,5 +1,6 @@
 /* Which view the address asks for, and the keys that work in every view. */
-const views = { story: ["Story", storyView], class: ["A class", classView], pair: ["Two classes", pairView],
+const views = { story: ["Story", storyView], class: ["A class", classView], pair: ["Two classes",
+  pairView],
   errors: ["Errors", errorsView], features: ["Features", featuresView], draw: ["Draw", drawView],
   feature: [null, featureView], two: [null, twoView] };
 let current = "";
@@ -10,7 +11,8 @@ function focusKey(node) { /* what finds the same control again after its view wa
   if (node.id) return `#${CSS.escape(node.id)}`;
   const group = node.closest("nav")?.getAttribute("aria-label");
   return group && node.hasAttribute("href")
-    ? `nav[aria-label="${CSS.escape(group)}"] a[href="${CSS.escape(node.getAttribute("href"))}"]` : null;
+    ? `nav[aria-label="${CSS.escape(group)}"] a[href="${CSS.escape(node.getAttribute("href"))}"]`
+      : null;
 }
 function route() {
   const view = viewOf() in views ? viewOf() : "story", same = view === current;
@@ -31,7 +33,8 @@ function leave() {
   const { image, step } = Object.fromEntries(address());
   if (current === "draw") return leaveDrawing();
   if (current === "feature" || current === "two") return history.length > 1 ? history.back() : null;
-  if (current === "story" && step !== "end" && meta.tests?.tour) location.hash = to("story", { step: "end" });
+  if (current === "story" && step !== "end" && meta.tests?.tour) location.hash = to("story",
+    { step: "end" });
   else if (image !== undefined) {
     const rest = address();
     rest.delete("image");
@@ -44,19 +47,21 @@ function keys(e) {
   if (/^(INPUT|SELECT|TEXTAREA|CANVAS)$/.test(e.target.tagName)) return;
   if (e.target.closest?.("[role=group]")) return;
   if (current === "feature" && (e.key === "ArrowLeft" || e.key === "ArrowRight")) {
-    const list = selection().map(([f]) => f.feature), at = list.indexOf(Number(address().get("feature")));
+    const list = selection().map(([f]) => f.feature),
+      at = list.indexOf(Number(address().get("feature")));
     const by = e.key === "ArrowRight" ? 1 : -1;
     if (list.length) location.hash = toFeature(list[(at + by + list.length) % list.length]);
   } else if (current === "features") gridKeys(e);
 }
 function start() {
   byId("title").textContent = meta.title;
-  byId("views").append(...Object.entries(views).filter(([, [title]]) => title).map(([view, [title]]) =>
+  byId("views").append(...Object.entries(views).filter(([, [title]]) =>
+    title).map(([view, [title]]) =>
     el("a", { href: to(view), "data-view": view }, title)));
   document.addEventListener("keydown", keys);
   addEventListener("hashchange", route);
   route();
   document.body.dataset.ready = "yes";
 }
-unpack().then(start).catch(error => main.replaceChildren(el("p", {}, "This browser could not read the " +
-  `page's data (${error}). Use a current Chromium or Firefox.`)));
+unpack().then(start).catch(error => main.replaceChildren(el("p", {},
+  `This browser could not read the page's data (${error}). Use a current Chromium or Firefox.`)));

@@ -1,5 +1,5 @@
 /* Why one class and not another. */
-function onImage(t, a, b) { /* each firing feature's part of the lead of a over b, on test image t */
+function onImage(t, a, b) { /* parts of the lead of a over b, on test image t */
   const logits = testLogits(t), lead = logits[a] - logits[b];
   const rows = firing(t).map(u => ({ ...u, part: u.adds[a] - u.adds[b] }))
     .sort((x, y) => Math.abs(y.part) - Math.abs(x.part));
@@ -7,10 +7,11 @@ function onImage(t, a, b) { /* each firing feature's part of the lead of a over 
     el("h3", {}, `Test image ${meta.tests.number[t]}, a ${name(meta.tests.labels[t])}`),
     el("div", { class: "row" }, testDigit(t, 112), el("p", {}, `The network gives ${names[a]} `,
       el("b", {}, signed(logits[a])), ` and ${names[b]} `, el("b", {}, signed(logits[b])),
-      `: ${names[lead > 0 ? a : b]} leads by ${number(Math.abs(lead))}. Removing a feature takes its part ` +
-      "away from the lead. ", drawLink(t))),
+      `: ${names[lead > 0 ? a : b]} leads by ${number(Math.abs(lead))}. Removing a feature ` +
+        `takes its part away from the lead. `, drawLink(t))),
     bars("", rows.slice(0, 12).map(u => ({ value: u.part, text: signed(u.part),
-      label: place.has(u.k) ? link(toFeature(u.k), portrait(place.get(u.k), 32), `${u.k}`) : `${u.k}` })),
+      label: place.has(u.k) ? link(toFeature(u.k), portrait(place.get(u.k), 32), `${u.k}`)
+        : `${u.k}` })),
     { id: "imageParts", note: `Right: for ${names[a]}; left: for ${names[b]}. The ` +
       `${Math.min(12, rows.length)} strongest of ${rows.length} that fire.` }));
 }
@@ -19,14 +20,17 @@ function pairView() {
   let b = asked("b", C, a === y ? x : y);
   if (a === b) b = (a + 1) % C;
   const at = more => to("pair", { a, b, ...more });
-  const ab = tests().filter(t => [a, b].includes(meta.tests.labels[t]) || [a, b].includes(reading(t)));
+  const ab = tests().filter(t => [a, b].includes(meta.tests.labels[t]) ||
+    [a, b].includes(reading(t)));
   const errors = ab.filter(t => isError(t) && [a, b].includes(reading(t)) &&
     [a, b].includes(meta.tests.labels[t])), plain = ab.filter(t => !isError(t));
   const hand = [...plain.slice(0, 14), ...errors.slice(0, 10)];
-  const tour = meta.tests?.tour?.image, t = asked("image", tests().length, hand.includes(tour) ? tour : hand[0]);
+  const tour = meta.tests?.tour?.image, t = asked("image", tests().length, hand.includes(tour)
+    ? tour : hand[0]);
   const row = (c, d) => i => featureRow(features[i].feature, parts(c, i, c, d), {
-    note: `fires on ${percent(frequency(i, a), 0)} of ${names[a]}s, ${percent(frequency(i, b), 0)} of ` +
-      `${names[b]}s; on ${names[d]}s it makes ${signed(parts(d, i, c, d))}` });
+    note: `fires on ${percent(frequency(i, a), 0)} of ${names[a]}s, ` +
+      `${percent(frequency(i, b), 0)} of ${names[b]}s; on ${names[d]}s it makes ` +
+        `${signed(parts(d, i, c, d))}` });
   const side = (c, d) => featureRows(`For ${names[c]}, on ${names[c]}s`,
     separating(c, d, 8).map(row(c, d)));
   main.replaceChildren(el("h2", {}, `Why ${names[a]} and not ${names[b]}?`),
@@ -34,12 +38,14 @@ function pairView() {
       classLinks("This class", c => to("pair", { a: c, b: c === b ? a : b }), a)),
     el("div", { class: "row" }, el("span", {}, "not that"),
       classLinks("Not that class", c => to("pair", { a: c === a ? b : a, b: c }), b)),
-    el("p", {}, `The network says ${names[a]} when its score leads that of ${names[b]}. Each number is how ` +
-      "much of that lead a feature makes, the mean over all validation images of the class."),
+    el("p", {}, `The network says ${names[a]} when its score leads that of ${names[b]}. Each ` +
+      `number is how much of that lead a feature makes, the mean over all validation images of ` +
+        `the class.`),
     el("div", { class: "halves" }, side(a, b), side(b, a)),
     el("h2", {}, "On one image"), hand.length ? "" : noTests(),
     hand.length ? strip("Images at hand", hand, image => at({ image }), t,
-      i => isError(i) ? `${name(meta.tests.labels[i])} read as ${name(reading(i))}` : name(meta.tests.labels[i]))
+      i => isError(i) ? `${name(meta.tests.labels[i])} read as ${name(reading(i))}`
+        : name(meta.tests.labels[i]))
       : "",
     t === undefined ? "" : onImage(t, a, b), soft(ADDS, " ", NOT_SUMS));
 }

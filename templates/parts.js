@@ -3,9 +3,9 @@ const ADDS = "What a feature adds is what the score loses when this feature alon
   "(the part that the features do not rebuild stays).";
 const NOT_SUMS = "A network is not a sum: what two features add is not what both together add, " +
   "so these numbers do not sum to the score.";
-const PORTRAIT = "Each picture: in grey the mean of the images that fire the feature, in red where " +
-  "ink helps to fire it, in blue where ink keeps it silent. A bar is horizontal, a stem vertical, a " +
-  "slash rises, a backslash falls, ink is any.";
+const PORTRAIT = "Each picture: in grey the mean of the images that fire the feature, in red " +
+  "where ink helps to fire it, in blue where ink keeps it silent. A bar is horizontal, a stem " +
+    "vertical, a slash rises, a backslash falls, ink is any.";
 
 /* What a feature looks for, in words: the first part of its statement. */
 function looksFor(f) {
@@ -38,7 +38,8 @@ function featureRows(title, rows, empty = "None.") {
   return el("div", {}, el("h3", {}, title), list);
 }
 const card = i => el("a", { class: "tile", href: toFeature(features[i].feature) },
-  portrait(i, 112), el("b", {}, `Feature ${features[i].feature}`), el("span", {}, looksFor(features[i])),
+  portrait(i, 112), el("b", {}, `Feature ${features[i].feature}`),
+    el("span", {}, looksFor(features[i])),
   el("span", { class: "soft" }, does(features[i])));
 /* Test images to choose from: links that keep the view. */
 function strip(title, tests, href, chosen, words = t => name(meta.tests.labels[t])) {
@@ -52,9 +53,11 @@ const isError = t => t < meta.tests.shown_errors;
 const tests = () => [...(meta.tests?.labels.keys() ?? [])];
 const noTests = () => soft("This page was written without test images.");
 const drawLink = (t, off = [], words = "Open it in the drawing view") => meta.network
-  ? link(to("draw", { image: t, ...(off.length && { set: off.map(k => `${k}:0`).join(",") }) }), words)
+  ? link(to("draw", { image: t, ...(off.length && { set: off.map(k => `${k}:0`).join(",") }) }),
+    words)
   : "";
-const classLinks = (label, href, chosen) => choose(label, classes.map(c => [names[c], href(c), c]), chosen);
+const classLinks = (label, href, chosen) => choose(label, classes.map(c => [names[c], href(c), c]),
+  chosen);
 /* A whole number of the address below `n`, or what stands in for it. */
 function asked(field, n, otherwise) {
   const value = address().get(field);
