@@ -41,7 +41,8 @@ function tourSteps() {
     return [el("p", {}, `Now you: take ${off1} away. The image stays as it is.`),
       el("div", { class: "row" }, seen(), el("ul", { class: "units" }, switches), out)];
   }
-  const fourth = () => [el("p", { class: "big" }, `Without ${off1} this ${names[label]} is a ` +
+  const fourth = () => [el("div", { class: "row" }, seen(), scores("Without it", logits[last],
+    { before })), el("p", { class: "big" }, `Without ${off1} this ${names[label]} is a ` +
     `${names[after]} to the network.`),
   el("p", {}, `So here is one true thing about it: it tells this ${names[label]} from a ` +
     `${names[goal]} by `,
