@@ -108,7 +108,8 @@ def test_class_effects_are_means_over_all_images_of_a_class():
             lost = torch.zeros(N_CLASSES)
             for image in own:
                 lost += layer.logits_from_raw(image[None])[0] - logits_without(layer, image, [k])
-            assert effects[c, k].tolist() == pytest.approx((lost / max(1, len(own))).tolist(), abs=1e-5)
+            mean = lost / max(1, len(own))
+            assert effects[c, k].tolist() == pytest.approx(mean.tolist(), abs=1e-5)
 
 
 def test_a_class_without_images_has_no_effects():
