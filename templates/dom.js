@@ -85,9 +85,9 @@ function driving(ink, v) { /* the same, for one image: the stronger, the more co
 }
 /* How usual ink is at pixel p, from 0 to 1: in some class, in a third of its images or more. */
 function common(p) {
-  let most = 0;
-  for (let c = 0; c < C; c++) most = Math.max(most, arrays.class_means[c * P + p]);
-  return Math.min(1, 3 * most / 255);
+  arrays.common ??= Float32Array.from({ length: P }, (_, q) =>
+    Math.min(1, Math.max(...classes.map(c => 3 * arrays.class_means[c * P + q] / 255))));
+  return arrays.common[p];
 }
 const heat = (i, p) => arrays.heats[i * P + p] / 127;
 const pattern = (i, size) =>

@@ -91,9 +91,9 @@ function paintSeen() { /* what the network sees; red and blue: how it drives the
   shown.seen.getContext("2d").putImageData(imageData(null, paint), 0, 0);
   const places = i !== undefined && features[i].drawing;
   shown.places.replaceChildren(...places ? [sketch(i, 84, shown.seen)] : []);
-  shown.why.textContent = i === undefined ? "What the network sees" :
-    `Ink that fires feature ${live.watched} (red) or holds it back (blue)${places ? "; its " +
-      "places" : ""}`;
+  write(shown.why, i === undefined ? "What the network sees" :
+    `Ink that fires feature ${live.watched} (red) or holds it back (blue)` +
+      (places ? "; its places" : ""));
 }
 function paintScores(before, after) {
   const p = softmax(after), q = softmax(before), says = argmax(p), said = argmax(q),
@@ -120,13 +120,13 @@ function paintScores(before, after) {
     old.style.left = `${at(before[c])}%`;
     label.style.fontWeight = c === says ? 700 : 400;
     const text = `${signed(after[c])} (${sure(p[c])})`;
-    if (value.textContent !== text) value.textContent = text;
+    write(value, text);
   }
-  shown.axis.textContent = `scores from ${low} to ${high}; thin line: without your changes`;
-  shown.says.textContent = `The network says ${names[said]} (${sure(q[said])})`;
-  shown.changed.textContent = live.change.size
+  write(shown.axis, `scores from ${low} to ${high}; thin line: without your changes`);
+  write(shown.says, `The network says ${names[said]} (${sure(q[said])})`);
+  write(shown.changed, live.change.size
     ? `with your changes ${names[says]} (${sure(p[says])})`
-    : "switch features off to change that";
+    : "switch features off to change that");
   shown.says.dataset.logits = before.join(" ");
   shown.changed.dataset.logits = after.join(" ");
 }
@@ -152,19 +152,31 @@ function tileOf(k) {
   shown.tiles.set(k, tile);
   return tile;
 }
+function write(node, text) { /* what stays the same costs no layout */
+  if (node.textContent !== text) node.textContent = text;
+}
 function paintTile(k, target) {
   const { node, slider, flip, watch, value, adding } = tileOf(k), f = features[place.get(k)];
   const v = live.result.feature[k], now = live.change.get(k) ?? v, add = contribution(k, target);
-  slider.max = Math.max(2 * v, f?.largest ?? 1, now, 1);
+  const most = Math.max(2 * v, f?.largest ?? 1, now, 1), watched = String(live.watched === k);
+  if (Number(slider.max) !== most) slider.max = most;
   if (Number(slider.value) !== now) slider.value = now;
-  const text = now === v ? v.toFixed(2) : `${v.toFixed(2)} → ${now.toFixed(2)}`;
-  if (value.textContent !== text) value.textContent = text;
-  if (adding.textContent !== signed(add)) adding.textContent = signed(add);
+  write(value, now === v ? v.toFixed(2) : `${v.toFixed(2)} → ${now.toFixed(2)}`);
+  write(adding, signed(add));
   adding.className = add < 0 ? "minus" : "plus";
   node.classList.toggle("off", now === 0);
-  flip.textContent = now === 0 ? "on" : "off";
-  flip.setAttribute("aria-label", `switch feature ${k} ${flip.textContent}`);
-  watch.setAttribute("aria-pressed", live.watched === k);
+  if (watch.getAttribute("aria-pressed") !== watched) watch.setAttribute("aria-pressed", watched);
+  const way = now === 0 ? "on" : "off";
+  if (flip.textContent === way) return;
+  flip.textContent = way;
+  flip.setAttribute("aria-label", `switch feature ${k} ${way}`);
+}
+function arrange(list, nodes) { /* only what is new or has moved is touched, so focus stays */
+  const wanted = new Set(nodes);
+  for (const node of [...list.children]) if (!wanted.has(node)) node.remove();
+  nodes.forEach((node, n) => {
+    if (list.children[n] !== node) list.insertBefore(node, list.children[n] ?? null);
+  });
 }
 function paintTiles(target) {
   const { feature } = live.result, firing = new Set(live.change.keys());
@@ -172,19 +184,14 @@ function paintTiles(target) {
   const size = new Map([...firing].map(k => [k, Math.abs(contribution(k, target))]));
   /* While one draws or drags, what is there keeps its place. */
   const known = live.down || live.change.size ? live.order.filter(k => firing.has(k)) : [];
-  const fresh = [...firing].filter(k => !known.includes(k)).sort((a, b) =>
-    size.get(b) - size.get(a));
-  const order = [...known, ...fresh], same = String(order) === shown.order;
-  for (const k of order) paintTile(k, target);
-  if (!same) {
-    const focused = document.activeElement?.id;
-    byId("active").replaceChildren(...order.map(k => tileOf(k).node));
-    if (focused) byId(focused)?.focus({ preventScroll: true });
-  }
-  live.order = order;
-  shown.order = String(order);
-  byId("count").textContent = `${plural(order.length, "feature")} fire; right, what each adds ` +
-    `to the score of ${names[target]} (or takes from it); sliders: 0 is off.`;
+  const fresh = [...firing].filter(k => !known.includes(k)).sort((a, b) => size.get(b) - size.get(a));
+  live.order = [...known, ...fresh];
+  for (const k of live.order) paintTile(k, target);
+  const focused = document.activeElement?.id;
+  arrange(byId("active"), live.order.map(k => tileOf(k).node));
+  if (focused && document.activeElement?.id !== focused) byId(focused)?.focus();
+  write(byId("count"), `${plural(live.order.length, "feature")} fire; right, what each adds to ` +
+    `the score of ${names[target]} (or takes from it); sliders: 0 is off.`);
 }
 function refresh() {
   const blank = !live.pixels.some(v => v > 0), after = compute(), { logits } = live.result;
@@ -193,7 +200,7 @@ function refresh() {
   paintSeen();
   paintScores(logits, after);
   shown.empty.hidden = !blank;
-  if (blank) { byId("active").replaceChildren(); shown.order = ""; byId("count").textContent = ""; }
+  if (blank) { byId("active").replaceChildren(); write(byId("count"), ""); }
   else paintTiles(target);
   byId("undo").disabled = !live.past.length;
   if (!live.down) keepAddress();
@@ -262,7 +269,7 @@ function leaveDrawing() {
 function build() {
   const bar = el("ul", { class: "bars" });
   Object.assign(shown, { bars: bar, axis: soft(""), says: el("span", { id: "says" }),
-    changed: el("b", { id: "changed" }), why: soft(""), places: el("div", {}), rows: "", order: "",
+    changed: el("b", { id: "changed" }), why: soft(""), places: el("div", {}), rows: "",
     empty: el("p", { id: "empty" }, "Draw in the square, or take a test image."),
     seen: picture("what the network sees", 84, null, () => [255, 255, 255]) });
   const rub = button("eraser", () => { live.rub = !live.rub; rub.setAttribute("aria-pressed",
@@ -283,8 +290,7 @@ function build() {
           "edited."), el("div", { class: "controls" }, shown.seen,
         shown.places), shown.why),
     el("div", { id: "predictions" }, shown.empty, el("p", {}, shown.says, ", ", shown.changed, "."),
-      bar,
-      shown.axis),
+      bar, shown.axis),
     el("div", {}, el("div", { class: "controls" }, el("h3", {}, "What fires"), reset),
       el("p", { id: "count", class: "small soft" }),
       el("ul", { class: "units", id: "active" }))),

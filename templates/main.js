@@ -61,7 +61,7 @@ function start() {
   document.addEventListener("keydown", keys);
   addEventListener("hashchange", route);
   route();
-  document.body.dataset.ready = "yes";
+  document.body.dataset.ready = Math.round(performance.now()); /* ms since it was asked for */
 }
 unpack().then(start).catch(error => main.replaceChildren(el("p", {},
   `This browser could not read the page's data (${error}). Use a current Chromium or Firefox.`)));
