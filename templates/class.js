@@ -4,19 +4,17 @@ function classPicture(c, size, rows) { /* the mean image, under all that speaks 
   for (const i of rows) for (let p = 0; p < P; p++) sum[p] += adds(c, i, c) * heat(i, p);
   const most = Math.max(...sum.map(Math.abs), 1e-9);
   return picture(`the mean ${names[c]}, red where ink speaks for it, blue where it speaks against`,
-    size,
-    null, p => tinted(p, arrays.class_means[c * P + p], arrays.inked[p] ? sum[p] / most : 0));
+    size, null, p => tinted(p, arrays.class_means[c * P + p], arrays.inked[p] ? sum[p] / most : 0));
 }
 function classView() {
   const c = asked("class", C, 0), n = meta.of_class[c], share = i => percent(frequency(i, c), 0);
   const forIt = largest(12, i => adds(c, i, c)), against = largest(8, i => -adds(c, i, c));
-  const mean = picture("", 0, null, p => grey(255 - .7 * arrays.class_means[c * P + p]));
   const figure = el("figure", { id: "onMean" });
   const whole = () => figure.replaceChildren(classPicture(c, 224, forIt),
     el("figcaption", { class: "small" },
       `The mean ${names[c]}; red: ink there speaks for it, blue: against it (patterns of the ` +
         `features below, weighted by what they add).`));
-  const onlyOne = i => figure.replaceChildren(sketch(i, 224, mean),
+  const onlyOne = i => figure.replaceChildren(sketch(i, 224, classMean(c)),
     el("figcaption", { class: "small" },
       `The places of feature ${features[i].feature} on the mean ${names[c]}: full outline, ink; ` +
         `dashed, none.`));

@@ -97,6 +97,8 @@ const pattern = (i, size) =>
 /* The pattern of feature i over the mean of the images that fire it. */
 const portrait = (i, size, label = "") => picture(label, size, `portrait${i}`,
   p => tinted(p, arrays.means[i * P + p], arrays.inked[p] ? heat(i, p) : 0));
+const classMean = (c, size = 0, label = "") => picture(label, size, `class${c}`,
+  p => grey(255 - .7 * arrays.class_means[c * P + p]));
 const steps = { horizontal: [0, 1], vertical: [1, 0], rising: [-1, 1], falling: [1, 1] };
 function outline(context, drawing, scale) { /* the places of a claim: ink full, none dashed */
   const kinds = [[drawing.absent, "33, 102, 172", [1, .7]], [drawing.there, "178, 24, 43", []]];

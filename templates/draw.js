@@ -127,6 +127,8 @@ function paintScores(before, after) {
   write(shown.changed, live.change.size
     ? `with your changes ${names[says]} (${sure(p[says])})`
     : "switch features off to change that");
+  const alone = softmax(head(through(live.result.feature))), best = argmax(alone);
+  write(shown.through, `From its features alone: ${names[best]} (${sure(alone[best])}).`);
   shown.says.dataset.logits = before.join(" ");
   shown.changed.dataset.logits = after.join(" ");
 }
@@ -184,8 +186,8 @@ function paintTiles(target) {
   const size = new Map([...firing].map(k => [k, Math.abs(contribution(k, target))]));
   /* While one draws or drags, what is there keeps its place. */
   const known = live.down || live.change.size ? live.order.filter(k => firing.has(k)) : [];
-  const fresh = [...firing].filter(k => !known.includes(k)).sort((a, b) => size.get(b) - size.get(a));
-  live.order = [...known, ...fresh];
+  const fresh = [...firing].filter(k => !known.includes(k));
+  live.order = [...known, ...fresh.sort((a, b) => size.get(b) - size.get(a))];
   for (const k of live.order) paintTile(k, target);
   const focused = document.activeElement?.id;
   arrange(byId("active"), live.order.map(k => tileOf(k).node));
@@ -268,7 +270,8 @@ function leaveDrawing() {
 }
 function build() {
   const bar = el("ul", { class: "bars" });
-  Object.assign(shown, { bars: bar, axis: soft(""), says: el("span", { id: "says" }),
+  Object.assign(shown, { bars: bar, axis: soft(""), through: soft(""),
+    says: el("span", { id: "says" }),
     changed: el("b", { id: "changed" }), why: soft(""), places: el("div", {}), rows: "",
     empty: el("p", { id: "empty" }, "Draw in the square, or take a test image."),
     seen: picture("what the network sees", 84, null, () => [255, 255, 255]) });
@@ -290,7 +293,7 @@ function build() {
           "edited."), el("div", { class: "controls" }, shown.seen,
         shown.places), shown.why),
     el("div", { id: "predictions" }, shown.empty, el("p", {}, shown.says, ", ", shown.changed, "."),
-      bar, shown.axis),
+      bar, shown.axis, shown.through),
     el("div", {}, el("div", { class: "controls" }, el("h3", {}, "What fires"), reset),
       el("p", { id: "count", class: "small soft" }),
       el("ul", { class: "units", id: "active" }))),

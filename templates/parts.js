@@ -3,9 +3,11 @@ const ADDS = "What a feature adds is what the score loses when this feature alon
   "(the part that the features do not rebuild stays).";
 const NOT_SUMS = "A network is not a sum: what two features add is not what both together add, " +
   "so these numbers do not sum to the score.";
+const PLACES = "Full red outlines are where a feature looks for ink, dashed blue ones where it " +
+  "wants none";
+const WORDS = "A bar is horizontal, a stem vertical, a slash rises, a backslash falls, ink is any.";
 const PORTRAIT = "Each picture: in grey the mean of the images that fire the feature, in red " +
-  "where ink helps to fire it, in blue where ink keeps it silent. A bar is horizontal, a stem " +
-    "vertical, a slash rises, a backslash falls, ink is any.";
+  "where ink helps to fire it, in blue where ink keeps it silent. " + WORDS;
 
 /* What a feature looks for, in words: the first part of its statement. */
 function looksFor(f) {
@@ -28,7 +30,7 @@ function featureRow(k, value, more = {}) {
   if (i === undefined) return el("li", { class: "unit" }, `Feature ${k} is not on this page.`);
   const f = features[i];
   return el("li", { class: "unit", onpointerenter: more.onlook, onfocusin: more.onlook },
-    portrait(i, 64),
+    more.picture ?? portrait(i, 64),
     el("div", {}, el("a", { href: toFeature(k) }, `Feature ${k}`), ": ", looksFor(f), ".",
       el("br"), el("span", { class: "soft" }, more.note ?? does(f))),
     el("b", { class: value < 0 ? "minus" : "plus" }, signed(value)));
@@ -39,8 +41,7 @@ function featureRows(title, rows, empty = "None.") {
 }
 const card = i => el("a", { class: "tile", href: toFeature(features[i].feature) },
   portrait(i, 112), el("b", {}, `Feature ${features[i].feature}`),
-    el("span", {}, looksFor(features[i])),
-  el("span", { class: "soft" }, does(features[i])));
+  el("span", {}, looksFor(features[i])), el("span", { class: "soft" }, does(features[i])));
 /* Test images to choose from: links that keep the view. */
 function strip(title, tests, href, chosen, words = t => name(meta.tests.labels[t])) {
   return el("nav", { "aria-label": title, class: "strip" }, tests.map(t => el("a", { href: href(t),

@@ -16,9 +16,9 @@ function tourSteps() {
   const first = () => [el("p", {}, `This is a ${names[label]} that the network has never seen. ` +
     `It gives each class a score, and the highest wins.`),
   el("div", { class: "row" }, seen(), scores("Scores (in brackets: how sure it is)", before))];
-  const second = () => [el("p", {}, `Why? On this image ${fired.length} of ${meta.d_sae} features fire. ` +
-    `Each has found something it looks for. These do most for ${names[label]} and against ` +
-      `${names[goal]}:`),
+  const second = () => [el("p", {}, `Why? On this image ${fired.length} of ${meta.d_sae} ` +
+    "features fire. Each has found something it looks for. These do most for " +
+    `${names[label]} and against ${names[goal]}:`),
   el("div", { class: "row" }, seen(), el("ul", { class: "units" }, top.map(row))), soft(PORTRAIT)];
   function third() {
     const out = el("div", { "aria-live": "polite" });
@@ -41,52 +41,59 @@ function tourSteps() {
     return [el("p", {}, `Now you: take ${off1} away. The image stays as it is.`),
       el("div", { class: "row" }, seen(), el("ul", { class: "units" }, switches), out)];
   }
-  const fourth = () => [el("div", { class: "row" }, seen(), scores("Without it", logits[last],
-    { before })), el("p", { class: "big" }, `Without ${off1} this ${names[label]} is a ` +
-    `${names[after]} to the network.`),
-  el("p", {}, `So here is one true thing about it: it tells this ${names[label]} from a ` +
-    `${names[goal]} by `,
-    off.map((k, n) => [n ? (n === off.length - 1 ? " and " : ", ") : "",
-      el("a", { href: toFeature(k) },
-      `feature ${k}`), looked(k)]), "."),
-  el("p", {}, "It holds beyond this image: below is what separates the two on all of theirs. ",
-    drawLink(image, off, "See it in the drawing view, and draw your own"))];
+  function fourth() {
+    const drawn = off.filter(k => features[place.get(k)]?.drawing).map(k => place.get(k));
+    const figure = (i, background, words) => el("figure", {}, sketch(i, 168, background),
+      el("figcaption", { class: "small" }, `feature ${features[i].feature} on ${words}`));
+    const pictures = drawn.map(i => [figure(i, seen(), `this ${names[label]}`),
+      figure(i, classMean(label), `the mean ${names[label]}`),
+      figure(i, classMean(goal), `the mean ${names[goal]}`)]);
+    const said = off.map((k, n) => [n ? (n === off.length - 1 ? " and " : ", ") : "",
+      link(toFeature(k), `feature ${k}`), looked(k)]);
+    return [el("p", { class: "big" }, `Without ${off1} this ${names[label]} is a ` +
+      `${names[after]} to the network.`),
+    el("p", {}, "So here is one true thing about it: it tells this ", names[label], " from a ",
+      names[goal], " by ", said, ". ", WORDS),
+    el("div", { class: "row" }, pictures), drawn.length ? soft(PLACES, ".") : "",
+    el("p", {}, "It holds beyond this image: below is what separates the two on all of theirs. ",
+      drawLink(image, off, "See it in the drawing view, and draw your own"))];
+  }
   return [first, second, third, fourth];
 }
 function tour() {
   if (!meta.tests?.tour) return "";
-  const made = tourSteps(), n = asked("step", made.length, address().get("step") === "end" ? null
-    : 0);
-  if (n === null) return el("p", {}, el("a", { href: to("story"), id: "tourAgain" },
-    "Take the guided tour"));
-  const titles = ["An image", "What fired", "Switch off", "What you saw"];
+  const made = tourSteps(), n = asked("step", made.length, 0);
+  if (address().get("step") === "end")
+    return el("p", {}, el("a", { href: to("story"), id: "tourAgain" }, "Take the guided tour"));
+  const last = made.length - 1, titles = ["An image", "What fired", "Switch off", "What you saw"];
   return el("section", { class: "card", id: "tour", "aria-label": "Guided tour" },
     el("p", { class: "soft" }, `Guided tour, ${n + 1} of ${made.length}: ${titles[n]}`), made[n](),
     el("nav", { "aria-label": "Tour" },
-      n > 0 && link(to("story", { step: n - 1 }), "← back") || "",
-      n < made.length - 1 ? el("a", { id: "tourNext", class: "main",
-        href: to("story", { step: n + 1 }) },
-        ["Why?", "Let me try", "And so?"][n] + " →") : "",
-      el("a", { href: to("story", { step: "end" }) }, n === made.length - 1 ? "close"
-        : "skip the tour")));
+      n > 0 && link(to("story", { step: n - 1 }), "← back"),
+      n < last && el("a", { id: "tourNext", class: "main", href: to("story", { step: n + 1 }) },
+        ["Why?", "Let me try", "And so?"][n] + " →"),
+      link(to("story", { step: "end" }), n === last ? "close" : "skip the tour")));
 }
 /* What makes most of the lead of a over b on the images of a, and more than on those of b. */
-const separating = (a, b, n) => largest(n, i => parts(a, i, a, b) > parts(b, i, a, b) ? parts(a, i,
-  a, b) : 0);
+function separating(a, b, n) {
+  return largest(n, i => parts(a, i, a, b) > parts(b, i, a, b) ? parts(a, i, a, b) : 0);
+}
 function apart() {
   const [a, b] = meta.tests?.pair ?? [0, Math.min(1, C - 1)];
-  const side = (c, d) => el("div", {},
-    el("h3", {}, `It is a ${names[c]} and no ${names[d]} if it sees`),
-    el("ul", { class: "units" }, separating(c, d, 3).map(i => featureRow(features[i].feature,
-      parts(c, i, c, d), { note: `fires on ${percent(frequency(i, c), 0)} of ${names[c]}s, on ` +
-        `${percent(frequency(i, d), 0)} of ${names[d]}s` }))));
-  const most = meta.tests?.errors ? `${names[a]} and ${names[b]} are the two it most often ` +
-    `takes for one another. ` : "";
+  const row = (c, d) => i => featureRow(features[i].feature, parts(c, i, c, d), {
+    picture: features[i].drawing && sketch(i, 96, classMean(c)),
+    note: `fires on ${percent(frequency(i, c), 0)} of ${names[c]}s, on ` +
+      `${percent(frequency(i, d), 0)} of ${names[d]}s` });
+  const side = (c, d) => el("div", {}, el("h3", {}, `For ${names[c]}, against ${names[d]}, speak`),
+    el("ul", { class: "units large" }, separating(c, d, 3).map(row(c, d))));
+  const most = meta.tests?.errors
+    ? `${names[a]} and ${names[b]} are the two that it most often takes for one another. ` : "";
   return [el("h2", {}, `How it tells a ${names[a]} from a ${names[b]}`),
-    el("p", {}, most, "The number is how much of the lead of one over the other a feature " +
-      "makes, on the mean image of that class. ", link(to("pair", { a, b }), "All that " +
-        "separates them")),
-    el("div", { class: "halves" }, side(a, b), side(b, a)), soft(PORTRAIT)];
+    el("p", {}, most, "Each number is how much of the lead of one over the other a feature " +
+      "makes, averaged over the images of that class. ",
+    link(to("pair", { a, b }), "All that separates them")),
+    el("div", { class: "halves" }, side(a, b), side(b, a)),
+    soft(PLACES, ", on the mean image of the class. ", WORDS)];
 }
 function diagnoses() {
   if (!meta.diagnoses.length) return "";
