@@ -13,16 +13,20 @@ function classView() {
   const whole = () => figure.replaceChildren(classPicture(c, 224, forIt),
     el("figcaption", { class: "small" },
       `The mean ${names[c]}; red: ink there speaks for it, blue: against it (patterns of the ` +
-        `features below, weighted by what they add).`));
+      `features below, weighted by what they add).`));
   const onlyOne = i => figure.replaceChildren(sketch(i, 224, classMean(c)),
     el("figcaption", { class: "small" },
       `The places of feature ${features[i].feature} on the mean ${names[c]}: full outline, ink; ` +
-        `dashed, none.`));
+      `dashed, none.`));
   whole();
   const row = i => featureRow(features[i].feature, adds(c, i, c), { onlook: () => onlyOne(i),
     note: `fires on ${share(i)} of all ${names[c]}s; where it fires at all, it ` +
       `${does(features[i])}` });
-  const forSum = classes.map(d => d === c ? null : [d, largest(1, i => parts(c, i, c, d))[0]]);
+  function keeps(d) {
+    const [i] = largest(1, j => parts(c, j, c, d)), f = features[i];
+    return f ? el("li", {}, link(to("pair", { a: c, b: d }), `a ${names[d]}`), ": ",
+      link(toFeature(f.feature), `feature ${f.feature}`), `, ${looksFor(f)}`) : "";
+  }
   main.replaceChildren(el("h2", {}, `What makes a ${names[c]}`),
     classLinks("Class", d => to("class", { class: d }), c),
     el("div", { class: "aside" }, el("div", { class: "pinned" }, figure,
@@ -30,13 +34,8 @@ function classView() {
     el("div", {}, featureRows(`These speak for ${names[c]}`, forIt.map(row)),
       featureRows(`These speak against ${names[c]}, on images of ${names[c]}s`, against.map(row)),
       el("h3", {}, `What most keeps a ${names[c]} from being read as`),
-      el("ul", { class: "plain" }, forSum.filter(x => x !== null &&
-        x[1] !== undefined).map(([d, i]) =>
-        el("li", {}, link(to("pair", { a: c, b: d }), `a ${names[d]}`), ": ",
-          link(toFeature(features[i].feature), `feature ${features[i].feature}`),
-          `, ${looksFor(features[i])}`))),
+      el("ul", { class: "plain" }, classes.filter(d => d !== c).map(keeps)),
       soft(`The number is what a feature adds to the score of ${names[c]}, the mean over all ` +
         `${n.toLocaleString("en")} validation images of the class; it is 0 on those that do not ` +
-          `fire it. `,
-      ADDS, " ", NOT_SUMS))));
+        "fire it. ", ADDS, " ", NOT_SUMS))));
 }

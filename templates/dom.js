@@ -69,20 +69,15 @@ const digit = (source, slot, label, size) => picture(label, size, `${source}${sl
   p => grey(255 - arrays[source][slot * P + p]));
 const testDigit = (t, size, label = `a ${name(meta.tests.labels[t])}`) =>
   digit("tests", t, label, size);
-function heatColour(v) { /* -1 blue, 0 white, 1 red */
-  const t = Math.max(-1, Math.min(1, v)), fade = 1 - Math.abs(t);
-  return t > 0 ? [178 + 77 * fade, 24 + 231 * fade, 43 + 212 * fade]
-    : [33 + 222 * fade, 102 + 153 * fade, 172 + 83 * fade];
-}
-function tinted(p, ink, v) { /* grey ink under red or blue, where v is large and ink is common */
-  const t = Math.min(1, 1.3 * Math.max(0, Math.abs(v) - .15)) * common(p), base = 255 - .6 * ink;
-  const colour = v > 0 ? [178, 24, 43] : [33, 102, 172];
-  return colour.map(c => base + t * (c - base));
-}
-function driving(ink, v) { /* the same, for one image: the stronger, the more colour */
-  const base = 255 - ink, colour = v > 0 ? [178, 24, 43] : [33, 102, 172];
-  return colour.map(c => base + Math.abs(v) ** .5 * (c - base));
-}
+/* Grey, and over it a share t of red for what is above 0 or of blue for what is below. */
+const RED = [178, 24, 43], BLUE = [33, 102, 172];
+const mixed = (base, v, t) => (v > 0 ? RED : BLUE).map(c => base + t * (c - base));
+const heatColour = v => mixed(255, v, Math.min(1, Math.abs(v)));
+/* Ink under a pattern's value v: coloured where v is large and ink is common. */
+const tinted = (p, ink, v) =>
+  mixed(255 - .6 * ink, v, common(p) * Math.min(1, 1.3 * Math.max(0, Math.abs(v) - .15)));
+/* Ink of one image, coloured by how much it drives a feature, v. */
+const driving = (ink, v) => mixed(255 - ink, v, Math.sqrt(Math.abs(v)));
 /* How usual ink is at pixel p, from 0 to 1: in some class, in a third of its images or more. */
 function common(p) {
   arrays.common ??= Float32Array.from({ length: P }, (_, q) =>
@@ -92,8 +87,7 @@ function common(p) {
 const heat = (i, p) => arrays.heats[i * P + p] / 127;
 const pattern = (i, size) =>
   picture(`pixels that fire (red) or silence (blue) feature ${features[i].feature}`, size,
-    `heat${i}`,
-    p => arrays.inked[p] ? heatColour(heat(i, p)) : [224, 224, 224]);
+    `heat${i}`, p => arrays.inked[p] ? heatColour(heat(i, p)) : [224, 224, 224]);
 /* The pattern of feature i over the mean of the images that fire it. */
 const portrait = (i, size, label = "") => picture(label, size, `portrait${i}`,
   p => tinted(p, arrays.means[i * P + p], arrays.inked[p] ? heat(i, p) : 0));
@@ -101,7 +95,7 @@ const classMean = (c, size = 0, label = "") => picture(label, size, `class${c}`,
   p => grey(255 - .7 * arrays.class_means[c * P + p]));
 const steps = { horizontal: [0, 1], vertical: [1, 0], rising: [-1, 1], falling: [1, 1] };
 function outline(context, drawing, scale) { /* the places of a claim: ink full, none dashed */
-  const kinds = [[drawing.absent, "33, 102, 172", [1, .7]], [drawing.there, "178, 24, 43", []]];
+  const kinds = [[drawing.absent, BLUE, [1, .7]], [drawing.there, RED, []]];
   for (const [places, colour, dash] of kinds) for (const [row, col, shape, length] of places) {
     context.save();
     context.scale(scale, scale);
@@ -127,9 +121,9 @@ function sketch(i, size, background = null) { /* the places of feature i's claim
   canvas.style.width = `${size}px`;
   const context = canvas.getContext("2d");
   context.imageSmoothingEnabled = false;
-  const mean = background ?? picture("", 0, `mean${i}`,
-    p => grey(255 - .7 * arrays.means[i * P + p]));
-  context.drawImage(mean, 0, 0, canvas.width, canvas.height);
+  const mean = p => grey(255 - .7 * arrays.means[i * P + p]);
+  const under = background ?? picture("", 0, `mean${i}`, mean);
+  context.drawImage(under, 0, 0, canvas.width, canvas.height);
   outline(context, drawing, canvas.width / W);
   return canvas;
 }
@@ -139,18 +133,15 @@ function bars(title, rows, more = {}) {
   const values = rows.map(r => r.value).concat(rows.map(r => r.before ?? 0), 0);
   const low = more.low ?? Math.min(...values), high = more.high ?? Math.max(...values, low + 1e-9);
   const at = v => 100 * (Math.max(low, Math.min(high, v)) - low) / (high - low);
+  const span = (kind, style, ...words) => el("span", { class: kind, style }, ...words);
   const lines = rows.map(r => {
     const from = Math.min(at(r.value), at(0)), wide = Math.abs(at(r.value) - at(0));
-    const mark = r.before === undefined ? null
-      : el("span", { class: "before", style: `left:${at(r.before)}%` });
-    return el("li", {}, el("span", { class: "label" }, r.label), el("span", { class: "track" },
-      el("span", { class: r.value < 0 ? "bar minus" : "bar",
-        style: `left:${from}%;width:${wide}%` }),
-      el("span", { class: "zero", style: `left:${at(0)}%` }), mark),
-    el("span", { class: "value" }, r.text ?? number(r.value)));
+    const bar = span(r.value < 0 ? "bar minus" : "bar", `left:${from}%;width:${wide}%`);
+    const before = r.before !== undefined && span("before", `left:${at(r.before)}%`);
+    const track = span("track", null, bar, span("zero", `left:${at(0)}%`), before);
+    return el("li", {}, span("label", null, r.label), track, span("value", null, r.text));
   });
-  const heading = title ? el(more.level ?? "h3", {}, title) : null;
-  return el("div", { class: "chart" }, heading,
+  return el("div", { class: "chart" }, title && el("h3", {}, title),
     el("ul", { class: "bars", id: more.id, ...more.data }, lines), more.note && soft(more.note));
 }
 /* The scores of the classes that matter: all, or the ten highest of many. */
@@ -161,10 +152,9 @@ function shownClasses(logits) {
 }
 function scores(title, logits, more = {}) {
   const p = softmax(logits), best = argmax(p);
-  const rows = shownClasses(more.before ?? logits).map(c => ({ value: logits[c],
-    before: more.before?.[c],
-    label: c === best ? el("b", {}, name(c)) : name(c),
-      text: `${signed(logits[c])} (${sure(p[c])})` }));
+  const rows = shownClasses(more.before ?? logits).map(c => ({
+    label: c === best ? el("b", {}, names[c]) : names[c], value: logits[c],
+    before: more.before?.[c], text: `${signed(logits[c])} (${sure(p[c])})` }));
   const data = { "data-logits": [...logits].join(" ") };
   return bars(title, rows, { data, ...more });
 }
@@ -175,14 +165,13 @@ function columns(title, values, labels, height = 110, width = 300) { /* upright 
     "aria-label": `${title}: ${words}` };
   const chart = svg("svg", { width, height, ...box });
   [...values].forEach((v, i) => {
-    const tall = (height - 34) * v / high, y = height - 20 - tall;
-    chart.append(svg("rect", { x: i * w + 1.5, width: Math.max(1, w - 3), y,
-      height: Math.max(.5, tall),
-      class: "column" }, svg("title", {}, `${labels[i]}: ${number(v)}`)));
-    const first = i === 0 && labels[i].length > 3, last = i === values.length - 1 &&
-      labels[i].length > 3;
-    const x = first ? 0 : last ? width : (i + .5) * w, anchor = first ? "start" : last ? "end"
-      : "middle";
+    const tall = (height - 34) * v / high, wide = labels[i].length > 3, last = values.length - 1;
+    const bar = { x: i * w + 1.5, width: Math.max(1, w - 3), y: height - 20 - tall,
+      height: Math.max(.5, tall), class: "column" };
+    chart.append(svg("rect", bar, svg("title", {}, `${labels[i]}: ${number(v)}`)));
+    let x = (i + .5) * w, anchor = "middle"; /* wide labels stay inside at either end */
+    if (wide && i === 0) [x, anchor] = [0, "start"];
+    if (wide && i === last) [x, anchor] = [width, "end"];
     chart.append(svg("text", { x, y: height - 6, "text-anchor": anchor }, labels[i]));
   });
   chart.append(svg("text", { x: 0, y: 11 }, `highest: ${number(high)}`));

@@ -82,8 +82,7 @@ function paintInk() {
   shown.context.strokeRect(live.pen[0] - 5, live.pen[1] - 5, 10, 10);
 }
 function paintSeen() { /* what the network sees; red and blue: how it drives the watched feature */
-  const i = live.watched === null ? undefined : place.get(live.watched),
-    driven = new Float32Array(P);
+  const i = place.get(live.watched), driven = new Float32Array(P);
   if (i !== undefined) for (let p = 0; p < P; p++) driven[p] = live.pixels[p] * heat(i, p);
   const most = driven.reduce((a, v) => Math.max(a, Math.abs(v)), 1e-9);
   const paint = p => i === undefined ? grey(255 - 255 * live.pixels[p])
@@ -96,20 +95,19 @@ function paintSeen() { /* what the network sees; red and blue: how it drives the
       (places ? "; its places" : ""));
 }
 function paintScores(before, after) {
-  const p = softmax(after), q = softmax(before), says = argmax(p), said = argmax(q),
-    rows = shownClasses(before);
+  const p = softmax(after), q = softmax(before), says = argmax(p), said = argmax(q);
+  const rows = shownClasses(before);
   if (String(rows) !== shown.rows) {
     shown.rows = String(rows);
-    shown.lines = rows.map(c => [c, el("span", { class: "label" }, names[c]),
-      el("span", { class: "bar" }),
-      el("span", { class: "zero" }), el("span", { class: "before" }),
-        el("span", { class: "value" })]);
+    const span = (kind, ...words) => el("span", { class: kind }, ...words);
+    shown.lines = rows.map(c => [c, span("label", names[c]), span("bar"), span("zero"),
+      span("before"), span("value")]);
     shown.bars.replaceChildren(...shown.lines.map(([, label, bar, zero, old, value]) =>
       el("li", {}, label, el("span", { class: "track" }, bar, zero, old), value)));
   }
   const every = rows.flatMap(c => [before[c], after[c], 0]);
-  const low = 5 * Math.floor(Math.min(...every) / 5),
-    high = 5 * Math.ceil(Math.max(...every) / 5) || 5;
+  const low = 5 * Math.floor(Math.min(...every) / 5);
+  const high = 5 * Math.ceil(Math.max(...every) / 5) || 5;
   const at = v => 100 * (v - low) / (high - low), zero0 = at(0);
   for (const [c, label, bar, zero, old, value] of shown.lines) {
     const x = at(after[c]);
@@ -119,13 +117,11 @@ function paintScores(before, after) {
     zero.style.left = `${zero0}%`;
     old.style.left = `${at(before[c])}%`;
     label.style.fontWeight = c === says ? 700 : 400;
-    const text = `${signed(after[c])} (${sure(p[c])})`;
-    write(value, text);
+    write(value, `${signed(after[c])} (${sure(p[c])})`);
   }
   write(shown.axis, `scores from ${low} to ${high}; thin line: without your changes`);
   write(shown.says, `The network says ${names[said]} (${sure(q[said])})`);
-  write(shown.changed, live.change.size
-    ? `with your changes ${names[says]} (${sure(p[says])})`
+  write(shown.changed, live.change.size ? `with your changes ${names[says]} (${sure(p[says])})`
     : "switch features off to change that");
   const alone = softmax(head(through(live.result.feature))), best = argmax(alone);
   write(shown.through, `From its features alone: ${names[best]} (${sure(alone[best])}).`);
@@ -134,8 +130,7 @@ function paintScores(before, after) {
 }
 function tileOf(k) {
   if (shown.tiles.has(k)) return shown.tiles.get(k);
-  const i = place.get(k), f = features[i] ?? null, title = el("a", { href: toFeature(k) },
-    `Feature ${k}`);
+  const i = place.get(k), f = features[i] ?? null, title = link(toFeature(k), `Feature ${k}`);
   const slider = el("input", { type: "range", id: `set${k}`, min: 0, step: "any",
     "aria-label": `activation of feature ${k}`,
     oninput: () => { setFeature(k, Number(slider.value)); schedule(); } });
@@ -271,41 +266,38 @@ function leaveDrawing() {
 function build() {
   const bar = el("ul", { class: "bars" });
   Object.assign(shown, { bars: bar, axis: soft(""), through: soft(""),
-    says: el("span", { id: "says" }),
-    changed: el("b", { id: "changed" }), why: soft(""), places: el("div", {}), rows: "",
+    says: el("span", { id: "says" }), changed: el("b", { id: "changed" }), rows: "",
+    why: soft(""), places: el("div", {}),
     empty: el("p", { id: "empty" }, "Draw in the square, or take a test image."),
     seen: picture("what the network sees", 84, null, () => [255, 255, 255]) });
-  const rub = button("eraser", () => { live.rub = !live.rub; rub.setAttribute("aria-pressed",
-    live.rub); },
-    { id: "rub", "aria-pressed": "false" });
+  const rub = button("eraser", () => {
+    live.rub = !live.rub;
+    rub.setAttribute("aria-pressed", live.rub);
+  }, { id: "rub", "aria-pressed": "false" });
   const controls = el("div", { class: "controls" }, button("undo", undo, { id: "undo" }), rub,
     button("clear", wipe, { id: "clear" }));
-  const reset = button("undo my changes", () => { live.change.clear(); refresh(); },
-    { id: "reset" });
-  const pick = meta.tests && strip("Test images",
-    tests().filter(t => !isError(t)).concat(tests().filter(isError).slice(0, 20)),
-    t => to("draw", { image: t }), null, t => isError(t) ? `${name(meta.tests.labels[t])}, error`
-      : name(meta.tests.labels[t]));
+  const forget = () => { live.change.clear(); refresh(); };
+  const reset = button("undo my changes", forget, { id: "reset" });
+  const some = [...tests().filter(t => !isError(t)), ...tests().filter(isError).slice(0, 20)];
+  const words = t => name(meta.tests.labels[t]) + (isError(t) ? ", error" : "");
+  const pick = strip("Test images", some, t => to("draw", { image: t }), null, words);
   shown.sheet = [el("div", { id: "drawing" },
     el("div", {}, sheet(), controls, soft("By keyboard: arrows move the pen (Shift: finely), " +
       "space puts it down or lifts it. A drawing is centred and scaled as the network's images " +
-        "were; a test image is taken as it is, and can be " +
-          "edited."), el("div", { class: "controls" }, shown.seen,
-        shown.places), shown.why),
+      "were; a test image is taken as it is, and can be edited."),
+    el("div", { class: "controls" }, shown.seen, shown.places), shown.why),
     el("div", { id: "predictions" }, shown.empty, el("p", {}, shown.says, ", ", shown.changed, "."),
       bar, shown.axis, shown.through),
     el("div", {}, el("div", { class: "controls" }, el("h3", {}, "What fires"), reset),
       el("p", { id: "count", class: "small soft" }),
       el("ul", { class: "units", id: "active" }))),
-  el("h3", {}, "Or take a test image, and change it"), pick || noTests()];
+  el("h3", {}, "Or take a test image, and change it"), meta.tests ? pick : noTests()];
 }
 function drawView() {
   const why = meta.without_drawing || "This page was written without the network's weights.";
   if (!meta.network) {
-    main.replaceChildren(el("h2", {}, "Draw"), el("p", { id: "without" },
-      `There is nothing to draw on here: ${why} Everything else on this page was computed when ` +
-        `it was written.`));
-    return;
+    return main.replaceChildren(el("h2", {}, "Draw"), el("p", { id: "without" }, "There is " +
+      `nothing to draw on here: ${why} All else on this page was computed when it was written.`));
   }
   if (!shown.sheet) build();
   main.replaceChildren(el("h2", {}, "Draw, and look inside"), ...shown.sheet);

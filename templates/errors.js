@@ -3,17 +3,16 @@ function habits(k, label, says) { /* what a feature does on other images, those 
   const i = place.get(k);
   if (i === undefined) return `Feature ${k} is not on this page.`;
   const f = features[i];
-  return [link(toFeature(k), `Feature ${k}`), `: on all ${names[says]}s it makes `,
-    el("b", {}, signed(parts(says, i, says, label))),
-      ` of their lead over ${names[label]}, on all ${names[label]}s ` +
-        ``, el("b", {}, signed(parts(label, i, says, label))),
-      ` of that same lead. Removed from every test image, alone, it would mend ` +
-        `${plural(f.mends, "error")} and make ${plural(f.breaks, "right prediction")} wrong.`];
+  const [there, here] = [says, label].map(of => el("b", {}, signed(parts(of, i, says, label))));
+  return [link(toFeature(k), `Feature ${k}`), `: on all ${names[says]}s it makes `, there,
+    ` of their lead over ${names[label]}, on all ${names[label]}s `, here, " of that same lead. " +
+    `Removed from every test image, alone, it would mend ${plural(f.mends, "error")} and make ` +
+    `${plural(f.breaks, "right prediction")} wrong.`];
 }
 function mending(t, label, says) {
   const off = meta.tests.mending[t];
-  if (!off.length) return el("p", { id: "mending" },
-    "No set of its features was found whose removal mends it.");
+  if (!off.length)
+    return el("p", { id: "mending" }, "No set of its features was found whose removal mends it.");
   const after = arrays.mended_logits.subarray(t * C, (t + 1) * C), p = softmax(after);
   const only = off.length === 1 ? "this one" : `these ${off.length}`;
   return [el("p", { id: "mending", "data-off": off.join(" ") },
@@ -29,26 +28,24 @@ function oneError(t) {
   const label = meta.tests.labels[t], says = reading(t), p = softmax(testLogits(t));
   const rows = firing(t).map(u => ({ ...u, part: u.adds[says] - u.adds[label] }))
     .sort((a, b) => b.part - a.part);
+  const guilty = rows.filter(u => u.part > 0), against = rows.filter(u => u.part < 0).reverse();
   const row = u => featureRow(u.k, u.part,
     { note: `its part of the lead of ${names[says]} over ${names[label]} here` });
   return el("div", { id: "error" },
     el("h3", {}, `Test image ${meta.tests.number[t]}: a ${names[label]}, read as ${names[says]} ` +
       `(${sure(p[says])})`),
-    el("div", { class: "row" }, testDigit(t, 140), scores("", testLogits(t),
-      { id: "errorScores" })),
+    el("div", { class: "row" }, testDigit(t, 140), scores("", testLogits(t))),
     mending(t, label, says),
-    featureRows(`Responsible: they speak for ${names[says]}`, rows.filter(u => u.part > 0).slice(0,
-      6).map(row)),
-    featureRows(`They speak for ${names[label]}, in vain`,
-      rows.filter(u => u.part < 0).reverse().slice(0, 4).map(row)),
+    featureRows(`Responsible: they speak for ${names[says]}`, guilty.slice(0, 6).map(row)),
+    featureRows(`They speak for ${names[label]}, in vain`, against.slice(0, 4).map(row)),
     soft(ADDS, " ", NOT_SUMS));
 }
 function errorsView() {
   const said = meta.tests;
   if (!said) return main.replaceChildren(el("h2", {}, "Errors"), noTests());
   const n = said.shown_errors, t = asked("image", n, n ? 0 : null), label = asked("label", C, null);
-  const every = [...Array(n).keys()], shown = every.filter(e => label === null ||
-    said.labels[e] === label);
+  const every = [...Array(n).keys()];
+  const shown = every.filter(e => label === null || said.labels[e] === label);
   const keep = label === null ? {} : { label };
   const which = n < said.errors ? `Shown are the ${n} whose own class is furthest behind. ` : "";
   const filter = choose("Errors on", [["all", to("errors"), null],

@@ -24,8 +24,8 @@ function selection() {
 function choice(field, title, options) {
   const fill = () => { chosen[field] = byId(field).value; fillGrid(); };
   return el("label", { class: "small" }, title + " ", el("select", { id: field, onchange: fill },
-    options.map(([value, text]) => el("option", { value, selected: value === chosen[field] },
-      text))));
+    options.map(([value, text]) =>
+      el("option", { value, selected: value === chosen[field] }, text))));
 }
 function fillGrid() {
   const list = selection();
@@ -36,8 +36,8 @@ function fillGrid() {
     `${percent(f.density)} ${f.confidence ?? ""}`))));
 }
 function filters() {
-  const same = words => words.map(word => [word, word]),
-    labels = classes.map(c => [String(c), names[c]]);
+  const same = words => words.map(word => [word, word]);
+  const labels = classes.map(c => [String(c), names[c]]);
   const verdicts = same(["explained", "confirmed", "inconclusive", "refuted", "no hypothesis"]);
   return el("div", { class: "row" }, choice("sort", "sort by", same(Object.keys(sorts))),
     choice("label", "fires most on", [["", "any"], ...labels]),
@@ -54,33 +54,32 @@ function mapOf(here, size) { /* every feature in its place; `here` is marked and
   const box = el("div", { id: "map", style: `width:${side * size}px;height:${side * size}px` });
   features.forEach((f, i) => {
     const [x, y] = cells[i], kind = f === here ? "here" : near.has(f.feature) ? "near" : "";
-    box.append(el("a", { href: toFeature(f.feature), class: kind,
-      title: `${f.feature}: ${looksFor(f)}`,
-      "aria-label": `feature ${f.feature}${kind && `, ${kind}`}`,
-      style: `left:${x * size}px;top:${y * size}px;width:${size}px;height:${size}px` },
-        portrait(i, size - 4)));
+    const style = `left:${x * size}px;top:${y * size}px;width:${size}px;height:${size}px`;
+    box.append(el("a", { href: toFeature(f.feature), class: kind, style,
+      title: `${f.feature}: ${looksFor(f)}`, "aria-label": `feature ${f.feature} ${kind}` },
+    portrait(i, size - 4)));
   });
   return el("div", { class: "scroll" }, box);
 }
 function mapView() {
   return [el("p", { class: "small" },
     `Features whose directions in the network are alike lie near one another (Laplacian ` +
-      `eigenmaps of the nearest neighbours by cosine; each is moved to the nearest free place). ` +
-        `Two dimensions cannot show ${meta.network?.d_in ?? "many"}: only for ` +
-          `${percent(meta.map.kept, 0)} of the features is the true nearest neighbour among the ` +
-            `ten nearest here. Trust the list in each feature's view, where the true ones are ` +
-              `named.`), mapOf(null, 36)];
+    `eigenmaps of the nearest neighbours by cosine; each is moved to the nearest free place). ` +
+    `Two dimensions cannot show ${meta.network?.d_in ?? "many"}: only for ` +
+    `${percent(meta.map.kept, 0)} of the features is the true nearest neighbour among the ` +
+    `ten nearest here. Trust the list in each feature's view, where the true ones are ` +
+    `named.`), mapOf(null, 36)];
 }
 function scatter() {
   const shown = features.filter(f => f.auroc !== null && f.density > 0), width = 600, height = 300;
   if (!shown.length) return soft("No statement was tested on enough images to draw this.");
-  const logs = shown.map(f => Math.log10(f.density)), from = Math.min(...logs) - .1,
-    till = Math.max(...logs) + .1;
-  const low = Math.min(...shown.map(f => f.auroc)) - .01,
-    high = Math.min(1, Math.max(...shown.map(f => f.auroc)) + .01);
+  const logs = shown.map(f => Math.log10(f.density)), aurocs = shown.map(f => f.auroc);
+  const from = Math.min(...logs) - .1, till = Math.max(...logs) + .1;
+  const low = Math.min(...aurocs) - .01, high = Math.min(1, Math.max(...aurocs) + .01);
   const x = d => 50 + (width - 64) * (Math.log10(d) - from) / (till - from);
   const y = a => 10 + (height - 56) * (high - a) / (high - low), gap = high - low > .25 ? .1 : .05;
-  const chart = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, id: "scatter" });
+  const chart = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, id: "scatter",
+    role: "img", "aria-label": `AUROC of ${shown.length} statements by rate of firing` });
   for (let a = Math.ceil(low / gap) * gap; a <= high + 1e-9; a += gap)
     chart.append(svg("text", { x: 44, y: y(a) + 4, "text-anchor": "end" }, a.toFixed(2)),
       svg("line", { x1: 48, x2: width - 10, y1: y(a), y2: y(a), class: "axis" }));
@@ -91,19 +90,21 @@ function scatter() {
   }
   chart.append(svg("text", { x: width / 2, y: height - 6, "text-anchor": "middle" },
     "share of images that fire it"));
-  for (const f of shown) chart.append(svg("circle", { cx: x(f.density), cy: y(f.auroc), r: 5,
-    class: "point",
-    "data-feature": f.feature, onclick: () => { location.hash = toFeature(f.feature); } },
-  svg("title", {}, `Feature ${f.feature}: ${f.statement ?? ""}`)));
-  put(chart, { role: "img", "aria-label": `AUROC of ${shown.length} statements by how often the ` +
-    `feature fires` }, []);
+  for (const f of shown) {
+    const open = () => { location.hash = toFeature(f.feature); };
+    const point = { cx: x(f.density), cy: y(f.auroc), r: 5, class: "point", onclick: open };
+    chart.append(svg("circle", point,
+      svg("title", {}, `Feature ${f.feature}: ${f.statement ?? ""}`)));
+  }
   return el("div", { class: "scroll", tabindex: 0, role: "group", "aria-label": "chart" }, chart);
 }
 function densities() {
   const counts = new Array(12).fill(0);
   const labels = counts.map((_, i) => i % 3 ? "" : ["0.01%", "0.1%", "1%", "10%"][i / 3]);
-  features.forEach(f => counts[Math.max(0,
-    Math.min(11, Math.floor(3 * (Math.log10(f.density || 1e-9) + 4))))]++);
+  for (const f of features) {
+    const third = Math.floor(3 * (Math.log10(f.density || 1e-9) + 4)); /* of a power of ten */
+    counts[Math.max(0, Math.min(11, third))]++;
+  }
   return columns("Features by the share of images that fire them (the first column: all rarer)",
     counts, labels, 150, 420);
 }
@@ -116,7 +117,7 @@ function chartsView() {
   return [el("h3", {}, "Every point is a feature; point at one, click to open"),
     soft("Upwards: how well the statement about it predicts, on unseen images, where it fires " +
       "(AUROC: 1 always right, 0.5 guessing). The same numbers, to read and sort: the list, by " +
-        "AUROC or firing rate."),
+      "AUROC or firing rate."),
     scatter(), densities()];
 }
 function featuresView() {
@@ -127,8 +128,8 @@ function featuresView() {
   if (as === "list") fillGrid();
 }
 function gridKeys(e) { /* the arrow keys move through the list */
-  const cells = [...document.querySelectorAll("#grid a")],
-    now = cells.indexOf(document.activeElement);
+  const cells = [...document.querySelectorAll("#grid a")];
+  const now = cells.indexOf(document.activeElement);
   if (!cells.length || !e.key.startsWith("Arrow")) return;
   const across = Math.max(1, cells.filter(c => c.offsetTop === cells[0].offsetTop).length);
   const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -across, ArrowDown: across }[e.key];

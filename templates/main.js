@@ -1,8 +1,8 @@
 /* Which view the address asks for, and the keys that work in every view. */
-const views = { story: ["Story", storyView], class: ["A class", classView], pair: ["Two classes",
-  pairView],
-  errors: ["Errors", errorsView], features: ["Features", featuresView], draw: ["Draw", drawView],
-  feature: [null, featureView], two: [null, twoView] };
+const views = { story: storyView, class: classView, pair: pairView, errors: errorsView,
+  features: featuresView, draw: drawView, feature: featureView, two: twoView };
+const inMenu = { story: "Story", class: "A class", pair: "Two classes", errors: "Errors",
+  features: "Features", draw: "Draw" };
 let current = "";
 const viewOf = () => address().get("view") ?? (address().has("feature") ? "feature" : "story");
 
@@ -18,7 +18,7 @@ function route() {
   const view = viewOf() in views ? viewOf() : "story", same = view === current;
   const back = same ? focusKey(document.activeElement) : null;
   current = view;
-  views[view][1]();
+  views[view]();
   document.querySelectorAll("#views a").forEach(a =>
     a.setAttribute("aria-current", a.dataset.view === view ? "page" : "false"));
   const heading = main.querySelector("h2")?.textContent ?? "";
@@ -33,8 +33,8 @@ function leave() {
   const { image, step } = Object.fromEntries(address());
   if (current === "draw") return leaveDrawing();
   if (current === "feature" || current === "two") return history.length > 1 ? history.back() : null;
-  if (current === "story" && step !== "end" && meta.tests?.tour) location.hash = to("story",
-    { step: "end" });
+  if (current === "story" && step !== "end" && meta.tests?.tour)
+    location.hash = to("story", { step: "end" });
   else if (image !== undefined) {
     const rest = address();
     rest.delete("image");
@@ -47,16 +47,15 @@ function keys(e) {
   if (/^(INPUT|SELECT|TEXTAREA|CANVAS)$/.test(e.target.tagName)) return;
   if (e.target.closest?.("[role=group]")) return;
   if (current === "feature" && (e.key === "ArrowLeft" || e.key === "ArrowRight")) {
-    const list = selection().map(([f]) => f.feature),
-      at = list.indexOf(Number(address().get("feature")));
+    const list = selection().map(([f]) => f.feature);
+    const at = list.indexOf(Number(address().get("feature")));
     const by = e.key === "ArrowRight" ? 1 : -1;
     if (list.length) location.hash = toFeature(list[(at + by + list.length) % list.length]);
   } else if (current === "features") gridKeys(e);
 }
 function start() {
   byId("title").textContent = meta.title;
-  byId("views").append(...Object.entries(views).filter(([, [title]]) =>
-    title).map(([view, [title]]) =>
+  byId("views").append(...Object.entries(inMenu).map(([view, title]) =>
     el("a", { href: to(view), "data-view": view }, title)));
   document.addEventListener("keydown", keys);
   addEventListener("hashchange", route);

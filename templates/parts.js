@@ -44,21 +44,22 @@ const card = i => el("a", { class: "tile", href: toFeature(features[i].feature) 
   el("span", {}, looksFor(features[i])), el("span", { class: "soft" }, does(features[i])));
 /* Test images to choose from: links that keep the view. */
 function strip(title, tests, href, chosen, words = t => name(meta.tests.labels[t])) {
-  return el("nav", { "aria-label": title, class: "strip" }, tests.map(t => el("a", { href: href(t),
-    "aria-current": t === chosen && "true", "aria-label": `test image ${meta.tests.number[t]}, ` +
-      `a ${name(meta.tests.labels[t])}${isError(t) ? `, read as ${name(reading(t))}` : ""}` },
-  testDigit(t, 44, ""), el("span", {}, words(t)))));
+  const said = t => `test image ${meta.tests.number[t]}, a ${name(meta.tests.labels[t])}` +
+    (isError(t) ? `, read as ${name(reading(t))}` : "");
+  return el("nav", { "aria-label": title, class: "strip" }, tests.map(t => el("a",
+    { href: href(t), "aria-current": t === chosen && "true", "aria-label": said(t) },
+    testDigit(t, 44, ""), el("span", {}, words(t)))));
 }
 const reading = t => argmax([...testLogits(t)]);
 const isError = t => t < meta.tests.shown_errors;
 const tests = () => [...(meta.tests?.labels.keys() ?? [])];
 const noTests = () => soft("This page was written without test images.");
-const drawLink = (t, off = [], words = "Open it in the drawing view") => meta.network
-  ? link(to("draw", { image: t, ...(off.length && { set: off.map(k => `${k}:0`).join(",") }) }),
-    words)
-  : "";
-const classLinks = (label, href, chosen) => choose(label, classes.map(c => [names[c], href(c), c]),
-  chosen);
+function drawLink(t, off = [], words = "Open it in the drawing view") {
+  const set = off.length ? { set: off.map(k => `${k}:0`).join(",") } : {};
+  return meta.network ? link(to("draw", { image: t, ...set }), words) : "";
+}
+const classLinks = (label, href, chosen) =>
+  choose(label, classes.map(c => [names[c], href(c), c]), chosen);
 /* A whole number of the address below `n`, or what stands in for it. */
 function asked(field, n, otherwise) {
   const value = address().get(field);

@@ -97,21 +97,20 @@ function apart() {
 }
 function diagnoses() {
   if (!meta.diagnoses.length) return "";
-  const rows = meta.diagnoses.map(d => el("li", {}, el("b", {}, d.fine ? "✓ fine" : "! attention"),
-    ` ${d.complaint}: ${number(d.value)} (${d.what ?? ""}; from ${d.limit} on it deserves ` +
-      `attention).`,
-    d.fine ? "" : ` What to do: ${d.advice}, then run again.`));
+  const row = d => el("li", {}, el("b", {}, d.fine ? "✓ fine" : "! attention"),
+    ` ${d.complaint}: ${number(d.value)} (${d.what}; beyond ${d.limit} it deserves attention).`,
+    d.fine ? "" : ` What to do: ${d.advice}, then run again.`);
   return [el("h2", {}, "How good is this SAE?"),
-    soft("Usual complaints about sparse autoencoders, each measured on this " +
-      "one."), el("ul", { class: "plain" }, rows)];
+    soft("Usual complaints about sparse autoencoders, each measured on this one."),
+    el("ul", { class: "plain" }, meta.diagnoses.map(row))];
 }
 function frontier() {
   if (meta.frontier.length < 2) return "";
   const line = (cells, tag) => el("tr", {}, cells.map(text => el(tag, {}, text)));
+  const cells = r => [r.l0.toFixed(2), r.fvu.toFixed(4), percent(r.agreement, 2)];
   return [el("h2", {}, "Sparsity against fidelity"), el("table", {},
     line(["active features per image", "FVU", "predictions kept"], "th"),
-    meta.frontier.map(r => line([r.l0.toFixed(2), r.fvu.toFixed(4), percent(r.agreement, 2)],
-      "td")))];
+    meta.frontier.map(r => line(cells(r), "td")))];
 }
 function storyView() {
   const t = meta.tests, order = largest(12, i => features[i].influence);
@@ -119,11 +118,11 @@ function storyView() {
     `on ${percent(1 - t.errors / t.n, 1)}. ` : "";
   main.replaceChildren(el("h2", {}, "The story of this network"),
     el("p", {}, `A small network looks at an image and says which of ${C} classes it shows. ` +
-      `${right}Nobody told it how. Inside, `, el("b", {}, `${meta.d_sae} features`),
-        " were found: detectors, each of which fires when it sees what it looks for, and then " +
-          "moves the scores of the classes. A ",
-    el("b", {}, "sparse autoencoder"), " (SAE) found them; only a few fire on any image."),
-    tour(), ...[apart()].flat(),
+      `${right}Nobody told it how. Inside, `, el("b", {}, `${meta.d_sae} features`), " were " +
+      "found: detectors, each of which fires when it sees what it looks for, and then moves the " +
+      "scores of the classes. A ", el("b", {}, "sparse autoencoder"), " (SAE) found them; only " +
+      "a few fire on any image."),
+    tour(), ...apart(),
     el("h2", {}, "Who does the work"),
     el("p", {}, `${plural(doing(.5), "feature")} of ${F} make half of all that single features ` +
       `do to the scores, ${doing(.9)} make 90%. The strongest:`),

@@ -190,7 +190,7 @@ def test_diagnoses_come_with_words(visit, world, tmp_path):
     overview = fp.Overview("Title", [], [said | {"fine": False}, said | {"fine": True}])
     path = write(tmp_path / "page.html", world, overview=overview)
     text = visit(path).locator("main").inner_text()
-    assert "! attention noise: 0.700 (roughness; from 0.5 on" in text
+    assert "! attention noise: 0.700 (roughness; beyond 0.5 it" in text
     assert "What to do: rest" in text
     assert text.count("rest, then") == 1
     assert "✓ fine noise" in text
