@@ -141,7 +141,7 @@ function tileOf(k) {
     { id: `watch${k}`, "aria-label": `show where feature ${k} is on the drawing` });
   const value = el("span", {}), adding = el("b", {});
   const node = el("li", { class: "unit", "data-feature": k }, i === undefined ? el("span")
-    : portrait(i, 64),
+    : portrait(i, 56),
     el("div", {}, el("div", { class: "controls" }, f ? title : `Feature ${k}`, adding),
       f && el("div", { class: "words" }, looksFor(f)), slider,
       el("div", { class: "controls" }, flip, watch, value)));
@@ -158,7 +158,7 @@ function paintTile(k, target) {
   const most = Math.max(2 * v, f?.largest ?? 1, now, 1), watched = String(live.watched === k);
   if (Number(slider.max) !== most) slider.max = most;
   if (Number(slider.value) !== now) slider.value = now;
-  write(value, now === v ? v.toFixed(2) : `${v.toFixed(2)} → ${now.toFixed(2)}`);
+  write(value, now === v ? v.toFixed(2) : `${v.toFixed(2)}→${now.toFixed(2)}`);
   write(adding, signed(add));
   adding.className = add < 0 ? "minus" : "plus";
   node.classList.toggle("off", now === 0);

@@ -24,12 +24,13 @@ function pairView() {
   const tour = meta.tests?.tour?.image, first = hand.includes(tour) ? tour : hand[0];
   const t = asked("image", tests().length, first);
   const row = (c, d) => i => featureRow(features[i].feature, parts(c, i, c, d), {
+    picture: features[i].drawing && sketch(i, 96, classMean(c)),
     note: `fires on ${percent(frequency(i, a), 0)} of ${names[a]}s, ` +
       `${percent(frequency(i, b), 0)} of ${names[b]}s; on ${names[d]}s it makes ` +
       `${signed(parts(d, i, c, d))}` });
   const words = i => isError(i) ? `${names[of(i)[0]]} read as ${names[of(i)[1]]}` : names[of(i)[0]];
-  const side = (c, d) => featureRows(`For ${names[c]}, on ${names[c]}s`,
-    separating(c, d, 8).map(row(c, d)));
+  const side = (c, d) => el("div", { class: "large" },
+    featureRows(`For ${names[c]}, on ${names[c]}s`, separating(c, d, 8).map(row(c, d))));
   main.replaceChildren(el("h2", {}, `Why ${names[a]} and not ${names[b]}?`),
     el("div", { class: "row" }, el("span", {}, "this"),
       classLinks("This class", c => to("pair", { a: c, b: c === b ? a : b }), a)),
@@ -39,7 +40,8 @@ function pairView() {
       `number is how much of that lead a feature makes, the mean over all validation images of ` +
       `the class.`),
     el("div", { class: "halves" }, side(a, b), side(b, a)),
-    el("h2", {}, "On one image"), hand.length ? "" : noTests(),
+    soft(PLACES, ", on the mean image of the class. ", WORDS),
+    el("h2", {}, "On one image"), meta.tests ? "" : noTests(),
     strip("Images at hand", hand, image => to("pair", { a, b, image }), t, words),
     t === undefined ? "" : onImage(t, a, b), soft(ADDS, " ", NOT_SUMS));
 }
