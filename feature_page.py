@@ -403,7 +403,7 @@ def write_dashboard(
     Args:
         records: of feature_report.json, with or without statements.
         network: the layer's model, with which the page computes: one can draw an image and
-            switch features off. The SAE then needs all SAE_WEIGHTS, otherwise only W_dec.
+            switch features off. The SAE then needs all SAE_WEIGHTS.
         tests: unseen images; the page shows the errors among them, and some others.
 
     Raises ValueError for images that are not grey, patterns or `inked` of another shape, and

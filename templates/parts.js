@@ -4,7 +4,7 @@ const ADDS = "What a feature adds is what the score loses when this feature alon
 const NOT_SUMS = "A network is not a sum: what two features add is not what both together add, " +
   "so these numbers do not sum to the score.";
 const PLACES = "Full red outlines are where a feature looks for ink, dashed blue ones where it " +
-  "wants none";
+  "wants none (searched for apart from the words)";
 const WORDS = "A bar is horizontal, a stem vertical, a slash rises, a backslash falls, ink is any.";
 const PORTRAIT = "Each picture: in grey the mean of the images that fire the feature, in red " +
   "where ink helps to fire it, in blue where ink keeps it silent. " + WORDS;
