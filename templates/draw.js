@@ -40,7 +40,8 @@ function setFeature(k, value) {
 function keepAddress() { /* a test image and what is switched is short enough for the address */
   const set = [...live.change].map(([k, v]) => `${k}:${+v.toFixed(3)}`).join(",");
   const short = live.image === null ? {} : { image: live.image, ...(set && { set }) };
-  if (current === "draw") history.replaceState(null, "", to("draw", short));
+  if (viewOf() === "draw") /* not where a link was followed a moment ago */
+    history.replaceState(null, "", to("draw", short));
 }
 function readAddress() {
   const t = asked("image", tests().length, null), set = address().get("set");

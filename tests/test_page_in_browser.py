@@ -515,6 +515,11 @@ def test_a_slider_stays_under_the_pointer_all_the_way(drawn):
 
 def test_a_drawing_and_its_switches_survive_a_look_at_a_feature(drawn):
     k = int(drawn.locator("#active .unit").first.get_attribute("data-feature"))
+    drawn.locator("#draw").focus()  # it redraws when it loses focus, and must not call us back
+    drawn.click(f"#active >> text='Feature {k}'")
+    wait_for_feature(drawn, k)
+    drawn.keyboard.press("Escape")
+    drawn.wait_for_selector("#changed")
     drawn.click(f"#flip{k}")
     before, pixels = logits_text(drawn, "changed"), pixels_of(drawn)
     drawn.click(f"#active >> text='Feature {k}'")
