@@ -2883,7 +2883,7 @@ def tell_target(
     print(diagnoses_text(diagnoses))
 
 
-PAGE_TESTS = 60  # test images that the page offers
+NO_DRAWING = "This page cannot compute the network, so one cannot draw for it; all else works."
 
 
 def page_network(model: object) -> fp.Network | None:
@@ -2917,10 +2917,17 @@ def write_page(
         p.folder / "feature_report.html",
         report,
         layer,
-        fp.Shown(a.bank, a.activity, p.shown, a.heats, a.inked),
-        fp.Overview(title, results, record["diagnoses"], frontier),
+        fp.Shown(a.bank, a.activity, data.val.images, a.heats, a.inked),
+        fp.Overview(
+            title,
+            results,
+            record["diagnoses"],
+            frontier,
+            data.classes,
+            "" if network else NO_DRAWING,
+        ),
         network=network,
-        tests=(fa.as_ink(data.test.images)[:PAGE_TESTS], data.test.labels[:PAGE_TESTS]),
+        tests=fp.Tests(*data.test),
     )
 
 

@@ -997,6 +997,29 @@ def removal_effects(layer: ExplainedLayer, images: Tensor, activity: Activity) -
     return Removals(mean, n, size.cpu(), changed.cpu().long())
 
 
+@torch.no_grad()
+def contributions(
+    layer: ExplainedLayer, images: Tensor, activity: Activity
+) -> tuple[Tensor, Tensor]:
+    """What each pair's feature adds to the logits of its image, (P, C), and these logits, (N, C),
+    of images (N, ...) whose `activity` is given.
+
+    It is what the image loses with the feature: its logits before minus those after, as in
+    `feature_ablation_effect`. What two features add is not what both together add.
+    """
+    raw = layer.raw_of_all(images)
+    logits = torch.cat([layer.logits_from_raw(some) for some in raw.split(ROWS)])
+    shifts = layer.sae.W_dec.detach() * layer.std
+    added = []
+    columns = (activity.feature, activity.image, activity.activation)
+    pairs = [column.split(HEAD_ROWS) for column in columns]
+    for part in zip(*pairs, strict=True):
+        k, image, activation = (column.to(raw.device) for column in part)
+        without = raw[image].sub_(shifts[k].mul_(activation[:, None]))
+        added.append((logits[image] - layer.logits_from_raw(without)).cpu())
+    return torch.cat(added), logits.cpu()
+
+
 # --------------------------------------------------------------------------------------------------
 # How readable are features, which are alike, and do they return when the SAE is trained again?
 # --------------------------------------------------------------------------------------------------

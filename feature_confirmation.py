@@ -1306,7 +1306,6 @@ def feature_lines(i: int, trial: Trial, mark: str | None) -> list[str]:
         f"- Evidence: {evidence_line(h, e)}",
         f"- Confidence: **{j.confidence}**; verdict {j.verdict}; {aside}{marked}",
     ]
-    lines += [f"- {line}" for line in measured_lines(h, e, j, trial.rule)]
     lines += [f"- no {part} part: {why}" for part, why in h.why_not.items()]
     if trial.firing[i]:
         numbers = ", ".join(f"#{image}" for image in trial.firing[i])
@@ -1361,6 +1360,10 @@ anything. "Picked of 8": the sentence predicts its own feature better than seven
 (by chance 12.5%); "over like" and "over company": than the nearest other in decoder direction, and
 than the one that fires most on the same images (by chance 50%). Neurons have no other in the same
 direction."""
+
+TOLD = 100  # features, the most influential, that hypotheses.md tells
+WHERE_ALL = """{told} of {all} features. All of them, and each test with its interval and verdict,
+are in feature_report.html, to look at, and in feature_report.json (`evidence`, `measured`)."""
 
 
 def _percent_or_none(value: float | None) -> str:
@@ -1438,9 +1441,9 @@ def headline(record: dict) -> str:
 def statements_markdown(
     trial: Trial, record: dict, title: str, marks: dict[int, str] | None = None
 ) -> str:
-    """hypotheses.md: how the statements were tested, how they did as a whole, and every feature,
-    the most influential first. `record` is the `trial_record`; `marks` by feature say whether other
-    SAEs have it, too."""
+    """hypotheses.md: how the statements were tested, how they did as a whole, and the TOLD most
+    influential features. `record` is the `trial_record`; `marks` by feature say whether other SAEs
+    have it, too."""
     how = HOW_TESTED.format(
         discovery=trial.hypotheses[0].n_images,
         judging=trial.evidence[0].n_images,
@@ -1454,7 +1457,9 @@ def statements_markdown(
     lines += ["## What did training add, and does it hold?", "", TRAINING_ADDED, ""]
     lines += [*_markdown_table(shares_rows(record)), ""]
     lines += ["## Feature by feature, the most influential first", ""]
-    for i in most_influential(trial.hypotheses):
+    told = most_influential(trial.hypotheses)[:TOLD]
+    lines += [WHERE_ALL.format(told=len(told), all=len(trial.hypotheses)), ""]
+    for i in told:
         lines += feature_lines(i, trial, (marks or {}).get(trial.hypotheses[i].feature))
     return "\n".join(lines)
 

@@ -1,22 +1,27 @@
-"""How can a person meet every feature of an SAE? In one HTML file that needs no server.
+"""How can a person understand a network by its features? In one HTML file, without a server.
 
     shown = Shown(bank, activity, images, heats, inked)  # all of the same images
-    write_dashboard("feature_report.html", records, layer, shown)
+    write_dashboard("feature_report.html", records, layer, shown, tests=Tests(images, labels))
 
-The room takes what others have measured: the records of feature_report.json, where each
-feature fires, its input pattern, and the weights of a network that the page can compute.
-It fills templates/feature_report.html: META is JSON, what is said about the features and
-where each array is; PACK is the arrays, one after the other, gzip, base64.
+The room takes what others have measured, the records of feature_report.json, where each feature
+fires and its input pattern, and adds what features do together: to a class, to an image, and
+which of them must go for a prediction to turn. All of that is computed here, so it stands on the
+page of any network; only the drawing view computes itself, and needs the weights.
+
+It joins the files of templates/ and fills them: META is JSON, what is said about the features
+and where each array is; PACK is the arrays, one after the other, gzip, base64.
 
 It may not judge: statements, verdicts and effects are shown as the records have them.
 
-Key: N images, C classes, d_in preactivations, d_sae features, F features on the page.
+Key: N images, C classes, d_in preactivations, d_sae features, F features on the page, n test
+images, P pairs of a feature and an image that fires it.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import math
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,14 +32,23 @@ import torch
 from torch import Tensor
 
 import feature_analysis as fa
+import feature_roles as fr
 
-TEMPLATE = Path(__file__).resolve().parent / "templates" / "feature_report.html"
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+SCRIPTS = ("core", "dom", "parts", "story", "class", "pair", "errors", "features", "feature")
+SCRIPTS += ("draw", "main")  # files of templates/, in the order in which they are joined
 TOP_SHOWN = 12  # strongest images of a feature
-BAND_SHOWN = 4  # images from each quarter of its active range
+BAND_SHOWN = 3  # images from each quarter of its active range
 HISTOGRAM_BINS = 24
 NEIGHBOURS = 4  # other features named next to a feature, of either kind
+MAP_NEIGHBOURS = 5  # features that the map tries to keep next to a feature
 SAE_WEIGHTS = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")  # what the page computes with
-ARRAY_KINDS = {"uint8": "u1", "int8": "i1", "float32": "f4"}  # what the template calls them
+ARRAY_KINDS = {
+    "uint8": "u1",
+    "int8": "i1",
+    "int32": "i4",
+    "float32": "f4",
+}  # what the template calls them
 
 
 class Shown(NamedTuple):
@@ -42,7 +56,7 @@ class Shown(NamedTuple):
 
     bank: fa.FeatureBank
     activity: fa.Activity
-    images: Tensor  # (N, 1, H, W), ink in [0, 1]
+    images: Tensor  # (N, C, H, W) as the network takes them
     heats: Tensor  # (d_sae, H, W), input patterns
     inked: np.ndarray | None = None  # (H, W) bool, pixels that images ink; None: all
 
@@ -54,6 +68,8 @@ class Overview(NamedTuple):
     results: Sequence[tuple[str, str]] = ()  # (name, value)
     diagnoses: Sequence[dict] = ()  # with complaint, value, limit, advice and fine
     frontier: Sequence[dict] = ()  # with l0, fvu and agreement, one for each SAE
+    classes: Sequence[str] = ()  # their names; none: "0", "1", ...
+    without_drawing: str = ""  # why there is no network to draw for
 
 
 class Network(NamedTuple):
@@ -63,6 +79,13 @@ class Network(NamedTuple):
     b1: Tensor  # (d_in,)
     W2: Tensor  # (C, d_in)
     b2: Tensor  # (C,)
+
+
+class Tests(NamedTuple):
+    """Images that the network has not learned from."""
+
+    images: Tensor  # (n, C, H, W) as the network takes them
+    labels: Tensor  # (n,)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -90,14 +113,48 @@ def activation_histograms(
     return counts.reshape(d_sae, bins), largest
 
 
+def map_places(directions: Tensor) -> tuple[list[list[int]], int, float]:
+    """A map of directions (F, d_in): (column, row) of each, the map's side, how true it is.
+
+    Laplacian eigenmaps (Belkin and Niyogi, 2003) of the graph of nearest neighbours by cosine.
+    Only the order along each axis is kept, which spreads them evenly; then each takes the free
+    place nearest to its own, so that none hides another. How true: the share of them whose
+    nearest neighbour is among the ten nearest on the map.
+    """
+    n = len(directions)
+    unit = torch.nn.functional.normalize(directions.detach().cpu().double(), dim=1)
+    cosine = (unit @ unit.T).fill_diagonal_(-2.0)
+    nearest = cosine.topk(min(MAP_NEIGHBOURS, n - 1))
+    graph = torch.full((n, n), 1e-3, dtype=torch.float64)  # connected, whatever the neighbours
+    graph.scatter_(1, nearest.indices, nearest.values.clamp(min=1e-3))
+    graph = torch.maximum(graph, graph.T)
+    root = graph.sum(1).sqrt()
+    _, vectors = torch.linalg.eigh(graph / torch.outer(root, root))  # the largest come last
+    plane = vectors[:, [-min(2, n), -min(3, n)]] / root[:, None]
+    plane *= plane.gather(0, plane.abs().argmax(0, keepdim=True)).sign()
+
+    side = math.ceil(math.sqrt(2 * n))
+    wanted = plane.argsort(0).argsort(0) * ((side - 1) / max(1, n - 1))
+    cells = torch.cartesian_prod(torch.arange(side), torch.arange(side)).double()
+    places = torch.empty(n, 2, dtype=torch.float64)
+    for i, here in enumerate(wanted):
+        cell = int((cells - here).square().sum(1).argmin())
+        places[i] = cells[cell]
+        cells[cell] = math.inf  # taken
+    apart = torch.cdist(places, places).fill_diagonal_(math.inf)
+    near = apart.topk(min(10, n), largest=False).indices
+    kept = (near == cosine.argmax(1, keepdim=True)).any(1).double().mean()
+    return places.int().tolist(), side, round(float(kept), 3)
+
+
 # --------------------------------------------------------------------------------------------------
 # What the page says about a feature
 # --------------------------------------------------------------------------------------------------
 
 
-def _rounded(values: Iterable[float]) -> list[float]:
-    """Four significant digits: more than the page shows."""
-    return [float(f"{value:.4g}") for value in values]
+def _rounded(values: Iterable[float], digits: int = 4) -> list[float]:
+    """Significant digits: more than the page shows."""
+    return [float(f"{value:.{digits}g}") for value in values]
 
 
 def _listed(examples: fa.Examples, slots: dict[int, int]) -> list[tuple]:
@@ -163,9 +220,8 @@ def _measured(record: dict) -> dict:
         "changes": _rounded([record["predictions_changed"]])[0],
         "mode": record["label_mode_when_active"],
         "labels": record["label_histogram"],
-        "logit": _rounded(record["logit_delta_vector"]),
-        "ablation": _rounded(record["ablation_delta_vector"]),
-        "raises": record["logit_boost_class"],
+        "supports": _rounded(-loss for loss in record["ablation_delta_vector"]),
+        "pushes": _rounded(record["logit_delta_vector"]),
     }
 
 
@@ -227,14 +283,59 @@ def _pattern_arrays(shown: Shown, features: Sequence[int]) -> dict[str, np.ndarr
     return {"heats": heats.round().astype(np.int8), "inked": inked.astype(np.uint8)}
 
 
-def _mean_images(shown: Shown, images: Tensor, features: Sequence[int]) -> np.ndarray:
-    """(F, H * W) uint8, the mean of the images (N, H, W) that fire each feature, the strongest
-    pixel 255."""
-    means = torch.nn.functional.embedding_bag(
-        shown.activity.image, images.flatten(1), shown.activity.start[:-1], mode="mean"
-    )[features]
+def _as_picture(means: Tensor) -> np.ndarray:
+    """Means of images (m, H * W) as uint8, the strongest pixel of each 255."""
     strongest = means.amax(1, keepdim=True).clamp(min=1e-9)
     return (255 * means / strongest).round().byte().numpy()
+
+
+def _mean_arrays(
+    shown: Shown, images: Tensor, features: Sequence[int], n_classes: int
+) -> dict[str, np.ndarray]:
+    """The mean of the images (N, H, W) that fire each feature, and of each class."""
+    flat, activity = images.flatten(1), shown.activity
+    firing = torch.nn.functional.embedding_bag(
+        activity.image, flat, activity.start[:-1], mode="mean"
+    )[features]
+    sums = flat.new_zeros(n_classes, flat.shape[1]).index_add_(0, activity.labels, flat)
+    return {"means": _as_picture(firing), "class_means": _as_picture(sums)}
+
+
+def _test_arrays(look: fr.TestLook, tests: Tests) -> dict[str, np.ndarray]:
+    """The test images shown, and what fires on each: `pair_start` says where its pairs are."""
+    activity = look.activity
+    order = activity.image.argsort(stable=True)
+    counts = torch.bincount(activity.image, minlength=len(look.image))
+    start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return {
+        "tests": _as_bytes(fa.as_ink(tests.images.cpu())[look.image]),
+        "test_logits": look.logits.numpy(),
+        "pair_start": start.int().numpy(),
+        "pair_feature": activity.feature[order].int().numpy(),
+        "pair_activation": activity.activation[order].numpy(),
+        "pair_adds": look.added[order].numpy(),
+        "mended_logits": look.turns.logits.numpy(),
+    }
+
+
+def _test_words(look: fr.TestLook, tests: Tests) -> dict:
+    """What the page says about the test images, and the guided tour."""
+    mending = [row.nonzero()[:, 0].tolist() for row in look.turns.off]
+    said = {
+        "labels": tests.labels[look.image].tolist(),
+        "number": look.image.tolist(),
+        "n": len(tests.labels),
+        "shown_errors": look.n_errors,
+        "errors": look.all_errors,
+        "pair": look.pair,
+        "mending": mending,
+        "tour": None,
+    }
+    if look.tour is not None:
+        logits = [_rounded(row, 8) for row in look.tour.logits.tolist()]
+        said["tour"] = look.tour._asdict() | {"logits": logits}
+        said["tour"]["image"] = said["number"].index(look.tour.image)
+    return said
 
 
 def _weight_arrays(layer: fa.ExplainedLayer, network: Network) -> dict[str, np.ndarray]:
@@ -272,6 +373,22 @@ def _safe_json(value: object) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
+def _class_names(overview: Overview, n_classes: int) -> list[str]:
+    """What each class is called. Raises ValueError for another number of names."""
+    names = list(overview.classes) or [str(c) for c in range(n_classes)]
+    if len(names) != n_classes:
+        raise ValueError(f"{len(names)} class names, but the network has {n_classes} classes")
+    return names
+
+
+def _joined() -> str:
+    """The page without its data: the skeleton with styles and scripts put in."""
+    page = (TEMPLATES / "page.html").read_text(encoding="utf-8")
+    scripts = [(TEMPLATES / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS]
+    page = page.replace("{{STYLE}}", (TEMPLATES / "style.css").read_text(encoding="utf-8"))
+    return page.replace("{{SCRIPT}}", "".join(scripts))
+
+
 def write_dashboard(
     path: str | Path,
     records: Sequence[dict],
@@ -279,44 +396,58 @@ def write_dashboard(
     shown: Shown,
     overview: Overview | None = None,
     network: Network | None = None,
-    tests: tuple[Tensor, Tensor] | None = None,
+    tests: Tests | None = None,
 ) -> None:
     """Write one HTML file that shows the features of `records`, whole or not at all.
 
     Args:
         records: of feature_report.json, with or without statements.
-        network: the layer's model, with which the page computes: one can draw a digit and
-            switch features off. The SAE then needs all SAE_WEIGHTS, otherwise only W_dec.
-        tests: images (n, 1, H, W) and labels (n,) to take instead of drawing.
+        network: the layer's model, with which the page computes: one can draw an image and
+            switch features off. The SAE then needs all SAE_WEIGHTS.
+        tests: unseen images; the page shows the errors among them, and some others.
 
-    Raises ValueError for images that are not grey, or patterns or `inked` of another shape.
+    Images are shown as `feature_analysis.as_ink` makes them, in grey. Raises ValueError for images
+    of other than one or three channels, patterns or `inked` of another shape, and
+    names that are not one for each class.
     """
     overview = overview or Overview()
     features = [record["feature"] for record in records]
-    images = torch.from_numpy(fa.grey_images(shown.images))
+    n_classes = shown.bank.label_histogram.shape[1]
+    images = fa.as_ink(shown.images.cpu())[:, 0]
     counts, largest = activation_histograms(shown.activity)
     entries, pictured = _entries(records, layer.sae, shown, largest)
+    added, _ = fa.contributions(layer, shown.images, shown.activity)
 
     arrays = {"images": _as_bytes(images[pictured])}
     arrays |= _pattern_arrays(shown, features)
-    arrays["means"] = _mean_images(shown, images, features)
+    arrays |= _mean_arrays(shown, images, features, n_classes)
     arrays["histograms"] = counts[features].astype(np.float32)
+    arrays["class_adds"] = fr.class_effects(shown.activity, added)[:, features]
     if network is not None:
         arrays |= _weight_arrays(layer, network)
+    look = None
     if tests is not None:
-        arrays["tests"] = _as_bytes(tests[0])
+        look = fr.look_at_tests(layer, *tests)
+        arrays |= _test_arrays(look, tests)
+        for entry in entries:
+            entry["mends"] = int(look.mends[entry["feature"]])
+            entry["breaks"] = int(look.breaks[entry["feature"]])
     places, packed = _pack(arrays)
 
+    cells, side, kept = map_places(layer.sae.W_dec[features])
     meta = {
         **overview._asdict(),
         "shape": arrays["inked"].shape,
-        "classes": shown.bank.label_histogram.shape[1],
+        "classes": _class_names(overview, n_classes),
+        "of_class": torch.bincount(shown.activity.labels, minlength=n_classes).tolist(),
         "bins": HISTOGRAM_BINS,
+        "d_sae": layer.d_sae,
         "features": entries,
+        "map": {"cells": cells, "side": side, "kept": kept},
         "network": {"d_in": len(layer.mu), "d_sae": layer.d_sae} if network else None,
-        "tests": tests[1].tolist() if tests else [],
+        "tests": _test_words(look, tests) if look else None,
         "arrays": places,
     }
-    page = TEMPLATE.read_text(encoding="utf-8").replace("{{PACK}}", packed)
+    page = _joined().replace("{{PACK}}", packed)
     page = page.replace("{{META}}", _safe_json(meta))  # last: its words may be any
     fa.write_whole(path, page.encode("utf-8"))

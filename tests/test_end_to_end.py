@@ -108,7 +108,12 @@ def test_the_page_holds_the_features_of_the_report(first):
     meta, report = json.loads(meta), json.loads((first[0] / "feature_report.json").read_text())
     assert [f["feature"] for f in meta["features"]] == [r["feature"] for r in report]
     assert meta["network"] == {"d_in": 128, "d_sae": 64}
-    assert len(meta["tests"]) == driver.PAGE_TESTS
+    tests = meta["tests"]
+    (record,) = json.loads((first[0] / "summary.json").read_text())
+    assert tests["n"] == 1000
+    assert 1 - tests["errors"] / 1000 == pytest.approx(record["baseline_acc"])
+    assert tests["shown_errors"] == min(300, tests["errors"])
+    assert len(tests["labels"]) >= tests["shown_errors"] + 60
     assert str(first[0] / "feature_report.html") in first[1].stdout
 
 

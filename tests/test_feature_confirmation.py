@@ -881,6 +881,19 @@ def test_the_whole_report(world, trial):
     assert f"- Confidence: **{j.confidence}**; {aside}\n" in sections
     assert sections.count("other SAEs") == 1
     assert f" fire it: #{trial.firing[4][0]}, #{trial.firing[4][1]}, " in sections
+    assert "15 of 15 features. All of them" in sections
+
+
+def test_the_report_tells_the_most_influential(world, trial, monkeypatch):
+    monkeypatch.setattr(fc, "TOLD", 4)
+    record = fc.trial_record(trial, {"neurons": fc.Comparison(shares_of(), [])}, "abc")
+    text = fc.statements_markdown(trial, record, "20 of 15")
+    order = sorted(range(15), key=lambda k: -world.claims[k].influence)
+    titles = [line.split(":")[0] for line in text.splitlines() if line.startswith("### ")]
+    assert titles == [f"### Feature {k}" for k in order[:4]]
+    assert "4 of 15 features. All of them" in text
+    assert "feature_report.html" in text
+    assert "feature_report.json" in text
 
 
 def test_the_picture_shows_every_set(trial):

@@ -1,160 +1,37 @@
-"""The page: what is in the file, and, in a real browser where there is one, what it does with it.
+"""What is in the file that the page is.
 
-The network and the SAE are small and untrained: the page must show what is there, not what is good.
+The network is small, its SAE random: the page must show what is there, not what is good.
 """
 
 import base64
 import gzip
 import json
 import re
-import shutil
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from page_world import (
+    N_CLASSES,
+    NASTY,
+    arrays_of,
+    meta_of,
+    nasty_records,
+    script,
+    small_world,
+    write,
+    write_bare,
+)
 from small_models import activity_of
-from torch import Tensor
 
-import demo_feature_analysis as demo
 import feature_analysis as fa
 import feature_page as fp
-
-DIGITS = Path(__file__).resolve().parent.parent / "data" / "mnist_5k.npz"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-BROWSER_FLAGS = (
-    "--no-sandbox",
-    "--no-first-run",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-NASTY = (
-    "</script><script>alert(1)</script> \"quotes\" 'single' & <b> line\u2028separator \ud800 lone"
-)
-D_IN = 16
-N_CLASSES = 10
-
-
-class World(NamedTuple):
-    """All that a page needs; the last feature is silent where there are several."""
-
-    layer: fa.ExplainedLayer
-    records: list[dict]
-    shown: fp.Shown
-    network: fp.Network
-    tests: tuple[Tensor, Tensor]
-
-    @property
-    def acts(self) -> Tensor:
-        """(N, d_sae)"""
-        return self.layer.feature_acts(self.shown.images)
-
-
-def read_digits() -> tuple[Tensor, Tensor]:
-    """Every 25th of the bundled digits: images (200, 1, 28, 28) in [0, 1], labels (200,)."""
-    with np.load(DIGITS) as stored:
-        images = torch.from_numpy(stored["images"][::25])
-        labels = torch.from_numpy(stored["labels"][::25].astype(np.int64))
-    return images[:, None].float() / 255, labels
-
-
-def small_layer(d_sae: int, images: Tensor) -> fa.ExplainedLayer:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    W1, W2 = normal(D_IN, 784) / 28, normal(N_CLASSES, D_IN) / 4
-    model = demo.PlantedClassifier(W1, -W1 @ images.flatten(1).mean(0), W2, 0.1 * normal(N_CLASSES))
-    raw = model.preactivations(images)
-
-    W_dec = torch.nn.functional.normalize(normal(d_sae, D_IN), dim=1)
-    threshold = torch.linspace(0.3, 1.0, d_sae)
-    if d_sae > 1:
-        threshold[-1] = 1e6
-    sae = demo.PlantedSAE(W_dec.T, 0.1 * normal(d_sae), W_dec, 0.1 * normal(D_IN), threshold)
-    return fa.ExplainedLayer(model, sae, raw.mean(0), raw.std(0))
-
-
-def with_statement(k: int, record: dict) -> dict:
-    shapes = (("dot", 5), ("vertical", 7), ("rising", 13))
-    places = [{"row": 5 + k % 9, "col": 8, "shape": s, "length": n} for s, n in shapes]
-    evidence = {"text": "evidence", "detected": {"both": {"auroc": 0.6 + k / 100}}, "effect": None}
-    return record | {
-        "statement": f"Stroke number {k}; fires on {k % 10}s",
-        "explained": k % 3 == 0,
-        "mark": "returns" if k % 2 else "one way among many",
-        "hypothesis": {"drawing": {"there": places[: k % 3], "absent": places[2:] * (k % 2)}},
-        "confidence": ("High", "Medium", "Low")[k % 3],
-        "verdict": ("confirmed", "inconclusive", "refuted")[k % 3],
-        "measured": ["a line"],
-        "evidence": evidence,
-    }
-
-
-def small_world(d_sae: int = 24) -> World:
-    images, labels = read_digits()
-    layer = small_layer(d_sae, images)
-    model, sae, mu, std = layer
-    loader = [(images, labels)]
-
-    bank = fa.collect_feature_bank(model, loader, sae, mu, std)
-    activity = fa.collect_activity(layer, images, labels)
-    analysis = fa.Analysis(
-        bank,
-        fa.feature_input_patterns(model, sae, mu, std),
-        fa.feature_logit_effects(model, loader, sae, mu, std),
-        fa.feature_ablation_effects(model, loader, sae, mu, std),
-        fa.nearest_features(sae.W_dec),
-        np.ones((28, 28), dtype=bool),
-        activity,
-        fa.removal_effects(layer, images, activity),
-    )
-    records = [with_statement(k, fa.feature_record(k, analysis)) for k in range(d_sae)]
-    shown = fp.Shown(bank, activity, images, analysis.heats)
-    return World(layer, records, shown, fp.Network(*model), (images[:50], labels[:50]))
-
-
-def write(path: Path, world: World, **options) -> Path:
-    options = {"network": world.network, "tests": world.tests, **options}
-    fp.write_dashboard(path, world.records, world.layer, world.shown, **options)
-    return path
-
-
-def write_bare(path: Path, world: World, records: list[dict], title: str = "Title") -> Path:
-    """A page without a network."""
-    fp.write_dashboard(path, records, world.layer, world.shown, fp.Overview(title))
-    return path
+import feature_roles as fr
 
 
 @pytest.fixture(scope="module")
 def world():
     return small_world()
-
-
-def script(path: Path, name: str) -> str:
-    opening = rf'<script type="application/[a-z-]+" id="{name}">'
-    (text,) = re.findall(f"{opening}(.*?)</script>", path.read_text(), re.DOTALL)
-    return text
-
-
-def meta_of(path: Path) -> dict:
-    return json.loads(script(path, "meta"))
-
-
-def arrays_of(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a page, flat, unpacked as the browser does it."""
-    raw = gzip.decompress(base64.b64decode(script(path, "pack")))
-    kinds = {"u1": np.uint8, "i1": np.int8, "f4": np.float32}
-    arrays = {}
-    for name, place in meta_of(path)["arrays"].items():
-        assert place["offset"] % 4 == 0
-        kind = kinds[place["type"]]
-        arrays[name] = np.frombuffer(raw, kind, place["length"], place["offset"]).copy()
-    return arrays
 
 
 # --------------------------------------------------------------------------------------------------
@@ -198,11 +75,6 @@ def test_arrays_of_any_size_start_where_a_browser_can_read_them():
     )
 
 
-def nasty_records(world: World) -> list[dict]:
-    first, *rest = world.records
-    return [{**first, "statement": NASTY, "measured": [NASTY]}, *rest]
-
-
 def test_nasty_words_cannot_end_the_script(world, tmp_path):
     path = write_bare(tmp_path / "page.html", world, nasty_records(world), NASTY)
     assert meta_of(path)["features"][0]["statement"] == NASTY
@@ -239,9 +111,9 @@ def test_what_the_page_takes_from_a_record(world, tmp_path):
         assert feature["feature"] == record["feature"]
         assert feature["labels"] == record["label_histogram"]
         assert feature["mode"] == record["label_mode_when_active"]
-        assert feature["raises"] == record["logit_boost_class"]
-        assert feature["logit"] == pytest.approx(record["logit_delta_vector"], rel=1e-3)
-        assert feature["ablation"] == pytest.approx(record["ablation_delta_vector"], rel=1e-3)
+        lost = [-change for change in record["ablation_delta_vector"]]
+        assert feature["supports"] == pytest.approx(lost, rel=1e-3)
+        assert feature["pushes"] == pytest.approx(record["logit_delta_vector"], rel=1e-3)
         assert feature["statement"] == record["statement"]
         assert feature["evidence"] == "evidence"
         assert feature["lines"] == ["a line"]
@@ -356,6 +228,63 @@ def test_places_and_the_mean_of_the_images_reach_the_page(world, tmp_path):
     assert not means[23].any()  # no image fires it
 
 
+def test_the_page_ships_what_features_add_to_classes_and_images(world, tmp_path):
+    records = [world.records[k] for k in (9, 2)]
+    path = write(tmp_path / "page.html", world._replace(records=records))
+    meta, arrays = meta_of(path), arrays_of(path)
+    added, _ = fa.contributions(world.layer, world.shown.images, world.shown.activity)
+    effects = fr.class_effects(world.shown.activity, added)[:, [9, 2]]
+    assert arrays["class_adds"] == pytest.approx(effects.flatten(), abs=1e-6)
+
+    look, said = fr.look_at_tests(world.layer, *world.tests), meta["tests"]
+    assert said["errors"] == said["shown_errors"] == look.all_errors
+    assert said["number"] == look.image.tolist()
+    assert said["labels"] == world.tests.labels[look.image].tolist()
+    assert [f["mends"] for f in meta["features"]] == look.mends[[9, 2]].tolist()
+    assert [f["breaks"] for f in meta["features"]] == look.breaks[[9, 2]].tolist()
+    assert said["mending"] == [row.nonzero()[:, 0].tolist() for row in look.turns.off]
+    assert sum(map(len, said["mending"])) > said["errors"] / 2
+    for image in (0, 40):
+        pairs = slice(*arrays["pair_start"][image : image + 2])
+        own = look.activity.image == image
+        assert arrays["pair_feature"][pairs].tolist() == look.activity.feature[own].tolist()
+        assert arrays["pair_activation"][pairs] == pytest.approx(look.activity.activation[own])
+        shipped = arrays["pair_adds"].reshape(-1, N_CLASSES)[pairs]
+        assert shipped == pytest.approx(look.added[own].numpy(), abs=1e-6)
+    tests = (world.tests.images[look.image] * 255).round().flatten().numpy()
+    assert np.array_equal(arrays["tests"], tests)
+
+
+def test_means_of_classes_reach_the_page(world, tmp_path):
+    means = arrays_of(write(tmp_path / "page.html", world))["class_means"].reshape(10, 784)
+    for c in (0, 7):
+        mean = world.shown.images[world.tests.labels == c].mean(0).flatten().numpy()
+        assert means[c] == pytest.approx(255 * mean / mean.max(), abs=0.51)
+
+
+def test_names_must_be_one_for_each_class(world, tmp_path):
+    overview = fp.Overview(classes=("cat", "dog"))
+    with pytest.raises(ValueError, match="2 class names, but the network has 10 classes"):
+        write(tmp_path / "page.html", world, overview=overview)
+
+
+def test_the_map_puts_alike_directions_together_and_none_on_another():
+    generator = torch.Generator().manual_seed(0)
+    middles = torch.nn.functional.one_hot(torch.arange(40) % 4, 12).float()
+    directions = middles + 0.1 * torch.randn(40, 12, generator=generator)
+    places, side, kept = fp.map_places(directions)
+    assert len({tuple(place) for place in places}) == 40
+    assert side == 9  # twice as many cells as features, or a few more
+    assert 0 <= min(map(min, places)) <= max(map(max, places)) < side
+    apart = torch.cdist(torch.tensor(places).float(), torch.tensor(places).float())
+    same = torch.arange(40)[:, None] % 4 == torch.arange(40) % 4
+    assert apart[same].mean() < 0.6 * apart[~same].mean()
+    assert kept >= 0.7
+    assert fp.map_places(directions) == (places, side, kept)
+    for n in (1, 2, 3):
+        assert len(fp.map_places(directions[:n])[0]) == n
+
+
 # --------------------------------------------------------------------------------------------------
 # How strongly a feature fires, and which others are like it
 # --------------------------------------------------------------------------------------------------
@@ -378,283 +307,3 @@ def test_histograms_of_the_digits_are_those_of_numpy(world):
         assert counts[k].sum() == len(positive)
         assert largest[k] == pytest.approx(positive.max())
     assert counts[-1].sum() == largest[-1] == 0
-
-
-# --------------------------------------------------------------------------------------------------
-# The browser
-# --------------------------------------------------------------------------------------------------
-
-
-def installed_browser() -> str | None:
-    """The path of a browser, None without one."""
-    for name in BROWSERS:
-        if shutil.which(name):
-            return shutil.which(name)
-    return None
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    executable = installed_browser()
-    if executable is None:
-        pytest.skip("no Chromium on this machine")
-    with sync.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=executable, args=BROWSER_FLAGS)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def visit(browser):
-    """Opens a file; whatever the console complains about fails the test."""
-    contexts, complaints = [], []
-
-    def note_error(message) -> None:
-        if message.type == "error":
-            complaints.append(message.text)
-
-    def open_page(path: Path, address: str = "", **options):
-        contexts.append(browser.new_context(**options))
-        page = contexts[-1].new_page()
-        page.on("console", note_error)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(f"file://{path}{address}")
-        page.wait_for_selector("body[data-ready]")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert complaints == []
-
-
-@pytest.fixture(scope="module")
-def written(world, tmp_path_factory):
-    return write(tmp_path_factory.mktemp("page") / "feature_report.html", world)
-
-
-COMPUTE_TESTS = """() => meta.tests.map((_, n) => {
-    const pixels = arrays.tests.subarray(n * 784, (n + 1) * 784);
-    const r = forward(Float32Array.from(pixels, v => v / 255));
-    const without = moved(r.z, 2, -r.feature[2]);
-    return [r.logits, r.feature, head(through(r.feature)), head(without)].map(x => [...x]);
-})"""
-
-
-def test_the_page_computes_what_python_computes(visit, written, world):
-    found = visit(written, "#view=live").evaluate(COMPUTE_TESTS)
-    model, sae, mu, std = world.layer
-    raw = model.preactivations(world.tests[0])
-    acts = sae.encode((raw - mu) / std)
-    rebuilt = sae.decode(acts) * std + mu
-    without = raw - acts[:, 2:3] * sae.W_dec[2] * std
-
-    logits = model.logits_from_preactivations
-    expected = (logits(raw), acts, logits(rebuilt), logits(without))
-    assert len(found) == 50
-    for part, values in enumerate(expected):
-        computed = np.array([one[part] for one in found])
-        assert computed == pytest.approx(values.numpy(), abs=1e-4)
-
-
-def features_in_grid(page) -> list[int]:
-    links = page.locator("#grid a").all()
-    return [int(link.get_attribute("href").split("=")[1]) for link in links]
-
-
-def by(world: World, name: str) -> list[int]:
-    """The features, those first of which most is on record."""
-    values = [float(f"{record[name]:.4g}") for record in world.records]
-    return sorted(range(len(values)), key=lambda k: (-values[k], k))
-
-
-def test_sorting_and_filtering(visit, written, world):
-    page = visit(written, "#view=features")
-    assert features_in_grid(page) == by(world, "influence")
-    page.select_option("#sort", "firing rate")
-    assert features_in_grid(page) == by(world, "mean_active")
-    page.select_option("#sort", "number")
-    assert features_in_grid(page) == list(range(24))
-
-    page.select_option("#confidence", "High")
-    assert features_in_grid(page) == list(range(0, 24, 3))
-    page.select_option("#verdict", "refuted")
-    assert features_in_grid(page) == []
-    page.select_option("#verdict", "")
-    page.select_option("#confidence", "")
-
-    often = [k for k in range(24) if world.records[k]["mean_active"] >= 0.1]
-    page.select_option("#rate", "at least 10%")
-    assert features_in_grid(page) == often != list(range(24))
-    page.select_option("#rate", "never")
-    assert features_in_grid(page) == [23]
-    page.select_option("#rate", "")
-
-    label = world.records[0]["label_mode_when_active"]
-    same = [k for k in range(24) if world.records[k]["label_mode_when_active"] == label]
-    page.select_option("#label", str(label))
-    assert features_in_grid(page) == same
-
-
-def test_searching(visit, written):
-    page = visit(written, "#view=features")
-    page.fill("#search", "7")
-    assert features_in_grid(page) == [7]
-    page.fill("#search", "fires on 3s")
-    assert sorted(features_in_grid(page)) == [3, 13, 23]
-    assert page.locator("#count").inner_text() == "3 of 24 features"
-    page.fill("#search", "")
-    assert len(features_in_grid(page)) == 24
-
-
-def wait_for_feature(page, k: int) -> None:
-    page.wait_for_function(f"document.querySelector('h2').textContent === 'Feature {k}'")
-
-
-def test_links_arrows_and_points(visit, written, world):
-    page = visit(written, "#feature=5")
-    assert page.locator("h2").inner_text() == "Feature 5"
-    order = by(world, "influence")
-    page.keyboard.press("ArrowRight")
-    wait_for_feature(page, order[(order.index(5) + 1) % 24])
-    page.keyboard.press("ArrowLeft")
-    wait_for_feature(page, 5)
-    assert page.url.endswith("#feature=5")
-
-    page.click("text=Overview")
-    page.wait_for_selector("#scatter a")
-    points = page.locator("#scatter a")
-    assert points.count() == 23  # all but the silent one
-    points.nth(4).dispatch_event("click")
-    page.wait_for_function("location.hash.startsWith('#feature=')")
-
-    page.click("text=All features")
-    page.wait_for_selector("#grid a")
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("Enter")
-    page.wait_for_function(f"location.hash === '#feature={order[1]}'")
-
-
-def draw_seven(page) -> None:
-    """Draw two straight strokes with the mouse."""
-    box = page.locator("#draw").bounding_box()
-    page.mouse.move(box["x"] + 60, box["y"] + 60)
-    page.mouse.down()
-    page.mouse.move(box["x"] + 220, box["y"] + 60, steps=8)
-    page.mouse.move(box["x"] + 120, box["y"] + 230, steps=8)
-    page.mouse.up()
-    page.wait_for_selector("#active .unit")
-
-
-def logits_text(page, which: str) -> str:
-    """The logits on the page: "says" those of the network, "changed" those after changes."""
-    return page.locator(f"#{which}").get_attribute("data-logits")
-
-
-@pytest.fixture
-def drawn(visit, written):
-    page = visit(written, "#view=live", viewport={"width": 1200, "height": 900})
-    draw_seven(page)
-    return page
-
-
-def test_a_drawing_is_centred_like_a_digit_of_mnist(drawn):
-    pixels = np.array(drawn.evaluate("[...live.pixels]")).reshape(28, 28)
-    rows, columns = np.nonzero(pixels > 0.05)
-    assert max(np.ptp(rows), np.ptp(columns)) in (19, 20)
-    centre = (pixels * np.mgrid[:28, :28]).sum((1, 2)) / pixels.sum()
-    assert centre == pytest.approx([13.5, 13.5], abs=0.6)
-
-
-def test_switching_a_feature_off_and_on_again(drawn):
-    before = logits_text(drawn, "changed")
-    assert before == logits_text(drawn, "says")
-    drawn.locator("#active .unit button").first.click()
-    off = logits_text(drawn, "changed")
-    assert off != before
-    assert logits_text(drawn, "says") == before
-
-    drawn.locator("#active input[type=range]").first.evaluate(
-        "slider => { slider.value = slider.max; slider.dispatchEvent(new Event('input')); }"
-    )
-    drawn.wait_for_function(f"document.querySelector('#changed').dataset.logits !== '{off}'")
-    drawn.click("#reset")
-    assert logits_text(drawn, "changed") == before
-
-
-def test_a_slider_stays_under_the_pointer_all_the_way(drawn):
-    before = logits_text(drawn, "changed")
-    slider = drawn.locator("#active input[type=range]").nth(1)
-    slider.scroll_into_view_if_needed()
-    bar = slider.bounding_box()
-    middle = bar["y"] + bar["height"] / 2
-    drawn.mouse.move(bar["x"] + bar["width"] / 2, middle)
-    drawn.mouse.down()
-    seen = []
-    for share in (0.6, 0.7, 0.8, 0.9):
-        drawn.mouse.move(bar["x"] + share * bar["width"], middle)
-        drawn.wait_for_timeout(60)
-        seen.append(logits_text(drawn, "changed"))
-    drawn.mouse.up()
-    assert len(set(seen)) == 4
-    drawn.click("#reset")
-    assert logits_text(drawn, "changed") == before
-
-
-def test_watching_pixels_and_clearing(drawn):
-    drawn.locator("text=pixels").first.click()
-    assert drawn.locator("#why canvas").count() == 1
-    drawn.click("#clear")
-    assert "Draw a digit" in drawn.locator("#predictions").inner_text()
-
-
-def test_words_are_shown_as_words(visit, world, tmp_path):
-    path = write_bare(tmp_path / "page.html", world, nasty_records(world), NASTY)
-    page = visit(path, "#feature=0")
-    assert "</script><script>alert(1)</script>" in page.locator(".card b").first.inner_text()
-    assert page.locator("main script").count() == 0
-
-
-@pytest.mark.parametrize("d_sae", [1, 300])
-def test_pages_of_other_sizes(visit, d_sae, tmp_path):
-    path = write(tmp_path / "page.html", small_world(d_sae))
-    page = visit(path, "#view=features")
-    assert page.locator("#grid a").count() == d_sae
-    for view in ("#view=overview", "#view=live", f"#feature={d_sae - 1}"):
-        page.goto(f"file://{path}{view}")
-        assert page.locator("main").inner_text()
-
-
-SAID = ("statement", "confidence", "verdict", "evidence", "measured")
-
-
-def test_a_silent_feature_and_runs_without_statements(visit, world, tmp_path):
-    bare = []
-    for record in world.records:
-        bare.append({name: value for name, value in record.items() if name not in SAID})
-    path = write_bare(tmp_path / "page.html", world, bare)
-    page = visit(path, "#feature=23")
-    text = page.locator("main").inner_text()
-    assert "No image fires it." in text
-    assert "This run made no statements about features." in text
-    assert "NaN" not in text
-    page.goto(f"file://{path}#view=live")
-    page.wait_for_function(
-        "document.querySelector('main').textContent.includes('without the network')"
-    )
-
-
-FITS = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_shows_everything_in_its_width(visit, written, scheme):
-    phone = {"width": 380, "height": 800}
-    page = visit(written, viewport=phone, color_scheme=scheme, has_touch=True)
-    for view in ("#view=overview", "#view=features", "#feature=3", "#view=live"):
-        page.goto(f"file://{written}{view}")
-        page.wait_for_timeout(50)
-        assert page.evaluate(FITS), view
-    assert page.locator("canvas:not([aria-label])").count() == 0

@@ -1,0 +1,204 @@
+"""What do features do together? To a class, to one image, and who must go for it to turn.
+
+    added, logits = fa.contributions(layer, images, activity)  # what each adds to an image's logits
+    means = class_effects(activity, added)                     # ... to those of a class, on average
+    turns = turning_features(layer, images, goal)              # without which is it read as goal?
+    tests = look_at_tests(layer, images, labels)               # all of that, of images worth seeing
+
+It takes a layer, its SAE and images, and gives numbers. What a feature adds is always what the
+image loses when it alone is taken away; the part that the SAE does not rebuild stays. A network is
+not linear: what two features add is not what both together add.
+
+Key: n images, C classes, d_sae features, P pairs of a feature and an image that fires it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import feature_analysis as fa
+
+ERRORS_SHOWN = 300  # misclassified images, those first of which the network is surest
+OTHERS_SHOWN = 60  # images that it gets right, the first of each class
+TOUR_FEATURES = 4  # features, at most, that the guided tour switches off
+
+
+def class_effects(activity: fa.Activity, added: Tensor) -> np.ndarray:
+    """What each feature adds to each logit on the images of a class, (C, d_sae, C) float32.
+
+    The mean is over all images of the class, 0 for those that do not fire the feature; `added`
+    (P, C) is that of `fa.contributions`.
+    """
+    n_classes, d_sae = added.shape[1], len(activity.n_active)
+    row = activity.labels[activity.image] * d_sae + activity.feature
+    sums = torch.zeros(n_classes * d_sae, n_classes, dtype=torch.float64)
+    sums.index_add_(0, row, added.double())
+    images = torch.bincount(activity.labels, minlength=n_classes).clamp(min=1)
+    return (sums.view(n_classes, d_sae, n_classes) / images[:, None, None]).float().numpy()
+
+
+def turned_by(activity: fa.Activity, added: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each feature (d_sae,): on how many images removing it, alone, makes a wrong prediction
+    right, and a right one wrong; `added` and `logits` are those of `fa.contributions`."""
+    d_sae, image = len(activity.n_active), activity.image
+    right = (logits.argmax(1) == activity.labels)[image]
+    stays = (logits[image] - added).argmax(1) == activity.labels[image]
+    mends = torch.bincount(activity.feature[~right & stays], minlength=d_sae)
+    breaks = torch.bincount(activity.feature[right & ~stays], minlength=d_sae)
+    return mends, breaks
+
+
+def lead_of(logits: Tensor, goal: Tensor) -> Tensor:
+    """(n,) how far logit goal (n,) of logits (n, C) is ahead of the largest other."""
+    others = logits.scatter(1, goal[:, None], -math.inf)
+    return logits.gather(1, goal[:, None])[:, 0] - others.amax(1)
+
+
+class Turns(NamedTuple):
+    """Features whose removal makes a class the largest logit of an image."""
+
+    off: Tensor  # (n, d_sae) bool; none where no such set was found
+    logits: Tensor  # (n, C) without them
+    lead: Tensor  # (n,) of that class over the largest other, before anything is removed
+
+
+@torch.no_grad()
+def turning_features(
+    layer: fa.ExplainedLayer, images: Tensor, goal: Tensor, most: int | None = None
+) -> Turns:
+    """Few features, `most` or less, without which each image (n, ...) is read as `goal` (n,).
+
+    Greedy: each step removes the feature without which the goal leads most; in the end those
+    that prove to be needless are put back. There may be a smaller set.
+    """
+    raw, goal = layer.raw_of_all(images), goal.to(layer.mu.device)
+    acts = layer.sae.encode((raw - layer.mu) / layer.std)
+    shifts = layer.sae.W_dec.detach() * layer.std
+    lead = first = lead_of(layer.logits_from_raw(raw), goal)
+    off = torch.zeros_like(acts, dtype=torch.bool)
+    steps = []
+    for _ in range(most or acts.shape[1]):
+        image, k = ((acts > 0) & ~off & (lead <= 0)[:, None]).nonzero().unbind(1)
+        if len(image) == 0:
+            break
+        without = layer.logits_from_raw(raw[image] - acts[image, k, None] * shifts[k])
+        leads = torch.full_like(acts, -math.inf)
+        leads[image, k] = lead_of(without, goal[image])
+        lead, best = torch.where(lead <= 0, leads.amax(1), lead), leads.argmax(1)
+        image = image.unique()
+        k = best[image]
+        raw[image] -= acts[image, k, None] * shifts[k]
+        off[image, k] = True
+        steps.append((image, k))
+
+    for image, k in steps:
+        back = raw[image] + acts[image, k, None] * shifts[k]
+        needless = (lead_of(layer.logits_from_raw(back), goal[image]) > 0) & (lead[image] > 0)
+        image, k = image[needless], k[needless]
+        raw[image] = back[needless]
+        off[image, k] = False
+    off &= (lead > 0)[:, None]
+    return Turns(off.cpu(), layer.logits_from_raw(raw).cpu(), first.cpu())
+
+
+def chosen_tests(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The places of the test images shown: up to ERRORS_SHOWN that are misclassified, those first
+    whose label's logit is furthest behind; and OTHERS_SHOWN that are not, the first of each class
+    in turn."""
+    behind = -lead_of(logits, labels)
+    right = logits.argmax(1) == labels
+    errors = torch.where(right, -math.inf, behind).argsort(descending=True, stable=True)
+    errors = errors[: min(ERRORS_SHOWN, int((~right).sum()))]
+
+    own = torch.nn.functional.one_hot(labels, logits.shape[1]) * right[:, None]
+    turn = own.cumsum(0).gather(1, labels[:, None])[:, 0]
+    others = torch.where(right, turn, len(turn) + 1).argsort(stable=True)
+    return errors, others[: min(OTHERS_SHOWN, int(right.sum()))]
+
+
+def confused_pair(logits: Tensor, labels: Tensor) -> list[int]:
+    """The two classes most often taken for one another; the first two where none is."""
+    n_classes = logits.shape[1]
+    counts = torch.bincount(labels * n_classes + logits.argmax(1), minlength=n_classes**2)
+    counts = counts.view(n_classes, n_classes)
+    either = (counts + counts.T + 1).triu(1)
+    return [int(either.argmax()) // n_classes, int(either.argmax()) % n_classes]
+
+
+class Tour(NamedTuple):
+    """An image that becomes another class when few features are switched off."""
+
+    image: int
+    goal: int  # the class that it becomes
+    off: list[int]  # the features
+    logits: Tensor  # (2 ** len(off), C), of every subset: bit i is feature i
+
+
+@torch.no_grad()
+def find_tour(
+    layer: fa.ExplainedLayer, images: Tensor, labels: Tensor, logits: Tensor, pair: list[int]
+) -> Tour | None:
+    """The image of one class of the pair that turns into the other with fewest features off; of
+    several the one that is surest before and after. None if all need more than TOUR_FEATURES."""
+    right = logits.argmax(1) == labels
+    (place,) = (right & torch.isin(labels, torch.tensor(pair))).nonzero(as_tuple=True)
+    goal = sum(pair) - labels[place]
+    turns = turning_features(layer, images[place], goal, TOUR_FEATURES)
+    needed = turns.off.sum(1)
+    if not needed.any():
+        return None
+
+    surety = torch.minimum(-turns.lead, lead_of(turns.logits, goal))
+    surety[needed != needed[needed > 0].min()] = -math.inf
+    best = int(surety.argmax())
+    features = turns.off[best].nonzero()[:, 0].tolist()
+
+    raw = layer.raw(images[place[best : best + 1]])
+    acts = layer.sae.encode((raw - layer.mu) / layer.std)[0, features]
+    parts = acts[:, None] * layer.sae.W_dec.detach()[features] * layer.std
+    bits = torch.arange(2 ** len(features))[:, None] >> torch.arange(len(features)) & 1
+    without = layer.logits_from_raw(raw - bits.to(raw) @ parts).cpu()
+    return Tour(int(place[best]), int(goal[best]), features, without)
+
+
+class TestLook(NamedTuple):
+    """Test images worth seeing, m of n: the errors, then others, then that of the tour."""
+
+    image: Tensor  # (m,) their places among the n
+    n_errors: int  # the first so many are misclassified
+    activity: fa.Activity  # of the m images
+    added: Tensor  # (P, C) what its pairs add
+    logits: Tensor  # (m, C)
+    turns: Turns  # what makes each error right, (n_errors, ...)
+    mends: Tensor  # (d_sae,) errors among the n that removing the feature alone makes right
+    breaks: Tensor  # (d_sae,) images among the n that it makes wrong
+    all_errors: int  # among the n
+    pair: list[int]  # the two classes most often taken for one another
+    tour: Tour | None
+
+
+@torch.no_grad()
+def look_at_tests(layer: fa.ExplainedLayer, images: Tensor, labels: Tensor) -> TestLook:
+    """The errors among images (n, ...), and all that features do on some of them."""
+    labels = labels.cpu()
+    every = fa.collect_activity(layer, images, labels)
+    added, logits = fa.contributions(layer, images, every)
+    mends, breaks = turned_by(every, added, logits)
+    pair = confused_pair(logits, labels)
+    tour = find_tour(layer, images, labels, logits, pair)
+    errors, others = chosen_tests(logits, labels)
+    shown = torch.cat([errors, others])
+    if tour is not None and tour.image not in shown:
+        shown = torch.cat([shown, torch.tensor([tour.image])])
+
+    activity = fa.collect_activity(layer, images[shown], labels[shown])
+    added, some = fa.contributions(layer, images[shown], activity)
+    turns = turning_features(layer, images[errors], labels[errors])
+    n_wrong = int((logits.argmax(1) != labels).sum())
+    found = (shown, len(errors), activity, added, some, turns, mends, breaks, n_wrong, pair, tour)
+    return TestLook(*found)

@@ -1,0 +1,156 @@
+/* The numbers: what the page looks up, and what the drawing view computes. Nothing is shown. */
+"use strict";
+const meta = JSON.parse(document.getElementById("meta").textContent);
+const features = meta.features, F = features.length;
+const names = meta.classes, C = names.length, classes = [...names.keys()];
+const [H, W] = meta.shape, P = H * W;
+const place = new Map(features.map((f, i) => [f.feature, i]));
+const arrays = {};
+
+async function unpack() {
+  const text = document.getElementById("pack").textContent.trim();
+  const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const buffer = await new Response(stream).arrayBuffer();
+  const kinds = { u1: Uint8Array, i1: Int8Array, i4: Int32Array, f4: Float32Array };
+  for (const [name, a] of Object.entries(meta.arrays))
+    arrays[name] = new kinds[a.type](buffer, a.offset, a.length);
+  if (meta.network) byPixel();
+}
+
+/* ---------- what Python computed ---------- */
+const argmax = values => values.indexOf(Math.max(...values));
+function softmax(logits) {
+  const top = Math.max(...logits), powers = Array.from(logits, l => Math.exp(l - top));
+  const sum = powers.reduce((a, b) => a + b);
+  return powers.map(p => p / sum);
+}
+/* What feature i adds to logit `to`, the mean over all images of class `of`. */
+const adds = (of, i, to) => arrays.class_adds[(of * F + i) * C + to];
+const frequency = (i, c) => features[i].labels[c] / Math.max(1, meta.of_class[c]);
+/* How much of the lead of a over b feature i makes on the images of class `of`. */
+const parts = (of, i, a, b) => adds(of, i, a) - adds(of, i, b);
+const testLogits = t => arrays.test_logits.subarray(t * C, (t + 1) * C);
+/* What fires on test image t: feature k, its activation, what it adds to each logit. */
+function firing(t) {
+  const list = [];
+  for (let p = arrays.pair_start[t]; p < arrays.pair_start[t + 1]; p++)
+    list.push({ k: arrays.pair_feature[p], activation: arrays.pair_activation[p],
+      adds: arrays.pair_adds.subarray(p * C, (p + 1) * C) });
+  return list;
+}
+const pixelsOf = t => Float32Array.from(arrays.tests.subarray(t * P, (t + 1) * P), v => v / 255);
+/* The places of the numbers that are largest by `value`, at most n, those above 0. */
+function largest(n, value, length = F) {
+  const scored = [];
+  for (let i = 0; i < length; i++) scored.push([value(i), i]);
+  const found = scored.filter(([v]) => v > 0).sort((a, b) => b[0] - a[0] || a[1] - b[1]);
+  return found.slice(0, n).map(([, i]) => i);
+}
+/* How many features, the most influential first, do `share` of what single removals do. */
+function doing(share) {
+  const influence = features.map(f => f.influence).sort((a, b) => b - a);
+  const all = influence.reduce((a, b) => a + b, 0);
+  let n = 0, sum = 0;
+  while (n < F && sum < share * all) sum += influence[n++];
+  return n;
+}
+
+/* ---------- the network: logits = W2 relu(W1 x + b1) + b2 ---------- */
+function byPixel() { /* the first weights pixel by pixel, so that blank ones cost nothing */
+  const d = meta.network.d_in, weights = new Float32Array(P * d);
+  for (let j = 0; j < d; j++) for (let p = 0; p < P; p++) weights[p * d + j] = arrays.W1[j * P + p];
+  arrays.W1 = weights;
+}
+function forward(pixels) {
+  const { d_in: d, d_sae: n } = meta.network;
+  const z = Float64Array.from(arrays.b1), feature = Float64Array.from(arrays.b_enc);
+  for (let p = 0; p < P; p++) {
+    const ink = pixels[p];
+    if (ink) for (let j = 0, at = p * d; j < d; j++) z[j] += ink * arrays.W1[at + j];
+  }
+  for (let j = 0; j < d; j++) {
+    const x = (z[j] - arrays.mu[j]) / arrays.std[j];
+    for (let k = 0, at = j * n; k < n; k++) feature[k] += x * arrays.W_enc[at + k];
+  }
+  for (let k = 0; k < n; k++) if (!(feature[k] > arrays.threshold[k])) feature[k] = 0;
+  return { z, feature, logits: head(z) };
+}
+function head(z) {
+  const logits = Float64Array.from(arrays.b2), d = z.length;
+  for (let c = 0; c < C; c++)
+    for (let j = 0, at = c * d; j < d; j++) if (z[j] > 0) logits[c] += arrays.W2[at + j] * z[j];
+  return logits;
+}
+function through(feature) { /* the preactivations that the SAE rebuilds from its features */
+  const z = Float64Array.from(arrays.b_dec), d = z.length;
+  for (let k = 0; k < feature.length; k++)
+    if (feature[k]) for (let j = 0, at = k * d; j < d; j++) z[j] += feature[k] * arrays.W_dec[at +
+      j];
+  return z.map((v, j) => v * arrays.std[j] + arrays.mu[j]);
+}
+function moved(z, k, by) { /* z with `by` more of feature k; what the SAE does not rebuild stays */
+  const out = Float64Array.from(z), d = z.length;
+  for (let j = 0, at = k * d; j < d; j++) out[j] += by * arrays.W_dec[at + j] * arrays.std[j];
+  return out;
+}
+
+/* ---------- ink: SUB x SUB cells to a pixel, each from 0 to 1 ---------- */
+const SUB = 4, IW = SUB * W, IH = SUB * H, PEN = 1.2 * SUB;
+const noInk = () => new Float32Array(IW * IH);
+function stroke(ink, [x0, y0], [x1, y1], rub = false) { /* a line with round ends, in cells */
+  const dx = x1 - x0, dy = y1 - y0, squared = dx * dx + dy * dy || 1, far = PEN + 1;
+  const left = Math.max(0, Math.floor(Math.min(x0, x1) - far));
+  const right = Math.min(IW - 1, Math.ceil(Math.max(x0, x1) + far));
+  const top = Math.max(0, Math.floor(Math.min(y0, y1) - far));
+  const bottom = Math.min(IH - 1, Math.ceil(Math.max(y0, y1) + far));
+  for (let y = top; y <= bottom; y++) for (let x = left; x <= right; x++) {
+    const along = Math.max(0, Math.min(1, ((x - x0) * dx + (y - y0) * dy) / squared));
+    const distance = Math.hypot(x - x0 - along * dx, y - y0 - along * dy);
+    const cover = Math.max(0, Math.min(1, PEN + .5 - distance)), at = y * IW + x;
+    ink[at] = rub ? Math.min(ink[at], 1 - cover) : Math.max(ink[at], cover);
+  }
+}
+function enlarged(pixels) {
+  const ink = noInk();
+  for (let y = 0; y < IH; y++) for (let x = 0; x < IW; x++)
+    ink[y * IW + x] = pixels[Math.floor(y / SUB) * W + Math.floor(x / SUB)];
+  return ink;
+}
+/* The box (left, top, w, h) of the ink as h2 x w2 means of its parts. */
+function resized(ink, left, top, w, h, w2, h2) {
+  const out = new Float32Array(w2 * h2);
+  for (let y = 0; y < h2; y++) for (let x = 0; x < w2; x++) {
+    const x0 = x * w / w2, x1 = (x + 1) * w / w2, y0 = y * h / h2, y1 = (y + 1) * h / h2;
+    let sum = 0;
+    for (let v = Math.floor(y0); v < Math.min(h, Math.ceil(y1)); v++)
+      for (let u = Math.floor(x0); u < Math.min(w, Math.ceil(x1)); u++) {
+        const wide = Math.min(u + 1, x1) - Math.max(u, x0);
+        const high = Math.min(v + 1, y1) - Math.max(v, y0);
+        sum += wide * high * ink[(top + v) * IW + left + u];
+      }
+    out[y * w2 + x] = sum / ((x1 - x0) * (y1 - y0));
+  }
+  return out;
+}
+const shrunk = ink => resized(ink, 0, 0, IW, IH, W, H);
+function centred(ink) { /* as MNIST's were: fitted into 20 of 28, centre of mass in the middle */
+  let left = IW, right = -1, top = IH, bottom = -1;
+  for (let y = 0; y < IH; y++) for (let x = 0; x < IW; x++) if (ink[y * IW + x] > .1) {
+    left = Math.min(left, x); right = Math.max(right, x);
+    top = Math.min(top, y); bottom = Math.max(bottom, y);
+  }
+  const out = new Float32Array(P), w = right - left + 1, h = bottom - top + 1;
+  if (right < 0) return out;
+  const scale = Math.max(w, h) / Math.round(Math.min(W, H) * 5 / 7);
+  const w2 = Math.max(1, Math.round(w / scale)), h2 = Math.max(1, Math.round(h / scale));
+  const small = resized(ink, left, top, w, h, w2, h2);
+  let mass = 0, mx = 0, my = 0;
+  small.forEach((v, at) => { mass += v; mx += v * (at % w2); my += v * Math.floor(at / w2); });
+  const dx = Math.round((W - 1) / 2 - mx / mass), dy = Math.round((H - 1) / 2 - my / mass);
+  small.forEach((v, at) => {
+    const x = at % w2 + dx, y = Math.floor(at / w2) + dy;
+    if (x >= 0 && x < W && y >= 0 && y < H) out[y * W + x] = v;
+  });
+  return out;
+}

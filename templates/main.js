@@ -1,0 +1,66 @@
+/* Which view the address asks for, and the keys that work in every view. */
+const views = { story: storyView, class: classView, pair: pairView, errors: errorsView,
+  features: featuresView, draw: drawView, feature: featureView, two: twoView };
+const inMenu = { story: "Story", class: "A class", pair: "Two classes", errors: "Errors",
+  features: "Features", draw: "Draw" };
+let current = "";
+const viewOf = () => address().get("view") ?? (address().has("feature") ? "feature" : "story");
+
+function focusKey(node) { /* what finds the same control again after its view was drawn anew */
+  if (!node || node === document.body) return null;
+  if (node.id) return `#${CSS.escape(node.id)}`;
+  const group = node.closest("nav")?.getAttribute("aria-label");
+  return group && node.hasAttribute("href")
+    ? `nav[aria-label="${CSS.escape(group)}"] a[href="${CSS.escape(node.getAttribute("href"))}"]`
+      : null;
+}
+function route() {
+  const view = viewOf() in views ? viewOf() : "story", same = view === current;
+  const back = same ? focusKey(document.activeElement) : null;
+  current = view;
+  views[view]();
+  document.querySelectorAll("#views a").forEach(a =>
+    a.setAttribute("aria-current", a.dataset.view === view ? "page" : "false"));
+  const heading = main.querySelector("h2")?.textContent ?? "";
+  document.title = `${heading}: ${meta.title}`;
+  if (back) document.querySelector(back)?.focus({ preventScroll: true });
+  if (same && view !== "feature") return;
+  scrollTo(0, 0);
+  say(heading);
+}
+/* Escape leaves the innermost thing: in the drawing view its own, otherwise a step outwards. */
+function leave() {
+  const { image, step } = Object.fromEntries(address());
+  if (current === "draw") return leaveDrawing();
+  if (current === "feature" || current === "two") return history.length > 1 ? history.back() : null;
+  if (current === "story" && step !== "end" && meta.tests?.tour)
+    location.hash = to("story", { step: "end" });
+  else if (image !== undefined) {
+    const rest = address();
+    rest.delete("image");
+    location.hash = rest;
+  } else if (current !== "story") location.hash = to("story");
+}
+function keys(e) {
+  if (e.altKey || e.ctrlKey || e.metaKey) return;
+  if (e.key === "Escape") return leave();
+  if (/^(INPUT|SELECT|TEXTAREA|CANVAS)$/.test(e.target.tagName)) return;
+  if (e.target.closest?.("[role=group]")) return;
+  if (current === "feature" && (e.key === "ArrowLeft" || e.key === "ArrowRight")) {
+    const list = selection().map(([f]) => f.feature);
+    const at = list.indexOf(Number(address().get("feature")));
+    const by = e.key === "ArrowRight" ? 1 : -1;
+    if (list.length) location.hash = toFeature(list[(at + by + list.length) % list.length]);
+  } else if (current === "features") gridKeys(e);
+}
+function start() {
+  byId("title").textContent = meta.title;
+  byId("views").append(...Object.entries(inMenu).map(([view, title]) =>
+    el("a", { href: to(view), "data-view": view }, title)));
+  document.addEventListener("keydown", keys);
+  addEventListener("hashchange", route);
+  route();
+  document.body.dataset.ready = Math.round(performance.now()); /* ms since it was asked for */
+}
+unpack().then(start).catch(error => main.replaceChildren(el("p", {},
+  `This browser could not read the page's data (${error}). Use a current Chromium or Firefox.`)));
