@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 import feature_analysis as fa
+import feature_hypotheses as fh
 import feature_roles as fr
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -413,6 +414,7 @@ def write_dashboard(
     overview = overview or Overview()
     features = [record["feature"] for record in records]
     n_classes = shown.bank.label_histogram.shape[1]
+    names = _class_names(overview, n_classes)
     images = fa.as_ink(shown.images.cpu())[:, 0]
     counts, largest = activation_histograms(shown.activity)
     entries, pictured = _entries(records, layer.sae, shown, largest)
@@ -438,7 +440,8 @@ def write_dashboard(
     meta = {
         **overview._asdict(),
         "shape": arrays["inked"].shape,
-        "classes": _class_names(overview, n_classes),
+        "classes": names,
+        "many": [fh.images_of(names, c) for c in range(n_classes)],  # as in "6s", "trousers"
         "of_class": torch.bincount(shown.activity.labels, minlength=n_classes).tolist(),
         "bins": HISTOGRAM_BINS,
         "d_sae": layer.d_sae,

@@ -20,7 +20,7 @@ function classView() {
       `dashed, none.`));
   whole();
   const row = i => featureRow(features[i].feature, adds(c, i, c), { onlook: () => onlyOne(i),
-    note: `fires on ${share(i)} of all ${names[c]}s; where it fires at all, it ` +
+    note: `fires on ${share(i)} of all ${many[c]}; where it fires at all, it ` +
       `${does(features[i])}` });
   function keeps(d) {
     const [i] = largest(1, j => parts(c, j, c, d)), f = features[i];
@@ -32,7 +32,7 @@ function classView() {
     el("div", { class: "aside" }, el("div", { class: "pinned" }, figure,
       button("all features", whole), soft("Point at a feature, or tab to it, to see its places.")),
     el("div", {}, featureRows(`These speak for ${names[c]}`, forIt.map(row)),
-      featureRows(`These speak against ${names[c]}, on images of ${names[c]}s`, against.map(row)),
+      featureRows(`These speak against ${names[c]}, on images of ${many[c]}`, against.map(row)),
       el("h3", {}, `What most keeps a ${names[c]} from being read as`),
       el("ul", { class: "plain" }, classes.filter(d => d !== c).map(keeps)),
       soft(`The number is what a feature adds to the score of ${names[c]}, the mean over all ` +

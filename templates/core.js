@@ -3,6 +3,7 @@
 const meta = JSON.parse(document.getElementById("meta").textContent);
 const features = meta.features, F = features.length;
 const names = meta.classes, C = names.length, classes = [...names.keys()];
+const many = meta.many; /* what several images of a class are called */
 const [H, W] = meta.shape, P = H * W;
 const place = new Map(features.map((f, i) => [f.feature, i]));
 const arrays = {};

@@ -4,8 +4,8 @@ function habits(k, label, says) { /* what a feature does on other images, those 
   if (i === undefined) return `Feature ${k} is not on this page.`;
   const f = features[i];
   const [there, here] = [says, label].map(of => el("b", {}, signed(parts(of, i, says, label))));
-  return [link(toFeature(k), `Feature ${k}`), `: on all ${names[says]}s it makes `, there,
-    ` of their lead over ${names[label]}, on all ${names[label]}s `, here, " of that same lead. " +
+  return [link(toFeature(k), `Feature ${k}`), `: on all ${many[says]} it makes `, there,
+    ` of their lead over ${names[label]}, on all ${many[label]} `, here, " of that same lead. " +
     `Removed from every test image, alone, it would mend ${plural(f.mends, "error")} and make ` +
     `${plural(f.breaks, "right prediction")} wrong.`];
 }
@@ -49,7 +49,7 @@ function errorsView() {
   const keep = label === null ? {} : { label };
   const which = n < said.errors ? `Shown are the ${n} whose own class is furthest behind. ` : "";
   const filter = choose("Errors on", [["all", to("errors"), null],
-    ...classes.map(c => [`${names[c]}s`, to("errors", { label: c }), c])], label);
+    ...classes.map(c => [`${many[c]}`, to("errors", { label: c }), c])], label);
   const chosen = shown.includes(t) ? t : shown[0];
   main.replaceChildren(el("h2", {}, "Errors"),
     el("p", {}, `${plural(said.errors, "test image")} of ${said.n.toLocaleString("en")} ` +

@@ -25,12 +25,12 @@ function pairView() {
   const t = asked("image", tests().length, first);
   const row = (c, d) => i => featureRow(features[i].feature, parts(c, i, c, d), {
     picture: features[i].drawing && sketch(i, 96, classMean(c)),
-    note: `fires on ${percent(frequency(i, a), 0)} of ${names[a]}s, ` +
-      `${percent(frequency(i, b), 0)} of ${names[b]}s; on ${names[d]}s it makes ` +
+    note: `fires on ${percent(frequency(i, a), 0)} of ${many[a]}, ` +
+      `${percent(frequency(i, b), 0)} of ${many[b]}; on ${many[d]} it makes ` +
       `${signed(parts(d, i, c, d))}` });
   const words = i => isError(i) ? `${names[of(i)[0]]} read as ${names[of(i)[1]]}` : names[of(i)[0]];
   const side = (c, d) => el("div", { class: "large" },
-    featureRows(`For ${names[c]}, on ${names[c]}s`, separating(c, d, 8).map(row(c, d))));
+    featureRows(`For ${names[c]}, on ${many[c]}`, separating(c, d, 8).map(row(c, d))));
   main.replaceChildren(el("h2", {}, `Why ${names[a]} and not ${names[b]}?`),
     el("div", { class: "row" }, el("span", {}, "this"),
       classLinks("This class", c => to("pair", { a: c, b: c === b ? a : b }), a)),

@@ -82,8 +82,8 @@ function apart() {
   const [a, b] = meta.tests?.pair ?? [0, Math.min(1, C - 1)];
   const row = (c, d) => i => featureRow(features[i].feature, parts(c, i, c, d), {
     picture: features[i].drawing && sketch(i, 96, classMean(c)),
-    note: `fires on ${percent(frequency(i, c), 0)} of ${names[c]}s, on ` +
-      `${percent(frequency(i, d), 0)} of ${names[d]}s` });
+    note: `fires on ${percent(frequency(i, c), 0)} of ${many[c]}, on ` +
+      `${percent(frequency(i, d), 0)} of ${many[d]}` });
   const side = (c, d) => el("div", {}, el("h3", {}, `For ${names[c]}, against ${names[d]}, speak`),
     el("ul", { class: "units large" }, separating(c, d, 3).map(row(c, d))));
   const most = meta.tests?.errors
