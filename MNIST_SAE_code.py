@@ -2328,7 +2328,7 @@ def tell_unnamed_strokes(hypotheses: Sequence[fh.Hypothesis]) -> None:
 
 
 RESULTS_OF_RUN = """settings.json summary.json frontier.png feature_report.json feature_report.html
-hypotheses.json hypotheses.md explained.png influence.png saelens/cfg.json
+hypotheses.json hypotheses.md explained.png influence.png training.png saelens/cfg.json
 saelens/sae_weights.safetensors""".split()
 
 

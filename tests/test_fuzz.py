@@ -140,7 +140,7 @@ WORDS = st.one_of(
 def test_any_command_line(words):
     if any("--help".startswith(word) and len(word) > 2 for word in words):
         return
-    tried(lambda: driver.parse_settings(words), driver.InputError)
+    tried(lambda: driver.parse_runs(words), driver.InputError)
 
 
 # --- What a run saved -----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,7 +42,8 @@ def told(process: subprocess.Popen, status: int) -> str:
 
 
 def parsed(*flags: object) -> driver.Settings:
-    return driver.parse_settings([*TINY, *map(str, flags)])
+    (settings,) = driver.parse_runs([*TINY, *map(str, flags)])
+    return settings
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +56,7 @@ def finished(tmp_path_factory) -> Path:
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
     """A copy of a finished run, to do harm to."""
-    for path in finished.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -121,7 +122,8 @@ def test_a_run_that_stopped_half_way_leaves_nothing_that_looks_finished(run, mon
         driver.main([*TINY, "--target-actives", "3", "4", "--out", str(run)])
     left = {path.name for path in run.iterdir()}
     stages = {f"{name}.{ending}" for name in ("classifier", "sae") for ending in driver.STAGE_FILES}
-    assert left == {*stages, ".lock", "target_3", "target_4"}
+    assert left == {*stages, ".lock", "run.log.jsonl", "saelens", "target_3", "target_4"}
+    assert not list((run / "saelens").iterdir())
 
 
 # --- Files from a stranger ------------------------------------------------------------------------

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import activity_of
 
 import feature_confirmation as fc
+import feature_hypotheses as fh
 import MNIST_SAE_code as driver
 
 TINY = """--data sample --sae-latents 12 --hidden-units 16 --target-actives 2 --epochs-sae-final 1
@@ -108,3 +110,11 @@ def test_the_false_discovery_rate_counts_every_test_and_no_other(m):
         for p, passes in ((edge * (1 - 1e-9), True), (edge * (1 + 1e-9), False)):
             values = np.array([p] * r + [0.9] * (m - r))
             assert fc.benjamini_hochberg(values, q).sum() == (r if passes else 0)
+
+
+def test_an_image_that_scores_just_the_cut_is_described():
+    """Cuts are scores of discovery images, which claims about labels give again and again."""
+    scores = np.array([0.2, 0.5, 0.5, 0.7], np.float32)
+    claim = fh.Hypothesis(**dict.fromkeys(fh.Hypothesis._fields))._replace(feature=0, cut=0.5)
+    activity = activity_of([[1.0], [1.0], [0.0], [1.0]])
+    assert fc._described(claim, {"both": scores}, activity) == fc.Described(n=3, active=3, both=2)
