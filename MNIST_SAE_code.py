@@ -3210,7 +3210,7 @@ def sweep(runs: Sequence[Settings], rank: Rank) -> list[dict]:
     records = []
     for single in singles:
         stored = (Path(single.out) / "combination.json").read_bytes()
-        records.append(read_json(stored, dict[str, float | None]))
+        records.append(read_json(stored, dict[str, int | float | dict | None]))
     fa.write_whole(root / "sweep.json", to_json(records))
     draw_sweep(records, root / "sweep.png")
     print(sweep_table(records))
