@@ -46,6 +46,7 @@ import os
 import pickle
 import platform
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -55,6 +56,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -298,6 +300,8 @@ def parse_runs(argv: Sequence[str] | None = None) -> list[Settings]:
     given = vars(parser.parse_args(argv))
     given["target_actives"] = tuple(given["target_actives"])
     seeds = given.pop("seeds")
+    if seeds is not None and given["seed"] != SEED:
+        raise InputError(f"--seed {given['seed']} and --seeds {seeds} are both given; give one")
     seeds = [given["seed"]] if seeds is None else seeds
     latents = given["sae_latents"]
     latents = [latents] if isinstance(latents, int) else latents
@@ -308,6 +312,21 @@ def parse_runs(argv: Sequence[str] | None = None) -> list[Settings]:
     for seed, n in itertools.product(seeds, latents):
         runs.append(Settings(**{**given, "seed": seed, "sae_latents": n}))
     return runs
+
+
+def flags_of(settings: Settings) -> list[str]:
+    """The flags that give these settings."""
+    flags = []
+    for f in fields(Settings):
+        value = getattr(settings, f.name)
+        if value == f.default or f.name in ("fresh", "wait"):
+            continue
+        if isinstance(value, bool):
+            flags.append(flag_name(f.name) if value else f"--no-{flag_name(f.name)[2:]}")
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            flags += [flag_name(f.name), *map(str, values)]
+    return flags
 
 
 def pick_device(name: str) -> torch.device:
@@ -1411,7 +1430,12 @@ class Jobs:
         """Let a worker run `function(*args)`; with `here`, leave it until its result is needed."""
         job = Job(name, function, args)
         if self.pool is not None and not here:
-            job.pickled = pickle.dumps((function, args))
+            try:
+                job.pickled = pickle.dumps((function, args))
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                raise InputError(
+                    f"the network cannot be sent to worker processes ({error}); use workers=0"
+                ) from error
             with self.lock:
                 self.waiting.append(job)
                 self._feed()
@@ -2103,7 +2127,7 @@ def gradient_at(layer: fa.ExplainedLayer, images: Tensor) -> dict:
     """Where input patterns are taken, as arguments of their functions: anywhere if preactivations
     are linear in the pixels, otherwise at some of the images."""
     shape = tuple(images.shape[1:])
-    linear = fa.is_linear(layer, shape)
+    linear = fa.is_linear(layer, shape, images)
     return {"images": None if linear else images[:PATTERN_IMAGES], "image_shape": shape}
 
 
@@ -2944,11 +2968,16 @@ def memory_bytes() -> float:
     return min(sizes)
 
 
-def needed_bytes(settings: Settings, data: Data) -> dict[str, float]:
-    """What a run holds at once at the very least, by what it is; float32 unless said otherwise."""
+def needed_bytes(settings: Settings, data: Data, d_in: int | None = None) -> dict[str, float]:
+    """What a run holds at once at the very least, by what it is; float32 unless said otherwise.
+
+    `d_in` is that of a network that is not trained here.
+    """
     n_train, n_val, n_test = (len(split.labels) for split in data[:3])
     pixels = data.train.images[0].numel()
-    d_in, d_sae = settings.hidden_units, settings.sae_latents
+    what = f"the layer's {d_in} outputs, by pool" if d_in else "--hidden-units"
+    trained = 0 if d_in else pixels  # of each hidden unit
+    d_in, d_sae = d_in or settings.hidden_units, settings.sae_latents
     steps = 0
     for epochs, batch in (
         (settings.epochs_ffn, settings.batch_ffn),
@@ -2958,16 +2987,18 @@ def needed_bytes(settings: Settings, data: Data) -> dict[str, float]:
     adam = 4  # weights, their gradients and two moments
     examples = min(settings.topk, n_val) + fa.SAMPLE_PER_FEATURE
     return {
-        "--hidden-units": 4 * d_in * (adam * pixels + n_train + n_val + n_test + 2 * d_in),
+        what: 4 * d_in * (adam * trained + n_train + n_val + n_test + 2 * d_in),
+        "the number of images": 4 * pixels * (n_train + n_val + n_test),
         "--sae-latents": 4 * d_sae * (adam * 2 * d_in + n_val + pixels + 5 * examples),
         "--epochs-ffn or --epochs-sae-final": 3 * 4 * steps,
         "--workers": WORKER_BYTES * max(0, settings.workers),
     }
 
 
-def refuse_too_large(settings: Settings, data: Data) -> None:
+def refuse_too_large(settings: Settings, data: Data, d_in: int | None = None) -> None:
     """Raise InputError, before memory is taken, when a run cannot fit into it."""
-    needed, there, device = needed_bytes(settings, data), memory_bytes(), data.train.labels.device
+    needed, there = needed_bytes(settings, data, d_in), memory_bytes()
+    device = data.train.labels.device
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
     if sum(needed.values()) > there:
@@ -3214,12 +3245,8 @@ def sweep(runs: Sequence[Settings], rank: Rank) -> list[dict]:
     fa.write_whole(root / "sweep.json", to_json(records))
     draw_sweep(records, root / "sweep.png")
     print(sweep_table(records))
-    one = singles[0]
-    print(
-        f"\n{root / 'sweep.png'} shows this. One of them explained, its SAE reused: python "
-        f"MNIST_SAE_code.py --data {one.data} --seed {one.seed} --sae-latents {one.sae_latents} "
-        f"--target-actives {one.target_actives[0]} --out {one.out}"
-    )
+    command = shlex.join(["python", "MNIST_SAE_code.py", *flags_of(singles[0])])
+    print(f"\n{root / 'sweep.png'} shows this. One of them explained, its SAE reused: {command}")
     return records
 
 
@@ -3319,17 +3346,21 @@ def ranks(device: str) -> Iterator[Rank]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if on_gpu else "gloo"
     torch.distributed.init_process_group(backend, timeout=PATIENCE)
+    rank = Rank(torch.distributed.get_rank(), count)
+    before = THIS_RANK.set(rank)
     try:
-        yield Rank(torch.distributed.get_rank(), count)
+        yield rank
     finally:
+        THIS_RANK.reset(before)
         torch.distributed.destroy_process_group()
 
 
+THIS_RANK: ContextVar[Rank] = ContextVar("rank")  # inside of `ranks`
+
+
 def this_rank() -> Rank:
-    """The rank of this process, where `ranks` has begun."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return Rank()
-    return Rank(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    """The rank of this process in a run of `main`; somebody else's process group is not ours."""
+    return THIS_RANK.get(Rank())
 
 
 def help_first_rank(settings: Settings, clock: Clock) -> list[dict]:
@@ -3382,30 +3413,42 @@ def shared_bank(layer: fa.ExplainedLayer, data: Data, settings: Settings) -> fa.
 # --------------------------------------------------------------------------------------------------
 
 
+def _images_and_labels(given: object) -> tuple[Tensor, Tensor]:
+    """Images and labels of a pair of arrays, a DataLoader or a Dataset; what these cannot give
+    raises."""
+    if isinstance(given, torch.utils.data.DataLoader):
+        images, labels = (torch.cat(part) for part in zip(*fa.in_order(given), strict=True))
+        if given.drop_last and len(images) < len(given.dataset):
+            raise ValueError(f"it drops {len(given.dataset) - len(images)} images at its end")
+        return images, labels
+    if isinstance(given, (tuple, list)):
+        images, labels = (torch.as_tensor(part) for part in given)
+        return images, labels
+    pairs = [given[i] for i in range(len(given))]
+    images = torch.stack([torch.as_tensor(image) for image, _ in pairs])
+    return images, torch.as_tensor([label for _, label in pairs])
+
+
 def whole_split(given: object, name: str, device: torch.device) -> Split:
     """Images and labels as tensors on `device`, from a pair of tensors, a Dataset of (image, label)
     pairs, or a DataLoader, read once. Raises InputError where they are none of these."""
-    is_pair = isinstance(given, (tuple, list)) and len(given) == 2
-    if is_pair and all(isinstance(part, Tensor) for part in given):
-        images, labels = given
-    elif isinstance(given, torch.utils.data.DataLoader):
-        images, labels = (torch.cat(part) for part in zip(*given, strict=True))
-    elif hasattr(given, "__getitem__") and hasattr(given, "__len__") and not is_pair:
-        pairs = [given[i] for i in range(len(given))]
-        images = torch.stack([torch.as_tensor(image) for image, _ in pairs])
-        labels = torch.as_tensor([int(label) for _, label in pairs])
-    else:
+    try:
+        images, labels = _images_and_labels(given)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"{name} is a {type(given).__name__}; give a pair of tensors (images, labels), a "
-            f"Dataset of such pairs, or a DataLoader"
-        )
-    if images.dim() == 3:
-        images = images[:, None]
-    if images.dim() != 4 or labels.shape != images.shape[:1] or len(images) < 2:
+            f"{name}, a {type(given).__name__}, gives no images and labels ({error}); give a pair "
+            f"of tensors, a Dataset of such pairs, or a DataLoader that does not shuffle"
+        ) from error
+    images = images[:, None] if images.dim() == 3 else images
+    fits = images.dim() == 4 and images.shape[1] in (1, 3) and labels.shape == images.shape[:1]
+    if not fits or len(images) < 2 or labels.is_floating_point():
         raise InputError(
-            f"{name} has images of shape {tuple(images.shape)} and labels of shape "
-            f"{tuple(labels.shape)}; (N, C, H, W) and (N,) are needed, of two images at least"
+            f"{name} has images of shape {tuple(images.shape)} and {labels.dtype} labels of shape "
+            f"{tuple(labels.shape)}; (N, C, H, W), C being 1 or 3, and whole numbers (N,) are "
+            f"needed, of two images at least"
         )
+    if not bool(torch.isfinite(images).all()):
+        raise InputError(f"{name} has pixels that are not finite numbers")
     return Split(images.to(device).float(), labels.to(device).long())
 
 
@@ -3422,8 +3465,10 @@ def data_of(splits: Sequence[Split], classes: Sequence[str], n_classes: int) -> 
     """The splits that explain() was given. Raises InputError for names or labels that do not
     fit."""
     names = tuple(map(str, classes)) or tuple(map(str, range(n_classes)))
-    if len(names) != n_classes:
-        raise InputError(f"classes has {len(names)} names; the network has {n_classes} logits")
+    if len(names) != n_classes or len(set(names)) < n_classes:
+        raise InputError(
+            f"classes has {len(set(names))} different names; the network has {n_classes} logits"
+        )
     for split in splits:
         low, high = int(split.labels.min()), int(split.labels.max())
         if low < 0 or high >= n_classes:
@@ -3472,14 +3517,15 @@ def explain(
         if name not in known or name in ("target_actives", "data", "device", "hidden_units"):
             raise InputError(f"explain() has no setting {name!r}; it has {', '.join(known)}")
 
-    if layer is None:
-        some = next(model.parameters(), None)
-        device = torch.device("cpu") if some is None else some.device
+    if layer is not None:
+        net = fa.AtLayer(model, layer, pool)
+    elif isinstance(model, fa.AtLayer):
+        net, layer, model = model, model.name, model.model
     else:
-        device = fa.AtLayer(model, layer, pool).device
+        net = fa.InEvaluation(model)
+    device = net.device
     given = {"train": train, "val": val, "test": test}
     splits = [whole_split(split, name, device) for name, split in given.items()]
-    net = model if layer is None else fa.AtLayer(model, layer, pool, splits[0].images[:PROBES])
     with torch.no_grad():
         raw = net.preactivations(splits[0].images[:2])
         n_classes = net.logits_from_preactivations(raw).shape[1]
@@ -3491,7 +3537,7 @@ def explain(
     own = Settings(target_actives=(target,), device=str(device), **chosen_settings)
     if device.type == "cuda":
         make_cuda_repeatable()
-    refuse_too_large(replace(own, hidden_units=d_in), data)
+    refuse_too_large(own, data, d_in)
     with working(own) as jobs:
         subject = subject_of(net, model, layer, data, own, clock)
         explain_subject(own, data, subject, clock, jobs)
@@ -3499,9 +3545,6 @@ def explain(
     loaders = {name: TensorLoader(getattr(data, name)) for name in given}
     pre = subject.pre
     return Run(net, trained.sae, pre.mu, pre.std, loaders, own, data, Path(own.out))
-
-
-PROBES = 64  # images among which two unlike ones are looked for
 
 
 def subject_of(

@@ -51,7 +51,8 @@ N_BANDS = 4  # quantile bands of the active range that examples are drawn from
 PER_BAND = 5  # examples shown for each band
 SAMPLE_PER_FEATURE = 64  # active images remembered per feature to find those bands
 ROWS = 512  # images that the model is given at once: few enough to stay in the processor's cache
-GRADIENT_ROWS = 32  # images whose gradients, d_in of each, are held at once
+GRADIENT_ROWS = 32  # images whose gradients, d_in of each, are held at once, at most
+GRADIENT_ENTRIES = 2**26  # numbers that these gradients may have
 HEAD_ROWS = 4096  # rows that the head is given at once, or n_eval if that is more
 ENTRIES = 2**21  # activations of which several copies are made: larger ones are slow to get
 COUNTED = 2**18  # pairs of features that are counted at once: few enough for the cache
@@ -104,7 +105,7 @@ def _changes_in_training(module: torch.nn.Module) -> bool:
 
 def refuse_training_mode(model: object) -> None:
     """Raise ValueError when the model, or one that it holds, has dropout or the like at work."""
-    if isinstance(model, AtLayer):  # which sees to that
+    if isinstance(model, (AtLayer, InEvaluation)):  # which see to that
         return
     for part in (model, *getattr(model, "__dict__", {}).values()):
         for module in part.modules() if isinstance(part, torch.nn.Module) else ():
@@ -185,6 +186,10 @@ class ExplainedLayer(NamedTuple):
         """raw preactivations (B, d_in) -> logits (B, C)"""
         return self.model.logits_from_preactivations(raw)
 
+    def logits_of_all(self, raw: Tensor) -> Tensor:
+        """The same for many rows, HEAD_ROWS at a time."""
+        return torch.cat([self.logits_from_raw(some) for some in raw.split(HEAD_ROWS)])
+
 
 def _first(values: Tensor, wrong: Tensor) -> str:
     """The first of the wrong ones of values (n,), as people read it."""
@@ -247,6 +252,11 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def gradients_of(given: Tensor) -> torch.set_grad_enabled:
+    """Gradients where `given` asks for them, never because a network's weights do."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and given.requires_grad)
+
+
 class AtLayer:
     """The output of one layer of any network as preactivations, and the rest of it as a head.
 
@@ -262,7 +272,7 @@ class AtLayer:
         name: of the layer, as in `model.named_modules()`.
         pool: of an output with positions (B, C, H, W), "mean" or "max" over them, which serves
             where the rest reads no more than that, or "flatten" for all of it.
-        images: (N, ...), two or more that the network can take. Without, the first ones serve
+        images: (N, ...), one or more that the network can take. Without, the first one serves
             that `preactivations` is given.
 
     Raises ValueError for an unknown layer; with the first images, for a layer without one tensor as
@@ -297,6 +307,8 @@ class AtLayer:
         """images (B, ...) -> (B, d_in) float32; gradients flow to images that ask for them"""
         if self.before is None:
             self._get_to_know(images)
+        if len(images) == 0:  # which many a network cannot take
+            return self._rows(self._output(self.before))[:0]
         return self._rows(self._output(images))
 
     def logits_from_preactivations(self, raw: Tensor) -> Tensor:
@@ -305,12 +317,11 @@ class AtLayer:
             raise ValueError(f"{self.name}: give `images` first, or call `preactivations`")
         return self._logits(raw)
 
-    def _run(self, images: Tensor, hook: Callable, gradients: bool) -> Tensor:
-        """The model on images, with a hook on the layer."""
+    def _run(self, images: Tensor, hook: Callable, of: Tensor) -> Tensor:
+        """The model on images, with a hook on the layer, and the gradients of `of`."""
         handle = self.layer.register_forward_hook(hook)
-        wanted = torch.is_grad_enabled() and gradients  # never because of the weights
         try:
-            with evaluating(self.model), torch.set_grad_enabled(wanted):
+            with evaluating(self.model), gradients_of(of):
                 return self.model(images.to(self.device, self.dtype))
         finally:
             handle.remove()
@@ -324,7 +335,7 @@ class AtLayer:
             raise _Reached
 
         try:
-            self._run(images, keep, images.requires_grad)
+            self._run(images, keep, images)
         except _Reached:
             pass
         if not found:
@@ -358,27 +369,30 @@ class AtLayer:
         return raw.reshape(len(raw), *shape).clone()
 
     def _logits(self, raw: Tensor) -> Tensor:
+        if len(raw) == 0:
+            return self._logits(raw.new_zeros(1, raw.shape[1]))[:0]
         replaced = self._as_output(raw.to(self.device, self.dtype))
         before = self.before
         if not self.one_serves:
             before = before.expand(len(raw), *before.shape[1:])
-        logits = self._run(before, lambda *_: replaced, raw.requires_grad)
+        logits = self._run(before, lambda *_: replaced, raw)
         return logits.float()
 
     @torch.no_grad()
     def _get_to_know(self, images: Tensor) -> None:
         """Learn the shape of the layer's output, and see that the logits depend on it alone.
 
-        Of two images the one leads to the layer, and the other's output is put in there: the logits
-        must be the other's.
+        An image leads to the layer, and the output for another, the same with noise, is put in
+        there: the logits must be the other's.
         """
-        first = images[:1]
-        unlike = (images - first).flatten(1).abs().amax(1).argmax()
-        pair = torch.cat([first, images[unlike : unlike + 1]]).detach()
+        first = images[:1].detach().float()
+        noise = torch.rand(first.shape, generator=torch.Generator().manual_seed(0))
+        second = first + (first.std() + 1) * noise.to(first)  # unlike the first, whatever that is
+        pair = torch.cat([first, second])
         output = self._output(pair)
         raw = self._rows(output)
         runs = []
-        expected = self._run(pair, lambda *_: runs.append(1), False)
+        expected = self._run(pair, lambda *_: runs.append(1), pair)
         if not isinstance(expected, Tensor) or expected.dim() != 2:
             what = tuple(expected.shape) if isinstance(expected, Tensor) else type(expected)
             raise ValueError(f"the model gives {what} instead of logits (B, C)")
@@ -408,6 +422,27 @@ class AtLayer:
         if logits.shape != expected.shape:
             return math.inf
         return float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+
+
+class InEvaluation:
+    """A module that has the two methods itself, in evaluation mode while they run, and as it was
+    afterwards; images on its device and of its dtype, results float32."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+        self.device, self.dtype = like.device, like.dtype
+
+    def preactivations(self, images: Tensor) -> Tensor:
+        """images (B, ...) -> (B, d_in)"""
+        with evaluating(self.model), gradients_of(images):
+            return self.model.preactivations(images.to(self.device, self.dtype)).float()
+
+    def logits_from_preactivations(self, raw: Tensor) -> Tensor:
+        """raw (B, d_in) -> logits (B, C)"""
+        with evaluating(self.model), gradients_of(raw):
+            logits = self.model.logits_from_preactivations(raw.to(self.device, self.dtype))
+        return logits.float()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -706,14 +741,22 @@ def collect_activity(layer: ExplainedLayer, images: Tensor, labels: Tensor) -> A
 # --------------------------------------------------------------------------------------------------
 
 
-def is_linear(layer: ExplainedLayer, image_shape: tuple[int, ...]) -> bool:
+def is_linear(
+    layer: ExplainedLayer, image_shape: tuple[int, ...], images: Tensor | None = None
+) -> bool:
     """Whether the preactivations are linear in the pixels of images of that shape.
 
     They are when they are so on the way between any two images; three pairs of noise images, fixed
-    and unlike each other, are tried.
+    and unlike each other, are tried, and pairs among up to 64 of `images` (N, ...), whose pixels
+    may be on another scale.
     """
-    noise = torch.rand(6, *image_shape, generator=torch.Generator().manual_seed(0))
-    a, b = noise.to(layer.mu.device).split(3)
+    tried = torch.rand(6, *image_shape, generator=torch.Generator().manual_seed(0))
+    tried = tried.to(layer.mu.device)
+    if images is not None:
+        n = min(len(images), 64) // 2
+        some = images[: 2 * n].to(tried)
+        tried = torch.cat([tried[:3], some[:n], tried[3:], some[n:]])
+    a, b = tried.chunk(2)
     with torch.no_grad():
         at_a = layer.raw(a)
         at_b = layer.raw(b)
@@ -741,7 +784,9 @@ def _mean_jacobian(
         return (layer.raw(pixels) @ directions).sum(0)  # (n,): images do not mix
 
     total = 0.0
-    for batch in images.split(GRADIENT_ROWS):
+    entries = directions.shape[1] * math.prod(images.shape[1:])  # of the gradients at one image
+    at_once = max(1, min(GRADIENT_ROWS, GRADIENT_ENTRIES // entries))
+    for batch in images.split(at_once):
         pixels = batch.to(layer.mu.device).float()
         total = total + torch.autograd.functional.jacobian(projected, pixels).sum(1)
     mean = total / len(images)

@@ -1143,7 +1143,9 @@ def plural(name: str) -> str:
     """As in "6s", "bags", "dresses", "T-shirts/tops", "cherries"."""
     if name[-1:].isalpha() and name[-1].isupper():
         return f"{name}s"
-    if name.endswith(("s", "x", "sh", "ch")):
+    if name.endswith("s") and not name.endswith("ss"):
+        return name  # already, as "trousers"
+    if name.endswith(("ss", "x", "sh", "ch")):
         return f"{name}es"
     if name.endswith("y") and name[-2:-1] not in "aeiou":
         return f"{name[:-1]}ies"
@@ -1153,7 +1155,7 @@ def plural(name: str) -> str:
 def images_of(classes: Sequence[str], c: int) -> str:
     """What the images of class c are called, as in "6s" or "trousers"."""
     name = fa.class_name(classes, c)
-    is_word = len(name) > 1 and name[0].isupper() and name[1].islower()
+    is_word = name[:1].isupper() and name.split()[0][1:].isalpha() and name[1:].islower()
     return plural(name[0].lower() + name[1:] if is_word else name)
 
 

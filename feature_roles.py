@@ -76,19 +76,24 @@ def turning_features(
     Greedy: each step removes the feature without which the goal leads most; in the end those
     that prove to be needless are put back. There may be a smaller set.
     """
+    if len(images) == 0:
+        n_classes = layer.logits_from_raw(layer.mu[None]).shape[1]
+        none = torch.zeros(0, layer.d_sae, dtype=torch.bool)
+        return Turns(none, torch.zeros(0, n_classes), torch.zeros(0))
     raw, goal = layer.raw_of_all(images), goal.to(layer.mu.device)
     acts = layer.sae.encode((raw - layer.mu) / layer.std)
     shifts = layer.sae.W_dec.detach() * layer.std
-    lead = first = lead_of(layer.logits_from_raw(raw), goal)
+    lead = first = lead_of(layer.logits_of_all(raw), goal)
     off = torch.zeros_like(acts, dtype=torch.bool)
     steps = []
     for _ in range(most or acts.shape[1]):
         image, k = ((acts > 0) & ~off & (lead <= 0)[:, None]).nonzero().unbind(1)
         if len(image) == 0:
             break
-        without = layer.logits_from_raw(raw[image] - acts[image, k, None] * shifts[k])
         leads = torch.full_like(acts, -math.inf)
-        leads[image, k] = lead_of(without, goal[image])
+        for i, j in zip(image.split(fa.HEAD_ROWS), k.split(fa.HEAD_ROWS), strict=True):
+            without = layer.logits_from_raw(raw[i] - acts[i, j, None] * shifts[j])
+            leads[i, j] = lead_of(without, goal[i])
         lead, best = torch.where(lead <= 0, leads.amax(1), lead), leads.argmax(1)
         image = image.unique()
         k = best[image]
@@ -98,12 +103,12 @@ def turning_features(
 
     for image, k in steps:
         back = raw[image] + acts[image, k, None] * shifts[k]
-        needless = (lead_of(layer.logits_from_raw(back), goal[image]) > 0) & (lead[image] > 0)
+        needless = (lead_of(layer.logits_of_all(back), goal[image]) > 0) & (lead[image] > 0)
         image, k = image[needless], k[needless]
         raw[image] = back[needless]
         off[image, k] = False
     off &= (lead > 0)[:, None]
-    return Turns(off.cpu(), layer.logits_from_raw(raw).cpu(), first.cpu())
+    return Turns(off.cpu(), layer.logits_of_all(raw).cpu(), first.cpu())
 
 
 def chosen_tests(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

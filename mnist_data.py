@@ -284,7 +284,7 @@ def class_names(folder: Path, known: str | None, n_labels: int) -> tuple[str, ..
         numbers = tuple(map(str, range(n_labels)))
         return KNOWN_SETS[known].classes if known else numbers
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}); write one name a line") from error
     names = tuple(" ".join(line.split()) for line in lines if line.strip())
@@ -321,7 +321,7 @@ def find_set(root: Path) -> Path | None:
     return found[0] if found else None
 
 
-def download_images(data_dir: Path) -> None:
+def download_mnist(data_dir: Path) -> None:
     """Fetch MNIST into `data_dir`/MNIST/raw; half a download never stays there.
 
     Raises whatever torchvision's import or the network raises; the caller turns it into words.
@@ -392,7 +392,9 @@ def find_images(where: str) -> Path | None:
     if where == SAMPLE:
         return None
     if where == AUTO:
-        return find_set(Path(DOWNLOADS)) or downloaded(Path(DOWNLOADS))
+        places = (Path(DOWNLOADS), Path(DOWNLOADS) / "MNIST" / "raw")
+        found = next((place for place in places if has_idx_file(place)), None)
+        return found or downloaded(Path(DOWNLOADS))
     folder = find_set(Path(where)) if where.strip() else None
     if folder is None:
         first = next(iter(IDX_FILES))
@@ -408,7 +410,7 @@ def find_images(where: str) -> Path | None:
 def downloaded(root: Path) -> Path | None:
     """MNIST, fetched into `root`; None, and a line that says why, where that fails."""
     try:
-        download_images(root)
+        download_mnist(root)
     except Exception as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         print(
@@ -448,7 +450,9 @@ def load_images(where: str, seed: int = 0, device: torch.device | str = "cpu") -
         parts = [train, val, np.arange(n_train, len(labels))]
         classes = class_names(folder, known, int(labels.max()) + 1)
         kind = "digits" if known == "MNIST" else "images"
-        source = f"{known or folder.resolve().name}, full set of {len(labels):,} {kind}"
+        own = folder.resolve()
+        name = own.parent.name if own.name == "raw" else own.name
+        source = f"{known or name}, full set of {len(labels):,} {kind}"
         if known is None:
             height, width = images.shape[1:]
             print(

@@ -134,6 +134,35 @@ class Pooled(nn.Module):
         return self.head(found.mean((2, 3)) if self.by_mean else found[:, :, 2, 2])
 
 
+@pytest.mark.parametrize("first", [some_images(1), torch.zeros(5, 3, 8, 8)])
+def test_one_image_or_equal_ones_are_enough_to_find_it(first):
+    with pytest.raises(ValueError, match="does not depend on it alone"):
+        fa.AtLayer(network(around=True), "wide").preactivations(first)
+
+
+def test_no_image_is_no_reason_to_fail():
+    at = fa.AtLayer(network(counts=True), "wide", images=some_images())
+    assert at.preactivations(some_images()[:0]).shape == (0, 12)
+    assert at.logits_from_preactivations(torch.zeros(0, 12)).shape == (0, 3)
+
+
+class Bent(nn.Module):
+    """Linear between any two images with pixels from 0 to 1, but not beyond."""
+
+    def preactivations(self, images):
+        return (images.flatten(1)[:, :3] - 100).relu() + images.flatten(1)[:, :3]
+
+    def logits_from_preactivations(self, raw):
+        return raw
+
+
+def test_linear_is_what_is_linear_on_the_images_at_hand():
+    layer = fa.ExplainedLayer(Bent(), None, torch.zeros(3), torch.ones(3))
+    images = 255 * torch.rand(40, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert fa.is_linear(layer, (1, 4, 4))
+    assert not fa.is_linear(layer, (1, 4, 4), images)
+
+
 def test_positions_are_pooled_where_the_rest_reads_no_more():
     images, net = some_images(), Pooled(by_mean=True)
     with pytest.raises(ValueError, match=r"gives \(2, 5, 6, 6\), outputs with positions: say pool"):
@@ -292,6 +321,40 @@ def test_the_same_network_again_reuses_and_another_does_not(explained, capsys):
         driver.load_run(settings["out"])
 
 
+def test_a_network_that_makes_no_error_and_has_the_methods_itself(tmp_path):
+    """In training mode, with dropout; nothing of it changes."""
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.drop, self.last = nn.Linear(192, 6), nn.Dropout(0.5), nn.Linear(6, 3)
+
+        def preactivations(self, images):
+            return self.first(self.drop(images.view(images.size(0), -1)))
+
+        def logits_from_preactivations(self, raw):
+            return self.last(raw)
+
+    net = Whole().double()
+    with torch.no_grad():
+        net.first.weight.zero_()
+        net.first.bias.zero_()
+        for c in range(3):
+            net.first.weight[c, 64 * c : 64 * c + 64] = 1.0
+        net.last.weight.copy_(torch.eye(3, 6))
+        net.last.bias.zero_()
+    data = [picture_set(n, seed) for seed, n in enumerate((300, 100, 60))]
+    settings = {"target": 2, "sae_latents": 8, "epochs_sae_final": 1, "stability_seeds": 0}
+    run = driver.explain(net, None, *data, out=str(tmp_path), **settings)
+    (summary,) = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["baseline_acc"] == 1
+    assert (tmp_path / "feature_report.html").exists()
+    assert net.training
+    expected = data[1][0].flatten(1) @ net.first.weight.float().T
+    found = run.model.preactivations(data[1][0])
+    assert found.numpy(force=True) == pytest.approx(expected.numpy(force=True), abs=1e-4)
+
+
 class Pairs(torch.utils.data.Dataset):
     def __init__(self, images, labels):
         self.images, self.labels = images, labels
@@ -313,22 +376,35 @@ def test_images_come_as_tensors_datasets_or_loaders():
         split = driver.whole_split(given, "train", torch.device("cpu"))
         assert torch.equal(split.images, images)
         assert torch.equal(split.labels, labels)
-    loader = torch.utils.data.DataLoader(Pairs(images, labels), batch_size=3, shuffle=True)
-    split = driver.whole_split(loader, "train", torch.device("cpu"))
-    for image, label in zip(split.images, split.labels, strict=True):  # read once: they belong
-        at = (images == image).flatten(1).all(1).nonzero()[0, 0]
-        assert labels[at] == label
+    arrays = (images.numpy(), labels.numpy())
+    assert torch.equal(driver.whole_split(arrays, "val", torch.device("cpu")).images, images)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"shuffle": True}, "must not shuffle"),
+        ({"batch_size": 4, "drop_last": True}, "it drops 3 images at its end"),
+    ],
+)
+def test_loaders_that_shuffle_or_lose_images_are_refused(given, message):
+    loader = torch.utils.data.DataLoader(Pairs(*picture_set(7, 0)), **given)
+    with pytest.raises(InputError, match=f"train, a DataLoader, .*{message}"):
+        driver.whole_split(loader, "train", torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"classes": ("a", "b")}, "classes has 2 names; the network has 3 logits"),
+        ({"classes": ("a", "b")}, "classes has 2 different names; the network has 3 logits"),
         (
             {"layers": 3},
             "explain\\(\\) has no setting 'layers'; it has target_actives, sae_latents",
         ),
-        ({"val": 5}, "val is a int; give a pair of tensors"),
+        ({"val": 5}, "val, a int, gives no images and labels"),
+        ({"val": (torch.zeros(4, 2, 8, 8), torch.arange(4))}, "C being 1 or 3"),
+        ({"val": (torch.full((4, 3, 8, 8), torch.nan), torch.arange(4))}, "not finite"),
+        ({"classes": ("a", "b", "b")}, "classes has 2 different names"),
         ({"val": (torch.zeros(4, 3, 8, 8), torch.zeros(3))}, "labels of shape"),
         ({"val": (torch.zeros(4, 3, 8, 8), torch.full((4,), 3))}, "labels run from 3 to 3"),
     ],
@@ -400,6 +476,8 @@ def test_filled_shapes_are_no_strokes():
         ("cherry", "cherries"),
         ("toy", "toys"),
         ("B", "Bs"),
+        ("Trousers", "trousers"),
+        ("McLaren", "McLarens"),
     ],
 )
 def test_what_images_of_a_class_are_called(name, many):
