@@ -1434,7 +1434,7 @@ class Jobs:
                 job.pickled = pickle.dumps((function, args))
             except (pickle.PicklingError, AttributeError, TypeError) as error:
                 raise InputError(
-                    f"the network cannot be sent to worker processes ({error}); use workers=0"
+                    f"{name} cannot be sent to worker processes ({error}); use --workers 0"
                 ) from error
             with self.lock:
                 self.waiting.append(job)
