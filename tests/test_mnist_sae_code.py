@@ -955,9 +955,7 @@ def test_other_processes_are_left_alone():
 
 def test_what_cannot_be_sent_is_refused_at_once():
     with driver.Jobs(1) as jobs:
-        with pytest.raises(
-            InputError, match="no cannot be sent to worker processes .* --workers 0"
-        ):
+        with pytest.raises(InputError, match="no cannot be sent to worker processes"):
             jobs.start("no", lambda: None)
         assert jobs.results([jobs.start("double", double_or_fail, 2)]) == [4]
 
