@@ -29,11 +29,13 @@ def page_data(run: Path) -> dict:
     return json.loads(found)
 
 
-def looks_for(report: list[dict], k: int) -> str:
-    """The first part of what is said about feature k: its strokes."""
-    (said,) = (record["statement"] for record in report if record["feature"] == k)
-    first = said.split(";")[0]
-    return first[0].lower() + first[1:]
+def named(report: list[dict], k: int) -> str:
+    """Feature k, with what is said of its strokes, where it is reported."""
+    for record in report:
+        if record["feature"] == k:
+            first = record["statement"].split(";")[0]
+            return f"{k} (it says: {first[0].lower()}{first[1:]})"
+    return str(k)
 
 
 def sentences(summary: dict, report: list[dict], page: dict) -> list[str]:
@@ -51,7 +53,7 @@ def sentences(summary: dict, report: list[dict], page: dict) -> list[str]:
     tour, names = page["tests"]["tour"], page["classes"]
     if tour:
         label, goal = names[page["tests"]["labels"][tour["image"]]], names[tour["goal"]]
-        off = " and ".join(f"{k} (it says: {looks_for(report, k)})" for k in tour["off"])
+        off = " and ".join(named(report, k) for k in tour["off"])
         number = page["tests"]["number"][tour["image"]]
         found.append(
             f"Test image {number} is a {label} to it; without feature {off} the same image is a "

@@ -1,6 +1,7 @@
 """The script as a person runs it: small runs on the bundled sample, bars on the full set."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -328,6 +329,23 @@ def test_statements_are_in_every_output(stated):
     for path in folder.rglob("*.json"):
         assert "NaN" not in path.read_text()
     assert "influence explained" in done.stdout
+
+
+def test_the_story_of_the_readme_is_that_of_a_run(stated):
+    spec = importlib.util.spec_from_file_location("from_run", ROOT / "docs" / "from_run.py")
+    from_run = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(from_run)
+    (summary,) = json.loads((stated[0] / "summary.json").read_text())
+    report = json.loads((stated[0] / "feature_report.json").read_text())
+    said = from_run.sentences(summary, report, from_run.page_data(stated[0]))
+    assert f"{summary['baseline_acc']:.1%} of 1,000 digits" in said[0]
+    assert any(report[0]["statement"] in sentence for sentence in said)
+    assert f"{summary['returned']['energy']['mean']:.0%} of the energy" in said[-1]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    changed = from_run.with_story(readme, from_run.story(said))
+    for part in (0, -1):  # around the story nothing changes
+        assert changed.split("story -->")[part] == readme.split("story -->")[part]
+    assert said[0].split(";")[0] in " ".join(changed.split())
 
 
 def test_a_statement_can_be_checked_by_hand(stated):
