@@ -2291,7 +2291,13 @@ def diagnose(
 
     roughness = fa.pattern_roughness(analysis.heats[features]).median().item()
     what = "median roughness, 1 for white noise"
-    look("noisy patterns", roughness, 0.5, what, "raise WEIGHT_DECAY_FFN")
+    look(
+        "noisy patterns",
+        roughness,
+        0.5,
+        what,
+        "train the network with more weight decay (WEIGHT_DECAY_FFN)",
+    )
 
     redundant = (analysis.nearest.cosine > 0.9).float().mean().item()
     what = "share with a neighbour above cosine 0.9"
@@ -2299,7 +2305,7 @@ def diagnose(
 
     what = "accuracy lost when features are on or off"
     lost = record["delta_acc_boolean_scaled"]
-    look("low boolean fidelity", lost, 0.02, what, "compare several TARGET_ACTIVES")
+    look("low boolean fidelity", lost, 0.02, what, "compare several targets (TARGET_ACTIVES)")
 
     dead = record["dead_features"] / record["sae_latents"]
     what = "share silent on all training images"
@@ -2743,7 +2749,9 @@ def places_to_look(root: Path, settings: Settings, records: Sequence[dict]) -> s
         panels = [folder / f"feature_{k}_panel.png" for k in record["telling_features"]]
         first = panels[0] if panels else folder
         tell(first, f"one feature on one page ({len(panels)} such pages)")
-        tell(folder / "feature_report.html", "a page to open: meet the features, draw a digit")
+        tell(
+            folder / "feature_report.html", "a page to open: the network, its features, its errors"
+        )
         if settings.hypotheses:
             tell(folder / "hypotheses.md", "what each feature means, tested, what matters first")
             tell(folder / "influence.png", "who does the work, and how far it is explained")
@@ -2898,7 +2906,7 @@ def tell_target(
     """What the terminal shows of one target as soon as it is finished."""
     words = "the features whose removal changes the logits most (influence)"
     print(f"\nTarget {record['target_actives']}: {words}\n")
-    if "hypotheses" in record:
+    if record.get("hypotheses", {}).get("median_words") is not None:  # where strokes are named
         print(f"{fh.LEGEND}\n")
     for k in record["telling_features"]:
         print(feature_block(by_feature[k], len(data.val.labels), data.classes), end="\n\n")
@@ -2930,12 +2938,13 @@ def write_page(
     layer = subject.layer(p.trained.sae)
     network = page_network(subject.model)
     results = [(r.on_page, shown_result(r, record)) for r in RESULTS if r.on_page]
-    if "hypotheses" in record:
+    if record.get("hypotheses", {}).get("median_words") is not None:  # where strokes are named
         own = record["hypotheses"]["shares"]["SAE"]
         results.append(("influence of explained features", f"{own['influence_explained']:.0%}"))
         results.append(("features explained", f"{own['explained']:.0%}"))
     n_features = len(p.analysis.heats)
-    title = f"{n_features} features of a network, target {p.target} ({data.source})"
+    of = "a network" if subject.network == OWN_NETWORK else subject.network
+    title = f"{n_features} features of {of}, target {p.target} ({data.source})"
     a = p.analysis
     fp.write_dashboard(
         p.folder / "feature_report.html",
@@ -3469,10 +3478,13 @@ def data_of(splits: Sequence[Split], classes: Sequence[str], n_classes: int) -> 
         raise InputError(
             f"classes has {len(set(names))} different names; the network has {n_classes} logits"
         )
-    for split in splits:
+    for name, split in zip(("train", "val", "test"), splits, strict=True):
         low, high = int(split.labels.min()), int(split.labels.max())
         if low < 0 or high >= n_classes:
-            raise InputError(f"labels run from {low} to {high}; the network has {n_classes} logits")
+            raise InputError(
+                f"labels of {name} run from {low} to {high}; the network has {n_classes} logits, "
+                f"so 0 to {n_classes - 1} are needed"
+            )
     n = sum(len(split.labels) for split in splits)
     tensors = [tensor for split in splits for tensor in split]
     return Data(*splits, names, f"{n:,} images of one's own", digest_of(tensors))

@@ -1858,7 +1858,7 @@ def visualize_sketch(
 CHART_WIDTH, CHART_HEIGHT = 320, 58  # screen pixels of a chart's bars
 CHART_TITLE, CHART_PITCH = 24, 108  # screen pixels above a chart, and from one to the next
 CLASS_NUMBERS, CLASS_NAMES = 20, 10  # a chart has room for about as many
-NAME_LETTERS = 7  # of a class's name below a bar
+NAME_LETTERS = 5  # of a class's name below a bar
 NUMBERS = 70  # screen pixels at the left of a chart, for its numbers
 CAPTION_LETTERS, CAPTION_LINE = 100, 17  # letters in a line of a panel's caption, and its height
 BLUE, RED, GREY = "#2166ac", "#b2182b", "#666666"  # of bars; blue and red are RdBu_r's

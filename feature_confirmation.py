@@ -1435,7 +1435,7 @@ def headline(record: dict) -> str:
         text += f", of the best control ({best}) {other:.0%}{times}"
     course = record["features_that_make_influence"]
     made = ", ".join(f"{n} make {share}" for share, n in course.items())
-    return f"{text}. Features by influence: {made}."
+    return f"{text}. Features by influence on the test images: {made}."
 
 
 def statements_markdown(

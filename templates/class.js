@@ -24,16 +24,16 @@ function classView() {
       `${does(features[i])}` });
   function keeps(d) {
     const [i] = largest(1, j => parts(c, j, c, d)), f = features[i];
-    return f ? el("li", {}, link(to("pair", { a: c, b: d }), `a ${names[d]}`), ": ",
+    return f ? el("li", {}, link(to("pair", { a: c, b: d }), an(names[d])), ": ",
       link(toFeature(f.feature), `feature ${f.feature}`), `, ${looksFor(f)}`) : "";
   }
-  main.replaceChildren(el("h2", {}, `What makes a ${names[c]}`),
+  main.replaceChildren(el("h2", {}, `What makes ${an(names[c])}`),
     classLinks("Class", d => to("class", { class: d }), c),
     el("div", { class: "aside" }, el("div", { class: "pinned" }, figure,
       button("all features", whole), soft("Point at a feature, or tab to it, to see its places.")),
     el("div", {}, featureRows(`These speak for ${names[c]}`, forIt.map(row)),
       featureRows(`These speak against ${names[c]}, on images of ${many[c]}`, against.map(row)),
-      el("h3", {}, `What most keeps a ${names[c]} from being read as`),
+      el("h3", {}, `What most keeps ${an(names[c])} from being read as`),
       el("ul", { class: "plain" }, classes.filter(d => d !== c).map(keeps)),
       soft(`The number is what a feature adds to the score of ${names[c]}, the mean over all ` +
         `${n.toLocaleString("en")} validation images of the class; it is 0 on those that do not ` +

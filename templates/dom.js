@@ -67,7 +67,8 @@ function picture(label, size, key, paint) { /* without a label it is decoration,
 const grey = v => [v, v, v];
 const digit = (source, slot, label, size) => picture(label, size, `${source}${slot}`,
   p => grey(255 - arrays[source][slot * P + p]));
-const testDigit = (t, size, label = `a ${name(meta.tests.labels[t])}`) =>
+const an = name => `${/^[aeiou8]/i.test(name) ? "an" : "a"} ${name}`;
+const testDigit = (t, size, label = an(name(meta.tests.labels[t]))) =>
   digit("tests", t, label, size);
 /* Grey, and over it a share t of red for what is above 0 or of blue for what is below. */
 const RED = [178, 24, 43], BLUE = [33, 102, 172];

@@ -32,8 +32,8 @@ function oneError(t) {
   const row = u => featureRow(u.k, u.part,
     { note: `its part of the lead of ${names[says]} over ${names[label]} here` });
   return el("div", { id: "error" },
-    el("h3", {}, `Test image ${meta.tests.number[t]}: a ${names[label]}, read as ${names[says]} ` +
-      `(${sure(p[says])})`),
+    el("h3", {}, `Test image ${meta.tests.number[t]}: ${an(names[label])}, read as ` +
+      `${names[says]} (${sure(p[says])})`),
     el("div", { class: "row" }, testDigit(t, 140), scores("", testLogits(t))),
     mending(t, label, says),
     featureRows(`Responsible: they speak for ${names[says]}`, guilty.slice(0, 6).map(row)),

@@ -1,7 +1,7 @@
 /* One feature, and two side by side. */
 function thumbnails(title, list) {
   const shown = list.map(([slot, label, activation]) => el("figure", {}, digit("images", slot,
-    `a ${name(label)}, activation ${activation.toFixed(2)}`, 56),
+    `${an(name(label))}, activation ${activation.toFixed(2)}`, 56),
   el("figcaption", {}, `${name(label)}: ${activation.toFixed(1)}`)));
   return el("div", {}, el("h3", {}, title),
     list.length ? el("div", { class: "thumbs" }, shown) : soft("No image fires it."));
@@ -41,8 +41,10 @@ const supports = (f, range = {}) =>
 const pushes = f => el("details", {}, el("summary", {}, "Pushes when added: another question"),
   bars("", byClass(f.pushes), { id: "pushes", note: "The change of each score when the feature " +
     "is added, at strength 1, to all images, whether it fires on them or not." }));
+const shortened = text => text.length > 5 ? `${text.slice(0, 4)}…` : text; /* room for so much */
 const labelColumns = f =>
-  columns("Images that fire it, by class", f.labels, C <= 12 ? names : names.map(() => ""));
+  columns("Images that fire it, by class", f.labels,
+    names.map(text => C <= 12 ? shortened(text) : ""));
 const quarters = ["Strongest quarter", "Second quarter", "Third quarter", "Weakest quarter"];
 function activations(f, i) {
   const counts = arrays.histograms.subarray(i * meta.bins, (i + 1) * meta.bins);

@@ -55,7 +55,8 @@ function keys(e) {
 }
 function start() {
   byId("title").textContent = meta.title;
-  byId("views").append(...Object.entries(inMenu).map(([view, title]) =>
+  const there = Object.entries(inMenu).filter(([view]) => view !== "draw" || meta.network);
+  byId("views").append(...there.map(([view, title]) =>
     el("a", { href: to(view), "data-view": view }, title)));
   document.addEventListener("keydown", keys);
   addEventListener("hashchange", route);

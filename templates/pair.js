@@ -5,7 +5,7 @@ function onImage(t, a, b) { /* parts of the lead of a over b, on test image t */
     .sort((x, y) => Math.abs(y.part) - Math.abs(x.part));
   const who = k => place.has(k) ? link(toFeature(k), portrait(place.get(k), 32), `${k}`) : `${k}`;
   return el("div", { id: "onImage", "data-lead": lead },
-    el("h3", {}, `Test image ${meta.tests.number[t]}, a ${name(meta.tests.labels[t])}`),
+    el("h3", {}, `Test image ${meta.tests.number[t]}, ${an(name(meta.tests.labels[t]))}`),
     el("div", { class: "row" }, testDigit(t, 112), el("p", {}, `The network gives ${names[a]} `,
       el("b", {}, signed(logits[a])), ` and ${names[b]} `, el("b", {}, signed(logits[b])),
       `: ${names[lead > 0 ? a : b]} leads by ${number(Math.abs(lead))}. Removing a feature ` +
@@ -40,7 +40,7 @@ function pairView() {
       `number is how much of that lead a feature makes, the mean over all validation images of ` +
       `the class.`),
     el("div", { class: "halves" }, side(a, b), side(b, a)),
-    soft(PLACES, ", on the mean image of the class. ", WORDS),
+    drawn ? soft(PLACES, ", on the mean image of the class. ", WORDS) : "",
     el("h2", {}, "On one image"), meta.tests ? "" : noTests(),
     strip("Images at hand", hand, image => to("pair", { a, b, image }), t, words),
     t === undefined ? "" : onImage(t, a, b), soft(ADDS, " ", NOT_SUMS));

@@ -3,9 +3,11 @@ const ADDS = "What a feature adds is what the score loses when this feature alon
   "(the part that the features do not rebuild stays).";
 const NOT_SUMS = "A network is not a sum: what two features add is not what both together add, " +
   "so these numbers do not sum to the score.";
-const PLACES = "Full red outlines are where a feature looks for ink, dashed blue ones where it " +
-  "wants none (searched for apart from the words)";
-const WORDS = "A bar is horizontal, a stem vertical, a slash rises, a backslash falls, ink is any.";
+const drawn = features.some(f => f.drawing); /* strokes are named and drawn for pen strokes only */
+const PLACES = drawn ? "Full red outlines are where a feature looks for ink, dashed blue ones " +
+  "where it wants none (searched for apart from the words)" : "";
+const WORDS = drawn ? "A bar is horizontal, a stem vertical, a slash rises, a backslash falls, " +
+  "ink is any." : "";
 const PORTRAIT = "Each picture: in grey the mean of the images that fire the feature, in red " +
   "where ink helps to fire it, in blue where ink keeps it silent. " + WORDS;
 
@@ -44,7 +46,7 @@ const card = i => el("a", { class: "tile", href: toFeature(features[i].feature) 
   el("span", {}, looksFor(features[i])), el("span", { class: "soft" }, does(features[i])));
 /* Test images to choose from: links that keep the view. */
 function strip(title, tests, href, chosen, words = t => name(meta.tests.labels[t])) {
-  const said = t => `test image ${meta.tests.number[t]}, a ${name(meta.tests.labels[t])}` +
+  const said = t => `test image ${meta.tests.number[t]}, ${an(name(meta.tests.labels[t]))}` +
     (isError(t) ? `, read as ${name(reading(t))}` : "");
   return el("nav", { "aria-label": title, class: "strip" }, tests.map(t => el("a",
     { href: href(t), "aria-current": t === chosen && "true", "aria-label": said(t) },

@@ -13,7 +13,7 @@ function tourSteps() {
   const looked = k => place.has(k) ? `: ${looksFor(features[place.get(k)])}` : "";
   const off1 = off.length === 1 ? "this one feature" : `these ${off.length} features`;
 
-  const first = () => [el("p", {}, `This is a ${names[label]} that the network has never seen. ` +
+  const first = () => [el("p", {}, `This is ${an(names[label])} that the network has never seen. ` +
     `It gives each class a score, and the highest wins.`),
   el("div", { class: "row" }, seen(), scores("Scores (in brackets: how sure it is)", before))];
   const second = () => [el("p", {}, `Why? On this image ${fired.length} of ${meta.d_sae} ` +
@@ -42,10 +42,10 @@ function tourSteps() {
       el("div", { class: "row" }, seen(), el("ul", { class: "units" }, switches), out)];
   }
   function fourth() {
-    const drawn = off.filter(k => features[place.get(k)]?.drawing).map(k => place.get(k));
+    const outlined = off.filter(k => features[place.get(k)]?.drawing).map(k => place.get(k));
     const figure = (i, background, words) => el("figure", {}, sketch(i, 168, background),
       el("figcaption", { class: "small" }, `feature ${features[i].feature} on ${words}`));
-    const pictures = drawn.map(i => [figure(i, seen(), `this ${names[label]}`),
+    const pictures = outlined.map(i => [figure(i, seen(), `this ${names[label]}`),
       figure(i, classMean(label), `the mean ${names[label]}`),
       figure(i, classMean(goal), `the mean ${names[goal]}`)]);
     const said = off.map((k, n) => [n ? (n === off.length - 1 ? " and " : ", ") : "",
@@ -54,7 +54,7 @@ function tourSteps() {
       `${names[after]} to the network.`),
     el("p", {}, "So here is one true thing about it: it tells this ", names[label], " from a ",
       names[goal], " by ", said, ". ", WORDS),
-    el("div", { class: "row" }, pictures), drawn.length ? soft(PLACES, ".") : "",
+    el("div", { class: "row" }, pictures), outlined.length ? soft(PLACES, ".") : "",
     el("p", {}, "It holds beyond this image: below is what separates the two on all of theirs. ",
       drawLink(image, off, "See it in the drawing view, and draw your own"))];
   }
@@ -88,12 +88,12 @@ function apart() {
     el("ul", { class: "units large" }, separating(c, d, 3).map(row(c, d))));
   const most = meta.tests?.errors
     ? `${names[a]} and ${names[b]} are the two that it most often takes for one another. ` : "";
-  return [el("h2", {}, `How it tells a ${names[a]} from a ${names[b]}`),
+  return [el("h2", {}, `How it tells ${an(names[a])} from ${an(names[b])}`),
     el("p", {}, most, "Each number is how much of the lead of one over the other a feature " +
       "makes, averaged over the images of that class. ",
     link(to("pair", { a, b }), "All that separates them")),
     el("div", { class: "halves" }, side(a, b), side(b, a)),
-    soft(PLACES, ", on the mean image of the class. ", WORDS)];
+    drawn ? soft(PLACES, ", on the mean image of the class. ", WORDS) : ""];
 }
 function diagnoses() {
   if (!meta.diagnoses.length) return "";

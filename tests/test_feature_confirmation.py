@@ -772,7 +772,7 @@ def record_of(**controls: fc.Shares) -> dict:
 
 def test_the_headline():
     own = "35% of the influence is explained, 15% with confidence High; 40% of the features are"
-    made = ". Features by influence: 12 make 50%, 80 make 90%, 140 make 99%."
+    made = ". Features by influence on the test images: 12 make 50%, 80 make 90%, 140 make 99%."
     assert fc.headline(record_of()) == own + made
     few, none = shares_of(explained=0.16), shares_of(explained=0.0)
     best = ", of the best control (neurons) 16% (2.5 times)"

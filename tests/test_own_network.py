@@ -406,7 +406,10 @@ def test_loaders_that_shuffle_or_lose_images_are_refused(given, message):
         ({"val": (torch.full((4, 3, 8, 8), torch.nan), torch.arange(4))}, "not finite"),
         ({"classes": ("a", "b", "b")}, "classes has 2 different names"),
         ({"val": (torch.zeros(4, 3, 8, 8), torch.zeros(3))}, "labels of shape"),
-        ({"val": (torch.zeros(4, 3, 8, 8), torch.full((4,), 3))}, "labels run from 3 to 3"),
+        (
+            {"val": (torch.zeros(4, 3, 8, 8), torch.full((4,), 3))},
+            "labels of val run from 3 to 3; .* 0 to 2 are needed",
+        ),
     ],
 )
 def test_what_explain_cannot_use_is_named(tmp_path, change, message):
