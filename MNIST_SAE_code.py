@@ -3565,8 +3565,9 @@ def subject_of(
     """A network that explain() was given, and what it makes of every image."""
     with clock("preactivations"):
         pre = collect_preactivations(net, data, settings.normalize_z)
-    name = type(model).__name__
-    subject = Subject(net, "", pre, data.source, data.digest, f"{layer or 'a layer'} of {name}")
+    name = f"layer {layer}" if layer else "a layer"
+    name = f"{name} of {type(model).__name__}"
+    subject = Subject(net, "", pre, data.source, data.digest, name)
     with torch.no_grad():  # of what the SAE learns from, not of code that nobody can hash
         logits = subject.logits_of(pre.standardised("val"))
     return subject._replace(digest=digest_of([*pre, logits, *model.state_dict().values()]))

@@ -689,6 +689,9 @@ def test_shares_by_hand():
     held = {name: tuple(counts.values()) for name, counts in shares.confidence.items()}
     assert held == {"High": (1, 1, 1), "Medium": (1, 1, 0), "Low": (2, 1, 1), "all": (4, 3, 2)}
     assert list(shares.confidence["all"]) == ["statements", "checked", "held"]
+    evidence, judgements, picked, held, *_ = five_features()
+    one = fc.shares_explained(evidence[:1], judgements[:1], picked, held[:1], fh.Rule())
+    assert (one.features, one.explained, one.ink_confirmed) == (1, 1.0, 1.0)
     nothing = fc.shares_explained([], [], {}, [], fh.Rule())
     assert (nothing.features, nothing.explained, nothing.drawn) == (0, 0, None)
 

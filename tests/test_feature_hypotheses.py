@@ -361,6 +361,20 @@ def test_claims_about_a_model_made_by_hand(hand):
     assert plain == [h._replace(drawing=NO_INK) for h in claims]
 
 
+def test_a_word_whose_edit_does_not_move_the_feature_is_not_said(hand, monkeypatch):
+    layer, images, labels, claims = hand
+    (stem,) = claims[1].ink.there
+    moves_of = fh.clause_moves
+
+    def all_but_the_stem(*given):
+        return {w: 0.0 if w == stem else by for w, by in moves_of(*given).items()}
+
+    monkeypatch.setattr(fh, "clause_moves", all_but_the_stem)
+    found = fh.propose_hypotheses(layer, images, labels, drawings=False)
+    assert all(stem not in h.ink.there for h in found)
+    assert claims[1].ink.there == (stem,)
+
+
 def test_images_of_another_size_keep_class_and_effect():
     _, images, labels = banded_images()
     layer = reads(*(torch.eye(8)[k].view(1, 8, 1).expand(3, 8, 8) / 24 for k in range(4)))

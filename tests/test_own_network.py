@@ -317,7 +317,7 @@ def test_the_same_network_again_reuses_and_another_does_not(explained, capsys):
         net.rest[2].weight[0, 0] += 0.5  # what comes after the layer counts as well
     driver.explain(net, "wide", *data, classes=NAMES, hypotheses=False, **settings)
     assert "sae: retrained" in capsys.readouterr().out
-    with pytest.raises(InputError, match="explains wide of Branched, which is not stored there"):
+    with pytest.raises(InputError, match="explains layer wide of Branched, which is not"):
         driver.load_run(settings["out"])
 
 
