@@ -222,9 +222,9 @@ class Settings:
         for name, kind, value in given:
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if kind is int and not (is_number and isinstance(value, int)):
-                raise InputError(f"{flag_name(name)} is {value}; it must be a whole number")
+                raise InputError(f"{flag_name(name)} is {value!r}; it must be a whole number")
             if kind is float and not (is_number and abs(value) < math.inf):
-                raise InputError(f"{flag_name(name)} is {value}; it must be a finite number")
+                raise InputError(f"{flag_name(name)} is {value!r}; it must be a finite number")
             if kind in (bool, str) and not isinstance(value, kind):
                 raise InputError(f"{flag_name(name)} is {value!r}; it must be a {kind.__name__}")
 

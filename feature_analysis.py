@@ -645,8 +645,8 @@ def collect_feature_bank(
     and for a topk that is not between 1 and the number of images.
     """
     layer = ExplainedLayer.checked(model, sae, mu, std)
-    check_whole("topk", topk, 1)
-    check_whole("first_index", first_index, 0)
+    topk = check_whole("topk", topk, 1)
+    first_index = check_whole("first_index", first_index, 0)
 
     bank = None
     for images, labels in in_order(loader):
@@ -785,7 +785,7 @@ def _mean_jacobian(
 
     total = 0.0
     entries = directions.shape[1] * math.prod(images.shape[1:])  # of the gradients at one image
-    at_once = max(1, min(GRADIENT_ROWS, GRADIENT_ENTRIES // entries))
+    at_once = max(1, min(GRADIENT_ROWS, GRADIENT_ENTRIES // max(1, entries)))
     for batch in images.split(at_once):
         pixels = batch.to(layer.mu.device).float()
         total = total + torch.autograd.functional.jacobian(projected, pixels).sum(1)

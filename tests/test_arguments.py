@@ -201,3 +201,12 @@ def test_a_trained_classifier_takes_ink_from_0_to_1_and_others_what_they_like():
         with pytest.raises(ValueError, match=rf"ink runs from .*{told}.* but must from 0 to 1"):
             fa.collect_activity(layer, wrong, torch.zeros(20).long())
     fa.collect_activity(LAYER, 255 * IMAGES, LABELS)  # a model that takes them
+
+
+def test_what_odd_inputs_once_broke():
+    """A number that is a tensor, and images without a pixel."""
+    bank = fa.collect_feature_bank(*given(), topk=1, first_index=torch.tensor([5]))
+    assert torch.equal(bank.top.index, fa.collect_feature_bank(*given(), 1, 5).top.index)
+    model, _, *coder = given()
+    with pytest.raises(ValueError, match="shape"):
+        fa.feature_input_pattern(model, *coder, 0, images=torch.zeros(1, 3, 0, 8))

@@ -122,6 +122,7 @@ def loaded(finished):
 @example({"out": ""})
 @example({"data": "\0"})
 @example({"sae_latents": True})
+@example({"sae_latents": "\n"})
 def test_any_settings(values):
     tried(lambda: driver.Settings(**values), driver.InputError)
 
