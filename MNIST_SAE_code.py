@@ -3517,41 +3517,27 @@ def explain(
         target: mean number of active features per image.
         pool: for a layer with positions, as in `feature_analysis.AtLayer`.
         settings: any other of `Settings`, by name: out, sae_latents, hypotheses, fresh, ... There
-            are twice as many latents as d_in unless it is said, and no worker processes.
+            are twice as many latents as d_in, or as the target if that is more, unless it is said,
+            and no worker processes.
 
     Returns the run as `load_run` does; its files lie in `out`. A second call with the same network
     and images reuses the SAE. Raises InputError for what cannot be used, ValueError for a layer
     that the logits do not depend on alone.
     """
     clock = Clock(time.perf_counter())
-    known = [f.name for f in fields(Settings)]
-    for name in settings:
-        if name not in known or name in ("target_actives", "data", "device", "hidden_units"):
-            raise InputError(f"explain() has no setting {name!r}; it has {', '.join(known)}")
-
-    if layer is not None:
-        net = fa.AtLayer(model, layer, pool)
-    elif isinstance(model, fa.AtLayer):
-        net, layer, model = model, model.name, model.model
-    else:
-        net = fa.InEvaluation(model)
-    device = net.device
+    net = network_of(model, layer, pool)
     given = {"train": train, "val": val, "test": test}
-    splits = [whole_split(split, name, device) for name, split in given.items()]
+    splits = [whole_split(split, name, net.device) for name, split in given.items()]
     with torch.no_grad():
         raw = net.preactivations(splits[0].images[:2])
         n_classes = net.logits_from_preactivations(raw).shape[1]
-    data = data_of(splits, classes, n_classes)
-
-    d_in = raw.shape[1]
-    latents = max(2 * d_in, 2 * target)
-    chosen_settings = {"sae_latents": latents, "workers": 0, **settings}
-    own = Settings(target_actives=(target,), device=str(device), **chosen_settings)
-    if device.type == "cuda":
+    data, d_in = data_of(splits, classes, n_classes), raw.shape[1]
+    own = own_settings(target, d_in, net.device, settings)
+    if net.device.type == "cuda":
         make_cuda_repeatable()
     refuse_too_large(own, data, d_in)
     with working(own) as jobs:
-        subject = subject_of(net, model, layer, data, own, clock)
+        subject = subject_of(net, data, own, clock)
         explain_subject(own, data, subject, clock, jobs)
         trained = sae_stage(replace(own, fresh=False), target, subject, Path(own.out))
     loaders = {name: TensorLoader(getattr(data, name)) for name in given}
@@ -3559,18 +3545,40 @@ def explain(
     return Run(net, trained.sae, pre.mu, pre.std, loaders, own, data, Path(own.out))
 
 
+def network_of(
+    model: nn.Module | fa.AtLayer, layer: str | None, pool: str | None
+) -> fa.AtLayer | fa.InEvaluation:
+    """What explain() was given, with the two methods. Raises ValueError for an unknown layer."""
+    if layer is not None:
+        return fa.AtLayer(model, layer, pool)
+    return model if isinstance(model, fa.AtLayer) else fa.InEvaluation(model)
+
+
+DECIDED = ("target_actives", "data", "device", "hidden_units")  # by what explain() is given
+
+
+def own_settings(target: int, d_in: int, device: torch.device, given: dict) -> Settings:
+    """Settings of a call of explain(). Raises InputError for a name that is none."""
+    known = [f.name for f in fields(Settings) if f.name not in DECIDED]
+    for name in given:
+        if name not in known:
+            raise InputError(f"explain() has no setting {name!r}; it has {', '.join(known)}")
+    usual = {"sae_latents": 2 * max(d_in, target), "workers": 0}
+    return Settings(target_actives=(target,), device=str(device), **{**usual, **given})
+
+
 def subject_of(
-    net: object, model: nn.Module, layer: str | None, data: Data, settings: Settings, clock: Clock
+    net: fa.AtLayer | fa.InEvaluation, data: Data, settings: Settings, clock: Clock
 ) -> Subject:
     """A network that explain() was given, and what it makes of every image."""
     with clock("preactivations"):
         pre = collect_preactivations(net, data, settings.normalize_z)
-    name = f"layer {layer}" if layer else "a layer"
-    name = f"{name} of {type(model).__name__}"
+    layer = f"layer {net.name}" if isinstance(net, fa.AtLayer) else "a layer"
+    name = f"{layer} of {type(net.model).__name__}"
     subject = Subject(net, "", pre, data.source, data.digest, name)
     with torch.no_grad():  # of what the SAE learns from, not of code that nobody can hash
         logits = subject.logits_of(pre.standardised("val"))
-    return subject._replace(digest=digest_of([*pre, logits, *model.state_dict().values()]))
+    return subject._replace(digest=digest_of([*pre, logits, *net.model.state_dict().values()]))
 
 
 class Terminated(BaseException):

@@ -399,7 +399,7 @@ def test_loaders_that_shuffle_or_lose_images_are_refused(given, message):
         ({"classes": ("a", "b")}, "classes has 2 different names; the network has 3 logits"),
         (
             {"layers": 3},
-            "explain\\(\\) has no setting 'layers'; it has target_actives, sae_latents",
+            "explain\\(\\) has no setting 'layers'; it has sae_latents",
         ),
         ({"val": 5}, "val, a int, gives no images and labels"),
         ({"val": (torch.zeros(4, 2, 8, 8), torch.arange(4))}, "C being 1 or 3"),
