@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = {  # of each room, the quickest first
     "whole_files": "whole_files",
     "mnist_data": "mnist_data",
+    "feature_roles": "feature_roles",
     "feature_analysis": "feature_analysis arguments",
     "feature_hypotheses": "feature_hypotheses",
     "feature_confirmation": "truths feature_confirmation",

@@ -399,7 +399,9 @@ def test_removing_a_feature_from_a_linear_head():
     scene = make_scene("linear")
     mean_activation = fa.collect_feature_bank(*scene.given()).mean_activation_when_active
     expected = -mean_activation[:, None] * (scene.sae.W_dec * scene.std) @ scene.model.head
-    assert_close(fa.feature_ablation_effects(*scene.given()).mean_delta, expected)
+    assert_close(  # differences of logits up to 20,000: 0 comes out within one rounding of those
+        fa.feature_ablation_effects(*scene.given()).mean_delta, expected, rtol=1e-6, atol=2e-3
+    )
 
 
 def test_removing_a_feature_keeps_the_error_of_the_sae():
