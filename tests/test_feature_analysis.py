@@ -1685,3 +1685,10 @@ def test_small_and_misshapen_pictures():
     assert np.array_equal(drawn(as_numbers), drawn(as_bool))
     with pytest.raises(ValueError, match=r"inked has shape \(5, 5\)"):
         fa.visualize_feature_pattern(heat, 0, inked=np.ones((5, 5), bool))
+
+
+def test_what_counts_as_memory_that_ran_out():
+    by_torch = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+    for error in (by_torch, MemoryError(), torch.OutOfMemoryError()):
+        assert fa.is_out_of_memory(error)
+    assert not fa.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -180,6 +180,7 @@ def test_classifier_learns_and_leaves_the_global_generator_alone():
     torch.manual_seed(5)
     (model, log), (again, _) = (driver.train_classifier(train, settings) for _ in range(2))
     assert torch.rand(1).item() == expected_next
+    assert not model.training and not any(w.requires_grad for w in model.parameters())
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
     assert (model(train.images).argmax(1) == train.labels).float().mean() > 0.95
@@ -312,12 +313,12 @@ def test_initial_rows_of_few_images_and_of_units_that_never_vary():
     assert len(torch.unique(rows, dim=0)) == 12
 
 
-def test_rare_latents_pay_less_and_busy_ones_more():
-    training = driver.SAETraining(synthetic_z(400), head, 5, Settings(**TOY), generator())
-    fair = driver.STEERING.fair_share * 5 / 64
-    busy = driver.STEERING.busy_density
+@pytest.mark.parametrize(("target", "busy"), [(5, 0.25), (16, 0.5)])  # twice the mean: 32 of 64
+def test_rare_latents_pay_less_and_busy_ones_more(target, busy):
+    training = driver.SAETraining(synthetic_z(400), head, target, Settings(**TOY), generator())
+    fair = 1.25 * target / 64
     training.density = torch.tensor([fair / 9, fair, busy, 4 * busy])
-    factor = training.thresholds(5) / training.controller.threshold()
+    factor = training.thresholds(target) / training.controller.threshold()
     assert factor.tolist() == pytest.approx([1 / 3, 1, 1, 2])
 
 
