@@ -2,6 +2,7 @@
 
     python tests/mutate.py --n 200 --seed 0 --jobs 2    # a random sample, over an hour
     python tests/mutate.py --rooms feature_confirmation
+    python tests/mutate.py --lines feature_hypotheses:521 MNIST_SAE_code:2991
 
 Comparisons, signs, operators, numbers, `and`, `or`, `not`, min and max are changed, wherever they
 decide about a number: what only draws, prints or words is left out. Each survivor is printed as its
@@ -36,7 +37,7 @@ TESTS = {  # of each room, the quickest first
     "feature_analysis": "feature_analysis arguments",
     "feature_hypotheses": "feature_hypotheses",
     "feature_confirmation": "truths feature_confirmation",
-    "MNIST_SAE_code": "truths mnist_sae_code",
+    "MNIST_SAE_code": "truths mnist_sae_code sweeps_and_ranks own_network holding end_to_end",
 }
 LEFT_OUT = """draw paint visuali figure letter panel picture caption table words _line tell progress
 gallery title legend markdown headline report diagnos places versions page zoom colour enlarged
@@ -47,7 +48,7 @@ SWAPS |= {"and": "or", "or": "and", "is": "is not", "is not": "is", "in": "not i
 SPLITS = {"train": "val", "val": "test", "test": "val", "judging": "aside", "aside": "judging"}
 SPLITS |= {"min": "max", "max": "min"}
 NOT_IN = (ast.JoinedStr, ast.Raise, ast.arg, ast.AnnAssign)  # messages and annotations
-LIMIT = 600  # seconds until a mutant counts as caught: it hangs
+LIMIT = 1800  # seconds until a mutant counts as caught: it hangs
 
 
 class Mutant(NamedTuple):
@@ -158,8 +159,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=600, help="begin no mutant after so many")
     parser.add_argument("--rooms", nargs="*", default=list(TESTS))
+    parser.add_argument("--lines", nargs="*", help="room:line; only the mutants there")
     args = parser.parse_args()
     everything = [mutant for room in args.rooms for mutant in mutants_of(room)]
+    if args.lines is not None:
+        everything = [m for m in everything if f"{m.room}:{m.line}" in args.lines]
     sample = random.Random(args.seed).sample(everything, min(args.n, len(everything)))
     with tempfile.TemporaryDirectory() as folder:
         places = [Path(folder) / str(n) for n in range(args.jobs)]

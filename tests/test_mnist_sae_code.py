@@ -180,7 +180,8 @@ def test_classifier_learns_and_leaves_the_global_generator_alone():
     torch.manual_seed(5)
     (model, log), (again, _) = (driver.train_classifier(train, settings) for _ in range(2))
     assert torch.rand(1).item() == expected_next
-    assert not model.training and not any(w.requires_grad for w in model.parameters())
+    assert not model.training
+    assert not any(w.requires_grad for w in model.parameters())
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
     assert (model(train.images).argmax(1) == train.labels).float().mean() > 0.95
