@@ -34,7 +34,7 @@ TESTS = {  # of each room, the quickest first
     "whole_files": "whole_files",
     "mnist_data": "mnist_data",
     "feature_roles": "feature_roles",
-    "feature_analysis": "feature_analysis arguments",
+    "feature_analysis": "feature_analysis arguments own_network",
     "feature_hypotheses": "feature_hypotheses",
     "feature_confirmation": "truths feature_confirmation",
     "MNIST_SAE_code": "truths mnist_sae_code sweeps_and_ranks own_network holding end_to_end",

@@ -229,6 +229,7 @@ def test_labels_are_named_for_their_lift():
         ((40, 14, 16, 0, 30), (1, 1, 1, 1, 6), (0, 2), (), (4, 0.55, 1.6, 0.55, 0.55)),
         ((30, 30, 25, 15, 0), (1, 1, 1, 1, 6), (0, 1), (), (3, 3, 0.5, 0.5, 0.5)),  # two at most
         ((25, 25, 25, 24, 1), (1, 1, 1, 1, 1), (), (4,), (1, 1, 1, 1, 0)),
+        ((25, 25, 25, 25, 0), (1, 1, 1, 1, 0), (), (), (1, 1, 1, 1, 1)),  # a label of no image
     ):
         said = fh._name_labels(np.array(histogram), 100 * np.array(usual))
         assert (said["often"], said["hardly"]) == (often, hardly)

@@ -234,6 +234,22 @@ def test_ink_of_any_images():
 def test_pictures_refuse_other_scales_in_a_line():
     with pytest.raises(ValueError, match=r"run from -0.5 to 2; .* give as_ink\(images\)"):
         fa.GalleryPainter(torch.tensor([-0.5, 2.0]).reshape(1, 1, 1, 2))
+    with pytest.raises(ValueError, match=r"run from 0 to 1.01; .* give as_ink\(images\)"):
+        fa.GalleryPainter(torch.tensor([0.5, 1.01]).reshape(1, 1, 1, 2))
+
+
+def test_only_inputs_ask_for_gradients():
+    net = nn.Linear(4, 3)
+    net.preactivations = net.logits_from_preactivations = net.forward
+    for model in (net, fa.InEvaluation(net)):
+        assert all(w.requires_grad for w in net.parameters())
+        x = torch.rand(2, 4)
+        asked = x.clone().requires_grad_()
+        for run in (model.preactivations, model.logits_from_preactivations):
+            assert run(asked).requires_grad
+            assert run(x).requires_grad == (model is net)
+            with torch.no_grad():
+                assert not run(asked).requires_grad
 
 
 # --- explain() ----------------------------------------------------------------------------------
