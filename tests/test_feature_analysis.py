@@ -326,6 +326,12 @@ def test_input_pattern_of_a_linear_model_needs_no_images():
     with torch.no_grad():
         blank = fa.feature_input_patterns(*scene.for_pattern(), image_shape=(1, SIDE, SIDE))
     assert_close(blank, fa.feature_input_patterns(*scene.for_pattern(), scene.images))
+    W1 = torch.rand(784, 2)
+    model = Model(lambda images: images.flatten(1) @ W1, torch.zeros(2, 2), relu=False)
+    sae = SAE(torch.eye(2), torch.zeros(2), torch.ones(2), torch.eye(2))
+    given = model, sae, torch.zeros(2), torch.ones(2)
+    assert_close(fa.feature_input_patterns(*given), W1.T.reshape(2, 28, 28))
+    assert_close(fa.feature_input_pattern(*given, 1), W1[:, 1].reshape(28, 28))
 
 
 @pytest.mark.parametrize(
@@ -664,6 +670,8 @@ def test_removals_are_those_of_a_slow_loop(scene):
         assert removed.changes[k] == pytest.approx(changed / max(1, len(active)))
     assert removed.influence.tolist() == pytest.approx(np.divide(sizes, sum(sizes)), rel=1e-4)
     assert float(removed.influence.sum()) == pytest.approx(1)
+    small = removed._replace(size=1e-9 * removed.size)  # logits of another scale
+    assert small.influence.tolist() == pytest.approx(removed.influence.tolist())
 
 
 def test_nothing_has_influence_where_nothing_fires():

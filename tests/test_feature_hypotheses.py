@@ -175,6 +175,17 @@ def test_erased_ink_is_gone_and_as_much_of_one_patch_elsewhere():
         assert (reach <= distance[:, off & (other > 1e-6)].amin(1)).any()
 
 
+def test_as_much_is_taken_where_the_near_pixels_do_not_suffice():
+    x, centre = IMAGES[:8].flatten(1).clone(), torch.arange(8) * 100
+    given, amount = x.clone(), torch.linspace(0.3, 0.9, 8) * x.sum(1)  # 256 of 784 hold a third
+    fh._remove_patch(x, given, amount, centre)
+    assert (given - x).sum(1).numpy() == pytest.approx(amount.numpy(), abs=1e-3)
+    row, col = np.divmod(np.arange(784), 28)
+    for image, before, at in zip(x, given, centre.tolist(), strict=True):
+        distance = np.hypot(row - row[at], col - col[at])
+        assert distance[(image == 0).numpy()].max() <= distance[(image == before).numpy()].min()
+
+
 def test_paint_completes_a_stroke_and_blanks_its_sides():
     along, beside = by_hand(STEM_AT)
     x = 0.4 * along
