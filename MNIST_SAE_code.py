@@ -1526,6 +1526,15 @@ class Stage(NamedTuple):
     digest: str
 
 
+SEAL = "record_sha256"
+
+
+def sealed(record: dict) -> dict:
+    """The record with the SHA-256 of all that it says, so that an edit of any of it is seen."""
+    said = {name: value for name, value in record.items() if name != SEAL}
+    return {SEAL: hashlib.sha256(to_json(said)).hexdigest(), **said}
+
+
 def save_stage(folder: Path, name: str, tensors: dict[str, Tensor], record: dict) -> Stage:
     """Write name.safetensors and name.json, tensors first.
 
@@ -1535,15 +1544,16 @@ def save_stage(folder: Path, name: str, tensors: dict[str, Tensor], record: dict
     on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     stored = safetensors.torch.save(on_cpu)
     digest = hashlib.sha256(stored).hexdigest()
-    described = to_json({"sha256": digest, **record})
+    described = to_json(sealed({"sha256": digest, **record}))
     fa.write_whole(folder / f"{name}.safetensors", stored, durable=True)
     fa.write_whole(folder / f"{name}.json", described, durable=True)
     return Stage(on_cpu, record, digest)
 
 
 # What a stage must hold: kinds of its record, shapes of its tensors, equal letters for equal sizes.
-NAMED = {"sha256": str, "fingerprint": str}
+NAMED = {"sha256": str, SEAL: str, "fingerprint": str}
 CHAIN = {"seed": int, "data_digest": str}  # what a stage was made from
+CHAIN |= {"log_sha256": str}  # and the course of its training
 RECORDS = {
     "classifier": {**NAMED, **CHAIN, "settings": dict[str, Any]},
     "sae": {
@@ -1586,6 +1596,8 @@ def read_stage(folder: Path, name: str, **sizes: int) -> Stage:
     kind = name.split(".")[0]  # sae.kept-1 is an sae
     try:
         record = read_json((folder / f"{name}.json").read_bytes(), RECORDS.get(kind, NAMED))
+        if record != sealed(record):
+            raise ValueError(f"{name}.json was edited")
         stored = (folder / f"{name}.safetensors").read_bytes()
         digest = hashlib.sha256(stored).hexdigest()
         if record["sha256"] != digest:
@@ -1602,34 +1614,42 @@ def read_stage(folder: Path, name: str, **sizes: int) -> Stage:
 STAGE_FILES = ("safetensors", "json")
 
 
-def keep_aside(folder: Path, name: str) -> str:
-    """Rename name.safetensors and name.json to the first free name.kept-N; returns that name."""
-    n = 1
-    while any((folder / f"{name}.kept-{n}.{ending}").exists() for ending in STAGE_FILES):
-        n += 1
+def has_stage(folder: Path, name: str) -> bool:
+    """Whether there is any of its files."""
+    return any((folder / f"{name}.{ending}").exists() for ending in STAGE_FILES)
+
+
+def free_name(folder: Path, name: str) -> str:
+    """The first name.kept-N that is free."""
+    numbered = (f"{name}.kept-{n}" for n in itertools.count(1))
+    return next(kept for kept in numbered if not has_stage(folder, kept))
+
+
+def keep_aside(folder: Path, name: str) -> None:
+    """Rename name.safetensors and name.json to their `free_name`."""
+    kept = free_name(folder, name)
     for ending in STAGE_FILES:
         path = folder / f"{name}.{ending}"
         if path.exists():
-            os.replace(path, folder / f"{name}.kept-{n}.{ending}")
-    return f"{name}.kept-{n}"
+            os.replace(path, folder / f"{kept}.{ending}")
 
 
 def reusable_stage(
-    folder: Path, name: str, print_of: str, fresh: bool, **sizes: int
+    folder: Path, name: str, expected: dict, fresh: bool, **sizes: int
 ) -> tuple[Stage | None, str]:
-    """The saved stage if it is the one asked for; otherwise None, and what was there is kept
-    aside unless `fresh`. And what to tell the user, if anything."""
-    if not any((folder / f"{name}.{ending}").exists() for ending in STAGE_FILES):
+    """The saved stage if its record says what is `expected`, else None. And what to tell the user,
+    if anything; where None comes with a word, the old one is to be kept aside."""
+    if not has_stage(folder, name):
         return None, ""
     stage, reason = None, ""
     try:
         stage = read_stage(folder, name, **sizes)
-        if stage.record.get("fingerprint") != print_of:
+        if {key: stage.record.get(key) for key in expected} != expected:
             reason = "it belongs to other settings, data or code"
     except InputError as error:
         reason = str(error)
     if reason:
-        kept = keep_aside(folder, name)
+        kept = free_name(folder, name)
         return None, f"{name}: retrained, because {reason}; the old one is kept as {kept}"
     if fresh:
         return None, ""
@@ -1662,9 +1682,27 @@ def read_log(folder: Path, stage: str) -> list[dict]:
         raise InputError(f"{path} is damaged ({error}); move it away") from error
 
 
+def digest_of_log(lines: Sequence[dict]) -> str:
+    """SHA-256 of a stage's lines, but for the seconds, which are others each time."""
+    timeless = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return hashlib.sha256(json.dumps(timeless).encode()).hexdigest()
+
+
+def log_of_stage(folder: Path, stage: str) -> list[dict]:
+    """The lines of the stage that is saved there; none where the log holds those of another one.
+    Raises InputError when the log is damaged."""
+    lines = read_log(folder, stage)
+    try:
+        record = read_json((folder / f"{stage}.json").read_bytes(), CHAIN)
+    except (OSError, ValueError):  # no such stage, so no lines of it
+        return []
+    return lines if digest_of_log(lines) == record["log_sha256"] else []
+
+
 def write_log(folder: Path, stage: str, lines: Sequence[dict]) -> None:
-    """Put the lines of a stage into the folder's log, in place of older ones."""
-    by_stage = {name: read_log(folder, name) for name in ("classifier", "sae")}
+    """Put the lines of a stage into the folder's log, in place of older ones; of the other stage
+    stay those that belong to it."""
+    by_stage = {name: log_of_stage(folder, name) for name in ("classifier", "sae")}
     by_stage[stage] = list(lines)
     rows = [json.dumps(line, allow_nan=False) for line in itertools.chain(*by_stage.values())]
     fa.write_whole(folder / LOG, "".join(f"{row}\n" for row in rows).encode())
@@ -1846,6 +1884,22 @@ def restored_sae(tensors: dict[str, Tensor]) -> JumpReLUSAE:
     return sae.requires_grad_(False)
 
 
+def make_room(settings: Settings, folder: Path, name: str, keep: bool) -> None:
+    """Before a trained stage comes into `folder`: the results of the run that has the old one go,
+    as they would look finished beside the new one, and the old one is kept aside if `keep`."""
+    remove_results_of(settings)
+    if keep:
+        keep_aside(folder, name)
+
+
+def save_trained(
+    folder: Path, name: str, tensors: dict[str, Tensor], record: dict, log: Sequence[dict]
+) -> Stage:
+    """`save_stage`, the course of its training first."""
+    write_log(folder, name, log)
+    return save_stage(folder, name, tensors, {**record, "log_sha256": digest_of_log(log)})
+
+
 def classifier_stage(
     settings: Settings, data: Data, folder: Path, quietly: bool = False
 ) -> tuple[Classifier, str]:
@@ -1853,17 +1907,17 @@ def classifier_stage(
     device = data.train.labels.device
     decisive = chosen(settings, CLASSIFIER_SETTINGS)
     print_of = fingerprint(decisive, data=data.digest, device=device.type)
+    expected = {"fingerprint": print_of, "data_digest": data.digest, "seed": settings.seed}
     sizes = {"i": settings.hidden_units, "p": data.train.images[0].numel()}
     sizes["c"] = len(data.classes)
-    stage, news = reusable_stage(folder, "classifier", print_of, settings.fresh, **sizes)
+    stage, news = reusable_stage(folder, "classifier", expected, settings.fresh, **sizes)
     if news and not quietly:
         print(news)
     if stage is None:
         model, log = train_classifier(data.train, settings, len(data.classes))
-        write_log(folder, "classifier", log)
-        record = {"fingerprint": print_of, "data": data.source, "data_digest": data.digest}
-        record |= {"seed": settings.seed, "settings": decisive}
-        stage = save_stage(folder, "classifier", model.state_dict(), record)
+        record = {**expected, "data": data.source, "settings": decisive}
+        make_room(settings, folder, "classifier", bool(news))
+        stage = save_trained(folder, "classifier", model.state_dict(), record, log)
     return restored_classifier(stage.tensors).to(device), stage.digest
 
 
@@ -1905,13 +1959,16 @@ def sae_stage(settings: Settings, target: int, subject: Subject, folder: Path) -
         device=subject.device.type,
         threads=training_threads(settings, subject),
     )
+    expected = {"fingerprint": print_of, "data_digest": subject.data_digest}
+    expected |= {"classifier_sha256": subject.digest, "target_actives": target}
+    expected |= {"seed": settings.seed}
     sizes = {"i": len(subject.pre.mu), "s": settings.sae_latents}
-    stage, news = reusable_stage(folder, "sae", print_of, settings.fresh, **sizes)
+    stage, news = reusable_stage(folder, "sae", expected, settings.fresh, **sizes)
     if stage is None:
         tensors, record, log = calibrated_sae(settings, target, subject)
-        write_log(folder, "sae", log)
-        record = {"fingerprint": print_of, "settings": decisive, **record}
-        stage = save_stage(folder, "sae", tensors, record)
+        record = {**expected, "settings": decisive, **record}
+        make_room(settings, folder, "sae", bool(news))
+        stage = save_trained(folder, "sae", tensors, record, log)
     sae = restored_sae(stage.tensors).to(subject.device)
     before = copy.deepcopy(sae)
     before.threshold.copy_(stage.tensors["threshold_before_shift"])
@@ -1934,10 +1991,6 @@ def calibrated_sae(
     }
     record = {
         "data": subject.source,
-        "data_digest": subject.data_digest,
-        "seed": settings.seed,
-        "target_actives": target,
-        "classifier_sha256": subject.digest,
         "threshold_shift": shift if math.isfinite(shift) else None,
         "lambda": course.l0_coefficient[-1].item(),
         "course": thinned(course),
@@ -1986,11 +2039,22 @@ class Run(NamedTuple):
     settings: Settings
     data: Data
     folder: Path  # of the target's files
+    report_sha256: str  # of feature_report.json there
 
     @property
     def report(self) -> list[dict]:
-        """The records of feature_report.json, the most influential feature first."""
-        return read_json((self.folder / "feature_report.json").read_bytes(), list[dict[str, Any]])
+        """The records of feature_report.json, the most influential feature first. Raises InputError
+        when it is not the file that this run finished with."""
+        path = self.folder / "feature_report.json"
+        try:
+            content = path.read_bytes()
+            if (found := hashlib.sha256(content).hexdigest()) != self.report_sha256:
+                raise ValueError(f"its SHA-256 is {found}, recorded was {self.report_sha256}")
+            return read_json(content, list[dict[str, Any]])
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{path} is not the report of this run ({error}); run it again, load it again"
+            ) from error
 
     @property
     def layer(self) -> fa.ExplainedLayer:
@@ -2007,6 +2071,9 @@ class Finished(NamedTuple):
     network: str  # OWN_NETWORK, or what explain() was given
     classifier_sha256: str
     sae_sha256: dict[str, str]  # by target
+    classes: tuple[str, ...]
+    report_sha256: dict[str, str]  # by target, of feature_report.json
+    hypotheses_sha256: dict[str, str]  # by target, of the claims, where there are any
 
 
 def read_settings(root: Path) -> Finished:
@@ -2033,8 +2100,9 @@ def load_run(
     """What a run saved in `folder`: model, SAE, mu, std, loaders and settings.
 
     `target` chooses among several SAEs; `data_dir` says where the digits are now, if not where
-    they were. Raises InputError when there is no such run, it is damaged, or the digits are others
-    than those it was trained on.
+    they were. The classes are called as they were in the run. Raises InputError when there is no
+    such run, it is damaged, its claims were edited, or the digits are others than those it was
+    trained on.
     """
     root = Path(folder)
     finished = read_settings(root)
@@ -2054,6 +2122,8 @@ def load_run(
             f"{root} was made with: {finished.data}; found now: {data.source}. Give data_dir"
         )
     classifier, sae = read_networks(root, finished, target)
+    data, folder = data._replace(classes=finished.classes), target_folder(root, settings, target)
+    refuse_changed_hypotheses(folder, finished.hypotheses_sha256.get(str(target)))
     return Run(
         model=restored_classifier(classifier.tensors).to(where),
         sae=restored_sae(sae.tensors).to(where),
@@ -2062,7 +2132,8 @@ def load_run(
         loaders={name: TensorLoader(getattr(data, name)) for name in ("train", "val", "test")},
         settings=settings,
         data=data,
-        folder=target_folder(root, settings, target),
+        folder=folder,
+        report_sha256=finished.report_sha256.get(str(target), "nowhere"),
     )
 
 
@@ -2071,7 +2142,7 @@ def read_networks(root: Path, finished: Finished, target: int) -> tuple[Stage, S
     before, and both are those that the run finished with."""
     settings = finished.settings
     hidden, latents = settings.hidden_units, settings.sae_latents
-    classifier = read_stage(root, "classifier", i=hidden)
+    classifier = read_stage(root, "classifier", i=hidden, c=len(finished.classes))
     sae = read_stage(target_folder(root, settings, target), "sae", i=hidden, s=latents)
 
     made_from = {"seed": settings.seed, "data_digest": finished.data_digest}
@@ -2169,7 +2240,7 @@ def remove_pictures(folder: Path) -> None:
     """Those of an earlier run, which may have had other features."""
     for old in folder.iterdir():
         if re.fullmatch(r"feature_\d+_(gallery|pattern|panel|hypothesis)\.(png|npy)", old.name):
-            old.unlink()
+            old.unlink(missing_ok=True)  # by another process that has trained an SAE
 
 
 PICTURE_JOBS = 2  # each is sent all images, so not more than keeps two cores busy
@@ -2332,15 +2403,33 @@ def diagnose(
 # --------------------------------------------------------------------------------------------------
 
 
-def refuse_changed_hypotheses(folder: Path) -> None:
-    """Raise InputError when the hypotheses an earlier run froze there are not as it wrote them.
+def recorded_claims(root: Path, folder: Path) -> str | None:
+    """The SHA-256 of the claims in `folder`, as summary.json in `root` has it; None where it names
+    none of them. Raises InputError when that file is damaged."""
+    path = root / "summary.json"
+    if not path.exists():
+        return None
+    kinds = {"target_actives": int}
+    try:
+        records = read_json(path.read_bytes(), list[kinds])
+        for r in records:
+            if folder == (root if len(records) == 1 else root / f"target_{r['target_actives']}"):
+                return as_kind(r.get("hypotheses_sha256"), str | None, "hypotheses_sha256")
+        return None
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); move it away or give --fresh") from error
+
+
+def refuse_changed_hypotheses(folder: Path, sha256: str | None = None) -> None:
+    """Raise InputError when the hypotheses an earlier run froze there are not as it wrote them, or
+    as `sha256` says.
 
     Whoever edited them should not lose the edit, nor mistake it for something that was tested.
     """
     path = folder / "hypotheses.json"
     if path.exists():
         try:
-            fh.read_hypotheses(path)
+            fh.read_hypotheses(path, sha256)
         except ValueError as error:
             raise InputError(
                 f"{error}; to start over, move the file away or give --fresh"
@@ -2368,6 +2457,14 @@ def remove_results(folder: Path) -> None:
     for name in RESULTS_OF_RUN:
         (folder / name).unlink(missing_ok=True)
     remove_pictures(folder)
+
+
+def remove_results_of(settings: Settings) -> None:
+    """`remove_results` in the run's folder and in those of its targets."""
+    root = Path(settings.out)
+    for folder in {root, *(target_folder(root, settings, t) for t in settings.target_actives)}:
+        if folder.exists():
+            remove_results(folder)
 
 
 COMPARED = ("untrained SAE", "random directions", "neurons")
@@ -2730,8 +2827,14 @@ def draw_training(curves: Sequence[TrainingCurve], path: Path) -> None:
 
 
 def write_training(root: Path, folder: Path, target: int, head_kl: float) -> None:
-    """training.png in the folder of one target, from the logs there and in the run's folder."""
-    logs = read_log(root, "classifier"), read_log(folder, "sae")
+    """training.png in the folder of one target, from the logs there and in the run's folder, as far
+    as they are of the stages that are saved there."""
+    logs = []
+    for place, stage in ((root, "classifier"), (folder, "sae")):
+        logs.append(log_of_stage(place, stage))
+        if not logs[-1] and read_log(place, stage):
+            where = f"{place / LOG}: the lines of the {stage} there"
+            print(f"{where} are of another training; they are not drawn")
     curves = training_curves(*logs, target, head_kl)
     if curves:  # there is nothing to draw where someone removed the logs of stages that are reused
         draw_training(curves, folder / "training.png")
@@ -3051,8 +3154,7 @@ def prepare_targets(
     root = Path(settings.out)
     with clock("sae"):
         trained = train_saes(settings, subject, jobs)
-    for folder in [root, *(target_folder(root, settings, target) for target in trained)]:
-        remove_results(folder)
+    remove_results_of(settings)
     this_rank().wait()  # the others may read what is saved
     prepared = []
     for target, saes in trained.items():
@@ -3066,11 +3168,21 @@ def prepare_targets(
 PASSING = ("fresh", "wait", "workers")  # settings that decide nothing about what comes out
 
 
-def write_settings(settings: Settings, subject: Subject, prepared: Sequence[Prepared]) -> None:
-    """settings.json: what makes a folder a finished run."""
+def write_settings(
+    settings: Settings,
+    subject: Subject,
+    data: Data,
+    prepared: Sequence[Prepared],
+    reports: Sequence[list[dict]],
+) -> None:
+    """settings.json: what makes a folder a finished run, so it is written last; `reports` are those
+    of the `prepared`."""
     kept = asdict(settings)
     for name in PASSING:
         del kept[name]
+    of_reports = {}
+    for p, report in zip(prepared, reports, strict=True):
+        of_reports[str(p.target)] = hashlib.sha256(to_json(report)).hexdigest()
     described = {
         "settings": kept,
         "data": subject.source,
@@ -3078,6 +3190,9 @@ def write_settings(settings: Settings, subject: Subject, prepared: Sequence[Prep
         "network": subject.network,
         "classifier_sha256": subject.digest,
         "sae_sha256": {str(p.target): p.trained.digest for p in prepared},
+        "classes": data.classes,
+        "report_sha256": of_reports,
+        "hypotheses_sha256": {str(p.target): p.frozen for p in prepared if p.frozen},
     }
     fa.write_whole(Path(settings.out) / "settings.json", to_json(described), durable=True)
 
@@ -3098,13 +3213,13 @@ def explain_subject(
             write_page(p, record, report, frontier, subject, data)
     if len(records) > 1:
         draw_frontier(records, root / "frontier.png")
-    write_settings(settings, subject, prepared)
 
     total = time.perf_counter() - clock.started
     for p, record in zip(prepared, records, strict=True):
         in_jobs = {f"{name}, in jobs": s for name, s in jobs.seconds.items()}
         record["seconds"] = {**clock.seconds, **p.clock.seconds, **in_jobs, "whole run": total}
-    fa.write_whole(root / "summary.json", to_json(records))
+    fa.write_whole(root / "summary.json", to_json(records), durable=True)
+    write_settings(settings, subject, data, prepared, [report for _, report in finished])
     print("\n" + results_table(records))
     print("\n" + seconds_table(records))
     print(places_to_look(root, settings, records))
@@ -3125,8 +3240,8 @@ def prepare_folders(settings: Settings) -> None:
     for target in settings.target_actives:
         folder = target_folder(root, settings, target)
         prepare_folder(folder)
-        if not settings.fresh:
-            refuse_changed_hypotheses(folder)
+        if not settings.fresh and (folder / "hypotheses.json").exists():
+            refuse_changed_hypotheses(folder, recorded_claims(root, folder))
 
 
 def n_workers(settings: Settings) -> int:
@@ -3536,13 +3651,27 @@ def explain(
     if net.device.type == "cuda":
         make_cuda_repeatable()
     refuse_too_large(own, data, d_in)
+    root = Path(own.out)
     with working(own) as jobs:
         subject = subject_of(net, data, own, clock)
+        drop_classifier(own)
         explain_subject(own, data, subject, clock, jobs)
-        trained = sae_stage(replace(own, fresh=False), target, subject, Path(own.out))
+        trained = sae_stage(replace(own, fresh=False), target, subject, root)
+        report = hashlib.sha256((root / "feature_report.json").read_bytes()).hexdigest()
     loaders = {name: TensorLoader(getattr(data, name)) for name in given}
     pre = subject.pre
-    return Run(net, trained.sae, pre.mu, pre.std, loaders, own, data, Path(own.out))
+    return Run(net, trained.sae, pre.mu, pre.std, loaders, own, data, root, report)
+
+
+def drop_classifier(settings: Settings) -> None:
+    """Keep aside a classifier that a run of the script trained in this folder: it is not what is
+    explained, and its course of training is not that of the network which is."""
+    root = Path(settings.out)
+    if has_stage(root, "classifier"):
+        kept = free_name(root, "classifier")
+        print(f"classifier: the one in {root} is not what is explained; it is kept as {kept}")
+        make_room(settings, root, "classifier", keep=True)
+        write_log(root, "classifier", [])
 
 
 def network_of(

@@ -18,6 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import feature_analysis as fa
 import feature_hypotheses as fh
 import MNIST_SAE_code as driver
 
@@ -126,7 +127,62 @@ def test_a_run_that_stopped_half_way_leaves_nothing_that_looks_finished(run, mon
     assert not list((run / "saelens").iterdir())
 
 
+def stopped_at(folder: Path, monkeypatch, function: str, *flags: str) -> None:
+    """Run into the folder, and stop where the function would be called."""
+
+    def stop(*_, **__):
+        raise StopHere
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, function, stop)
+        with pytest.raises(StopHere):
+            driver.main([*TINY, *flags, "--out", str(folder)])
+
+
+@pytest.mark.parametrize("name", ["classifier", "sae"])
+def test_a_new_stage_leaves_nothing_of_the_old_run_that_looks_finished(run, monkeypatch, name):
+    """Stopped as soon as the stage is there, before anything else is trained."""
+    flags = {"classifier": ["--seed", "1"], "sae": ["--epochs-sae-final", "2"]}
+    before = (run / f"{name}.json").read_bytes()
+    stopped_at(run, monkeypatch, f"restored_{name}", *flags[name])
+    assert (
+        (run / f"{name}.kept-1.json").read_bytes() == before != (run / f"{name}.json").read_bytes()
+    )
+    assert not [n for n in driver.RESULTS_OF_RUN if (run / n).exists()]
+    assert not list(run.glob("feature_*"))
+
+
+def test_the_old_run_stays_whole_while_a_new_stage_is_trained(run, monkeypatch):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    stopped_at(run, monkeypatch, "train_classifier", "--seed", "1")
+    stopped_at(run, monkeypatch, "train_sae", "--epochs-sae-final", "2")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    driver.load_run(str(run))
+
+
+def test_without_its_last_file_a_run_is_not_finished(run, monkeypatch):
+    """summary.json, which has the results, comes before settings.json, which says all is there."""
+    written, write = [], fa.write_whole
+
+    def noted(path, *args, **kwargs):
+        written.append(Path(path).name)
+        write(path, *args, **kwargs)
+
+    monkeypatch.setattr(fa, "write_whole", noted)
+    driver.main([*TINY, "--out", str(run)])
+    assert written[-2:] == ["summary.json", "settings.json"]
+    stopped_at(run, monkeypatch, "write_settings")
+    with pytest.raises(driver.InputError, match="holds no finished run"):
+        driver.load_run(str(run))
+
+
 # --- Files from a stranger ------------------------------------------------------------------------
+
+
+def sealed(text: str) -> str:
+    """The JSON of a stage with the digest that it has now; another text as it is."""
+    record = json.loads(text)
+    return json.dumps(driver.sealed(record)) if driver.SEAL in record else text
 
 
 def rewrite(folder: Path, name: str, change) -> None:
@@ -138,7 +194,7 @@ def rewrite(folder: Path, name: str, change) -> None:
     path.write_bytes(safetensors.torch.save(tensors))
     after = hashlib.sha256(path.read_bytes()).hexdigest()
     for path in folder.glob("*.json"):
-        path.write_text(path.read_text().replace(before, after))
+        path.write_text(sealed(path.read_text().replace(before, after)))
 
 
 @pytest.mark.parametrize(
@@ -217,15 +273,130 @@ def test_a_stage_that_cannot_be_is_trained_again(run, capsys):
     driver.load_run(str(run))
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("lambda", 55.5), ("threshold_shift", 0.5), ("seed", 7), ("course", {}), ("data", "others")],
+)
+def test_an_edited_record_of_a_stage_is_not_believed(run, capsys, field, value):
+    path = run / "sae.json"
+    whole = path.read_text()
+    path.write_text(json.dumps({**json.loads(whole), field: value}, indent=2))
+    line = f"sae.safetensors with sae.json in {run} is damaged or incomplete (sae.json was edited)"
+    with pytest.raises(driver.InputError, match=re.escape(line)):
+        driver.load_run(str(run))
+    (record,) = driver.main([*TINY, "--out", str(run)])
+    said = capsys.readouterr().out
+    assert f"sae: retrained, because {line}; the old one is kept as sae.kept-1" in said
+    assert record["lambda"] == json.loads(whole)["lambda"]
+    assert path.read_text() == whole
+    driver.load_run(str(run))
+
+
+@pytest.mark.parametrize(("name", "field"), [("sae", "target_actives"), ("classifier", "seed")])
+def test_a_record_that_says_something_else_never_blocks(run, capsys, name, field):
+    """Not even with its digest mended."""
+    path = run / f"{name}.json"
+    path.write_text(sealed(json.dumps({**json.loads(path.read_text()), field: 7})))
+    driver.main([*TINY, "--out", str(run)])
+    assert f"{name}: retrained, because it belongs to other settings" in capsys.readouterr().out
+    driver.load_run(str(run))
+
+
+def test_the_report_is_that_of_the_run(run):
+    path, loaded = run / "feature_report.json", driver.load_run(str(run))
+    whole = path.read_bytes()
+    assert loaded.report == json.loads(whole)
+    for content in (whole.replace(b'"feature": ', b'"feature": 1'), b"{", b""):
+        path.write_bytes(content)
+        found = hashlib.sha256(content).hexdigest()
+        line = (
+            f"{path} is not the report of this run (its SHA-256 is {found}, recorded was "
+            f"{hashlib.sha256(whole).hexdigest()}); run it again, load it again"
+        )
+        with pytest.raises(driver.InputError, match=f"^{re.escape(line)}$"):
+            driver.load_run(str(run)).report  # noqa: B018
+    path.unlink()
+    with pytest.raises(driver.InputError, match=r"is not the report of this run .*No such file"):
+        loaded.report  # noqa: B018
+
+
+def test_lines_of_the_log_that_belong_to_another_training_are_not_drawn(
+    run, monkeypatch, tmp_path_factory, capsys
+):
+    """A log copied from another run, and one whose lines were edited; seconds do not matter."""
+    log, drawn = run / driver.LOG, []
+    whole = log.read_text()
+    other = tmp_path_factory.mktemp("other")
+    driver.main([*TINY, "--epochs-sae-final", "2", "--out", str(other)])
+    monkeypatch.setattr(driver, "draw_training", lambda curves, _: drawn.append(len(curves)))
+    capsys.readouterr()
+    for content in (
+        whole,
+        (other / driver.LOG).read_text(),
+        whole.replace('"dead": ', '"dead": 1'),
+        re.sub(r'"seconds": [\d.]+', '"seconds": 0.5', whole),
+    ):
+        log.write_text(content)
+        driver.write_training(run, run, 4, 0.15)
+    assert drawn == [5, 1, 1, 5]
+    line = f"{log}: the lines of the sae there are of another training; they are not drawn\n"
+    assert capsys.readouterr().out == 2 * line
+
+
+def test_load_run_calls_the_classes_as_the_run_did(run, monkeypatch):
+    load, names = driver.load_images, ("none", "one", *"23456789")
+    monkeypatch.setattr(driver, "load_images", lambda *a: load(*a)._replace(classes=names))
+    assert driver.load_run(str(run)).data.classes == tuple("0123456789")
+
+
 # --- Claims ---------------------------------------------------------------------------------------
 
 
 def test_claims_frozen_before_a_kill_do_not_block_the_next_run(tmp_path):
-    """summary.json is from before: it says nothing of these claims, or something else."""
-    fh.freeze_hypotheses([], tmp_path / "hypotheses.json")
-    for said in ("[]", '[{"target_actives": 4, "hypotheses_sha256": "of another run"}]'):
+    """summary.json says nothing of these claims: it is written after each target's."""
+    (tmp_path / "target_4").mkdir()
+    fh.freeze_hypotheses([], tmp_path / "target_4" / "hypotheses.json")
+    for said in ("[]", '[{"target_actives": 3, "hypotheses_sha256": "of the first"}]'):
         (tmp_path / "summary.json").write_text(said)
-        driver.prepare_folders(parsed("--out", tmp_path))
+        driver.prepare_folders(parsed("--target-actives", 3, 4, "--out", tmp_path))
+
+
+def test_claims_that_summary_json_does_not_know_are_refused(tmp_path):
+    """Edited, their own digest mended."""
+    for target in (3, 4):
+        folder = tmp_path / f"target_{target}"
+        folder.mkdir()
+        digest = fh.freeze_hypotheses([], folder / "hypotheses.json")
+    record = '{"target_actives": %d, "hypotheses_sha256": "%s"}'
+    said = f"[{record % (3, digest)}, {record % (4, digest)}]"
+    (tmp_path / "summary.json").write_text(said)
+    flags = ["--target-actives", 3, 4, "--out", tmp_path]
+    driver.prepare_folders(parsed(*flags))
+    edited = fh.Rule(class_auroc=0.05)
+    now = fh.freeze_hypotheses([], tmp_path / "target_4" / "hypotheses.json", edited)
+    line = (
+        f"{tmp_path}/target_4/hypotheses.json was changed after it was frozen: its SHA-256 is "
+        f"{now}, recorded was {digest}; to start over, move the file away or give --fresh"
+    )
+    with pytest.raises(driver.InputError, match=re.escape(line)):
+        driver.prepare_folders(parsed(*flags))
+    driver.prepare_folders(parsed(*flags, "--fresh"))
+    (tmp_path / "summary.json").write_text(said[:-1])
+    with pytest.raises(driver.InputError, match=r"summary.json is damaged .*; move it away or"):
+        driver.prepare_folders(parsed(*flags))
+
+
+def test_load_run_refuses_edited_claims(run):
+    """Of the run's own digest it says nothing, as it has no claims; so it is told one."""
+    now = fh.freeze_hypotheses([], run / "hypotheses.json")
+    settings = run / "settings.json"
+    said = json.loads(settings.read_text())
+    for digest in (now, "0" * 64):
+        settings.write_text(json.dumps({**said, "hypotheses_sha256": {"4": digest}}))
+        if digest == now:
+            driver.load_run(str(run))
+    with pytest.raises(driver.InputError, match=rf"is {now}, recorded was 0{{64}}; to start over"):
+        driver.load_run(str(run))
 
 
 def test_edited_claims_are_refused_with_and_without_a_summary(tmp_path):

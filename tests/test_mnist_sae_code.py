@@ -730,11 +730,16 @@ def test_the_log_keeps_each_stage_once(tmp_path):
         {"step": 9, "stage": "sae", "loss": 0.5, "dead": 3, "seconds": 1.0},
     ]
     other = driver.log_lines("classifier", {"step": [4], "loss": [1.5]}, [2.0])
-    driver.write_log(tmp_path, "sae", lines)
-    driver.write_log(tmp_path, "classifier", other)
-    driver.write_log(tmp_path, "sae", lines[1:])
+    nothing = {"fingerprint": "", "seed": 0, "data_digest": ""}
+    driver.save_trained(tmp_path, "sae", {}, nothing, lines)
+    driver.save_trained(tmp_path, "classifier", {}, nothing, other)
+    driver.save_trained(tmp_path, "sae", {}, nothing, lines[1:])
     written = (tmp_path / driver.LOG).read_text().splitlines()
     assert [json.loads(line) for line in written] == [*other, lines[1]]
+    (tmp_path / "classifier.json").unlink()  # the lines belong to nothing now
+    driver.write_log(tmp_path, "sae", lines)
+    assert driver.read_log(tmp_path, "classifier") == []
+    assert driver.log_of_stage(tmp_path, "sae") == []  # those that were saved were lines[1:]
     (tmp_path / driver.LOG).write_text("{")
     with pytest.raises(InputError, match=r"run\.log\.jsonl is damaged .*; move it away"):
         driver.read_log(tmp_path, "sae")
@@ -1011,25 +1016,30 @@ def saved(tmp_path):
     return tmp_path
 
 
+EXPECTED = {"fingerprint": "print"}
+
+
 def test_a_saved_stage_is_reused(saved):
-    stage, news = driver.reusable_stage(saved, "thing", "print", fresh=False)
+    stage, news = driver.reusable_stage(saved, "thing", EXPECTED, fresh=False)
     assert stage.tensors["a"].tolist() == [0, 1, 2]
     assert stage.record["note"] == "x"
     assert "thing: reused" in news
 
 
 def test_fresh_ignores_a_saved_stage(saved):
-    assert driver.reusable_stage(saved, "thing", "print", fresh=True) == (None, "")
+    assert driver.reusable_stage(saved, "thing", EXPECTED, fresh=True) == (None, "")
 
 
 def test_nothing_saved_is_nothing_to_report(tmp_path):
-    assert driver.reusable_stage(tmp_path, "thing", "print", fresh=False) == (None, "")
+    assert driver.reusable_stage(tmp_path, "thing", EXPECTED, fresh=False) == (None, "")
 
 
 def test_a_stage_of_other_settings_is_kept_aside(saved):
     for n in (1, 2):
-        stage, news = driver.reusable_stage(saved, "thing", "another", fresh=False)
+        other = {"fingerprint": "another"}
+        stage, news = driver.reusable_stage(saved, "thing", other, fresh=False)
         assert stage is None
+        driver.keep_aside(saved, "thing")
         assert f"kept as thing.kept-{n}" in news
         assert driver.read_stage(saved, f"thing.kept-{n}").tensors["a"].tolist() == [0, 1, 2]
         driver.save_stage(saved, "thing", {"a": torch.arange(3.0)}, {"fingerprint": "print"})
@@ -1044,7 +1054,8 @@ def damage_header(folder):
     """A file that is not safetensors, with a JSON that vouches for it."""
     (folder / "thing.safetensors").write_bytes(b"nonsense")
     digest = hashlib.sha256(b"nonsense").hexdigest()
-    (folder / "thing.json").write_text(f'{{"fingerprint": "print", "sha256": "{digest}"}}')
+    record = driver.sealed({"fingerprint": "print", "sha256": digest})
+    (folder / "thing.json").write_bytes(driver.to_json(record))
 
 
 @pytest.mark.parametrize(
@@ -1056,13 +1067,17 @@ def damage_header(folder):
         lambda folder: (folder / "thing.json").write_text("[]"),
         lambda folder: (folder / "thing.json").write_text("{}"),
         lambda folder: (folder / "thing.json").unlink(),
+        lambda folder: (folder / "thing.json").write_text(
+            (folder / "thing.json").read_text().replace('"x"', '"y"')
+        ),
         lambda folder: (folder / "thing.safetensors").unlink(),
     ],
 )
 def test_a_damaged_stage_is_reported_retrained_and_kept_aside(saved, damage):
     damage(saved)
     left = sorted(path.read_bytes() for path in saved.iterdir())
-    stage, news = driver.reusable_stage(saved, "thing", "print", fresh=False)
+    stage, news = driver.reusable_stage(saved, "thing", EXPECTED, fresh=False)
+    driver.keep_aside(saved, "thing")
     assert stage is None
     assert "thing: retrained, because thing.safetensors with thing.json" in news
     assert "damaged or incomplete" in news

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from nbclient import NotebookClient
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_end_to_end import ROOT, block_of
 from torch import nn
@@ -335,6 +336,31 @@ def test_the_same_network_again_reuses_and_another_does_not(explained, capsys):
     assert "sae: retrained" in capsys.readouterr().out
     with pytest.raises(InputError, match="explains layer wide of Branched, which is not"):
         driver.load_run(settings["out"])
+
+
+def test_of_a_run_of_the_script_in_the_same_folder_nothing_is_left(explained, tmp_path, capsys):
+    """Neither its classifier nor the course of its training, which is not that of the network."""
+    net, data, settings, _, _ = explained
+    flags = "--data sample --epochs-ffn 1 --epochs-sae-final 1 --sae-latents 24 --workers 0".split()
+    flags += ["--target-actives", "4", "--no-hypotheses", "--stability-seeds", "0"]
+    driver.main([*flags, "--out", str(tmp_path)])
+    before = (tmp_path / "classifier.safetensors").read_bytes()
+    own = {**settings, "out": str(tmp_path), "hypotheses": False, "stability_seeds": 0}
+    capsys.readouterr()
+    run = driver.explain(net, "wide", *data, classes=NAMES, **own)
+    assert (
+        f"classifier: the one in {tmp_path} is not what is explained; it is kept as "
+        f"classifier.kept-1"
+    ) in capsys.readouterr().out.splitlines()
+    assert not (tmp_path / "classifier.safetensors").exists()
+    assert (tmp_path / "classifier.kept-1.safetensors").read_bytes() == before
+    log = (tmp_path / "run.log.jsonl").read_text().splitlines()
+    assert {json.loads(line)["stage"] for line in log} == {"sae"}
+    assert Image.open(tmp_path / "training.png").size == (1000, 290)  # four panels, all of the SAE
+    assert len(run.report) == 24
+    (tmp_path / "feature_report.json").write_text("[]")
+    with pytest.raises(InputError, match="is not the report of this run"):
+        run.report  # noqa: B018
 
 
 def test_a_network_that_makes_no_error_and_has_the_methods_itself(tmp_path):
