@@ -3106,7 +3106,8 @@ def remove_results_of_others(settings: Settings, subject: Subject) -> None:
     root = Path(settings.out)
     ours = [target_folder(root, settings, target) for target in settings.target_actives]
     for folder in sorted(root.glob("target_*")):
-        if folder in ours or (folder / "classifier.json").exists():
+        is_target = re.fullmatch(r"target_\d+", folder.name) and (folder / "sae.json").exists()
+        if folder in ours or not is_target or (folder / "classifier.json").exists():
             continue
         with alone_in(folder, settings.wait):
             with suppress(InputError):  # damaged: nobody knows of what it is
@@ -3402,6 +3403,16 @@ def draw_sweep(records: Sequence[dict], path: Path) -> None:
 PATIENCE = timedelta(days=7)  # a rank may train for so long while others wait
 
 
+@contextmanager
+def meeting() -> Iterator[None]:
+    """What ranks do together. Raises InputError where one of them is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"another rank has ended, and says why itself ({reason})") from error
+
+
 class Rank(NamedTuple):
     """Which of how many processes this is."""
 
@@ -3411,21 +3422,24 @@ class Rank(NamedTuple):
     def wait(self) -> None:
         """Until all ranks have come here."""
         if self.count > 1:
-            torch.distributed.barrier()
+            with meeting():
+                torch.distributed.barrier()
 
     def gather(self, value: object) -> list | None:
         """The values of all ranks in their order, for the first one; None for the others."""
         if self.count == 1:
             return [value]
         found = [None] * self.count if self.number == 0 else None
-        torch.distributed.gather_object(value, found)
+        with meeting():
+            torch.distributed.gather_object(value, found)
         return found
 
     def share(self, value: object) -> list:
         """The values of all ranks in their order, for every one."""
         found = [value] * self.count
         if self.count > 1:
-            torch.distributed.all_gather_object(found, value)
+            with meeting():
+                torch.distributed.all_gather_object(found, value)
         return found
 
 

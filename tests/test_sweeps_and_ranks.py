@@ -116,20 +116,22 @@ LITTLE = """--data sample --sae-latents 24 --hidden-units 16 --target-actives 3 
 --epochs-sae-final 1 --epochs-ffn 1 --stability-seeds 0 --no-hypotheses --workers 0""".split()
 
 
-def told_by_two(*flags: object, first=(), second=(), status: int = 2) -> list[str]:
-    """What two ranks say on stderr that somebody starts by hand, each with further flags."""
+def told_by_two(*flags: object, second=(), places=(ROOT, ROOT)) -> list[str]:
+    """What two ranks say on stderr that somebody starts by hand in two folders, the second one with
+    further flags; both must end with an error."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     started = []
-    for number, own in enumerate((first, second)):
-        command = [sys.executable, str(ROOT / "MNIST_SAE_code.py"), *map(str, (*flags, *own))]
+    for number, folder in enumerate(places):
+        own = map(str, (*flags, *second) if number else flags)
+        command = [sys.executable, str(ROOT / "MNIST_SAE_code.py"), *own]
         place = {"WORLD_SIZE": "2", "RANK": str(number), "LOCAL_WORLD_SIZE": "2"}
         environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+        started.append(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
     said = [process.communicate(timeout=300)[1] for process in started]
-    assert [process.returncode for process in started] == [status] * 2, said
+    assert [process.returncode for process in started] == [2, 2], said
     return said
 
 
@@ -168,6 +170,19 @@ def test_an_error_of_one_rank_is_told_by_both(tmp_path):
     said = told_by_two(*flags, second=["--data", tmp_path / "nowhere"])
     assert said[0] == said[1]
     assert re.fullmatch(rf"error: --data {tmp_path}/nowhere is no folder: .* \(rank 1\)\n", said[0])
+
+
+def test_ranks_that_see_different_folders_end_with_a_line_each(tmp_path):
+    """Where the second one finds nothing, it trains nothing."""
+    places = [tmp_path / "here", tmp_path / "there"]
+    for place in places:
+        place.mkdir()
+    first, second = told_by_two(*LITTLE, "--out", "out", places=places)
+    assert re.fullmatch(
+        r"error: classifier.safetensors with classifier.json in out is .*\n", second
+    )
+    assert re.fullmatch(r"error: another rank has ended, and says why itself \(.*\)\n", first)
+    assert not list(places[1].iterdir())
 
 
 class Two(driver.Rank):
@@ -431,6 +446,8 @@ def test_results_of_other_targets_go_where_their_classifier_went(tmp_path, capsy
     driver.main([*LITTLE, "--target-actives", "3", "4", *out])
     alone = tmp_path / "target_9"  # a run of its own
     shutil.copytree(tmp_path / "target_4", alone)
+    (tmp_path / "target_practice").mkdir()  # somebody's
+    (tmp_path / "target_practice" / "summary.json").touch()
     for ending in driver.STAGE_FILES:
         shutil.copy(tmp_path / f"classifier.{ending}", alone)
     driver.main([*LITTLE, "--target-actives", "4", "5", *out])  # of the same classifier
@@ -447,6 +464,7 @@ def test_results_of_other_targets_go_where_their_classifier_went(tmp_path, capsy
     left = {path.name for path in (tmp_path / "target_3").iterdir()}
     assert left == {"sae.safetensors", "sae.json", ".lock", "run.log.jsonl", "saelens"}
     assert (alone / "feature_report.json").exists()
+    assert [path.name for path in (tmp_path / "target_practice").iterdir()] == ["summary.json"]
 
 
 def test_an_error_of_ranks_is_told(tmp_path):
