@@ -55,7 +55,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -1900,9 +1900,7 @@ def save_trained(
     return save_stage(folder, name, tensors, {**record, "log_sha256": digest_of_log(log)})
 
 
-def classifier_stage(
-    settings: Settings, data: Data, folder: Path, quietly: bool = False
-) -> tuple[Classifier, str]:
+def classifier_stage(settings: Settings, data: Data, folder: Path) -> tuple[Classifier, str]:
     """The classifier, and the SHA-256 of its weights."""
     device = data.train.labels.device
     decisive = chosen(settings, CLASSIFIER_SETTINGS)
@@ -1911,7 +1909,7 @@ def classifier_stage(
     sizes = {"i": settings.hidden_units, "p": data.train.images[0].numel()}
     sizes["c"] = len(data.classes)
     stage, news = reusable_stage(folder, "classifier", expected, settings.fresh, **sizes)
-    if news and not quietly:
+    if news:
         print(news)
     if stage is None:
         model, log = train_classifier(data.train, settings, len(data.classes))
@@ -1921,13 +1919,28 @@ def classifier_stage(
     return restored_classifier(stage.tensors).to(device), stage.digest
 
 
+def stage_made(folder: Path, name: str, digest: str, **sizes: int) -> Stage:
+    """The stage of that digest, which another process of this run made: it is never made here.
+    Raises InputError where the folder holds no such stage."""
+    stage = read_stage(folder, name, **sizes)
+    if stage.digest != digest:
+        raise InputError(
+            f"{name}.safetensors in {folder} is not the one that this run made (its SHA-256 is "
+            f"{stage.digest[:12]}, not {digest[:12]}); all ranks must see the same folder"
+        )
+    return stage
+
+
 LARGE_SAE = 2**18  # entries of W_enc from which all cores work on one product
 
 
-def training_threads(settings: Settings, subject: Subject) -> int:
+def threads_for(d_in: int, d_sae: int) -> int:
     """One, unless the SAE is so large that more help."""
-    is_large = len(subject.pre.mu) * settings.sae_latents >= LARGE_SAE
-    return available_cores() if is_large else 1
+    return available_cores() if d_in * d_sae >= LARGE_SAE else 1
+
+
+def training_threads(settings: Settings, subject: Subject) -> int:
+    return threads_for(len(subject.pre.mu), settings.sae_latents)
 
 
 class TrainedSAE(NamedTuple):
@@ -1975,6 +1988,12 @@ def sae_stage(settings: Settings, target: int, subject: Subject, folder: Path) -
     return TrainedSAE(before, sae, stage.record, news, stage.digest)
 
 
+def sae_stage_alone(settings: Settings, target: int, subject: Subject, folder: Path) -> TrainedSAE:
+    """`sae_stage` in a folder to which nobody else writes meanwhile."""
+    with alone_in(folder, settings.wait):
+        return sae_stage(settings, target, subject, folder)
+
+
 def calibrated_sae(
     settings: Settings, target: int, subject: Subject
 ) -> tuple[dict[str, Tensor], dict, list[dict]]:
@@ -2010,10 +2029,12 @@ def train_saes(settings: Settings, subject: Subject, jobs: Jobs) -> dict[int, li
     for target in settings.target_actives:
         folder = target_folder(Path(settings.out), settings, target)
         for seed in seeds:
-            place = folder if seed == settings.seed else folder / f"stability_seed_{seed}"
+            is_own = seed == settings.seed
+            place = folder if is_own else folder / f"stability_seed_{seed}"
             here = one_at_a_time or not started  # the first one is for this process
             given = (replace(settings, seed=seed), target, subject, place)
-            started.append(jobs.start("sae", sae_stage, *given, here=here))
+            stage = sae_stage if is_own else sae_stage_alone
+            started.append(jobs.start("sae", stage, *given, here=here))
 
     trained = jobs.results(started)
     for news in [one.news for one in trained if one.news]:
@@ -2448,7 +2469,7 @@ def tell_unnamed_strokes(hypotheses: Sequence[fh.Hypothesis]) -> None:
 
 RESULTS_OF_RUN = """settings.json summary.json frontier.png feature_report.json feature_report.html
 hypotheses.json hypotheses.md explained.png influence.png training.png saelens/cfg.json
-saelens/sae_weights.safetensors""".split()
+saelens/sae_weights.safetensors combination.json""".split()
 
 
 def remove_results(folder: Path) -> None:
@@ -3121,27 +3142,41 @@ def refuse_too_large(settings: Settings, data: Data, d_in: int | None = None) ->
         )
 
 
-def prepare_subject(
-    settings: Settings, clock: Clock, quietly: bool = False
-) -> tuple[Data, Subject]:
-    """The images, and the classifier with what it makes of them."""
+def prepare_subject(settings: Settings, clock: Clock, made: str = "") -> tuple[Data, Subject]:
+    """The images, and the classifier with what it makes of them. `made` is the digest of the
+    classifier that another process of this run has made; then this one is read, and nothing
+    told."""
     device = pick_device(settings.device)
     if device.type == "cuda":
         make_cuda_repeatable()
     with clock("data"):
         data = load_images(settings.data, settings.seed, device)
     sizes = " / ".join(f"{len(split.labels):,}" for split in data[:3])
-    if not quietly:
+    if not made:
         print(
             f"data: {data.source}; {sizes} train, validation, test; device {device}, "
             f"seed {settings.seed}"
         )
     refuse_too_large(settings, data)
     with clock("classifier"):
-        model, digest = classifier_stage(settings, data, Path(settings.out), quietly)
+        if made:
+            model, digest = made_classifier(settings, data, made), made
+        else:
+            model, digest = classifier_stage(settings, data, Path(settings.out))
     with clock("preactivations"):
         pre = collect_preactivations(model, data, settings.normalize_z)
     return data, Subject(model, digest, pre, data.source, data.digest)
+
+
+def made_classifier(settings: Settings, data: Data, digest: str) -> Classifier:
+    """See `stage_made`. Raises InputError where it was trained on other images, too."""
+    stage = stage_made(Path(settings.out), "classifier", digest, i=settings.hidden_units)
+    if stage.record["data_digest"] != data.digest:
+        raise InputError(
+            f"the classifier in {settings.out} was trained on {stage.record.get('data')}; found "
+            f"here: {data.source}. All ranks must see the same images"
+        )
+    return restored_classifier(stage.tensors).to(data.train.labels.device)
 
 
 def prepare_targets(
@@ -3155,7 +3190,9 @@ def prepare_targets(
     with clock("sae"):
         trained = train_saes(settings, subject, jobs)
     remove_results_of(settings)
-    this_rank().wait()  # the others may read what is saved
+    remove_results_of_others(settings, subject)
+    digests = {target: saes[0].digest for target, saes in trained.items()}
+    this_rank().share((subject.digest, digests))  # the others may read what is saved
     prepared = []
     for target, saes in trained.items():
         prepared.append(prepare_target(target, saes, settings, subject, data, jobs))
@@ -3163,6 +3200,25 @@ def prepare_targets(
             frozen = [{"target_actives": p.target, "hypotheses_sha256": p.frozen} for p in prepared]
             fa.write_whole(root / "summary.json", to_json(frozen))
     return prepared
+
+
+def remove_results_of_others(settings: Settings, subject: Subject) -> None:
+    """Those of targets of an earlier run that had another classifier, with a word about it; each
+    target that is a run of its own, with its classifier beside it, stays."""
+    root = Path(settings.out)
+    ours = [target_folder(root, settings, target) for target in settings.target_actives]
+    for folder in sorted(root.glob("target_*")):
+        is_target = re.fullmatch(r"target_\d+", folder.name) and (folder / "sae.json").exists()
+        if folder in ours or not is_target or (folder / "classifier.json").exists():
+            continue
+        with alone_in(folder, settings.wait):
+            with suppress(InputError):  # damaged: nobody knows of what it is
+                if read_stage(folder, "sae").record["classifier_sha256"] == subject.digest:
+                    continue
+            had_results = (folder / "feature_report.json").exists()
+            remove_results(folder)
+        if had_results:
+            print(f"{folder}: removed its results, which are of another classifier; its SAE stays")
 
 
 PASSING = ("fresh", "wait", "workers")  # settings that decide nothing about what comes out
@@ -3226,17 +3282,23 @@ def explain_subject(
     return records
 
 
-# Folders inside a run's or a sweep's to which it writes.
-WRITTEN_IN = ("", "saelens/", "target_*/", "target_*/saelens/", "stability_seed_*/")
-WRITTEN_IN += ("target_*/stability_seed_*/", "seed_*_classifier/", "seed_*_latents_*_target_*/")
+@contextmanager
+def alone_in(folder: Path, wait: bool) -> Iterator[None]:
+    """A folder to which nobody else writes meanwhile, without what killed runs left there.
+
+    Whoever holds one may ask for those inside it, never for those around it: so no two wait for
+    each other.
+    """
+    prepare_folder(folder)
+    with only_writer(folder, wait):
+        for inside in ("", "saelens/"):
+            remove_unfinished(folder, inside)
+        yield
 
 
 def prepare_folders(settings: Settings) -> None:
-    """Make the targets' folders, clear away what killed runs left, and refuse a folder in which
-    frozen hypotheses were edited."""
+    """Make the targets' folders, and refuse one in which frozen hypotheses were edited."""
     root = Path(settings.out)
-    for inside in WRITTEN_IN:
-        remove_unfinished(root, inside)
     for target in settings.target_actives:
         folder = target_folder(root, settings, target)
         prepare_folder(folder)
@@ -3248,7 +3310,7 @@ def n_workers(settings: Settings) -> int:
     """Processes beside this one; ranks on one machine share its cores."""
     if settings.workers >= 0:
         return settings.workers
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks_here = max(told_number("LOCAL_WORLD_SIZE", 1), 1)
     return min(max(available_cores() // ranks_here - 1, 0), MOST_WORKERS)
 
 
@@ -3256,8 +3318,10 @@ def n_workers(settings: Settings) -> int:
 def working(settings: Settings) -> Iterator[Jobs]:
     """The run's folders, to which nobody else writes meanwhile, and its workers."""
     root = Path(settings.out)
-    prepare_folder(root)
-    with only_writer(root, settings.wait):
+    places = [root, *(target_folder(root, settings, target) for target in settings.target_actives)]
+    with ExitStack() as held:
+        for place in dict.fromkeys(places):
+            held.enter_context(alone_in(place, settings.wait))
         prepare_folders(settings)
         with torch_threads(1), Jobs(n_workers(settings)) as jobs:
             yield jobs
@@ -3270,6 +3334,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     clock.seconds["imports"] = time.perf_counter() - STARTED
     runs = parse_runs(argv)
     with ranks(runs[0].device) as rank:
+        refuse_unlike_ranks(runs, rank)
         if len(runs) > 1:
             return sweep_alone(runs, rank)
         (settings,) = runs
@@ -3306,31 +3371,41 @@ def combinations(runs: Sequence[Settings]) -> list[Settings]:
     return singles
 
 
-def train_combination(settings: Settings, classifiers: str) -> dict:
+def train_combination(settings: Settings, classifiers: str, made: str) -> tuple[dict, str]:
     """Train the SAE of one combination and measure it; what an earlier call finished is reused.
 
-    The classifier of its seed is in the folder `classifiers`. Returns its record.
+    The classifier of its seed is in the folder `classifiers`, its digest is `made`. Returns its
+    record, and what to tell the user.
     """
     (target,) = settings.target_actives
-    of_classifier = replace(settings, out=classifiers, fresh=False)
-    data, subject = prepare_subject(of_classifier, Clock(), quietly=True)
-    trained = sae_stage(settings, target, subject, Path(settings.out))
-    chosen_of = chosen(settings, ["seed", "sae_latents"])
-    measured = measure(trained, subject, data.test.labels, target)
-    record = {**chosen_of, "target_actives": target, "lambda": trained.record["lambda"], **measured}
-    fa.write_whole(Path(settings.out) / "combination.json", to_json(record))
-    return record
+    folder = Path(settings.out)
+    data, subject = prepare_subject(replace(settings, out=classifiers), Clock(), made)
+    with alone_in(folder, settings.wait):
+        if not settings.fresh:
+            refuse_changed_hypotheses(folder, recorded_claims(folder, folder))
+        trained = sae_stage(settings, target, subject, folder)
+        if explained_there(folder) != {str(target): trained.digest}:
+            remove_results(folder)
+        record = {**chosen(settings, ["seed", "sae_latents"]), "target_actives": target}
+        record |= {"data_digest": data.digest, "lambda": trained.record["lambda"]}
+        record |= measure(trained, subject, data.test.labels, target)
+        fa.write_whole(folder / "combination.json", to_json(record))
+    return record, trained.news
+
+
+def explained_there(folder: Path) -> dict[str, str]:
+    """By target, the digest of the SAE that a finished run in the folder explains."""
+    try:
+        return read_settings(folder).sae_sha256
+    except InputError:  # no finished run
+        return {}
 
 
 def sweep_alone(runs: Sequence[Settings], rank: Rank) -> list[dict]:
     """`sweep`, while no other run writes to its folder; the first rank holds it for all."""
-    root = Path(runs[0].out)
     if rank.number:
         return sweep(runs, rank)
-    prepare_folder(root)
-    with only_writer(root, runs[0].wait):
-        for inside in WRITTEN_IN:
-            remove_unfinished(root, inside)
+    with alone_in(Path(runs[0].out), runs[0].wait):
         return sweep(runs, rank)
 
 
@@ -3339,7 +3414,8 @@ def sweep(runs: Sequence[Settings], rank: Rank) -> list[dict]:
     returns their records and writes sweep.json and sweep.png."""
     root = Path(runs[0].out)
     singles = combinations(runs)
-    for single in singles[rank.number :: rank.count]:
+    mine = singles[rank.number :: rank.count]
+    for single in mine:
         prepare_folder(Path(single.out))
     places = {}
     for single in singles:
@@ -3348,24 +3424,27 @@ def sweep(runs: Sequence[Settings], rank: Rank) -> list[dict]:
 
     with torch_threads(1), Jobs(0 if one_at_a_time else n_workers(runs[0])) as jobs:
         first_of = {single.seed: single for single in reversed(singles)}
-        started = []
-        for seed in sorted(first_of)[rank.number :: rank.count]:
-            prepare_folder(Path(places[seed]))
+        seeds, started = sorted(first_of)[rank.number :: rank.count], []
+        for seed in seeds:
             given = (replace(first_of[seed], out=places[seed]), places[seed])
             started.append(jobs.start("classifier", train_only_classifier, *given))
-        jobs.results(started)
-        rank.wait()  # until every seed has its classifier
+        made: dict[int, str] = {}  # digests of classifiers, by seed
+        for part in rank.share(dict(zip(seeds, jobs.results(started), strict=True))):
+            made |= part
         started = []
-        for single in singles[rank.number :: rank.count]:
-            started.append(jobs.start("sae", train_combination, single, places[single.seed]))
-        jobs.results(started)
-    rank.wait()  # until every combination is there
-    if rank.number:
+        for single in mine:
+            given = (single, places[single.seed], made[single.seed])
+            started.append(jobs.start("sae", train_combination, *given))
+        parts = rank.gather(jobs.results(started))
+    if parts is None:
         return []
-    records = []
-    for single in singles:
-        stored = (Path(single.out) / "combination.json").read_bytes()
-        records.append(read_json(stored, dict[str, int | float | dict | None]))
+    found: list = [None] * len(singles)
+    for number, part in enumerate(parts):
+        found[number :: rank.count] = part
+    for single, (_, news) in zip(singles, found, strict=True):
+        if news:
+            print(f"{single.out}: {news}")
+    records = [record for record, _ in found]
     fa.write_whole(root / "sweep.json", to_json(records))
     draw_sweep(records, root / "sweep.png")
     print(sweep_table(records))
@@ -3374,10 +3453,11 @@ def sweep(runs: Sequence[Settings], rank: Rank) -> list[dict]:
     return records
 
 
-def train_only_classifier(settings: Settings, folder: str) -> None:
-    """The classifier of a seed, into its folder."""
+def train_only_classifier(settings: Settings, folder: str) -> str:
+    """The classifier of a seed, into its folder; its digest."""
     data = load_images(settings.data, settings.seed, pick_device(settings.device))
-    classifier_stage(settings, data, Path(folder))
+    with alone_in(Path(folder), settings.wait):
+        return classifier_stage(settings, data, Path(folder))[1]
 
 
 def over_seeds(records: Sequence[dict], latents: int, target: int, key: str) -> dict:
@@ -3438,6 +3518,16 @@ def draw_sweep(records: Sequence[dict], path: Path) -> None:
 PATIENCE = timedelta(days=7)  # a rank may train for so long while others wait
 
 
+@contextmanager
+def meeting() -> Iterator[None]:
+    """What ranks do together. Raises InputError where one of them is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"another rank has ended, and says why itself ({reason})") from error
+
+
 class Rank(NamedTuple):
     """Which of how many processes this is."""
 
@@ -3447,30 +3537,69 @@ class Rank(NamedTuple):
     def wait(self) -> None:
         """Until all ranks have come here."""
         if self.count > 1:
-            torch.distributed.barrier()
+            with meeting():
+                torch.distributed.barrier()
 
     def gather(self, value: object) -> list | None:
         """The values of all ranks in their order, for the first one; None for the others."""
         if self.count == 1:
             return [value]
         found = [None] * self.count if self.number == 0 else None
-        torch.distributed.gather_object(value, found)
+        with meeting():
+            torch.distributed.gather_object(value, found)
         return found
+
+    def share(self, value: object) -> list:
+        """The values of all ranks in their order, for every one."""
+        found = [value] * self.count
+        if self.count > 1:
+            with meeting():
+                torch.distributed.all_gather_object(found, value)
+        return found
+
+
+def told_number(name: str, usual: int, below: int = sys.maxsize) -> int:
+    """A number from 0 that torchrun puts into the environment. Raises InputError."""
+    said = os.environ.get(name, str(usual))
+    if not (said.isascii() and said.isdecimal() and int(said) < below):
+        raise InputError(
+            f"{name} is {said!r} in the environment, not a number from 0 to {below - 1}; start "
+            f"ranks with torchrun, and unset WORLD_SIZE for a run on its own"
+        )
+    return int(said)
+
+
+def place_among_ranks() -> Rank:
+    """What the environment says. Raises InputError where it is not what torchrun says."""
+    count = told_number("WORLD_SIZE", 1)
+    if count <= 1:
+        return Rank()
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise InputError(
+                f"WORLD_SIZE is {count} in the environment, but there is no {name}; start ranks "
+                f"with torchrun, and unset WORLD_SIZE for a run on its own"
+            )
+    told_number("MASTER_PORT", 0, 2**16)
+    return Rank(told_number("RANK", 0, count), count)
 
 
 @contextmanager
 def ranks(device: str) -> Iterator[Rank]:
     """The rank of this process, as torchrun's environment says; without it, the only one."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
-        yield Rank()
+    rank = place_among_ranks()
+    if rank.count == 1:
+        yield rank
         return
-    on_gpu = pick_device(device).type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "nccl" if on_gpu else "gloo"
-    torch.distributed.init_process_group(backend, timeout=PATIENCE)
-    rank = Rank(torch.distributed.get_rank(), count)
+    if pick_device(device).type == "cuda":
+        torch.cuda.set_device(told_number("LOCAL_RANK", 0) % torch.cuda.device_count())
+    # On a GPU, too: what travels are objects of the CPU, and ranks without one must be told.
+    try:
+        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the ranks cannot meet at {where} ({reason})") from error
     before = THIS_RANK.set(rank)
     try:
         yield rank
@@ -3487,19 +3616,70 @@ def this_rank() -> Rank:
     return THIS_RANK.get(Rank())
 
 
+DECISIVE = [f.name for f in fields(Settings) if f.name not in (*PASSING, "data", "device")]
+
+
+def decisive_facts(runs: Sequence[Settings]) -> dict[str, object]:
+    """All that decides what this rank makes, by what it is called."""
+    device = pick_device(runs[0].device)
+    facts: dict[str, object] = {}
+    for name in DECISIVE:
+        values = list(dict.fromkeys(getattr(run, name) for run in runs))
+        facts[flag_name(name)] = values if len(values) > 1 else values[0]
+    data = load_images(runs[0].data, runs[0].seed, device)
+    code = code_below_settings() + Path(fa.__file__).read_text(encoding="utf-8")
+    facts |= {"data": f"{data.source}, digest {data.digest[:12]}", "device": device.type}
+    facts |= {"code": f"digest {hashlib.sha256(code.encode()).hexdigest()[:12]}"}
+    facts |= {"torch": torch.__version__}
+    if len(runs) > 1:  # in a single run only the first rank trains
+        threads = [threads_for(run.hidden_units, run.sae_latents) for run in runs]
+        facts["cores of a training"] = max(threads)
+    return facts
+
+
+def refuse_unlike_ranks(runs: Sequence[Settings], rank: Rank) -> None:
+    """Raise InputError, the same on every rank, unless all would make the same: each one makes a
+    part of the whole."""
+    if rank.count == 1:
+        return
+    if rank.number:
+        rank.wait()  # for the first one, which may have to download the images
+    facts, failed = {}, ""
+    try:
+        facts = decisive_facts(runs)
+    except (InputError, DataError) as error:
+        failed = str(error)
+    if not rank.number:
+        rank.wait()
+    found = rank.share((facts, failed))
+    for number, (_, failed) in enumerate(found):
+        if failed:
+            raise InputError(failed + f" (rank {number})" * bool(number))
+    expected = found[0][0]
+    for number, (facts, _) in enumerate(found):
+        if facts != expected:
+            names = [n for n in expected if n in facts and facts[n] != expected[n]]
+            unlike = [f"{n} is {facts[n]}, not {expected[n]}" for n in names]
+            raise InputError(
+                f"rank {number} differs from rank 0: {'; '.join(unlike)}. Ranks make parts of one "
+                f"whole: give all of them the same command, images, code and versions"
+            )
+
+
 def help_first_rank(settings: Settings, clock: Clock) -> list[dict]:
     """What the other ranks do in a single run: their share of the images, for each target.
 
     The first rank trains; what they need of it they read from the folder that all can write to.
     """
     rank = this_rank()
-    rank.wait()  # until the classifier and the SAEs are saved
+    classifier, saes = rank.share(None)[0]  # once they are saved, their digests
     with torch_threads(1):
-        data, subject = prepare_subject(replace(settings, fresh=False), clock, quietly=True)
+        data, subject = prepare_subject(settings, clock, classifier)
         for target in settings.target_actives:
             folder = target_folder(Path(settings.out), settings, target)
-            trained = sae_stage(replace(settings, fresh=False), target, subject, folder)
-            layer = subject.layer(trained.sae)
+            sizes = {"i": settings.hidden_units, "s": settings.sae_latents}
+            sae = stage_made(folder, "sae", saes[target], **sizes)
+            layer = subject.layer(restored_sae(sae.tensors).to(subject.device))
             rank.gather(share_of_bank(layer, data, settings, rank))
     return []
 

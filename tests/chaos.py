@@ -62,9 +62,9 @@ class Trials:
         shutil.copytree(self.finished, self.folder)
 
     def files(self) -> dict[str, bytes]:
-        """What must be equal: all but the lock, and what was kept of earlier stages."""
+        """What must be equal: all but the locks, and what was kept of earlier stages."""
         found = files_of(self.folder)
-        return {n: c for n, c in found.items() if n != ".lock" and ".kept-" not in n}
+        return {n: c for n, c in found.items() if Path(n).name != ".lock" and ".kept-" not in n}
 
     def forked(self, flags: list[str], disturb: Callable = lambda: None) -> int:
         """The status of a run in a process of its own, in which `disturb` is called first; minus
