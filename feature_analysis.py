@@ -218,15 +218,18 @@ def _first(values: Tensor, wrong: Tensor) -> str:
 def in_order(loader: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
     """The loader's batches.
 
-    Raises ValueError when another pass has other images among its first BATCHES_COMPARED batches,
-    as one that shuffles does, or there is no other pass: an image's index would mean nothing.
+    Raises ValueError when another pass has other images in the first batch, or first in the next
+    ones, BATCHES_COMPARED in all, as one that shuffles does, or when there is no other pass: an
+    image's index would mean nothing.
     """
     if iter(loader) is loader:
         raise ValueError("the loader can be read only once: give a list, or a DataLoader")
-    again = itertools.islice(loader, BATCHES_COMPARED)
-    for images, labels in loader:
-        other = next(again, None)
-        if other is not None and not _same_images(images, other[0]):
+    seen = []  # first of all: the next pass may be by the same iterator, reset
+    for images, _ in itertools.islice(loader, BATCHES_COMPARED):
+        seen.append((images[:PROBED] if seen else images).clone())
+    for number, (images, labels) in enumerate(loader):
+        some = images[:PROBED] if number else images
+        if number < len(seen) and not _same_images(some, seen[number]):
             raise ValueError(
                 "the loader gives other images in each pass: it must not shuffle or augment"
             )

@@ -989,6 +989,20 @@ def test_a_loader_that_shuffles_after_its_first_batch_is_refused():
         fa.collect_feature_bank(model, Shuffling(), *frame)
 
 
+def test_a_loader_may_have_one_iterator_that_begins_again():
+    """As a DataLoader with persistent workers."""
+    scene = make_scene("relu")
+    model, loader, *frame = scene.given()
+
+    class Again:
+        def __iter__(self):
+            self.left = iter(loader)
+            return iter(lambda: next(self.left, None), None)
+
+    expected = fa.collect_feature_bank(model, loader, *frame)
+    exactly(fa.collect_feature_bank(model, Again(), *frame), expected)
+
+
 @pytest.mark.parametrize(("rows", "matched"), [(fa.ROWS, fa.MATCHED), (5, 2)])
 def test_the_same_sae_in_another_order_returns(scene, rows, matched, monkeypatch):
     monkeypatch.setattr(fa, "ROWS", rows)
