@@ -3743,6 +3743,7 @@ def whole_split(given: object, name: str, device: torch.device) -> Split:
             f"{name}, a {type(given).__name__}, gives no images and labels ({error}); give a pair "
             f"of tensors, a Dataset of such pairs, or a DataLoader that does not shuffle"
         ) from error
+    images = images.clone() if images.is_inference() else images  # or no gradient flows to them
     images = images[:, None] if images.dim() == 3 else images
     fits = images.dim() == 4 and images.shape[1] in (1, 3) and labels.shape == images.shape[:1]
     if not fits or len(images) < 2 or labels.is_floating_point():
@@ -3785,6 +3786,23 @@ def data_of(splits: Sequence[Split], classes: Sequence[str], n_classes: int) -> 
     return Data(*splits, names, f"{n:,} images of one's own", digest_of(tensors))
 
 
+@contextmanager
+def usual_torch() -> Iterator[None]:
+    """float32, full precision and gradients, whatever the caller has switched on or off."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@usual_torch()
 def explain(
     model: nn.Module,
     layer: str | None,
@@ -3817,15 +3835,16 @@ def explain(
 
     Returns the run as `load_run` does; its files lie in `out`. A second call with the same network
     and images reuses the SAE. Raises InputError for what cannot be used, ValueError for a layer
-    that the logits do not depend on alone.
+    that the logits do not depend on alone, or from which no gradient leads to the pixels.
     """
     clock = Clock(time.perf_counter())
     net = network_of(model, layer, pool)
     given = {"train": train, "val": val, "test": test}
     splits = [whole_split(split, name, net.device) for name, split in given.items()]
     with torch.no_grad():
-        raw = net.preactivations(splits[0].images[:2])
+        raw = net.preactivations(splits[0].images[: fa.PROBED])
         n_classes = net.logits_from_preactivations(raw).shape[1]
+    fa.refuse_no_gradients(net, splits[0].images)  # now, not after the SAE's training
     data, d_in = data_of(splits, classes, n_classes), raw.shape[1]
     own = own_settings(target, d_in, net.device, settings)
     if net.device.type == "cuda":
@@ -3857,8 +3876,28 @@ def drop_classifier(settings: Settings) -> None:
 def network_of(
     model: nn.Module | fa.AtLayer, layer: str | None, pool: str | None
 ) -> fa.AtLayer | fa.InEvaluation:
-    """What explain() was given, with the two methods. Raises ValueError for an unknown layer."""
-    if layer is not None:
+    """What explain() was given, with the two methods. Raises ValueError for an unknown layer,
+    InputError for what is no module, or has no such methods where no layer is named."""
+    methods = ("preactivations", "logits_from_preactivations")
+    named = layer is not None
+    if not isinstance(model, nn.Module if named else (nn.Module, fa.AtLayer)):
+        raise InputError(
+            f"the model is a {type(model).__name__}; explain() takes a torch.nn.Module"
+            f"{'' if named else ' that has the methods ' + ' and '.join(methods)}"
+        )
+    if not named and not all(callable(getattr(model, name, None)) for name in methods):
+        raise InputError(
+            f"{type(model).__name__} has no methods {' and '.join(methods)}; name one of its layers"
+        )
+    if any(
+        parameter.is_inference()
+        for parameter in (model.model if isinstance(model, fa.AtLayer) else model).parameters()
+    ):
+        raise InputError(
+            "the model was made in torch.inference_mode(), so no gradients flow through it; make "
+            "it outside"
+        )
+    if named:
         return fa.AtLayer(model, layer, pool)
     return model if isinstance(model, fa.AtLayer) else fa.InEvaluation(model)
 
@@ -3873,6 +3912,9 @@ def own_settings(target: int, d_in: int, device: torch.device, given: dict) -> S
         if name not in known:
             raise InputError(f"explain() has no setting {name!r}; it has {', '.join(known)}")
     usual = {"sae_latents": 2 * max(d_in, target), "workers": 0}
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if given.get("workers") and script and not Path(script).exists():
+        raise InputError(f"worker processes cannot start from {script}; use workers=0, or a file")
     return Settings(target_actives=(target,), device=str(device), **{**usual, **given})
 
 

@@ -29,6 +29,7 @@ from __future__ import annotations
 import difflib
 import functools
 import io
+import itertools
 import math
 import operator
 import textwrap
@@ -56,6 +57,9 @@ GRADIENT_ENTRIES = 2**26  # numbers that these gradients may have
 HEAD_ROWS = 4096  # rows that the head is given at once, or n_eval if that is more
 ENTRIES = 2**21  # activations of which several copies are made: larger ones are slow to get
 COUNTED = 2**18  # pairs of features that are counted at once: few enough for the cache
+
+BATCHES_COMPARED = 8  # of two passes over a loader; more would take long where images are read
+PROBED = 8  # images whose preactivations are computed twice, to see that they stay the same
 
 EMPTY_LOADER = "the loader is empty: it must give at least one batch of (images, labels)"
 
@@ -174,6 +178,20 @@ class ExplainedLayer(NamedTuple):
         """The same for many images, ROWS at a time."""
         return torch.cat([self.raw(some) for some in images.split(ROWS)])
 
+    @torch.no_grad()
+    def refuse_chance(self, images: Tensor, head: bool = True) -> None:
+        """Raise ValueError when the first PROBED of images (N, ...) give something else each time,
+        as with a dropout that no module of its own tells of; with `head`, logits as well."""
+        raw = self.raw(images[:PROBED])
+        pairs = [(raw, self.raw(images[:PROBED]))]
+        if head:
+            pairs.append((self.logits_from_raw(raw), self.logits_from_raw(raw)))
+        if any((a - b).abs().max() > SAME * a.abs().max() for a, b in pairs if a.numel()):
+            raise ValueError(
+                "the model gives other numbers when it is given the same images again: something "
+                "in it, like dropout in training mode, is left to chance; call eval()"
+            )
+
     def standardised(self, images: Tensor) -> Tensor:
         """images (B, ...) -> z (B, d_in), what the SAE reads"""
         return (self.raw(images) - self.mu) / self.std
@@ -200,16 +218,20 @@ def _first(values: Tensor, wrong: Tensor) -> str:
 def in_order(loader: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
     """The loader's batches.
 
-    Raises ValueError when it begins another pass with other images, as one that shuffles does, or
-    has no other pass: an image's index would mean nothing.
+    Raises ValueError when another pass has other images in the first batch, or first in the next
+    ones, BATCHES_COMPARED in all, as one that shuffles does, or when there is no other pass: an
+    image's index would mean nothing.
     """
     if iter(loader) is loader:
         raise ValueError("the loader can be read only once: give a list, or a DataLoader")
-    first = next(iter(loader), None)
+    seen = []  # first of all: the next pass may be by the same iterator, reset
+    for images, _ in itertools.islice(loader, BATCHES_COMPARED):
+        seen.append((images[:PROBED] if seen else images).clone())
     for number, (images, labels) in enumerate(loader):
-        if number == 0 and not _same_images(images, first[0]):
+        some = images[:PROBED] if number else images
+        if number < len(seen) and not _same_images(some, seen[number]):
             raise ValueError(
-                "the loader gives other images first in each pass: it must not shuffle or augment"
+                "the loader gives other images in each pass: it must not shuffle or augment"
             )
         yield images, labels
 
@@ -234,6 +256,7 @@ def batches_of(images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 POOLS = ("mean", "max", "flatten")  # what to make of a layer's output that has positions
 SAME = 1e-4  # of the largest logit: the same but for rounding
+BESIDE = 1e-2  # ... in batches of other sizes, for which GPUs may round to 10 bits
 
 
 class _Reached(Exception):  # noqa: N818
@@ -272,12 +295,12 @@ class AtLayer:
         name: of the layer, as in `model.named_modules()`.
         pool: of an output with positions (B, C, H, W), "mean" or "max" over them, which serves
             where the rest reads no more than that, or "flatten" for all of it.
-        images: (N, ...), one or more that the network can take. Without, the first one serves
-            that `preactivations` is given.
+        images: (N, ...), one or more that the network can take; up to PROBED are tried. Without,
+            those serve that `preactivations` is given first.
 
     Raises ValueError for an unknown layer; with the first images, for a layer without one tensor as
     its output, or one with positions and no pool, and where the logits depend on more than this
-    layer: a connection around it, or positions that the pool has lost.
+    layer: a connection around it, positions that the pool has lost, or the other images of a batch.
     """
 
     def __init__(
@@ -382,22 +405,32 @@ class AtLayer:
     def _get_to_know(self, images: Tensor) -> None:
         """Learn the shape of the layer's output, and see that the logits depend on it alone.
 
-        An image leads to the layer, and the output for another, the same with noise, is put in
-        there: the logits must be the other's.
+        The first image leads to the layer, and the output for others, and for all with noise, is
+        put in there: the logits must be those of the others. And they must not depend on the images
+        beside them.
         """
-        first = images[:1].detach().float()
-        noise = torch.rand(first.shape, generator=torch.Generator().manual_seed(0))
-        second = first + (first.std() + 1) * noise.to(first)  # unlike the first, whatever that is
-        pair = torch.cat([first, second])
-        output = self._output(pair)
+        places = torch.linspace(0, len(images) - 1, min(PROBED, len(images))).round().long()
+        some = images[places.to(images.device)].detach().float()
+        noise = torch.rand(some.shape, generator=torch.Generator().manual_seed(0))
+        noisy = some + (some.std() + 1) * noise.to(some)  # unlike the first, whatever that is
+        tried, first = torch.cat([some, noisy]), some[:1]
+        output = self._output(tried)
         raw = self._rows(output)
         runs = []
-        expected = self._run(pair, lambda *_: runs.append(1), pair)
+        expected = self._run(tried, lambda *_: runs.append(1), tried)
         if not isinstance(expected, Tensor) or expected.dim() != 2:
             what = tuple(expected.shape) if isinstance(expected, Tensor) else type(expected)
             raise ValueError(f"the model gives {what} instead of logits (B, C)")
         if len(runs) > 1:
             raise ValueError(f"layer {self.name!r} runs {len(runs)} times; name one that runs once")
+
+        if len(some) > 1:  # not every network takes a single one
+            halves = torch.cat([self._run(half, lambda *_: None, half) for half in tried.chunk(2)])
+            rounded = max(BESIDE, 16 * torch.finfo(expected.dtype).eps)
+            if _distance(halves.float(), expected.float()) > rounded:
+                raise ValueError(
+                    "the model's logits for an image depend on the others of its batch"
+                )
 
         self.shape, self.before = tuple(output.shape[1:]), first.detach().clone()
         off = self._furthest(raw, expected.float())
@@ -419,9 +452,14 @@ class AtLayer:
             logits = self._logits(raw)
         except (RuntimeError, IndexError):
             return math.inf
-        if logits.shape != expected.shape:
-            return math.inf
-        return float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+        return _distance(logits, expected)
+
+
+def _distance(logits: Tensor, expected: Tensor) -> float:
+    """Between logits (B, C), relative to the largest of those expected."""
+    if logits.shape != expected.shape:
+        return math.inf
+    return float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
 
 
 class InEvaluation:
@@ -484,7 +522,7 @@ class FeatureBank(NamedTuple):
     @property
     def feature_density(self) -> Tensor:
         """(d_sae,) share of images that fire the feature."""
-        return self.n_active / self.n_images
+        return self.n_active.float() / self.n_images
 
     @property
     def mean_activation_when_active(self) -> Tensor:
@@ -592,20 +630,36 @@ def merge_feature_banks(a: FeatureBank, b: FeatureBank) -> FeatureBank:
     """The bank of two disjoint sets of images, as if it had been collected over both at once.
 
     Collect the second with `first_index` set to the number of images before it. Raises ValueError
-    when the banks are of different SAEs, classes or topk.
+    when the banks are of different SAEs, classes or topk, and when an image is in the samples of
+    both; a few images in common can escape it where many fire each feature.
     """
     x, y = ((*bank.label_histogram.shape, bank.top.index.shape[1]) for bank in (a, b))
     if x != y:
         raise ValueError(f"banks do not fit together: (d_sae, C, topk) are {x} and {y}")
     top = Examples(*(torch.cat(columns, 1) for columns in zip(a.top, b.top, strict=True)))
     sample = Examples(*(torch.cat(columns, 1) for columns in zip(a.sample, b.sample, strict=True)))
+    sample = _largest(sample, _lottery_number(sample), SAMPLE_PER_FEATURE)
+    twice = (sample.index.diff() == 0) & (sample.index[:, 1:] >= 0)  # the same number: neighbours
+    if twice.any():
+        image = int(sample.index[:, 1:][twice][0])
+        raise ValueError(f"both banks hold image {image}: collect the second with first_index")
     return FeatureBank(
         top=_largest(top, _strength(top), a.top.index.shape[1]),
-        sample=_largest(sample, _lottery_number(sample), SAMPLE_PER_FEATURE),
+        sample=sample,
         label_histogram=a.label_histogram + b.label_histogram,
         activation_sum=a.activation_sum + b.activation_sum,
         n_images=a.n_images + b.n_images,
     )
+
+
+def refuse_negative(feature_acts: Tensor) -> None:
+    """Raise ValueError for activations (B, d_sae) below 0: a feature that is not active is at 0."""
+    if feature_acts.numel() and float(feature_acts.min()) < 0:
+        least, k = feature_acts.min(0).values.min(0)
+        raise ValueError(
+            f"feature {k} has an activation of {least:.3g}, below 0: the SAE must give 0 or more, "
+            f"as it does with thresholds of 0 or more"
+        )
 
 
 def _class_indices(images: Tensor, labels: Tensor, n_classes: int | None = None) -> Tensor:
@@ -651,11 +705,14 @@ def collect_feature_bank(
     bank = None
     for images, labels in in_order(loader):
         raw = layer.raw(images)
+        if bank is None:
+            layer.refuse_chance(images)
         n_classes = layer.logits_from_raw(raw[:1]).shape[1]
         labels = _class_indices(images, labels.to(mu.device), n_classes)
         at_once = max(ROWS, ENTRIES // layer.d_sae)
         for some, own in zip(raw.split(at_once), labels.split(at_once), strict=True):
             acts = sae.encode((some - mu) / std)
+            refuse_negative(acts)
             part = _bank_in_blocks(acts, own, n_classes, first_index, topk)
             bank = part if bank is None else merge_feature_banks(bank, part)
             first_index += len(own)
@@ -697,6 +754,20 @@ class Activity(NamedTuple):
         return torch.repeat_interleave(torch.arange(len(self.n_active)), self.n_active)
 
 
+def check_activity(
+    activity: Activity, layer: ExplainedLayer, images: Tensor, labels: Tensor | None = None
+) -> None:
+    """Raise ValueError unless the activity is of as many features and images (N, ...), which have
+    its labels (N,) where these are given."""
+    n, d_sae = len(activity.labels), len(activity.n_active)
+    if n != len(images):
+        raise ValueError(f"the activity is of {n} images, but {len(images)} were given")
+    if d_sae != layer.d_sae:
+        raise ValueError(f"the activity is of {d_sae} features, but the SAE has {layer.d_sae}")
+    if labels is not None and not torch.equal(activity.labels, labels.cpu().long()):
+        raise ValueError("the labels are not those of the activity")
+
+
 def _with(column: Tensor, new: Tensor, n: int) -> Tensor:
     """A column (capacity,) with `new` (m,) after its first n values; twice as large when full.
 
@@ -719,11 +790,13 @@ def collect_activity(layer: ExplainedLayer, images: Tensor, labels: Tensor) -> A
     layer = ExplainedLayer.checked(*layer)
     if len(images) == 0:
         raise ValueError("there are no images: give at least one")
+    layer.refuse_chance(images)
     n_classes = layer.logits_from_raw(layer.raw(images[:1])).shape[1]
     labels = _class_indices(images, labels, n_classes).cpu()
     columns, n_pairs, at_once = None, 0, max(1, min(ROWS, ENTRIES // layer.d_sae))
     for number, batch in enumerate(images.split(at_once)):
         acts = layer.feature_acts(batch).cpu()
+        refuse_negative(acts)
         image, feature = (acts > 0).nonzero().unbind(1)
         new = (feature, number * at_once + image, acts[image, feature])
         columns = columns or [column[:0] for column in new]
@@ -750,7 +823,8 @@ def is_linear(
     and unlike each other, are tried, and pairs among up to 64 of `images` (N, ...), whose pixels
     may be on another scale.
     """
-    tried = torch.rand(6, *image_shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    tried = torch.rand(6, *image_shape, generator=generator, dtype=torch.float32)
     tried = tried.to(layer.mu.device)
     if images is not None:
         n = min(len(images), 64) // 2
@@ -766,6 +840,25 @@ def is_linear(
     return not (bend > 1e-4 * torch.cat([at_a, at_b]).abs().amax(0)).any()
 
 
+def refuse_no_gradients(model, images: Tensor) -> None:
+    """Raise ValueError where no gradient leads from the preactivations to the pixels of images
+    (N, ...), N > 0: taken as zeros, they would look like a feature that no pixel drives."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("input patterns need gradients: leave torch.inference_mode() for them")
+    pixels = images[:1].float().clone().detach().requires_grad_()
+    with torch.enable_grad():
+        raw = model.preactivations(pixels).sum()
+        found = (None,)
+        if raw.requires_grad:  # by the pixels, or by weights alone
+            found = torch.autograd.grad(raw, pixels, allow_unused=True)
+    if found[0] is None:
+        raise ValueError(
+            "no gradient leads from the layer to the pixels, so there are no input patterns: the "
+            "network switches gradients off on the way, as torch.no_grad() and detach() do; freeze "
+            "its weights with requires_grad_(False) instead"
+        )
+
+
 def _mean_jacobian(
     layer: ExplainedLayer, directions: Tensor, images: Tensor | None, shape: tuple[int, ...]
 ) -> Tensor:
@@ -779,6 +872,8 @@ def _mean_jacobian(
         images = torch.zeros(1, *shape)
     if images.dim() < 2 or len(images) == 0:
         raise ValueError("images is empty: give at least one to average over")
+    layer.refuse_chance(images, head=False)
+    refuse_no_gradients(layer.model, images.to(layer.mu.device))
 
     def projected(pixels: Tensor) -> Tensor:
         return (layer.raw(pixels) @ directions).sum(0)  # (n,): images do not mix
@@ -787,7 +882,7 @@ def _mean_jacobian(
     entries = directions.shape[1] * math.prod(images.shape[1:])  # of the gradients at one image
     at_once = max(1, min(GRADIENT_ROWS, GRADIENT_ENTRIES // max(1, entries)))
     for batch in images.split(at_once):
-        pixels = batch.to(layer.mu.device).float()
+        pixels = batch.to(layer.mu.device).float().clone()  # made in inference mode, none flow
         total = total + torch.autograd.functional.jacobian(projected, pixels).sum(1)
     mean = total / len(images)
     return mean[:, 0] if mean.dim() == 4 and mean.shape[1] == 1 else mean
@@ -832,7 +927,7 @@ def feature_input_patterns(
     Features are linear in the preactivations, so d_in gradients serve all, however many there are.
     """
     layer = ExplainedLayer.checked(model, sae, mu, std)
-    basis = torch.eye(len(mu), device=mu.device)
+    basis = torch.eye(len(mu), device=mu.device, dtype=mu.dtype)
     jacobian = _mean_jacobian(layer, basis, images, image_shape)  # (d_in, H, W)
     return torch.tensordot((sae.W_enc.detach() / std[:, None]).T, jacobian, dims=1)
 
@@ -871,6 +966,8 @@ def _first_preactivations(layer: ExplainedLayer, loader: Iterable, n_eval: int) 
     parts, missing = [], n_eval
     for images, _ in in_order(loader):
         parts.append(layer.raw(images[:missing]))
+        if len(parts) == 1:
+            layer.refuse_chance(images)
         missing -= len(parts[-1])
         if missing == 0:
             break
@@ -949,9 +1046,12 @@ def _ablation_effects(
     seen = 0
     for images, _ in in_order(loader):
         raw = layer.raw(images)
+        if seen == 0:
+            layer.refuse_chance(images)
         seen += len(raw)
         base = layer.logits_from_raw(raw)
         feature_acts = layer.sae.encode((raw - layer.mu) / layer.std)[:, features]  # (B, n)
+        refuse_negative(feature_acts)
         fires = (feature_acts > 0).T  # (n, B)
         wanted = fires & (counts[:, None] + fires.cumsum(1) <= n_eval)
         counts += wanted.sum(1)
@@ -1008,7 +1108,7 @@ class Removals(NamedTuple):
     @property
     def changes(self) -> Tensor:
         """(d_sae,) share of the images that fire it whose prediction changes."""
-        return self.n_changed / self.n_images.clamp(min=1)
+        return self.n_changed.float() / self.n_images.clamp(min=1)
 
 
 @torch.no_grad()
@@ -1016,9 +1116,11 @@ def removal_effects(layer: ExplainedLayer, images: Tensor, activity: Activity) -
     """What removing each feature does to the logits of images (N, ...), whose `activity` is given.
 
     As in `feature_ablation_effect`, only its own contribution is subtracted. Centred logits have
-    their mean over classes taken away, which no prediction depends on.
+    their mean over classes taken away, which no prediction depends on. Raises ValueError for an
+    activity of another number of images or features.
     """
     layer = ExplainedLayer.checked(*layer)
+    check_activity(activity, layer, images)
     raw = layer.raw_of_all(images)
     base = torch.cat([layer.logits_from_raw(some) for some in raw.split(ROWS)])
     predicted = base.argmax(1)
@@ -1050,8 +1152,10 @@ def contributions(
     of images (N, ...) whose `activity` is given.
 
     It is what the image loses with the feature: its logits before minus those after, as in
-    `feature_ablation_effect`. What two features add is not what both together add.
+    `feature_ablation_effect`. What two features add is not what both together add. Raises
+    ValueError for an activity of another number of images or features.
     """
+    check_activity(activity, layer, images)
     raw = layer.raw_of_all(images)
     logits = torch.cat([layer.logits_from_raw(some) for some in raw.split(ROWS)])
     shifts = layer.sae.W_dec.detach() * layer.std
@@ -1153,13 +1257,13 @@ def firing_together(activity: Activity, n: int) -> tuple[Tensor, Tensor]:
     Returns the others, best first, and the correlations, (d_sae, n) each.
     """
     n_images = len(activity.labels)
-    share = activity.n_active / n_images
+    share = activity.n_active.float() / n_images
     spread = (share * (1 - share)).sqrt()
 
     by_image, found = _ByImage.of(activity), []
     for some in torch.arange(len(share)).split(ROWS):  # (ROWS, d_sae) at a time
         common = _images_in_common(activity, by_image, int(some[0]), int(some[-1]) + 1)
-        covariance = common / n_images - torch.outer(share[some], share)
+        covariance = common.float() / n_images - torch.outer(share[some], share)
         correlation = covariance / torch.outer(spread[some], spread).clamp(min=1e-9)
         found.append(most_alike(correlation, some, n))
     others, correlations = zip(*found, strict=True)

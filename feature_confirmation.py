@@ -477,7 +477,7 @@ class Scored(NamedTuple):
 
 def score_claims(hypotheses: Sequence[fh.Hypothesis], images: Tensor, labels: Tensor) -> Scored:
     """Of claims about different features, on images (N, ...) with labels (N,)."""
-    of_places = of_words = torch.empty(0, len(images))
+    of_places = of_words = torch.empty(0, len(images), dtype=torch.float32)
     if any(h.proposes("ink") or any(h.drawing) for h in hypotheses):
         of_places = fh.place_inks(images)
         of_words = fh.word_inks(of_places)
@@ -486,6 +486,14 @@ def score_claims(hypotheses: Sequence[fh.Hypothesis], images: Tensor, labels: Te
     with_drawing = [h for h in hypotheses if any(h.drawing)]
     drawn = {h.feature: fh.drawing_score(h, of_places, labels) for h in with_drawing}
     return Scored(parts, drawn)
+
+
+def _check_scored(scored: Scored, n: int) -> None:
+    """Raise ValueError unless the scores are of n images."""
+    of_parts = (values for parts in scored.parts.values() for values in parts.values())
+    found = {len(values) for values in (*of_parts, *scored.drawn.values())} - {n}
+    if found:
+        raise ValueError(f"the scores are of {min(found)} images, but {n} were given")
 
 
 def _detect(
@@ -547,13 +555,13 @@ def test_hypotheses(
     """
     n, rule = len(images), rule or fh.Rule()
     activity = activity or fa.collect_activity(layer, images, labels)
-    if len(activity.labels) != n:
-        raise ValueError(f"the activity is of {len(activity.labels)} images, but {n} were given")
+    fa.check_activity(activity, layer, images, labels)
     _check_testable(hypotheses, layer, images)
     n_active = activity.n_active.tolist()
     judgeable = {k for k, m in enumerate(n_active) if rule.min_active <= m <= n - rule.min_active}
     some = [h for h in hypotheses if h.feature in judgeable]
     scored = scored or score_claims(some, images, labels)
+    _check_scored(scored, n)
     found = _detect(scored, [h.feature for h in some], activity)
     removed = fa.removal_effects(layer, images, activity)
     n_classes = removed.mean_delta.shape[1]
@@ -708,6 +716,16 @@ def _judge(
     return Judgement(h.feature, verdicts, parts, whole, confidence, explained)
 
 
+def _check_pairs(claims: Sequence, found: Sequence, what: str) -> None:
+    """Raise ValueError unless both are about the same features, in the same order."""
+    ours, theirs = ([one.feature for one in some] for some in (claims, found))
+    if ours != theirs:
+        apart = [pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]]
+        where = "feature {} meets feature {}" if apart else "they are {} and {}"
+        where = where.format(*(apart or [(len(ours), len(theirs))])[0])
+        raise ValueError(f"{what} are not about the same features in the same order: {where}")
+
+
 def judge_hypotheses(
     hypotheses: Sequence[fh.Hypothesis], evidence: Sequence[Evidence], rule: fh.Rule | None = None
 ) -> list[Judgement]:
@@ -716,8 +734,10 @@ def judge_hypotheses(
     A test is confirmed when its value reaches the bar, its interval leaves out that there is no
     relation, and it is significant; refuted when its 95% interval stays below the bar; and
     otherwise inconclusive. A part is refuted by one of its tests and confirmed by all; so is the
-    whole.
+    whole. Raises ValueError unless the evidence is about the features of the hypotheses, in their
+    order.
     """
+    _check_pairs(hypotheses, evidence, "hypotheses and evidence")
     rule = rule or fh.Rule()
     found = [measurements(e, rule) for e in evidence]
     p = [m.p for tests in found for m in tests.values() if m.p is not None]
@@ -750,13 +770,24 @@ class Picked(NamedTuple):
     over_company: bool | None  # than the other that fires most on the same images
 
 
+def _check_images(evidence: Sequence[Evidence], activity: fa.Activity) -> None:
+    """Raise ValueError unless the evidence is from as many images as the activity."""
+    counts = {e.n_images for e in evidence} - {len(activity.labels)}
+    if counts:
+        n = len(activity.labels)
+        raise ValueError(f"the activity is of {n} images, but the evidence of {min(counts)}")
+
+
 def pick_features(
     evidence: Sequence[Evidence],
     scored: Scored,
     layer: fa.ExplainedLayer,
     activity: fa.Activity,
 ) -> dict[int, Picked]:
-    """By feature that can be judged. A sentence without a score picks nothing."""
+    """By feature that can be judged. A sentence without a score picks nothing. Raises ValueError
+    for what is of another number of images than the activity."""
+    _check_images(evidence, activity)
+    _check_scored(scored, len(activity.labels))
     judgeable = [e for e in evidence if e.judgeable]
     order = [e.feature for e in sorted(judgeable, key=lambda e: (e.n_active, e.feature))]
     nearest = fa.nearest_features(layer.sae.W_dec)
@@ -877,7 +908,9 @@ def shares_explained(
     held_aside: Sequence[bool | None],
     rule: fh.Rule,
 ) -> Shares:
-    """How one set of features did; zeros where none can be judged."""
+    """How one set of features did; zeros where none can be judged. Raises ValueError unless
+    evidence and judgements are about the same features."""
+    _check_pairs(evidence, judgements, "evidence and judgements")
     pairs = [(e, j) for e, j in zip(evidence, judgements, strict=True) if e.judgeable]
     n = max(1, len(pairs))
     explained = sum(j.explained for _, j in pairs)
@@ -971,9 +1004,9 @@ def other_directions(kind: str, z: Tensor, seed: int) -> Tensor:
     d_in = z.shape[1]
     generator = torch.Generator().manual_seed(seed)
     if kind == "random directions":
-        return torch.randn(COMPARED, d_in, generator=generator)
+        return torch.randn(COMPARED, d_in, generator=generator, dtype=torch.float32)
     if kind == "neurons":
-        up = torch.eye(d_in)
+        up = torch.eye(d_in, dtype=torch.float32)
         return torch.cat([up, -up])[torch.randperm(2 * d_in, generator=generator)]
     raise ValueError(f"there are no directions of the kind {kind!r} to compare with")
 
@@ -1068,8 +1101,11 @@ def make_trial(
     picked: dict[int, Picked],
 ) -> Trial:
     """Judge the claims by the evidence, and say on which images it rests: `activity` is that of the
-    judging images, number i of which is number 2 i of the test images."""
+    judging images, number i of which is number 2 i of the test images. Raises ValueError for what
+    does not belong together."""
     judgements = judge_hypotheses(hypotheses, evidence, rule)
+    _check_pairs(hypotheses, evidence_aside, "hypotheses and the evidence of images set aside")
+    _check_images(evidence, activity)
     firing, edited = [], []
     for h in hypotheses:
         at, acts = activity.of(h.feature)

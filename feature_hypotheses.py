@@ -211,7 +211,7 @@ def place_inks(images: Tensor) -> Tensor:
     """(M, N) float32, how much a stroke each place is on images (N, 28, 28) or (N, 1, 28, 28): 0 to
     1."""
     weights, pixels = _vocabulary().weights, images.flatten(1).float().cpu()
-    inks = torch.empty(len(weights), len(pixels))
+    inks = torch.empty(len(weights), len(pixels), dtype=torch.float32)
     for out, some in zip(inks.split(IMAGES_AT_ONCE, 1), pixels.split(IMAGES_AT_ONCE), strict=True):
         torch.clamp(weights @ some.T, min=0, out=out)
     return inks
@@ -312,7 +312,7 @@ class Hypothesis(NamedTuple):
 def strokes_score(strokes: Strokes, inks: Tensor) -> Tensor:
     """(N,) the inks that are said to be there, less those that are said not to be; every one counts
     alike. inks (W or M, N) are those of `word_inks` or `place_inks`."""
-    score = torch.zeros(inks.shape[1])
+    score = torch.zeros(inks.shape[1], dtype=inks.dtype)
     for stroke in strokes.there:
         score += inks[_number_of(stroke)]
     for stroke in strokes.absent:
@@ -331,7 +331,7 @@ def part_scores(h: Hypothesis, inks: Tensor | None, labels: Tensor) -> dict[str,
     if h.proposes("ink"):
         scores["ink"] = strokes_score(h.ink, inks).numpy()
     if h.proposes("class"):
-        scores["class"] = torch.tensor(h.label_scores)[labels].numpy()
+        scores["class"] = torch.tensor(h.label_scores, dtype=torch.float32)[labels].numpy()
     if len(scores) == 2:
         scores["both"] = scores["ink"] + scores["class"]
     elif scores:
@@ -344,7 +344,7 @@ def drawing_score(h: Hypothesis, inks: Tensor, labels: Tensor) -> np.ndarray:
     `place_inks`."""
     score = strokes_score(h.drawing, inks)
     if h.proposes("class"):
-        score += torch.tensor(h.label_scores)[labels]
+        score += torch.tensor(h.label_scores, dtype=torch.float32)[labels]
     return score.numpy()
 
 
@@ -395,7 +395,7 @@ Pair = tuple[Tensor, Tensor]  # images (B, 784) edited as named, and elsewhere
 
 def spread(indices: Tensor, n: int) -> Tensor:
     """At most n of the indices, spread evenly."""
-    places = torch.linspace(0, len(indices) - 1, min(n, len(indices)))
+    places = torch.linspace(0, len(indices) - 1, min(n, len(indices)), dtype=torch.float32)
     return indices[places.round().long()]
 
 
@@ -478,7 +478,8 @@ class Editor:
         regions = [_region(stroke) for stroke in (*named.there, *named.absent)]
         self.elsewhere = editable.allowed * (1 - torch.stack(regions).amax(0))
         generator = random_numbers(editable.seed, feature)
-        self.draws = torch.rand(DRAWS, N_EDIT, generator=generator)  # of at most N_EDIT images
+        # of at most N_EDIT images
+        self.draws = torch.rand(DRAWS, N_EDIT, generator=generator, dtype=torch.float32)
 
     def erase(
         self,
@@ -824,7 +825,8 @@ SMALLEST_EFFECT = 0.02  # smallest mean change of a logit that is worth a statem
 @functools.cache
 def other_directions_of(d_in: int) -> Tensor:
     """(N_DIRECTIONS, d_in) unit vectors drawn at random, always the same."""
-    noise = torch.randn(N_DIRECTIONS, d_in, generator=torch.Generator().manual_seed(OTHERS_SEED))
+    generator = torch.Generator().manual_seed(OTHERS_SEED)
+    noise = torch.randn(N_DIRECTIONS, d_in, generator=generator, dtype=torch.float32)
     return torch.nn.functional.normalize(noise, dim=1)
 
 
@@ -1021,7 +1023,8 @@ def _claim_ink(
     heats = fa.feature_input_patterns(*layer, images[shown]).cpu().flatten(1)
     place_signs, word_signs = _causal_signs(heats)
     n_classes = len(hypotheses[0].label_histogram)
-    scores = torch.tensor([h.label_scores or (0.0,) * n_classes for h in hypotheses])
+    scores = [h.label_scores or (0.0,) * n_classes for h in hypotheses]
+    scores = torch.tensor(scores, dtype=torch.float32)
     moments = _moments(inks, activity, scores)
     editable = Editable.of(images, seed=OTHERS_SEED)
     hypotheses = _say_ink(hypotheses, moments, word_signs, layer, editable, activity)
@@ -1057,11 +1060,15 @@ def propose_hypotheses(
     labels, which otherwise are called by their numbers. `activity` and `removed`, by
     `fa.removal_effects`, are those of the same images, where they are at hand. A part that does not
     reach the rule's bar on these very images is not claimed. Raises ValueError for shapes that do
-    not fit, labels that the model does not know, or no images.
+    not fit, labels that the model does not know, no images, an activity or removals of others, and
+    where ink is to be named but no gradient leads from the layer to the pixels.
     """
     rule = rule or Rule()
     activity = activity or fa.collect_activity(layer, images, labels)
+    fa.check_activity(activity, layer, images, labels)
     removed = removed or fa.removal_effects(layer, images, activity)
+    if not torch.equal(removed.n_images, activity.n_active):
+        raise ValueError("the removals are of other images than the activity")
     n_classes = removed.mean_delta.shape[1]
     check_labels(activity.labels, n_classes)
     histograms = label_histograms(activity, n_classes)
@@ -1081,7 +1088,7 @@ def propose_hypotheses(
 
     no_strokes = why_no_strokes(images) or why_unlike_strokes(images)
     no_strokes = no_strokes if strokes else "strokes are switched off"
-    inks = torch.empty(0, len(images))
+    inks = torch.empty(0, len(images), dtype=torch.float32)
     if no_strokes:
         hypotheses = [h.drops("ink", h.why_not.get("ink", no_strokes)) for h in hypotheses]
     else:

@@ -28,12 +28,22 @@ OTHERS_SHOWN = 60  # images that it gets right, the first of each class
 TOUR_FEATURES = 4  # features, at most, that the guided tour switches off
 
 
+def _check_pairs(activity: fa.Activity, added: Tensor, logits: Tensor | None = None) -> None:
+    found = len(added), len(activity.labels) if logits is None else len(logits)
+    expected = len(activity.image), len(activity.labels)
+    if found != expected:
+        raise ValueError(
+            f"contributions of (pairs, images) {found}, but the activity has {expected}"
+        )
+
+
 def class_effects(activity: fa.Activity, added: Tensor) -> np.ndarray:
     """What each feature adds to each logit on the images of a class, (C, d_sae, C) float32.
 
     The mean is over all images of the class, 0 for those that do not fire the feature; `added`
-    (P, C) is that of `fa.contributions`.
+    (P, C) is that of `fa.contributions`. Raises ValueError where it is of another activity.
     """
+    _check_pairs(activity, added)
     n_classes, d_sae = added.shape[1], len(activity.n_active)
     row = activity.labels[activity.image] * d_sae + activity.feature
     sums = torch.zeros(n_classes * d_sae, n_classes, dtype=torch.float64)
@@ -44,7 +54,9 @@ def class_effects(activity: fa.Activity, added: Tensor) -> np.ndarray:
 
 def turned_by(activity: fa.Activity, added: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Of each feature (d_sae,): on how many images removing it, alone, makes a wrong prediction
-    right, and a right one wrong; `added` and `logits` are those of `fa.contributions`."""
+    right, and a right one wrong; `added` and `logits` are those of `fa.contributions`. Raises
+    ValueError where these are of another activity."""
+    _check_pairs(activity, added, logits)
     d_sae, image = len(activity.n_active), activity.image
     right = (logits.argmax(1) == activity.labels)[image]
     stays = (logits[image] - added).argmax(1) == activity.labels[image]
@@ -74,7 +86,8 @@ def turning_features(
     """Few features, `most` or less, without which each image (n, ...) is read as `goal` (n,).
 
     Greedy: each step removes the feature without which the goal leads most; in the end those
-    that prove to be needless are put back. There may be a smaller set.
+    that prove to be needless are put back, one by one until each of the rest is needed. There may
+    be a smaller set.
     """
     if len(images) == 0:
         n_classes = layer.logits_from_raw(layer.mu[None]).shape[1]
@@ -101,12 +114,19 @@ def turning_features(
         off[image, k] = True
         steps.append((image, k))
 
-    for image, k in steps:
-        back = raw[image] + acts[image, k, None] * shifts[k]
-        needless = (lead_of(layer.logits_of_all(back), goal[image]) > 0) & (lead[image] > 0)
-        image, k = image[needless], k[needless]
-        raw[image] = back[needless]
-        off[image, k] = False
+    looked_at = lead > 0
+    while looked_at.any():  # one that is put back can make others needless
+        changed = torch.zeros_like(looked_at)
+        for image, k in steps:
+            still = off[image, k] & looked_at[image]
+            image, k = image[still], k[still]
+            back = raw[image] + acts[image, k, None] * shifts[k]
+            needless = lead_of(layer.logits_of_all(back), goal[image]) > 0
+            image, k = image[needless], k[needless]
+            raw[image] = back[needless]
+            off[image, k] = False
+            changed[image] = True
+        looked_at = changed
     off &= (lead > 0)[:, None]
     return Turns(off.cpu(), layer.logits_of_all(raw).cpu(), first.cpu())
 

@@ -1,5 +1,7 @@
 """A model and an SAE that no digit is needed for, shared by tests of two rooms."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -42,3 +44,13 @@ def activity_of(acts: list[list[float]]) -> fa.Activity:
     counts = torch.bincount(feature, minlength=len(columns))
     start = torch.tensor([0, *counts.cumsum(0).tolist()])
     return fa.Activity(start, image, columns[feature, image], torch.zeros(len(acts), dtype=int))
+
+
+@contextmanager
+def double_by_default() -> Iterator[None]:
+    """As somebody may have switched it on for numbers of their own."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -182,7 +182,7 @@ def test_training_mode_without_a_difference_is_no_reason():
 def test_a_loader_that_shuffles_is_noticed(analyse):
     dataset = TensorDataset(IMAGES, LABELS)
     analyse(*given(DataLoader(dataset, batch_size=50)))
-    with pytest.raises(ValueError, match=r"other images first in each pass: it must not shuffle"):
+    with pytest.raises(ValueError, match=r"other images in each pass: it must not shuffle"):
         analyse(*given(DataLoader(dataset, batch_size=50, shuffle=True)))
 
 

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
-from small_models import activity_of
+from small_models import activity_of, double_by_default
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -207,6 +208,22 @@ def test_merged_banks_are_the_bank_of_the_whole(scene, order):
     exactly(merged, fa.collect_feature_bank(*scene.given(), topk=TOPK))
 
 
+def test_banks_with_images_in_common_are_not_merged(scene):
+    def bank(first: int, last: int, first_index: int) -> fa.FeatureBank:
+        return fa.collect_feature_bank(
+            *scene.given(keep=slice(first, last)), first_index=first_index
+        )
+
+    whole = bank(0, 90, 0)
+    with pytest.raises(ValueError, match=r"both banks hold image \d+: collect the second with"):
+        fa.merge_feature_banks(whole, whole)
+    with pytest.raises(ValueError, match="both banks hold image 44"):
+        fa.merge_feature_banks(bank(0, 45, 0), bank(44, 90, 44))
+    with pytest.raises(ValueError, match="both banks hold image"):  # others, of the same numbers
+        fa.merge_feature_banks(bank(0, 45, 0), bank(45, 90, 0))
+    exactly(fa.merge_feature_banks(bank(0, 45, 0), bank(45, 90, 45)), whole)
+
+
 @pytest.mark.parametrize(
     ("other", "shape"), [({"n_classes": 4}, r"\(1, 4, 2\)"), ({"topk": 1}, r"\(1, 3, 1\)")]
 )
@@ -319,6 +336,59 @@ def test_input_patterns_of_all_features_are_those_of_each(scene):
     assert heats.shape == (D_SAE, SIDE, SIDE)
     for k, heat in enumerate(heats):
         assert_close(fa.feature_input_pattern(*scene.for_pattern(), k, scene.images), heat)
+
+
+NO_GRADIENT = r"no gradient leads from the layer to the pixels.*requires_grad_\(False\) instead"
+
+
+@pytest.mark.parametrize("weights_ask", [False, True])
+@pytest.mark.parametrize("switched_off", ["no_grad", "detach"])
+def test_gradients_that_do_not_exist_are_not_zeros(weights_ask, switched_off):
+    """Whether or not weights behind the place where they end ask for gradients of their own."""
+    scene = make_scene("conv")
+    behind = torch.eye(D_IN, requires_grad=weights_ask)
+
+    def frozen(images):
+        with torch.set_grad_enabled(switched_off != "no_grad"):
+            raw = scene.model.preactivations(images)
+        return (raw.detach() if switched_off == "detach" else raw) @ behind
+
+    model, *frame = scene.for_pattern()
+    stopped = model._replace(first_layers=frozen)
+    with pytest.raises(ValueError, match=NO_GRADIENT):
+        fa.feature_input_patterns(stopped, *frame, scene.images)
+    with pytest.raises(ValueError, match=NO_GRADIENT):
+        fa.feature_input_pattern(stopped, *frame, 3, scene.images)
+
+
+def test_gradients_that_are_zero_are_zeros():
+    """A layer that reads the pixels, but at which they make no difference."""
+    model = Model(lambda images: (images.flatten(1)[:, :2] - 9).relu(), torch.zeros(2, 2), False)
+    sae = SAE(torch.eye(2), torch.zeros(2), torch.ones(2), torch.eye(2))
+    heats = fa.feature_input_patterns(
+        model, sae, torch.zeros(2), torch.ones(2), torch.rand(3, 1, 2, 2)
+    )
+    assert heats.tolist() == torch.zeros(2, 2, 2).tolist()
+
+
+def test_patterns_in_inference_mode_are_refused_and_its_images_are_not():
+    scene = make_scene("conv")
+    expected = fa.feature_input_patterns(*scene.for_pattern(), scene.images)
+    with torch.inference_mode():
+        images = scene.images.clone()
+        with pytest.raises(ValueError, match=r"need gradients: leave torch\.inference_mode"):
+            fa.feature_input_patterns(*scene.for_pattern(), scene.images)
+    exactly(fa.feature_input_patterns(*scene.for_pattern(), images), expected)
+    with torch.no_grad():  # which they do not depend on
+        exactly(fa.feature_input_patterns(*scene.for_pattern(), scene.images), expected)
+
+
+def test_patterns_do_not_depend_on_the_default_dtype():
+    scene = make_scene("relu")
+    expected = fa.feature_input_patterns(*scene.for_pattern(), scene.images)
+    with double_by_default():
+        heats = fa.feature_input_patterns(*scene.for_pattern(), image_shape=(1, SIDE, SIDE))
+    exactly(heats, expected)
 
 
 def test_input_pattern_of_a_linear_model_needs_no_images():
@@ -828,21 +898,109 @@ def test_activity_needs_images_and_labels(images, labels, message):
         fa.collect_activity(layer_of(scene), scene.images[:images], labels)
 
 
-def test_negative_activations_are_no_activity():
+class Signed(SAE):
+    def encode(self, z):
+        return z @ self.W_enc
+
+
+def test_negative_activations_are_refused():
+    """Such an SAE rebuilds with them, but no image would be said to fire the feature."""
     scene = make_scene("relu")
-
-    class Signed(SAE):
-        def encode(self, z):
-            return z @ self.W_enc
-
     signed = scene._replace(sae=Signed(*scene.sae))
     acts = signed.feature_acts()
-    assert (acts < 0).any()
-    activity = fa.collect_activity(layer_of(signed), scene.images, scene.labels)
-    bank = fa.collect_feature_bank(*signed.given())
-    assert activity.n_active.tolist() == (acts > 0).sum(0).tolist() == bank.n_active.tolist()
-    assert (activity.activation > 0).all()
-    assert_close(bank.activation_sum, acts.clamp(min=0).double().sum(0))
+    least, k = acts.min(0).values.min(0)
+    words = f"feature {k} has an activation of {least:.3g}, below 0: the SAE must give 0 or more"
+    for call in (
+        lambda: fa.collect_activity(layer_of(signed), scene.images, scene.labels),
+        lambda: fa.collect_feature_bank(*signed.given(batch_size=N)),
+        lambda: fa.feature_ablation_effects(*signed.given(batch_size=N)),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            call()
+
+
+def test_an_activity_of_others_is_refused():
+    scene = make_scene("relu")
+    layer = layer_of(scene)
+    activity = fa.collect_activity(layer, scene.images, scene.labels)
+    W_enc, b_enc, threshold, W_dec = scene.sae
+    fewer = SAE(W_enc[:, 1:], b_enc[1:], threshold[1:], W_dec[1:])
+    for function in (fa.removal_effects, fa.contributions):
+        with pytest.raises(ValueError, match="the activity is of 90 images, but 60 were given"):
+            function(layer, scene.images[:60], activity)
+        with pytest.raises(ValueError, match="the activity is of 90 images, but 180 were given"):
+            function(layer, scene.images.repeat(2, 1, 1, 1), activity)
+        with pytest.raises(ValueError, match="is of 12 features, but the SAE has 11"):
+            function(layer._replace(sae=fewer), scene.images, activity)
+    fa.check_activity(activity, layer, scene.images, scene.labels)
+    with pytest.raises(ValueError, match="the labels are not those of the activity"):
+        fa.check_activity(activity, layer, scene.images, scene.labels.flip(0))
+
+
+@pytest.mark.parametrize("in_head", [False, True])
+def test_a_dropout_that_no_module_tells_of_is_found(in_head):
+    """A function, not a module; on a network, or on an object that only holds its weights."""
+    scene = make_scene("relu")
+
+    class Dropping(NamedTuple):
+        plain: Model
+        training: bool
+
+        def preactivations(self, images):
+            return self.dropped(self.plain.preactivations(images), not in_head)
+
+        def logits_from_preactivations(self, z):
+            return self.dropped(self.plain.logits_from_preactivations(z), in_head)
+
+        def dropped(self, x, here):
+            return F.dropout(x, 0.5, self.training and here)
+
+    _, loader, *frame = scene.given()
+    expected = fa.collect_feature_bank(scene.model, loader, *frame)
+    quiet, training = Dropping(scene.model, False), Dropping(scene.model, True)
+    exactly(fa.collect_feature_bank(quiet, loader, *frame), expected)
+    layer = layer_of(scene)._replace(model=training)
+    calls = [
+        lambda: fa.collect_feature_bank(training, loader, *frame),
+        lambda: fa.feature_logit_effects(training, loader, *frame),
+        lambda: fa.feature_ablation_effects(training, loader, *frame),
+        lambda: fa.collect_activity(layer, scene.images, scene.labels),
+    ]
+    if not in_head:
+        calls.append(lambda: fa.feature_input_patterns(training, *frame, scene.images))
+    for call in calls:
+        with pytest.raises(ValueError, match=r"the same images again.*left to chance; call eval"):
+            call()
+
+
+def test_a_loader_that_shuffles_after_its_first_batch_is_refused():
+    scene = make_scene("relu")
+    model, loader, *frame = scene.given()
+
+    class Shuffling:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            first, *rest = loader
+            return iter([first, *rest[self.passes % 2 :], *rest[: self.passes % 2]])
+
+    with pytest.raises(ValueError, match="other images in each pass: it must not shuffle"):
+        fa.collect_feature_bank(model, Shuffling(), *frame)
+
+
+def test_a_loader_may_have_one_iterator_that_begins_again():
+    """As a DataLoader with persistent workers."""
+    scene = make_scene("relu")
+    model, loader, *frame = scene.given()
+
+    class Again:
+        def __iter__(self):
+            self.left = iter(loader)
+            return iter(lambda: next(self.left, None), None)
+
+    expected = fa.collect_feature_bank(model, loader, *frame)
+    exactly(fa.collect_feature_bank(model, Again(), *frame), expected)
 
 
 @pytest.mark.parametrize(("rows", "matched"), [(fa.ROWS, fa.MATCHED), (5, 2)])
@@ -1530,6 +1688,7 @@ class Held(NamedTuple):
     bank: fa.FeatureBank
     heats: Tensor
     deltas: Tensor
+    halves: tuple[fa.FeatureBank, fa.FeatureBank]
 
 
 OF_A_FEATURE = {
@@ -1551,7 +1710,7 @@ OF_A_FEATURE = {
 }
 OF_ALL = {
     "bank": lambda h, *_: fa.collect_feature_bank(*h.scene.given()),
-    "merge": lambda h, *_: fa.merge_feature_banks(h.bank, h.bank),
+    "merge": lambda h, *_: fa.merge_feature_banks(*h.halves),
     "input_patterns": lambda h, *_: fa.feature_input_patterns(
         *h.scene.for_pattern(), h.scene.images
     ),
@@ -1577,6 +1736,10 @@ def held() -> Held:
         fa.collect_feature_bank(*scene.given()),
         heats,
         fa.feature_logit_effects(*scene.given())[0],
+        tuple(
+            fa.collect_feature_bank(*scene.given(keep=slice(first, first + 45)), first_index=first)
+            for first in (0, 45)
+        ),
     )
 
 

@@ -285,6 +285,45 @@ def test_detection_and_description_by_scikit_learn(world):
         assert e.described.recall == sklearn.metrics.recall_score(active, said)
 
 
+def test_what_does_not_belong_together_is_refused(world):
+    judging, layer = world.scenes[1], world.layer
+    evidence = fc.test_hypotheses(world.claims, layer, *judging)
+    swapped = [evidence[1], evidence[0], *evidence[2:]]
+    activity = fa.collect_activity(layer, *judging)
+    fewer = judging[0][:100], judging[1][:100]
+    few, scored = fa.collect_activity(layer, *fewer), fc.score_claims(world.claims, *fewer)
+    rule = fh.Rule()
+    judgements = fc.judge_hypotheses(world.claims, evidence)
+    a, b = (h.feature for h in world.claims[:2])
+    apart = rf"same order: feature ({a} meets feature {b}|{b} meets feature {a})$"
+    for call in (
+        lambda: fc.judge_hypotheses(world.claims, swapped),
+        lambda: fc.make_trial(world.claims, rule, evidence, swapped, activity, {}),
+        lambda: fc.shares_explained(swapped, judgements, {}, [], rule),
+    ):
+        with pytest.raises(ValueError, match=apart):
+            call()
+    n = len(evidence)
+    with pytest.raises(ValueError, match=f"same order: they are {n} and {n - 1}"):
+        fc.judge_hypotheses(world.claims, evidence[:-1])
+    for call in (
+        lambda: fc.make_trial(world.claims, rule, evidence, evidence, few, {}),
+        lambda: fc.pick_features(evidence, scored, layer, few),
+    ):
+        with pytest.raises(ValueError, match="activity is of 100 images, but the evidence of 2400"):
+            call()
+    with pytest.raises(ValueError, match="the activity is of 100 images, but 2400 were given"):
+        fc.test_hypotheses(world.claims, layer, *judging, few)
+    for call in (
+        lambda: fc.test_hypotheses(world.claims, layer, *judging, scored=scored),
+        lambda: fc.pick_features(evidence, scored, layer, activity),
+    ):
+        with pytest.raises(ValueError, match="the scores are of 100 images, but 2400 were given"):
+            call()
+    with pytest.raises(ValueError, match="the labels are not those of the activity"):
+        fc.test_hypotheses(world.claims, layer, judging[0], judging[1].flip(0), activity)
+
+
 def test_features_that_hardly_fire_are_not_judged(world):
     """Evidence with too few images, in words, and without a NaN."""
     some = world.activity().of(0)[0][:5]  # images that fire feature 0
@@ -293,7 +332,7 @@ def test_features_that_hardly_fire_are_not_judged(world):
     claims = world.claims[:1]
     (e,) = fc.test_hypotheses(claims, *given)
     assert (e.n_active, e.judgeable, e.detected, e.edits, e.described) == (5, False, {}, None, None)
-    trial = fc.make_trial(claims, fh.Rule(), [e], [e], world.activity(), {})
+    trial = fc.make_trial(claims, fh.Rule(), [e], [e], fa.collect_activity(*given), {})
     (judgement,), shares = trial.judgements, trial.result.shares
     assert (judgement.verdict, judgement.confidence) == (fc.INCONCLUSIVE, "Low")
     assert (shares.features, shares.too_rare, shares.explained) == (0, 1, 0.0)
@@ -645,7 +684,8 @@ def test_pick_features_by_brute_force():
     activity = fa.Activity(start, image, torch.ones(len(image)), torch.zeros(300))
     W_dec = torch.from_numpy(decoder)
     layer = fa.ExplainedLayer(None, fc.LinearFeatures(W_dec.T, None, W_dec, None), None, None)
-    evidence = [evidence_of(k, n_active=n, judgeable=k < 12) for k, n in enumerate(counts)]
+    known = {"n_images": 300}
+    evidence = [evidence_of(k, n_active=n, judgeable=k < 12, **known) for k, n in enumerate(counts)]
     found = fc.pick_features(evidence, fc.Scored(parts, {}), layer, activity)
     assert found == {k: picks_by_hand(k, active, parts, decoder) for k in range(12)}
     assert found[1].over_like is None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 import torch
-from small_models import activity_of, banded_images
+from small_models import activity_of, banded_images, double_by_default
 
 import demo_feature_analysis as demo
 import feature_analysis as fa
@@ -339,6 +339,42 @@ def test_effects_go_further_than_other_directions_do(world, hand):
             assert h.why_not.get("effect") == (None if h.effect else why)
     assert [all(h.effect for h in claims) for *_, claims in (world, hand)] == [False, True]
     assert fh._name_effect(torch.tensor([0.01, -0.5, 0])) == fh.Effect(1, 0.5, None, 0)
+
+
+def test_an_activity_or_removals_of_others_are_refused(world):
+    layer, images, labels, _ = world
+    activity = fa.collect_activity(layer, images, labels)
+    few, n = fa.collect_activity(layer, images[:100], labels[:100]), len(images)
+    removed = fa.removal_effects(layer, images[:100], few)
+    for others, message in (
+        ({"activity": few}, f"the activity is of 100 images, but {n} were given"),
+        ({"labels": labels.flip(0), "activity": activity}, "labels are not those of the activity"),
+        ({"removed": removed}, "the removals are of other images than the activity"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fh.propose_hypotheses(layer, **{"images": images, "labels": labels, **others})
+
+
+def test_claims_do_not_depend_on_the_default_dtype(world):
+    layer, images, labels, claims = world
+    cached = fh._vocabulary, fh._region, fh._places_like, fh.other_directions_of
+    with double_by_default():
+        for function in cached:
+            function.cache_clear()
+        again = fh.propose_hypotheses(layer, images, labels)
+    for function in cached:
+        function.cache_clear()
+    assert [fh.statement(h) for h in again] == [fh.statement(h) for h in claims]
+    assert again == claims
+
+
+def test_no_ink_is_named_without_gradients(world):
+    layer, images, labels, _ = world
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match="input patterns need gradients"):
+            fh.propose_hypotheses(layer, images, labels)
+        claims = fh.propose_hypotheses(layer, images, labels, strokes=False)
+    assert {h.why_not["ink"] for h in claims} == {"strokes are switched off"}
 
 
 def test_planted_strokes_are_proposed_again_and_again(world):

@@ -35,19 +35,21 @@ class SAE:
         return torch.where(acts > 0.5, acts, 0.0)
 
 
-def random_layer(seed: int = 0) -> tuple[fa.ExplainedLayer, Tensor, Tensor]:
+def random_layer(
+    seed: int = 0, d_in: int = D_IN, d_sae: int = D_SAE
+) -> tuple[fa.ExplainedLayer, Tensor, Tensor]:
     """A layer, images (40, d_in), labels (40,) that it mostly gets right."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    sae = SAE(normal(D_IN, D_SAE), normal(D_SAE, D_IN))
+    sae = SAE(normal(d_in, d_sae), normal(d_sae, d_in))
     layer = fa.ExplainedLayer(
-        Model(normal(N_CLASSES, D_IN)), sae, normal(D_IN), 1 + normal(D_IN) ** 2
+        Model(normal(N_CLASSES, d_in)), sae, normal(d_in), 1 + normal(d_in) ** 2
     )
-    images = 2 * normal(40, D_IN)
-    labels = layer.logits_from_raw(images + 0.5 * normal(40, D_IN)).argmax(1)
+    images = 2 * normal(40, d_in)
+    labels = layer.logits_from_raw(images + 0.5 * normal(40, d_in)).argmax(1)
     return layer, images, labels
 
 
@@ -135,7 +137,8 @@ def test_mended_and_broken_images_are_counted():
 
 
 def slow_turning(layer, image: Tensor, goal: int, most: int) -> list[int]:
-    """Greedy, then pruned in the order in which they went; [] where nothing helps."""
+    """Greedy, then pruned in the order in which they went, until all that is left is needed; []
+    where nothing helps."""
     firing = [k for k in range(D_SAE) if acts_of(layer, image)[k] > 0]
     off: list[int] = []
     while lead(logits_without(layer, image, off), goal) <= 0:
@@ -144,10 +147,13 @@ def slow_turning(layer, image: Tensor, goal: int, most: int) -> list[int]:
             return []
         leads = [lead(logits_without(layer, image, [*off, k]), goal) for k in left]
         off.append(left[leads.index(max(leads))])
-    for k in list(off):
-        others = [j for j in off if j != k]
-        if lead(logits_without(layer, image, others), goal) > 0:
-            off = others
+    before: list[int] = []
+    while before != off:
+        before = off
+        for k in before:
+            others = [j for j in off if j != k]
+            if lead(logits_without(layer, image, others), goal) > 0:
+                off = others
     return sorted(off)
 
 
@@ -171,6 +177,31 @@ def test_turning_sets_are_those_of_a_slow_search(most):
         assert torch.equal(images, before)
     assert {0, 1, 2} <= set(sizes)
     assert max(sizes) == 2 or most > 2
+
+
+def test_none_of_the_features_of_a_set_can_be_put_back():
+    """Every set, and every feature of it; one that is put back can make an earlier one needless."""
+    n_sets = 0
+    for seed in range(30):
+        layer, images, _ = random_layer(seed, d_in=10, d_sae=30)
+        goal = (layer.logits_from_raw(images).argmax(1) + 1) % N_CLASSES
+        turns = fr.turning_features(layer, images, goal)
+        for n, image in enumerate(images):
+            off = turns.off[n].nonzero()[:, 0].tolist()
+            n_sets += len(off) > 1
+            for k in off if len(off) > 1 else ():
+                with_it = logits_without(layer, image, [j for j in off if j != k])
+                assert lead(with_it, int(goal[n])) <= 1e-5, (seed, n, k)
+    assert n_sets > 150
+
+
+def test_contributions_of_another_activity_are_refused():
+    *_, activity, added, logits = measured()
+    pairs, other = len(added), activity_of([[1.0, 0.0], [1.0, 2.0]])
+    with pytest.raises(ValueError, match=rf"\({pairs}, 2\), but the activity has \(3, 2\)"):
+        fr.class_effects(other, added)
+    with pytest.raises(ValueError, match=rf"\({pairs}, 39\), but the activity has \({pairs}, 40\)"):
+        fr.turned_by(activity, added, logits[1:])
 
 
 def test_an_image_that_is_read_so_already_needs_nothing():

@@ -3,6 +3,8 @@
 import copy
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -13,6 +15,7 @@ import torch
 from nbclient import NotebookClient
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_models import double_by_default
 from test_end_to_end import ROOT, block_of
 from torch import nn
 
@@ -141,6 +144,36 @@ def test_one_image_or_equal_ones_are_enough_to_find_it(first):
         fa.AtLayer(network(around=True), "wide").preactivations(first)
 
 
+class OpenedRarely(nn.Module):
+    """With a connection around the layer that only one of a few images opens, or, if asked for,
+    with a head that reads the mean of its batch."""
+
+    def __init__(self, by_batch: bool = False):
+        super().__init__()
+        self.by_batch = by_batch
+        self.first, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, images):
+        found = self.first(images)
+        if self.by_batch:
+            return self.head((found - found.mean(0)).relu())
+        return self.head(found.relu()) + 5 * (images[:, :1] < -7)
+
+
+def test_a_connection_that_few_images_open_is_found():
+    images = torch.rand(20, 4, generator=torch.Generator().manual_seed(0))
+    fa.AtLayer(OpenedRarely(), "first", images=images)  # which none of these opens
+    images[14, 0] = -9
+    with pytest.raises(ValueError, match="after layer 'first' does not depend on it alone"):
+        fa.AtLayer(OpenedRarely(), "first", images=images)
+
+
+def test_logits_that_depend_on_the_other_images_are_refused():
+    images = torch.rand(20, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="logits for an image depend on the others of its batch"):
+        fa.AtLayer(OpenedRarely(by_batch=True), "first").preactivations(images)
+
+
 def test_no_image_is_no_reason_to_fail():
     at = fa.AtLayer(network(counts=True), "wide", images=some_images())
     assert at.preactivations(some_images()[:0]).shape == (0, 12)
@@ -166,7 +199,9 @@ def test_linear_is_what_is_linear_on_the_images_at_hand():
 
 def test_positions_are_pooled_where_the_rest_reads_no_more():
     images, net = some_images(), Pooled(by_mean=True)
-    with pytest.raises(ValueError, match=r"gives \(2, 5, 6, 6\), outputs with positions: say pool"):
+    with pytest.raises(
+        ValueError, match=r"gives \(16, 5, 6, 6\), outputs with positions: say pool"
+    ):
         fa.AtLayer(net, "conv", images=images)
     at = fa.AtLayer(net, "conv", "mean", images)
     raw = at.preactivations(images)
@@ -458,6 +493,102 @@ def test_what_explain_cannot_use_is_named(tmp_path, change, message):
     given = {"train": picture_set(20, 0), "val": picture_set(20, 1), "test": picture_set(20, 2)}
     with pytest.raises(InputError, match=message):
         driver.explain(network(), "wide", out=str(tmp_path), **{**given, **change})
+
+
+class Frozen(nn.Module):
+    """A body that nobody trains, as in transfer learning, and what has been put behind it."""
+
+    def __init__(self, net: Branched, no_grad: bool):
+        super().__init__()
+        self.net, self.no_grad = net, no_grad
+
+    def forward(self, images):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.no_grad):
+            found = self.net.wide(self.net.features(images).flatten(1))
+        return self.net.rest(found)
+
+
+def test_a_body_without_gradients_is_refused_before_any_training(tmp_path):
+    given = [picture_set(60, seed) for seed in range(3)]
+    with pytest.raises(ValueError, match=r"no gradient leads from the layer to the pixels.*freeze"):
+        driver.explain(Frozen(network(), True), "net.wide", *given, out=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    quick = {"target": 3, "hypotheses": False, "epochs_sae_final": 1, "stability_seeds": 0}
+    net = Frozen(network().requires_grad_(False), False)
+    run = driver.explain(net, "net.wide", *given, out=str(tmp_path / "out"), **quick)
+    assert max(record["pattern_roughness"] for record in run.report) > 0
+
+
+class Methods:
+    """The two methods, on no module."""
+
+    def preactivations(self, images):
+        return images.flatten(1)
+
+    def logits_from_preactivations(self, raw):
+        return raw[:, :3]
+
+
+@pytest.mark.parametrize(
+    ("model", "layer", "message"),
+    [
+        (Methods(), None, "the model is a Methods; explain() takes a torch.nn.Module that has the"),
+        (Methods(), "wide", "the model is a Methods; explain() takes a torch.nn.Module$"),
+        (network(), None, "Branched has no methods preactivations and logits_from_preactivations"),
+    ],
+)
+def test_models_that_explain_cannot_take_are_named(tmp_path, model, layer, message):
+    given = [picture_set(20, seed) for seed in range(3)]
+    with pytest.raises(InputError, match=message.replace("()", r"\(\)")):
+        driver.explain(model, layer, *given, out=str(tmp_path))
+
+
+def test_what_the_caller_has_switched_on_makes_no_difference(tmp_path):
+    """Inference mode, even for the images; autocast; doubles by default."""
+    net, plain = network(), [picture_set(60, seed) for seed in range(3)]
+    quick = {"target": 3, "epochs_sae_final": 1, "stability_seeds": 0}
+
+    def results(name: str, given: list) -> dict[str, bytes]:
+        run = driver.explain(net, "wide", *given, out=str(tmp_path / name), **quick)
+        names = ("sae.safetensors", "feature_report.json", "hypotheses.json")
+        return {name: (run.folder / name).read_bytes() for name in names}
+
+    expected = results("plain", plain)
+    with torch.inference_mode():
+        assert results("inference", [picture_set(60, seed) for seed in range(3)]) == expected
+        assert torch.is_inference_mode_enabled()
+    with torch.autocast("cpu"):
+        assert results("autocast", plain) == expected
+        assert torch.is_autocast_enabled("cpu")
+    with double_by_default():
+        assert results("double", plain) == expected
+        assert torch.get_default_dtype() == torch.float64
+    with torch.no_grad():
+        assert results("no gradients", plain) == expected
+
+
+def test_a_network_made_in_inference_mode_is_refused(tmp_path):
+    given = [picture_set(20, seed) for seed in range(3)]
+    with torch.inference_mode():
+        net = copy.deepcopy(network())
+    with pytest.raises(InputError, match=r"made in torch.inference_mode\(\).*; make it outside"):
+        driver.explain(net, "wide", *given, out=str(tmp_path))
+
+
+def test_workers_of_a_program_that_is_in_no_file_are_refused(tmp_path):
+    """They would begin by reading it again."""
+    program = """
+import torch, MNIST_SAE_code
+net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4))
+split = torch.rand(4, 1, 8, 8), torch.arange(4)
+MNIST_SAE_code.explain(net, "1", split, split, split, workers=1)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-"], input=program, cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.stderr.splitlines()[-1].endswith(
+        "InputError: worker processes cannot start from <stdin>; use workers=0, or a file"
+    )
 
 
 def test_the_example_of_the_readme(tmp_path, monkeypatch):
