@@ -2388,7 +2388,8 @@ def compare_with(
     else:
         directions = fc.other_directions(kind, z, settings.seed)
     features = fc.at_the_same_rates(directions, z, *feature_usage(layer.sae, z))
-    return fc.compare_features(features, layer, seen, judging, aside, fh.Rule(), settings.seed)
+    given = (layer, seen, judging, aside, fh.Rule(), settings.seed, settings.strokes)
+    return fc.compare_features(features, *given)
 
 
 def hold_trial(

@@ -348,6 +348,18 @@ def test_the_story_of_the_readme_is_that_of_a_run(stated):
     assert said[0].split(";")[0] in " ".join(changed.split())
 
 
+def test_without_strokes_nobody_names_any(tmp_path, capsys):
+    flags = [*STATED, "--no-strokes", "--stability-seeds", "0", "--workers", "0"]
+    (record,) = driver.main([*flags, "--out", str(tmp_path)])
+    for shares in record["hypotheses"]["shares"].values():
+        assert (shares["ink_confirmed"], shares["explained"]) == (0, 0)
+        assert shares["class_confirmed"] > 0
+    told = capsys.readouterr().out, (tmp_path / "hypotheses.md").read_text()
+    for text in told:
+        assert "The SAE's sentences name no strokes, so no feature counts as explained." in text
+        assert "best control" not in text
+
+
 def test_a_statement_can_be_checked_by_hand(stated):
     """A feature's firing, its labels' AUROC and its removal's effect, from the saved weights."""
     run = driver.load_run(str(stated[0]))
