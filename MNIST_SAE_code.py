@@ -1272,7 +1272,7 @@ def measure(trained: TrainedSAE, subject: Subject, labels: Tensor, target: int) 
     few = target < z_test.shape[1]  # as many components as dimensions leave rounding errors only
     disagreement, disagreement_pca = 1 - jump.agreement, 1 - pca.agreement
     density = usage.feature_density
-    dense = density > BUSY
+    dense, fired = density > BUSY, density.sum()
     return {
         "achieved_actives_before_shift": mean_actives(trained.before, z_val),
         "achieved_actives_val": mean_actives(trained.sae, z_val),
@@ -1291,12 +1291,12 @@ def measure(trained: TrainedSAE, subject: Subject, labels: Tensor, target: int) 
         "dead_features": int((density == 0).sum()),
         "fvu_pca": pca.fvu,
         "agreement_pca": pca.agreement,
-        "fvu_to_pca": jump.fvu / pca.fvu if few else None,
+        "fvu_to_pca": jump.fvu / pca.fvu if few and pca.fvu else None,
         "disagreement_to_pca": disagreement / disagreement_pca
         if few and disagreement_pca
         else None,
         "dense_features": int(dense.sum()),
-        "dense_share_of_l0": (density[dense].sum() / density.sum()).item(),
+        "dense_share_of_l0": (density[dense].sum() / fired).item() if fired else None,
         "rare_features": int((density < 0.001).sum()),
     }
 
@@ -1926,6 +1926,11 @@ def calibrated_sae(
     with torch_threads(training_threads(settings, subject)):
         before, course = train_sae(pre.standardised("train"), subject.logits_of, target, settings)
     sae, shift = adjust_thresholds(before, pre.standardised("val"), target)
+    if shift == -math.inf and not mean_actives(sae, pre.standardised("train")):
+        raise TrainingError(
+            f"SAE training for {target} actives failed: no feature fires on any training image, "
+            f"whatever its threshold; lower --lr-sae (now {settings.lr_sae})"
+        )
     tensors = {
         **sae.state_dict(),
         "threshold_before_shift": before.threshold,
@@ -2270,14 +2275,18 @@ class Diagnosis(NamedTuple):
     """One usual complaint about SAEs, measured."""
 
     complaint: str
-    value: float
+    value: float | None  # None: there is nothing to measure; `advice` says why
     limit: float  # from which it deserves attention
     what: str  # is measured
     advice: str  # what to change
 
     @property
     def fine(self) -> bool:
-        return self.value <= self.limit
+        return self.value is not None and self.value <= self.limit
+
+    @property
+    def measured(self) -> str:
+        return NOT_COMPUTED if self.value is None else f"{self.value:.3g}"
 
 
 def diagnose(
@@ -2286,7 +2295,7 @@ def diagnose(
     """Usual complaints, each with its number."""
     found = []
 
-    def look(complaint: str, value: float, limit: float, what: str, advice: str) -> None:
+    def look(complaint: str, value: float | None, limit: float, what: str, advice: str) -> None:
         found.append(Diagnosis(complaint, value, limit, what, advice))
 
     roughness = fa.pattern_roughness(analysis.heats[features]).median().item()
@@ -2317,8 +2326,10 @@ def diagnose(
         look("features that do not return", lost, 0.5, what, "lower TARGET_ACTIVES")
 
     what = "share of L0 by those on over a tenth of the images"
-    share = record["dense_share_of_l0"]
-    look("few features do the work", share, 0.6, what, "lower TARGET_ACTIVES")
+    share, advice = record["dense_share_of_l0"], "lower TARGET_ACTIVES"
+    if share is None:
+        advice = "no feature fires on any training image: are they scaled as the others are?"
+    look("few features do the work", share, 0.6, what, advice)
 
     of_all = seconds["bank"] + seconds["patterns"] + seconds["effects"]
     of_each = of_all / record["sae_latents"] + seconds["pictures"] / len(features)
@@ -2521,7 +2532,7 @@ def diagnoses_text(diagnoses: Sequence[Diagnosis]) -> str:
     advice = []
     for d in diagnoses:
         verdict = "fine" if d.fine else "attention"
-        rows.append((d.complaint, f"{d.value:.3g}", f"{d.limit:g}", verdict, d.what))
+        rows.append((d.complaint, d.measured, f"{d.limit:g}", verdict, d.what))
         if not d.fine:
             advice.append(f"{d.complaint}: {d.advice}")
     return "\n".join([fc.text_table(rows), *advice])
@@ -2570,9 +2581,12 @@ RESULTS = (
 )
 
 
+NOT_COMPUTED = "not computed"  # a ratio whose denominator is 0
+
+
 def shown_result(result: Result, record: dict) -> str:
     value = record[result.key]
-    return result.form.format(math.nan if value is None else value)
+    return NOT_COMPUTED if value is None else result.form.format(value)
 
 
 def results_table(records: Sequence[dict]) -> str:
@@ -2606,7 +2620,7 @@ def frontier_curves(records: Sequence[dict]) -> dict[str, tuple[list[float], lis
     nothing = [0.0] * len(records)
     relative = [math.nan if r["fvu_to_pca"] is None else r["fvu_to_pca"] for r in records]
     changed = [100 * (1 - r["agreement_jumprelu"]) for r in records]
-    dense = [r["dense_share_of_l0"] for r in records]
+    dense = [math.nan if s is None else s for s in (r["dense_share_of_l0"] for r in records)]
     curves = {
         "FVU, relative to as many PCs": (relative, nothing),
         "% of predictions that change": (changed, nothing),
@@ -3288,6 +3302,9 @@ def sweep_table(records: Sequence[dict]) -> str:
         row = [str(latents), str(target)]
         for _, key, form in SWEEP_TABLE:
             found = over_seeds(records, latents, target, key)
+            if math.isnan(found["mean"]):
+                row.append(NOT_COMPUTED)
+                continue
             words = form.format(found["mean"])
             if found["std"] is not None:
                 words += f" ± {form.format(found['std'])}"

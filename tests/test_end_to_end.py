@@ -524,6 +524,19 @@ def test_divergence_is_one_line_and_loses_nothing(tmp_path):
     assert driver.read_stage(tmp_path, "classifier").tensors["head.bias"].shape == (10,)
 
 
+def test_an_sae_without_any_use_is_one_line(tmp_path, capsys):
+    flags = [*SMALL, "--lr-sae", "10", "--hidden-units", "16", "--sae-latents", "24"]
+    flags += ["--target-actives", "3", "--workers", "0", "--out", str(tmp_path)]
+    why = (
+        r"SAE training for 3 actives failed: no feature fires on any training image, whatever its "
+        r"threshold; lower --lr-sae \(now 10.0\)$"
+    )
+    for sweep in ([], ["--seeds", "0", "1"]):
+        with pytest.raises(driver.TrainingError, match=why):
+            driver.main([*flags, *sweep])
+    assert not list(tmp_path.rglob("sae.json"))
+
+
 def block_of(page: str, containing: str) -> str:
     """The block of Python of a page of the documentation."""
     text = (ROOT / page).read_text(encoding="utf-8")
