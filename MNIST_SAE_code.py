@@ -1724,10 +1724,15 @@ def on_raw(sae: JumpReLUSAE, mu: Tensor, std: Tensor) -> dict[str, Tensor]:
 def save_saelens(run: Run | fa.ExplainedLayer | Coder, folder: str | Path) -> None:
     """Write cfg.json and sae_weights.safetensors, which `SAE.load_from_disk` of SAELens 6 reads.
 
-    `run` is anything with sae, mu and std. What is written reads raw preactivations.
+    `run` is anything with sae, mu and std. What is written reads raw preactivations. Raises
+    InputError for an SAE without thresholds, or with some below 0: then activations may be
+    negative, which those of SAELens never are.
     """
     if isinstance(run.sae, TopKSAE):
         raise InputError("an SAE with a fixed number of active features has no thresholds to save")
+    if (run.sae.threshold < 0).any():
+        lowest = run.sae.threshold.min().item()
+        raise InputError(f"thresholds go down to {lowest:g}; SAELens has none below 0: raise them")
     folder = Path(folder)
     prepare_folder(folder)
     d_in, d_sae = run.sae.W_enc.shape
@@ -1753,7 +1758,8 @@ def load_saelens(folder: str | Path) -> Coder:
         fa.collect_feature_bank(model, loader, *load_saelens(folder))
 
     It reads raw preactivations: mu is 0 and std is 1. Raises InputError for a folder without such
-    an SAE, and for one that does more to its input than subtracting b_dec.
+    an SAE, and for one that does more to its input than subtracting b_dec, has an activation
+    function of another kind, or tensors that its architecture does not know.
     """
     folder = Path(folder)
     try:
@@ -1765,11 +1771,13 @@ def load_saelens(folder: str | Path) -> Coder:
         if kind not in SAELENS_LOADED or done != {"none"}:
             taken = ", ".join(SAELENS_LOADED)
             raise ValueError(f"it is {kind} with input {done}; {taken} on plain input are taken")
+        refuse_other_tensors(weights, kind)
         if tuple(weights["W_enc"].shape) != (d_in, d_sae):
             raise ValueError(f"size mismatch: W_enc is {tuple(weights['W_enc'].shape)}")
-        if kind == "topk" and not 0 < as_kind(config["k"], int, "k") <= d_sae:
-            raise ValueError(f"k is {config['k']}; it must be from 1 to {d_sae}")
-        sae = TopKSAE(d_in, d_sae, config["k"]) if kind == "topk" else JumpReLUSAE(d_in, d_sae)
+        k = topk_of(config, kind)
+        if k is not None and not 0 < k <= d_sae:
+            raise ValueError(f"k is {k}; it must be from 1 to {d_sae}")
+        sae = JumpReLUSAE(d_in, d_sae) if k is None else TopKSAE(d_in, d_sae, k)
         weights = {"threshold": torch.zeros(d_sae), **weights}
         sae.load_state_dict({name: weights[name].float() for name in SAELENS_WEIGHTS})
         if not all(bool(weights[name].isfinite().all()) for name in SAELENS_WEIGHTS):
@@ -1781,6 +1789,38 @@ def load_saelens(folder: str | Path) -> Coder:
         raise InputError(f"{folder}/sae_weights.safetensors is damaged ({error})") from error
     sae = as_plain(sae.requires_grad_(False), config)
     return Coder(sae, torch.zeros(d_in), torch.ones(d_in))
+
+
+def topk_of(config: dict, kind: str) -> int | None:
+    """How many features an SAE keeps; None where that is not fixed. In the layouts before 6 the
+    activation function has a name of its own, and k is among its arguments.
+
+    Raises ValueError for what is neither a ReLU nor TopK, and for activations that are scaled.
+    """
+    if config.get("finetuning_scaling_factor"):
+        raise ValueError("it scales its activations (finetuning_scaling_factor)")
+    usual = "topk" if kind == "topk" else "relu"
+    function = config.get("activation_fn_str", config.get("activation_fn", usual))
+    known = {"topk": ("topk",), "jumprelu": ("relu",), "standard": ("relu", "topk")}[kind]
+    if function not in known:
+        raise ValueError(f"its activation function is {function!r}, not {' or '.join(known)}")
+    if function == "relu":
+        if config.get("rescale_acts_by_decoder_norm"):
+            raise ValueError("it rescales its activations (rescale_acts_by_decoder_norm)")
+        return None
+    k = config["k"] if "k" in config else config["activation_fn_kwargs"]["k"]
+    return as_kind(k, int, "k")
+
+
+def refuse_other_tensors(weights: dict[str, Tensor], kind: str) -> None:
+    """Raise ValueError unless these are just the tensors of an SAE of this kind, in floats."""
+    needed = set(SAELENS_WEIGHTS[: 5 if kind == "jumprelu" else 4])
+    if set(weights) != needed:
+        met, expected = ", ".join(sorted(weights)), ", ".join(sorted(needed))
+        raise ValueError(f"its tensors are {met}; {kind} has {expected}")
+    for name, weight in weights.items():
+        if not weight.is_floating_point():
+            raise ValueError(f"{name} has numbers of {weight.dtype}, not floats")
 
 
 @torch.no_grad()

@@ -573,6 +573,78 @@ def test_other_saes_of_saelens_load(tmp_path):
         driver.save_saelens(loaded, tmp_path / "again")
 
 
+def test_topk_of_the_layouts_before_6(tmp_path):
+    sae = small_sae(2).sae
+    raw = torch.randn(50, 5, generator=torch.Generator().manual_seed(6))
+    pre = (raw - sae.b_dec) @ sae.W_enc + sae.b_enc
+    cut = pre.sort(dim=1, descending=True).values[:, 2:3]
+    acts = torch.where(pre >= cut, pre.relu(), 0.0)
+    for kind in ("standard", "topk"):
+        config = {"architecture": kind, "activation_fn_str": "topk"}
+        config |= {"activation_fn_kwargs": {"k": 3}, "finetuning_scaling_factor": False}
+        folder = write_saelens(tmp_path, config, **weights_of(sae, "threshold"))
+        loaded = driver.load_saelens(folder)
+        assert loaded.sae.encode(raw).numpy() == pytest.approx(acts.numpy(), abs=1e-5)
+
+
+def test_thresholds_below_0_cannot_be_saved(tmp_path):
+    """Theirs is a ReLU besides: nothing they could hold gives such an SAE's activations."""
+    coder = small_sae()
+    coder.sae.threshold[3] = -0.5
+    raw = torch.randn(1000, 5, generator=torch.Generator().manual_seed(5))
+    assert coder.sae.encode(raw).min() < 0
+    with pytest.raises(InputError, match=r"^thresholds go down to -0\.5; SAELens has none"):
+        driver.save_saelens(coder, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+FOUR = "W_dec, W_enc, b_dec, b_enc"
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "but", "more", "message"),
+    [
+        ("jumprelu", {}, "threshold", "", f"its tensors are {FOUR}; jumprelu has {FOUR}, thresh"),
+        ("jumprelu", {}, "threshold", "log_threshold", f"{FOUR}, log_threshold; jumprelu has"),
+        ("standard", {}, "", "", f"its tensors are {FOUR}, threshold; standard has {FOUR}"),
+        ("standard", {}, "threshold", "scaling_factor", "scaling_factor; standard has"),
+        ("topk", {"k": 3}, "threshold", "W_skip", "W_skip, b_dec, b_enc; topk has"),
+        ("standard", {}, "b_enc", "", "its tensors are W_dec, W_enc, b_dec, threshold; standard"),
+        (
+            "standard",
+            {"activation_fn_str": "tanh-relu"},
+            "threshold",
+            "",
+            "its activation function is 'tanh-relu', not relu or topk",
+        ),
+        (
+            "jumprelu",
+            {"activation_fn": "topk"},
+            "",
+            "",
+            "its activation function is 'topk', not relu",
+        ),
+        ("standard", {"activation_fn_str": "topk"}, "threshold", "", "activation_fn_kwargs"),
+        ("standard", {"finetuning_scaling_factor": True}, "threshold", "", "it scales its act"),
+        ("jumprelu", {"rescale_acts_by_decoder_norm": True}, "", "", "it rescales its act"),
+    ],
+)
+def test_nothing_of_an_sae_of_saelens_is_filled_in_or_ignored(
+    tmp_path, kind, config, but, more, message
+):
+    weights = weights_of(small_sae().sae, but) | ({more: torch.ones(9)} if more else {})
+    folder = write_saelens(tmp_path, {"architecture": kind, **config}, **weights)
+    with pytest.raises(InputError, match=f"holds no SAE of SAELens .*{re.escape(message)}"):
+        driver.load_saelens(folder)
+
+
+def test_weights_of_saelens_are_floats(tmp_path):
+    weights = weights_of(small_sae().sae) | {"W_enc": torch.ones(5, 9, dtype=torch.int8)}
+    folder = write_saelens(tmp_path, {"architecture": "jumprelu"}, **weights)
+    with pytest.raises(InputError, match=r"W_enc has numbers of torch.int8, not floats"):
+        driver.load_saelens(folder)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
