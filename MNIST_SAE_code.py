@@ -102,6 +102,8 @@ from mnist_data import (  # noqa: E402
     Split,
     TensorLoader,
     load_images,
+    repeated_images,
+    tell_repeated,
 )
 from whole_files import (  # noqa: E402
     BusyError,
@@ -1856,6 +1858,7 @@ class Subject(NamedTuple):
     source: str  # of the images, in words
     data_digest: str
     network: str = OWN_NETWORK
+    repeated: dict[tuple[str, str], int] | None = None  # images of two splits, where looked for
 
     @property
     def device(self) -> torch.device:
@@ -2952,6 +2955,9 @@ def target_record(p: Prepared, settings: Settings, subject: Subject, data: Data)
     }
     if p.replicates:
         record["returned"] = p.replicates.record
+    if subject.repeated:
+        pairs = subject.repeated.items()
+        record["repeated_images"] = {f"{name} in {earlier}": n for (name, earlier), n in pairs}
     return record
 
 
@@ -3089,11 +3095,15 @@ def prepare_subject(
             f"seed {settings.seed}"
         )
     refuse_too_large(settings, data)
+    repeated = None
+    if not quietly:
+        repeated = repeated_images(data)
+        tell_repeated(data, repeated)
     with clock("classifier"):
         model, digest = classifier_stage(settings, data, Path(settings.out), quietly)
     with clock("preactivations"):
         pre = collect_preactivations(model, data, settings.normalize_z)
-    return data, Subject(model, digest, pre, data.source, data.digest)
+    return data, Subject(model, digest, pre, data.source, data.digest, repeated=repeated)
 
 
 def prepare_targets(
@@ -3548,6 +3558,16 @@ def data_of(splits: Sequence[Split], classes: Sequence[str], n_classes: int) -> 
     return Data(*splits, names, f"{n:,} images of one's own", digest_of(tensors))
 
 
+def refuse_wholly_seen(data: Data, repeated: dict[tuple[str, str], int]) -> None:
+    """Raise InputError where all images of a split, which should be unseen, are in an earlier."""
+    for (name, earlier), n in repeated.items():
+        if n == len(getattr(data, name).labels):
+            raise InputError(
+                f"all {n:,} images of {name} are in {earlier}, too, so none is unseen; give three "
+                f"splits without common images"
+            )
+
+
 def explain(
     model: nn.Module,
     layer: str | None,
@@ -3590,12 +3610,15 @@ def explain(
         raw = net.preactivations(splits[0].images[:2])
         n_classes = net.logits_from_preactivations(raw).shape[1]
     data, d_in = data_of(splits, classes, n_classes), raw.shape[1]
+    repeated = repeated_images(data)
+    refuse_wholly_seen(data, repeated)
+    tell_repeated(data, repeated)
     own = own_settings(target, d_in, net.device, settings)
     if net.device.type == "cuda":
         make_cuda_repeatable()
     refuse_too_large(own, data, d_in)
     with working(own) as jobs:
-        subject = subject_of(net, data, own, clock)
+        subject = subject_of(net, data, own, clock)._replace(repeated=repeated)
         explain_subject(own, data, subject, clock, jobs)
         trained = sae_stage(replace(own, fresh=False), target, subject, Path(own.out))
     loaders = {name: TensorLoader(getattr(data, name)) for name in given}

@@ -371,6 +371,32 @@ def test_a_network_that_makes_no_error_and_has_the_methods_itself(tmp_path):
     assert found.numpy(force=True) == pytest.approx(expected.numpy(force=True), abs=1e-4)
 
 
+def test_a_split_that_lies_in_an_earlier_one_is_refused(tmp_path):
+    train, val = picture_set(40, 0), picture_set(20, 1)
+    some = tuple(part[5:12] for part in train)
+    for splits, words in (
+        ((train, some, val), "all 7 images of val are in train, too"),
+        ((train, val, some), "all 7 images of test are in train, too"),
+        ((train, val, val), "all 20 images of test are in val, too"),
+    ):
+        with pytest.raises(InputError, match=f"^{words}, so none is unseen; give three"):
+            driver.explain(network(), "wide", *splits, out=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_of_two_splits_are_told_and_recorded(explained, tmp_path, capsys):
+    net, (train, val, test), settings, run, _ = explained
+    (clean,) = json.loads((run.folder / "summary.json").read_text())
+    assert "repeated_images" not in clean
+    more = tuple(torch.cat([a, b[:3]]) for a, b in zip(test, train, strict=True))
+    quick = {"stability_seeds": 0, "hypotheses": False, "out": str(tmp_path)}
+    driver.explain(net, "wide", train, val, more, **{**settings, **quick})
+    told = "3 of 153 test images are also training images: what is found on them is not found on"
+    assert told in capsys.readouterr().out
+    (record,) = json.loads((tmp_path / "summary.json").read_text())
+    assert record["repeated_images"] == {"test in train": 3}
+
+
 class Pairs(torch.utils.data.Dataset):
     def __init__(self, images, labels):
         self.images, self.labels = images, labels
