@@ -97,6 +97,7 @@ import feature_confirmation as fc  # noqa: E402
 import feature_hypotheses as fh  # noqa: E402
 import feature_page as fp  # noqa: E402
 from mnist_data import (  # noqa: E402
+    SPLITS,
     Data,
     DataError,
     Split,
@@ -556,12 +557,18 @@ def collect_preactivations(model, data: Data, normalize: bool) -> Preactivations
     """The network's preactivations for every image. Without `normalize`, mu = 0 and std = 1.
 
     A unit that never varies gets std = 1: it carries nothing, and dividing by zero would spread
-    NaN.
+    NaN. Raises InputError where none varies.
     """
     raw = []
-    for split in (data.train, data.val, data.test):
+    for name, split in zip(SPLITS, data[:3], strict=True):
         parts = [model.preactivations(images) for images, _ in TensorLoader(split)]
         raw.append(torch.cat(parts))
+        low, high = raw[-1].aminmax(dim=0)
+        if (high - low).max() <= 1e-6 * torch.maximum(high.abs(), low.abs()).max():
+            raise InputError(
+                f"the layer gives the same for all {len(raw[-1]):,} {SPLITS[name]} images, so "
+                f"there is nothing to explain; are these images blank, or all alike?"
+            )
     train = raw[0]
     mu, std = torch.zeros_like(train[0]), torch.ones_like(train[0])
     if normalize:
@@ -3558,6 +3565,25 @@ def data_of(splits: Sequence[Split], classes: Sequence[str], n_classes: int) -> 
     return Data(*splits, names, f"{n:,} images of one's own", digest_of(tensors))
 
 
+FAR = 1.0  # standard deviations that units may lie off on average: one class alone stays below
+WIDE = 3.0  # times that they may spread further, or less far
+
+
+def tell_other_scale(pre: Preactivations) -> None:
+    """Print a line for validation and test images that the layer takes for something else than
+    training images: some are normalised, others not, or so it seems."""
+    mean, std = pre.train.mean(0), usable_std(pre.train.std(0))
+    for name in ("val", "test"):
+        z = (getattr(pre, name) - mean) / std
+        off, spread = z.mean(0).abs().mean().item(), z.std(0).median().item()
+        if off > FAR or not 1 / WIDE < spread < WIDE:
+            print(
+                f"the layer's outputs on {SPLITS[name]} images lie {off:.1f} standard deviations "
+                f"off those on training images and spread {spread:.2g} times as far; are all "
+                f"images scaled alike?"
+            )
+
+
 def refuse_wholly_seen(data: Data, repeated: dict[tuple[str, str], int]) -> None:
     """Raise InputError where all images of a split, which should be unseen, are in an earlier."""
     for (name, earlier), n in repeated.items():
@@ -3619,6 +3645,7 @@ def explain(
     refuse_too_large(own, data, d_in)
     with working(own) as jobs:
         subject = subject_of(net, data, own, clock)._replace(repeated=repeated)
+        tell_other_scale(subject.pre)
         explain_subject(own, data, subject, clock, jobs)
         trained = sae_stage(replace(own, fresh=False), target, subject, Path(own.out))
     loaders = {name: TensorLoader(getattr(data, name)) for name in given}

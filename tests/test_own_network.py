@@ -18,7 +18,7 @@ from torch import nn
 import feature_analysis as fa
 import feature_hypotheses as fh
 import MNIST_SAE_code as driver
-from MNIST_SAE_code import InputError
+from MNIST_SAE_code import InputError, Settings
 
 NAMES = ("sky", "sea", "sand")
 
@@ -369,6 +369,60 @@ def test_a_network_that_makes_no_error_and_has_the_methods_itself(tmp_path):
     expected = data[1][0].flatten(1) @ net.first.weight.float().T
     found = run.model.preactivations(data[1][0])
     assert found.numpy(force=True) == pytest.approx(expected.numpy(force=True), abs=1e-4)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_a_layer_that_always_gives_the_same_is_refused_before_training(tmp_path, which, value):
+    splits = [picture_set(n, seed) for seed, n in enumerate((40, 20, 30))]
+    images, labels = splits[which]
+    noise = 1e-4 * torch.rand(images.shape, generator=torch.Generator().manual_seed(9))
+    splits[which] = torch.full_like(images, value), labels
+    words = ("40 training", "20 validation", "30 test")[which]
+    why = f"^the layer gives the same for all {words} images, so there is nothing to explain; are "
+    with pytest.raises(InputError, match=why):
+        driver.explain(network(), "wide", *splits, out=str(tmp_path))
+    assert not (tmp_path / "sae.json").exists()
+    splits[which] = splits[which][0] + noise, labels  # hardly varies, but does
+    net, settings = network(), Settings(target_actives=(2,), sae_latents=8)
+    data = driver.data_of([driver.whole_split(s, "", torch.device("cpu")) for s in splits], (), 3)
+    at = driver.network_of(net, "wide", None)
+    assert driver.collect_preactivations(at, data, settings.normalize_z).train.shape == (40, 12)
+
+
+def scale_told(capsys, **images) -> str:
+    train = torch.randn(400, 6, generator=torch.Generator().manual_seed(0)) * 3 + 2
+    raw = {"val": train[:100], "test": train[100:200], **images}
+    driver.tell_other_scale(
+        driver.Preactivations(train, **raw, mu=torch.zeros(6), std=torch.ones(6))
+    )
+    return capsys.readouterr().out
+
+
+def test_splits_on_different_scales_are_told(capsys):
+    z = torch.randn(200, 6, generator=torch.Generator().manual_seed(1))
+    assert scale_told(capsys) == ""
+    assert scale_told(capsys, val=2 * z + 4, test=6 * z + 2) == ""
+    words = (
+        "the layer's outputs on {} images lie {} standard deviations off those on training images "
+        "and spread {} times as far; are all images scaled alike?\n"
+    )
+    assert scale_told(capsys, val=z * 3 + 8) == words.format("validation", "2.0", "1")
+    found = scale_told(capsys, val=z / 3 + 2, test=z * 30 + 2)
+    first, second = found.splitlines(keepends=True)
+    assert first.startswith("the layer's outputs on validation images lie 0.")
+    assert "and spread 0.11 times as far" in first
+    assert "and spread 10 times as far" in second
+
+
+def test_unscaled_validation_images_are_told_by_explain(explained, tmp_path, capsys):
+    net, (train, val, test), settings, _, _ = explained
+    quick = {"stability_seeds": 0, "hypotheses": False, "out": str(tmp_path)}
+    loud = (255 * val[0], val[1])
+    driver.explain(net, "wide", train, loud, test, **{**settings, **quick})
+    told = capsys.readouterr().out
+    assert "the layer's outputs on validation images lie" in told
+    assert "the layer's outputs on test images lie" not in told
 
 
 def test_a_split_that_lies_in_an_earlier_one_is_refused(tmp_path):
