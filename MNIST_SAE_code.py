@@ -97,11 +97,14 @@ import feature_confirmation as fc  # noqa: E402
 import feature_hypotheses as fh  # noqa: E402
 import feature_page as fp  # noqa: E402
 from mnist_data import (  # noqa: E402
+    SPLITS,
     Data,
     DataError,
     Split,
     TensorLoader,
     load_images,
+    repeated_images,
+    tell_repeated,
 )
 from whole_files import (  # noqa: E402
     BusyError,
@@ -554,12 +557,18 @@ def collect_preactivations(model, data: Data, normalize: bool) -> Preactivations
     """The network's preactivations for every image. Without `normalize`, mu = 0 and std = 1.
 
     A unit that never varies gets std = 1: it carries nothing, and dividing by zero would spread
-    NaN.
+    NaN. Raises InputError where none varies.
     """
     raw = []
-    for split in (data.train, data.val, data.test):
+    for name, split in zip(SPLITS, data[:3], strict=True):
         parts = [model.preactivations(images) for images, _ in TensorLoader(split)]
         raw.append(torch.cat(parts))
+        low, high = raw[-1].aminmax(dim=0)
+        if (high - low).max() <= 1e-6 * torch.maximum(high.abs(), low.abs()).max():
+            raise InputError(
+                f"the layer gives the same for all {len(raw[-1]):,} {SPLITS[name]} images, so "
+                f"there is nothing to explain; are these images blank, or all alike?"
+            )
     train = raw[0]
     mu, std = torch.zeros_like(train[0]), torch.ones_like(train[0])
     if normalize:
@@ -1272,7 +1281,7 @@ def measure(trained: TrainedSAE, subject: Subject, labels: Tensor, target: int) 
     few = target < z_test.shape[1]  # as many components as dimensions leave rounding errors only
     disagreement, disagreement_pca = 1 - jump.agreement, 1 - pca.agreement
     density = usage.feature_density
-    dense = density > BUSY
+    dense, fired = density > BUSY, density.sum()
     return {
         "achieved_actives_before_shift": mean_actives(trained.before, z_val),
         "achieved_actives_val": mean_actives(trained.sae, z_val),
@@ -1291,12 +1300,12 @@ def measure(trained: TrainedSAE, subject: Subject, labels: Tensor, target: int) 
         "dead_features": int((density == 0).sum()),
         "fvu_pca": pca.fvu,
         "agreement_pca": pca.agreement,
-        "fvu_to_pca": jump.fvu / pca.fvu if few else None,
+        "fvu_to_pca": jump.fvu / pca.fvu if few and pca.fvu else None,
         "disagreement_to_pca": disagreement / disagreement_pca
         if few and disagreement_pca
         else None,
         "dense_features": int(dense.sum()),
-        "dense_share_of_l0": (density[dense].sum() / density.sum()).item(),
+        "dense_share_of_l0": (density[dense].sum() / fired).item() if fired else None,
         "rare_features": int((density < 0.001).sum()),
     }
 
@@ -1762,10 +1771,15 @@ def on_raw(sae: JumpReLUSAE, mu: Tensor, std: Tensor) -> dict[str, Tensor]:
 def save_saelens(run: Run | fa.ExplainedLayer | Coder, folder: str | Path) -> None:
     """Write cfg.json and sae_weights.safetensors, which `SAE.load_from_disk` of SAELens 6 reads.
 
-    `run` is anything with sae, mu and std. What is written reads raw preactivations.
+    `run` is anything with sae, mu and std. What is written reads raw preactivations. Raises
+    InputError for an SAE without thresholds, or with some below 0: then activations may be
+    negative, which those of SAELens never are.
     """
     if isinstance(run.sae, TopKSAE):
         raise InputError("an SAE with a fixed number of active features has no thresholds to save")
+    if (run.sae.threshold < 0).any():
+        lowest = run.sae.threshold.min().item()
+        raise InputError(f"thresholds go down to {lowest:g}; SAELens has none below 0: raise them")
     folder = Path(folder)
     prepare_folder(folder)
     d_in, d_sae = run.sae.W_enc.shape
@@ -1791,7 +1805,8 @@ def load_saelens(folder: str | Path) -> Coder:
         fa.collect_feature_bank(model, loader, *load_saelens(folder))
 
     It reads raw preactivations: mu is 0 and std is 1. Raises InputError for a folder without such
-    an SAE, and for one that does more to its input than subtracting b_dec.
+    an SAE, and for one that does more to its input than subtracting b_dec, has an activation
+    function of another kind, or tensors that its architecture does not know.
     """
     folder = Path(folder)
     try:
@@ -1803,11 +1818,13 @@ def load_saelens(folder: str | Path) -> Coder:
         if kind not in SAELENS_LOADED or done != {"none"}:
             taken = ", ".join(SAELENS_LOADED)
             raise ValueError(f"it is {kind} with input {done}; {taken} on plain input are taken")
+        refuse_other_tensors(weights, kind)
         if tuple(weights["W_enc"].shape) != (d_in, d_sae):
             raise ValueError(f"size mismatch: W_enc is {tuple(weights['W_enc'].shape)}")
-        if kind == "topk" and not 0 < as_kind(config["k"], int, "k") <= d_sae:
-            raise ValueError(f"k is {config['k']}; it must be from 1 to {d_sae}")
-        sae = TopKSAE(d_in, d_sae, config["k"]) if kind == "topk" else JumpReLUSAE(d_in, d_sae)
+        k = topk_of(config, kind)
+        if k is not None and not 0 < k <= d_sae:
+            raise ValueError(f"k is {k}; it must be from 1 to {d_sae}")
+        sae = JumpReLUSAE(d_in, d_sae) if k is None else TopKSAE(d_in, d_sae, k)
         weights = {"threshold": torch.zeros(d_sae), **weights}
         sae.load_state_dict({name: weights[name].float() for name in SAELENS_WEIGHTS})
         if not all(bool(weights[name].isfinite().all()) for name in SAELENS_WEIGHTS):
@@ -1819,6 +1836,38 @@ def load_saelens(folder: str | Path) -> Coder:
         raise InputError(f"{folder}/sae_weights.safetensors is damaged ({error})") from error
     sae = as_plain(sae.requires_grad_(False), config)
     return Coder(sae, torch.zeros(d_in), torch.ones(d_in))
+
+
+def topk_of(config: dict, kind: str) -> int | None:
+    """How many features an SAE keeps; None where that is not fixed. In the layouts before 6 the
+    activation function has a name of its own, and k is among its arguments.
+
+    Raises ValueError for what is neither a ReLU nor TopK, and for activations that are scaled.
+    """
+    if config.get("finetuning_scaling_factor"):
+        raise ValueError("it scales its activations (finetuning_scaling_factor)")
+    usual = "topk" if kind == "topk" else "relu"
+    function = config.get("activation_fn_str", config.get("activation_fn", usual))
+    known = {"topk": ("topk",), "jumprelu": ("relu",), "standard": ("relu", "topk")}[kind]
+    if function not in known:
+        raise ValueError(f"its activation function is {function!r}, not {' or '.join(known)}")
+    if function == "relu":
+        if config.get("rescale_acts_by_decoder_norm"):
+            raise ValueError("it rescales its activations (rescale_acts_by_decoder_norm)")
+        return None
+    k = config["k"] if "k" in config else config["activation_fn_kwargs"]["k"]
+    return as_kind(k, int, "k")
+
+
+def refuse_other_tensors(weights: dict[str, Tensor], kind: str) -> None:
+    """Raise ValueError unless these are just the tensors of an SAE of this kind, in floats."""
+    needed = set(SAELENS_WEIGHTS[: 5 if kind == "jumprelu" else 4])
+    if set(weights) != needed:
+        met, expected = ", ".join(sorted(weights)), ", ".join(sorted(needed))
+        raise ValueError(f"its tensors are {met}; {kind} has {expected}")
+    for name, weight in weights.items():
+        if not weight.is_floating_point():
+            raise ValueError(f"{name} has numbers of {weight.dtype}, not floats")
 
 
 @torch.no_grad()
@@ -1854,6 +1903,7 @@ class Subject(NamedTuple):
     source: str  # of the images, in words
     data_digest: str
     network: str = OWN_NETWORK
+    repeated: dict[tuple[str, str], int] | None = None  # images of two splits, where looked for
 
     @property
     def device(self) -> torch.device:
@@ -2002,6 +2052,11 @@ def calibrated_sae(
     with torch_threads(training_threads(settings, subject)):
         before, course = train_sae(pre.standardised("train"), subject.logits_of, target, settings)
     sae, shift = adjust_thresholds(before, pre.standardised("val"), target)
+    if shift == -math.inf and not mean_actives(sae, pre.standardised("train")):
+        raise TrainingError(
+            f"SAE training for {target} actives failed: no feature fires on any training image, "
+            f"whatever its threshold; lower --lr-sae (now {settings.lr_sae})"
+        )
     tensors = {
         **sae.state_dict(),
         "threshold_before_shift": before.threshold,
@@ -2362,14 +2417,18 @@ class Diagnosis(NamedTuple):
     """One usual complaint about SAEs, measured."""
 
     complaint: str
-    value: float
+    value: float | None  # None: there is nothing to measure; `advice` says why
     limit: float  # from which it deserves attention
     what: str  # is measured
     advice: str  # what to change
 
     @property
     def fine(self) -> bool:
-        return self.value <= self.limit
+        return self.value is not None and self.value <= self.limit
+
+    @property
+    def measured(self) -> str:
+        return NOT_COMPUTED if self.value is None else f"{self.value:.3g}"
 
 
 def diagnose(
@@ -2378,7 +2437,7 @@ def diagnose(
     """Usual complaints, each with its number."""
     found = []
 
-    def look(complaint: str, value: float, limit: float, what: str, advice: str) -> None:
+    def look(complaint: str, value: float | None, limit: float, what: str, advice: str) -> None:
         found.append(Diagnosis(complaint, value, limit, what, advice))
 
     roughness = fa.pattern_roughness(analysis.heats[features]).median().item()
@@ -2409,8 +2468,10 @@ def diagnose(
         look("features that do not return", lost, 0.5, what, "lower TARGET_ACTIVES")
 
     what = "share of L0 by those on over a tenth of the images"
-    share = record["dense_share_of_l0"]
-    look("few features do the work", share, 0.6, what, "lower TARGET_ACTIVES")
+    share, advice = record["dense_share_of_l0"], "lower TARGET_ACTIVES"
+    if share is None:
+        advice = "no feature fires on any training image: are they scaled as the others are?"
+    look("few features do the work", share, 0.6, what, advice)
 
     of_all = seconds["bank"] + seconds["patterns"] + seconds["effects"]
     of_each = of_all / record["sae_latents"] + seconds["pictures"] / len(features)
@@ -2506,7 +2567,8 @@ def compare_with(
     else:
         directions = fc.other_directions(kind, z, settings.seed)
     features = fc.at_the_same_rates(directions, z, *feature_usage(layer.sae, z))
-    return fc.compare_features(features, layer, seen, judging, aside, fh.Rule(), settings.seed)
+    given = (layer, seen, judging, aside, fh.Rule(), settings.seed, settings.strokes)
+    return fc.compare_features(features, *given)
 
 
 def hold_trial(
@@ -2638,7 +2700,7 @@ def diagnoses_text(diagnoses: Sequence[Diagnosis]) -> str:
     advice = []
     for d in diagnoses:
         verdict = "fine" if d.fine else "attention"
-        rows.append((d.complaint, f"{d.value:.3g}", f"{d.limit:g}", verdict, d.what))
+        rows.append((d.complaint, d.measured, f"{d.limit:g}", verdict, d.what))
         if not d.fine:
             advice.append(f"{d.complaint}: {d.advice}")
     return "\n".join([fc.text_table(rows), *advice])
@@ -2687,9 +2749,12 @@ RESULTS = (
 )
 
 
+NOT_COMPUTED = "not computed"  # a ratio whose denominator is 0
+
+
 def shown_result(result: Result, record: dict) -> str:
     value = record[result.key]
-    return result.form.format(math.nan if value is None else value)
+    return NOT_COMPUTED if value is None else result.form.format(value)
 
 
 def results_table(records: Sequence[dict]) -> str:
@@ -2723,7 +2788,7 @@ def frontier_curves(records: Sequence[dict]) -> dict[str, tuple[list[float], lis
     nothing = [0.0] * len(records)
     relative = [math.nan if r["fvu_to_pca"] is None else r["fvu_to_pca"] for r in records]
     changed = [100 * (1 - r["agreement_jumprelu"]) for r in records]
-    dense = [r["dense_share_of_l0"] for r in records]
+    dense = [math.nan if s is None else s for s in (r["dense_share_of_l0"] for r in records)]
     curves = {
         "FVU, relative to as many PCs": (relative, nothing),
         "% of predictions that change": (changed, nothing),
@@ -3021,6 +3086,9 @@ def target_record(p: Prepared, settings: Settings, subject: Subject, data: Data)
     }
     if p.replicates:
         record["returned"] = p.replicates.record
+    if subject.repeated:
+        pairs = subject.repeated.items()
+        record["repeated_images"] = {f"{name} in {earlier}": n for (name, earlier), n in pairs}
     return record
 
 
@@ -3158,6 +3226,10 @@ def prepare_subject(settings: Settings, clock: Clock, made: str = "") -> tuple[D
             f"seed {settings.seed}"
         )
     refuse_too_large(settings, data)
+    repeated = None
+    if not made:
+        repeated = repeated_images(data)
+        tell_repeated(data, repeated)
     with clock("classifier"):
         if made:
             model, digest = made_classifier(settings, data, made), made
@@ -3165,7 +3237,7 @@ def prepare_subject(settings: Settings, clock: Clock, made: str = "") -> tuple[D
             model, digest = classifier_stage(settings, data, Path(settings.out))
     with clock("preactivations"):
         pre = collect_preactivations(model, data, settings.normalize_z)
-    return data, Subject(model, digest, pre, data.source, data.digest)
+    return data, Subject(model, digest, pre, data.source, data.digest, repeated=repeated)
 
 
 def made_classifier(settings: Settings, data: Data, digest: str) -> Classifier:
@@ -3482,6 +3554,9 @@ def sweep_table(records: Sequence[dict]) -> str:
         row = [str(latents), str(target)]
         for _, key, form in SWEEP_TABLE:
             found = over_seeds(records, latents, target, key)
+            if math.isnan(found["mean"]):
+                row.append(NOT_COMPUTED)
+                continue
             words = form.format(found["mean"])
             if found["std"] is not None:
                 words += f" ± {form.format(found['std'])}"
@@ -3786,6 +3861,35 @@ def data_of(splits: Sequence[Split], classes: Sequence[str], n_classes: int) -> 
     return Data(*splits, names, f"{n:,} images of one's own", digest_of(tensors))
 
 
+FAR = 1.0  # standard deviations that units may lie off on average: one class alone stays below
+WIDE = 3.0  # times that they may spread further, or less far
+
+
+def tell_other_scale(pre: Preactivations) -> None:
+    """Print a line for validation and test images that the layer takes for something else than
+    training images: some are normalised, others not, or so it seems."""
+    mean, std = pre.train.mean(0), usable_std(pre.train.std(0))
+    for name in ("val", "test"):
+        z = (getattr(pre, name) - mean) / std
+        off, spread = z.mean(0).abs().mean().item(), z.std(0).median().item()
+        if off > FAR or not 1 / WIDE < spread < WIDE:
+            print(
+                f"the layer's outputs on {SPLITS[name]} images lie {off:.1f} standard deviations "
+                f"off those on training images and spread {spread:.2g} times as far; are all "
+                f"images scaled alike?"
+            )
+
+
+def refuse_wholly_seen(data: Data, repeated: dict[tuple[str, str], int]) -> None:
+    """Raise InputError where all images of a split, which should be unseen, are in an earlier."""
+    for (name, earlier), n in repeated.items():
+        if n == len(getattr(data, name).labels):
+            raise InputError(
+                f"all {n:,} images of {name} are in {earlier}, too, so none is unseen; give three "
+                f"splits without common images"
+            )
+
+
 @contextmanager
 def usual_torch() -> Iterator[None]:
     """float32, full precision and gradients, whatever the caller has switched on or off."""
@@ -3846,14 +3950,18 @@ def explain(
         n_classes = net.logits_from_preactivations(raw).shape[1]
     fa.refuse_no_gradients(net, splits[0].images)  # now, not after the SAE's training
     data, d_in = data_of(splits, classes, n_classes), raw.shape[1]
+    repeated = repeated_images(data)
+    refuse_wholly_seen(data, repeated)
+    tell_repeated(data, repeated)
     own = own_settings(target, d_in, net.device, settings)
     if net.device.type == "cuda":
         make_cuda_repeatable()
     refuse_too_large(own, data, d_in)
     root = Path(own.out)
     with working(own) as jobs:
-        subject = subject_of(net, data, own, clock)
+        subject = subject_of(net, data, own, clock)._replace(repeated=repeated)
         drop_classifier(own)
+        tell_other_scale(subject.pre)
         explain_subject(own, data, subject, clock, jobs)
         trained = sae_stage(replace(own, fresh=False), target, subject, root)
         report = hashlib.sha256((root / "feature_report.json").read_bytes()).hexdigest()

@@ -1054,14 +1054,16 @@ def compare_features(
     aside: Images,
     rule: fh.Rule,
     seed: int,
+    strokes: bool = True,
 ) -> Comparison:
     """The SAE's path, from proposals to what holds on images set aside, for other features of the
-    same layer, which have encode, W_enc and W_dec like an SAE.
+    same layer, which have encode, W_enc and W_dec like an SAE. `strokes` as in
+    `fh.propose_hypotheses`: only what may say the same can be compared.
 
     This is the one place in this room where claims are made: about these features, from `seen`.
     """
     other = layer._replace(sae=features)
-    claims = fh.propose_hypotheses(other, *seen, rule, drawings=False)
+    claims = fh.propose_hypotheses(other, *seen, rule, drawings=False, strokes=strokes)
     activity = fa.collect_activity(other, *judging)
     scored = score_claims(claims, *judging)
     evidence = test_hypotheses(claims, other, *judging, activity, seed, rule, scored)
@@ -1464,7 +1466,10 @@ def headline(record: dict) -> str:
         f"{own['influence_high']:.0%} with confidence High; "
         f"{own['explained']:.0%} of the features are"
     )
-    if shares:
+    none = not any(found["explained"] for found in record["shares"].values())
+    if none and record["median_words"] is None:
+        text = "The SAE's sentences name no strokes, so no feature counts as explained"
+    elif shares:
         best = max(shares, key=lambda name: shares[name]["explained"])
         other = shares[best]["explained"]
         times = f" ({own['explained'] / other:.1f} times)" if other else ""
@@ -1552,6 +1557,8 @@ def _draw_bands(axes, everything: dict[str, Comparison]) -> None:
     axes.set_xticks(range(len(names)), names)
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("share of images that fire the feature", fontsize=9)
+    if not any(c.shares.explained for c in everything.values()):
+        axes.text(0.5, 0.5, "none is", ha="center", color="0.4", transform=axes.transAxes)
     axes.set_title(
         "share of features explained: all that is said is confirmed", fontsize=10, loc="left"
     )

@@ -117,6 +117,49 @@ class Data(NamedTuple):
     digest: str  # SHA-256 of the images, the labels and who is in which split
 
 
+MIDDLE = 32  # pixels to each side of the middle that tell most images apart
+
+
+def repeated_images(data: Data) -> dict[tuple[str, str], int]:
+    """How many validation and test images are also images of an earlier split, pixel for pixel, by
+    the names of the two splits; without those of which there are none.
+
+    Whole images are compared only where they agree in the middle: 70,000 of 28 x 28 pixels take
+    less than 0.1 s.
+    """
+    splits = {name: getattr(data, name).images.flatten(1) for name in ("train", "val", "test")}
+    n_pixels = splits["train"].shape[1]
+    middle = slice(max(0, n_pixels // 2 - MIDDLE), n_pixels // 2 + MIDDLE)
+    middles = {name: _rows(images[:, middle]) for name, images in splits.items()}
+    kinds = {name: set(rows) for name, rows in middles.items()}
+    found = {}
+    for name, earlier in (("val", "train"), ("test", "train"), ("test", "val")):
+        common = kinds[name] & kinds[earlier]
+        if common:
+            alike = [[row in common for row in middles[side]] for side in (name, earlier)]
+            known = set(_rows(splits[earlier][alike[1]]))
+            found[name, earlier] = sum(row in known for row in _rows(splits[name][alike[0]]))
+    return {pair: n for pair, n in found.items() if n}
+
+
+SPLITS = {"train": "training", "val": "validation", "test": "test"}  # what their images are called
+
+
+def tell_repeated(data: Data, repeated: dict[tuple[str, str], int]) -> None:
+    """Print one line about what `repeated_images` found, if anything."""
+    told = []
+    for (name, earlier), n in repeated.items():
+        of = len(getattr(data, name).labels)
+        told.append(f"{n:,} of {of:,} {SPLITS[name]} images are also {SPLITS[earlier]} images")
+    if told:
+        print(f"{', '.join(told)}: what is found on them is not found on unseen images")
+
+
+def _rows(values: Tensor) -> list[bytes]:
+    """The bytes of each row."""
+    return [row.tobytes() for row in values.cpu().numpy()]
+
+
 class TensorLoader:
     """Batches of a Split in its own order, without copying; a `loader` for the analysis.
 

@@ -97,8 +97,9 @@ function apart() {
 }
 function diagnoses() {
   if (!meta.diagnoses.length) return "";
+  const measured = d => d.value === null ? "not computed" : number(d.value);
   const row = d => el("li", {}, el("b", {}, d.fine ? "✓ fine" : "! attention"),
-    ` ${d.complaint}: ${number(d.value)} (${d.what}; beyond ${d.limit} it deserves attention).`,
+    ` ${d.complaint}: ${measured(d)} (${d.what}; beyond ${d.limit} it deserves attention).`,
     d.fine ? "" : ` What to do: ${d.advice}, then run again.`);
   return [el("h2", {}, "How good is this SAE?"),
     soft("Usual complaints about sparse autoencoders, each measured on this one."),

@@ -331,10 +331,16 @@ def test_statements_are_in_every_output(stated):
     assert "influence explained" in done.stdout
 
 
-def test_the_story_of_the_readme_is_that_of_a_run(stated):
+@pytest.fixture(scope="module")
+def from_run():
     spec = importlib.util.spec_from_file_location("from_run", ROOT / "docs" / "from_run.py")
-    from_run = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(from_run)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_story_of_the_readme_is_that_of_a_run(stated, from_run):
+    assert from_run.why_unsuitable(json.loads((stated[0] / "summary.json").read_text())) == ""
     (summary,) = json.loads((stated[0] / "summary.json").read_text())
     report = json.loads((stated[0] / "feature_report.json").read_text())
     said = from_run.sentences(summary, report, from_run.page_data(stated[0]))
@@ -346,6 +352,65 @@ def test_the_story_of_the_readme_is_that_of_a_run(stated):
     for part in (0, -1):  # around the story nothing changes
         assert changed.split("story -->")[part] == readme.split("story -->")[part]
     assert said[0].split(";")[0] in " ".join(changed.split())
+    one_pair = "; this is one pair of SAEs, and others differ (over three seeds on MNIST [25% to "
+    assert one_pair in said[-1]
+
+    summary["data"] = "Fashion-MNIST, full set of 70,000 images"
+    summary["hypotheses"]["median_words"] = None
+    summary["returned"] |= {"pairs": 6, "energy": {"mean": 0.32, "std": 0.1}}
+    page = from_run.page_data(stated[0])
+    page["classes"] = [f"kind {c}" for c in range(10)]
+    others = from_run.sentences(summary, report, page)
+    assert "of 1,000 images it had never seen" in others[0]
+    assert not any("digit" in sentence for sentence in others)
+    if page["tests"]["tour"]:
+        assert re.search(r"is “kind \d” to it; without .* the same image is “kind \d”.$", others[1])
+    assert len(others) == len(said) - 1  # nothing about sentences that were explained
+    assert "SAEs of other seeds find 32% of the energy again, where" in others[-1]
+    assert "this is the mean over 6 pairs, ± 10% (over" in others[-1]
+    assert from_run.story(others, "image").startswith(
+        "![Switched off, a feature turns one image into another](docs/tour.png)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda r: [r, r | {"target_actives": 9}], "the run has the targets 8, 9; give one of a"),
+        (lambda r: [{"target_actives": 8, "hypotheses_sha256": "x"}], "the run did not finish"),
+        (lambda r: [{k: v for k, v in r.items() if k != "hypotheses"}], "the run has no statemen"),
+        (lambda r: [{k: v for k, v in r.items() if k != "returned"}], "no SAE of another seed; "),
+        (
+            lambda r: [r | {"hypotheses": {"features_that_make_influence": {}}}],
+            "no feature of the run changes the scores",
+        ),
+    ],
+)
+def test_runs_without_a_story_are_named_in_one_line(
+    stated, from_run, tmp_path, monkeypatch, change, why
+):
+    (record,) = json.loads((stated[0] / "summary.json").read_text())
+    (tmp_path / "summary.json").write_text(json.dumps(change(record)))
+    monkeypatch.setattr(sys, "argv", ["from_run.py", str(tmp_path)])
+    before = from_run.README.read_bytes()
+    with pytest.raises(SystemExit, match=f"^{re.escape(str(tmp_path))}: .*{why}"):
+        from_run.main()
+    (tmp_path / "summary.json").write_text(json.dumps([record]))
+    with pytest.raises(SystemExit, match=r": its feature_report.json is gone; run it again$"):
+        from_run.main()
+    assert from_run.README.read_bytes() == before
+
+
+def test_without_strokes_nobody_names_any(tmp_path, capsys):
+    flags = [*STATED, "--no-strokes", "--stability-seeds", "0", "--workers", "0"]
+    (record,) = driver.main([*flags, "--out", str(tmp_path)])
+    for shares in record["hypotheses"]["shares"].values():
+        assert (shares["ink_confirmed"], shares["explained"]) == (0, 0)
+        assert shares["class_confirmed"] > 0
+    told = capsys.readouterr().out, (tmp_path / "hypotheses.md").read_text()
+    for text in told:
+        assert "The SAE's sentences name no strokes, so no feature counts as explained." in text
+        assert "best control" not in text
 
 
 def test_a_statement_can_be_checked_by_hand(stated):
@@ -510,6 +575,19 @@ def test_divergence_is_one_line_and_loses_nothing(tmp_path):
         line,
     )
     assert driver.read_stage(tmp_path, "classifier").tensors["head.bias"].shape == (10,)
+
+
+def test_an_sae_without_any_use_is_one_line(tmp_path, capsys):
+    flags = [*SMALL, "--lr-sae", "10", "--hidden-units", "16", "--sae-latents", "24"]
+    flags += ["--target-actives", "3", "--workers", "0", "--out", str(tmp_path)]
+    why = (
+        r"SAE training for 3 actives failed: no feature fires on any training image, whatever its "
+        r"threshold; lower --lr-sae \(now 10.0\)$"
+    )
+    for sweep in ([], ["--seeds", "0", "1"]):
+        with pytest.raises(driver.TrainingError, match=why):
+            driver.main([*flags, *sweep])
+    assert not list(tmp_path.rglob("sae.json"))
 
 
 def block_of(page: str, containing: str) -> str:

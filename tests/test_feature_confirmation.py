@@ -780,6 +780,13 @@ def test_comparing_the_sae_with_itself_gives_its_own_shares(world, trial):
     assert found == trial.result._replace(shares=trial.result.shares._replace(drawn=None))
 
 
+def test_no_stroke_of_a_control_is_named_where_the_sae_may_name_none(world):
+    given = (world.layer.sae, world.layer, *world.scenes, fh.Rule(), 0)
+    found = fc.compare_features(*given, strokes=False).shares
+    assert (found.explained, found.ink_confirmed, found.drawn) == (0, 0, None)
+    assert found.class_confirmed > 0
+
+
 # --- The trial, its records and words -------------------------------------------------------------
 
 
@@ -815,6 +822,7 @@ def record_of(**controls: fc.Shares) -> dict:
         "rule": fh.Rule()._asdict(),
         "shares": {name: shares._asdict() for name, shares in sets.items()},
         "features_that_make_influence": {"50%": 12, "90%": 80, "99%": 140},
+        "median_words": 20,
     }
     return json.loads(json.dumps(record))
 
@@ -827,6 +835,12 @@ def test_the_headline():
     best = ", of the best control (neurons) 16% (2.5 times)"
     assert fc.headline(record_of(other=none, neurons=few)) == own + best + made
     assert fc.headline(record_of(other=none)) == f"{own}, of the best control (other) 0%{made}"
+    silent = record_of(SAE=none._replace(influence_explained=0.0), other=none)
+    silent["median_words"] = None
+    words = "The SAE's sentences name no strokes, so no feature counts as explained"
+    assert fc.headline(silent) == words + made
+    silent["shares"]["neurons"] = few._asdict()  # theirs do: that is a comparison
+    assert ", of the best control (neurons) 16% (0.0 times)" in fc.headline(silent)
 
 
 def test_the_table_of_shares():
@@ -961,6 +975,10 @@ def test_the_picture_shows_every_set(trial):
     edges = ("up to 0.3%", "up to 1.0%", "up to 3.0%", "more")
     counts = [band["features"] for band in trial.result.shares.bands]
     assert ticks == [f"{e}\n({n} of the SAE)" for e, n in zip(edges, counts, strict=True)]
+    assert [text.get_text() for text in right.texts] == []
+    result = fc.Comparison(shares_of(explained=0.0, bands=empty), [])
+    _, right = fc.draw_explained(trial._replace(result=result), {"none": result}).axes
+    assert [text.get_text() for text in right.texts] == ["none is"]
 
 
 def test_the_picture_of_influence(trial):

@@ -308,3 +308,41 @@ def test_loader_gives_the_split_in_order_and_more_than_once():
     assert len(loader) == 3
     for _ in range(2):
         assert torch.cat([labels for _, labels in loader]).tolist() == list(range(10))
+
+
+# --- Images of two splits -------------------------------------------------------------------------
+
+
+def splits_with_common_images(shape: tuple[int, ...]) -> md.Data:
+    """Two test images and a validation image are training images; a third test image is a
+    validation image; others agree with a training image but for one pixel."""
+    parts = []
+    for seed, n in enumerate((40, 12, 15)):
+        parts.append(torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed)))
+    train, val, test = parts
+    test[3], test[14], val[11], test[0] = train[39], train[0], train[7], val[2]
+    test[5], val[5] = train[5], train[5]
+    test[5].view(-1)[0] += 1  # at the edge
+    val[5].view(-1)[val[5].numel() // 2] += 1  # in the middle
+    splits = [md.Split(part, torch.zeros(len(part))) for part in parts]
+    return md.Data(*splits, classes=(), source="", digest="")
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 3, 3)])
+def test_images_of_two_splits_are_counted_and_told(shape, capsys):
+    data = splits_with_common_images(shape)
+    found = md.repeated_images(data)
+    assert found == {("val", "train"): 1, ("test", "train"): 2, ("test", "val"): 1}
+    md.tell_repeated(data, found)
+    assert capsys.readouterr().out == (
+        "1 of 12 validation images are also training images, 2 of 15 test images are also "
+        "training images, 1 of 15 test images are also validation images: what is found on them "
+        "is not found on unseen images\n"
+    )
+
+
+def test_of_splits_without_common_images_nothing_is_told(capsys):
+    data = md.load_images("sample")
+    found = md.repeated_images(data)
+    md.tell_repeated(data, found)
+    assert (found, capsys.readouterr().out) == ({}, "")

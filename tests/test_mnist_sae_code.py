@@ -836,6 +836,34 @@ def test_the_three_modes_by_hand():
         ), mode
 
 
+def test_a_share_of_nothing_is_not_computed_and_says_so():
+    """An SAE that no training image fires."""
+    train, test = (torch.randn(n, 3, generator=generator(n)) for n in (300, 200))
+    pre = driver.Preactivations(train, test, test, torch.zeros(3), torch.ones(3))
+    model = types.SimpleNamespace(logits_from_preactivations=lambda raw: raw)
+    subject = driver.Subject(model, "", pre, "", "")
+    sae = random_sae(3, 4)
+    sae.threshold.fill_(1e6)
+    trained = driver.TrainedSAE(sae, sae, {}, "")
+    record = driver.measure(trained, subject, test.argmax(1), 2)
+    assert (record["dense_share_of_l0"], record["dead_features"]) == (None, 4)
+    driver.to_json(record)  # no number that JSON does not have
+    record |= {"target_actives": 2, "lambda": 0.1, "threshold_shift": None}
+    rows = [line.split("  ")[-1].strip() for line in driver.results_table([record]).splitlines()]
+    assert rows[-1] == rows[5] == "not computed"
+
+    advice = "no feature fires on any training image"
+    d = driver.Diagnosis("few features do the work", None, 0.6, "share", advice)
+    assert not d.fine
+    told = driver.diagnoses_text([d]).splitlines()
+    assert told[1].split() == "few features do the work not computed 0.6 attention share".split()
+    assert told[2] == f"few features do the work: {advice}"
+
+    records = [{**record, "seed": seed, "sae_latents": 4} for seed in (0, 1)]
+    records[1]["dense_share_of_l0"] = 0.5  # of two seeds one has no share: no mean either
+    assert driver.sweep_table(records).splitlines()[-1].endswith("4.0 ± 0.0  not computed")
+
+
 def test_principal_components_are_the_best_of_their_number():
     z = torch.randn(500, 5, generator=generator()) * torch.tensor([3.0, 1, 2, 0.1, 0.5]) + 7
     turn, _ = torch.linalg.qr(torch.randn(5, 5, generator=generator(1)))

@@ -22,7 +22,7 @@ from torch import nn
 import feature_analysis as fa
 import feature_hypotheses as fh
 import MNIST_SAE_code as driver
-from MNIST_SAE_code import InputError
+from MNIST_SAE_code import InputError, Settings
 
 NAMES = ("sky", "sea", "sand")
 
@@ -432,6 +432,86 @@ def test_a_network_that_makes_no_error_and_has_the_methods_itself(tmp_path):
     assert found.numpy(force=True) == pytest.approx(expected.numpy(force=True), abs=1e-4)
 
 
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_a_layer_that_always_gives_the_same_is_refused_before_training(tmp_path, which, value):
+    splits = [picture_set(n, seed) for seed, n in enumerate((40, 20, 30))]
+    images, labels = splits[which]
+    noise = 1e-4 * torch.rand(images.shape, generator=torch.Generator().manual_seed(9))
+    splits[which] = torch.full_like(images, value), labels
+    words = ("40 training", "20 validation", "30 test")[which]
+    why = f"^the layer gives the same for all {words} images, so there is nothing to explain; are "
+    with pytest.raises(InputError, match=why):
+        driver.explain(network(), "wide", *splits, out=str(tmp_path))
+    assert not (tmp_path / "sae.json").exists()
+    splits[which] = splits[which][0] + noise, labels  # hardly varies, but does
+    net, settings = network(), Settings(target_actives=(2,), sae_latents=8)
+    data = driver.data_of([driver.whole_split(s, "", torch.device("cpu")) for s in splits], (), 3)
+    at = driver.network_of(net, "wide", None)
+    assert driver.collect_preactivations(at, data, settings.normalize_z).train.shape == (40, 12)
+
+
+def scale_told(capsys, **images) -> str:
+    train = torch.randn(400, 6, generator=torch.Generator().manual_seed(0)) * 3 + 2
+    raw = {"val": train[:100], "test": train[100:200], **images}
+    driver.tell_other_scale(
+        driver.Preactivations(train, **raw, mu=torch.zeros(6), std=torch.ones(6))
+    )
+    return capsys.readouterr().out
+
+
+def test_splits_on_different_scales_are_told(capsys):
+    z = torch.randn(200, 6, generator=torch.Generator().manual_seed(1))
+    assert scale_told(capsys) == ""
+    assert scale_told(capsys, val=2 * z + 4, test=6 * z + 2) == ""
+    words = (
+        "the layer's outputs on {} images lie {} standard deviations off those on training images "
+        "and spread {} times as far; are all images scaled alike?\n"
+    )
+    assert scale_told(capsys, val=z * 3 + 8) == words.format("validation", "2.0", "1")
+    found = scale_told(capsys, val=z / 3 + 2, test=z * 30 + 2)
+    first, second = found.splitlines(keepends=True)
+    assert first.startswith("the layer's outputs on validation images lie 0.")
+    assert "and spread 0.11 times as far" in first
+    assert "and spread 10 times as far" in second
+
+
+def test_unscaled_validation_images_are_told_by_explain(explained, tmp_path, capsys):
+    net, (train, val, test), settings, _, _ = explained
+    quick = {"stability_seeds": 0, "hypotheses": False, "out": str(tmp_path)}
+    loud = (255 * val[0], val[1])
+    driver.explain(net, "wide", train, loud, test, **{**settings, **quick})
+    told = capsys.readouterr().out
+    assert "the layer's outputs on validation images lie" in told
+    assert "the layer's outputs on test images lie" not in told
+
+
+def test_a_split_that_lies_in_an_earlier_one_is_refused(tmp_path):
+    train, val = picture_set(40, 0), picture_set(20, 1)
+    some = tuple(part[5:12] for part in train)
+    for splits, words in (
+        ((train, some, val), "all 7 images of val are in train, too"),
+        ((train, val, some), "all 7 images of test are in train, too"),
+        ((train, val, val), "all 20 images of test are in val, too"),
+    ):
+        with pytest.raises(InputError, match=f"^{words}, so none is unseen; give three"):
+            driver.explain(network(), "wide", *splits, out=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_of_two_splits_are_told_and_recorded(explained, tmp_path, capsys):
+    net, (train, val, test), settings, run, _ = explained
+    (clean,) = json.loads((run.folder / "summary.json").read_text())
+    assert "repeated_images" not in clean
+    more = tuple(torch.cat([a, b[:3]]) for a, b in zip(test, train, strict=True))
+    quick = {"stability_seeds": 0, "hypotheses": False, "out": str(tmp_path)}
+    driver.explain(net, "wide", train, val, more, **{**settings, **quick})
+    told = "3 of 153 test images are also training images: what is found on them is not found on"
+    assert told in capsys.readouterr().out
+    (record,) = json.loads((tmp_path / "summary.json").read_text())
+    assert record["repeated_images"] == {"test in train": 3}
+
+
 class Pairs(torch.utils.data.Dataset):
     def __init__(self, images, labels):
         self.images, self.labels = images, labels
@@ -728,6 +808,78 @@ def test_other_saes_of_saelens_load(tmp_path):
     assert loaded.sae(raw).numpy() == pytest.approx(rebuilt.numpy(), abs=1e-5)
     with pytest.raises(InputError, match="fixed number of active features"):
         driver.save_saelens(loaded, tmp_path / "again")
+
+
+def test_topk_of_the_layouts_before_6(tmp_path):
+    sae = small_sae(2).sae
+    raw = torch.randn(50, 5, generator=torch.Generator().manual_seed(6))
+    pre = (raw - sae.b_dec) @ sae.W_enc + sae.b_enc
+    cut = pre.sort(dim=1, descending=True).values[:, 2:3]
+    acts = torch.where(pre >= cut, pre.relu(), 0.0)
+    for kind in ("standard", "topk"):
+        config = {"architecture": kind, "activation_fn_str": "topk"}
+        config |= {"activation_fn_kwargs": {"k": 3}, "finetuning_scaling_factor": False}
+        folder = write_saelens(tmp_path, config, **weights_of(sae, "threshold"))
+        loaded = driver.load_saelens(folder)
+        assert loaded.sae.encode(raw).numpy() == pytest.approx(acts.numpy(), abs=1e-5)
+
+
+def test_thresholds_below_0_cannot_be_saved(tmp_path):
+    """Theirs is a ReLU besides: nothing they could hold gives such an SAE's activations."""
+    coder = small_sae()
+    coder.sae.threshold[3] = -0.5
+    raw = torch.randn(1000, 5, generator=torch.Generator().manual_seed(5))
+    assert coder.sae.encode(raw).min() < 0
+    with pytest.raises(InputError, match=r"^thresholds go down to -0\.5; SAELens has none"):
+        driver.save_saelens(coder, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+FOUR = "W_dec, W_enc, b_dec, b_enc"
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "but", "more", "message"),
+    [
+        ("jumprelu", {}, "threshold", "", f"its tensors are {FOUR}; jumprelu has {FOUR}, thresh"),
+        ("jumprelu", {}, "threshold", "log_threshold", f"{FOUR}, log_threshold; jumprelu has"),
+        ("standard", {}, "", "", f"its tensors are {FOUR}, threshold; standard has {FOUR}"),
+        ("standard", {}, "threshold", "scaling_factor", "scaling_factor; standard has"),
+        ("topk", {"k": 3}, "threshold", "W_skip", "W_skip, b_dec, b_enc; topk has"),
+        ("standard", {}, "b_enc", "", "its tensors are W_dec, W_enc, b_dec, threshold; standard"),
+        (
+            "standard",
+            {"activation_fn_str": "tanh-relu"},
+            "threshold",
+            "",
+            "its activation function is 'tanh-relu', not relu or topk",
+        ),
+        (
+            "jumprelu",
+            {"activation_fn": "topk"},
+            "",
+            "",
+            "its activation function is 'topk', not relu",
+        ),
+        ("standard", {"activation_fn_str": "topk"}, "threshold", "", "activation_fn_kwargs"),
+        ("standard", {"finetuning_scaling_factor": True}, "threshold", "", "it scales its act"),
+        ("jumprelu", {"rescale_acts_by_decoder_norm": True}, "", "", "it rescales its act"),
+    ],
+)
+def test_nothing_of_an_sae_of_saelens_is_filled_in_or_ignored(
+    tmp_path, kind, config, but, more, message
+):
+    weights = weights_of(small_sae().sae, but) | ({more: torch.ones(9)} if more else {})
+    folder = write_saelens(tmp_path, {"architecture": kind, **config}, **weights)
+    with pytest.raises(InputError, match=f"holds no SAE of SAELens .*{re.escape(message)}"):
+        driver.load_saelens(folder)
+
+
+def test_weights_of_saelens_are_floats(tmp_path):
+    weights = weights_of(small_sae().sae) | {"W_enc": torch.ones(5, 9, dtype=torch.int8)}
+    folder = write_saelens(tmp_path, {"architecture": "jumprelu"}, **weights)
+    with pytest.raises(InputError, match=r"W_enc has numbers of torch.int8, not floats"):
+        driver.load_saelens(folder)
 
 
 @pytest.mark.parametrize(

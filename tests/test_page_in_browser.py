@@ -187,13 +187,15 @@ def test_the_story_tells_how_a_pair_is_told_apart_and_who_does_the_work(visit, w
 
 def test_diagnoses_come_with_words(visit, world, tmp_path):
     said = {"complaint": "noise", "value": 0.7, "limit": 0.5, "what": "roughness", "advice": "rest"}
-    overview = fp.Overview("Title", [], [said | {"fine": False}, said | {"fine": True}])
+    nothing = said | {"complaint": "no share", "value": None, "fine": False, "advice": "rescale"}
+    overview = fp.Overview("Title", [], [said | {"fine": False}, said | {"fine": True}, nothing])
     path = write(tmp_path / "page.html", world, overview=overview)
     text = visit(path).locator("main").inner_text()
     assert "! attention noise: 0.700 (roughness; beyond 0.5 it" in text
     assert "What to do: rest" in text
     assert text.count("rest, then") == 1
     assert "✓ fine noise" in text
+    assert "! attention no share: not computed (roughness; beyond 0.5 it" in text
 
 
 # --------------------------------------------------------------------------------------------------
