@@ -660,8 +660,8 @@ def test_workers_of_a_program_that_is_in_no_file_are_refused(tmp_path):
     program = """
 import torch, MNIST_SAE_code
 net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4))
-split = torch.rand(4, 1, 8, 8), torch.arange(4)
-MNIST_SAE_code.explain(net, "1", split, split, split, workers=1)
+splits = [(torch.rand(4, 1, 8, 8), torch.arange(4)) for _ in range(3)]
+MNIST_SAE_code.explain(net, "1", *splits, workers=1)
 """
     ended = subprocess.run(
         [sys.executable, "-"], input=program, cwd=ROOT, capture_output=True, text=True
