@@ -869,7 +869,7 @@ def _mean_jacobian(
     if images is None:
         if not is_linear(layer, shape):
             raise ValueError("the model is not linear in the pixels: pass images to average over")
-        images = torch.zeros(1, *shape)
+        images = torch.zeros(1, *shape, dtype=torch.float32)
     if images.dim() < 2 or len(images) == 0:
         raise ValueError("images is empty: give at least one to average over")
     layer.refuse_chance(images, head=False)
