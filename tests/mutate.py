@@ -37,7 +37,7 @@ TESTS = {  # of each room, the quickest first
     "feature_analysis": "feature_analysis arguments own_network",
     "feature_hypotheses": "feature_hypotheses",
     "feature_confirmation": "truths feature_confirmation",
-    "MNIST_SAE_code": "truths mnist_sae_code sweeps_and_ranks own_network holding end_to_end",
+    "MNIST_SAE_code": "truths own_network end_to_end sweeps_and_ranks mnist_sae_code holding",
 }
 LEFT_OUT = """draw paint visuali figure letter panel picture caption table words _line tell progress
 gallery title legend markdown headline report diagnos places versions page zoom colour enlarged
