@@ -557,19 +557,19 @@ def collect_preactivations(model, data: Data, normalize: bool) -> Preactivations
     """The network's preactivations for every image. Without `normalize`, mu = 0 and std = 1.
 
     A unit that never varies gets std = 1: it carries nothing, and dividing by zero would spread
-    NaN. Raises InputError where none varies.
+    NaN. Raises InputError where none does.
     """
     raw = []
-    for name, split in zip(SPLITS, data[:3], strict=True):
+    for split in (data.train, data.val, data.test):
         parts = [model.preactivations(images) for images, _ in TensorLoader(split)]
         raw.append(torch.cat(parts))
-        low, high = raw[-1].aminmax(dim=0)
-        if (high - low).max() <= 1e-6 * torch.maximum(high.abs(), low.abs()).max():
-            raise InputError(
-                f"the layer gives the same for all {len(raw[-1]):,} {SPLITS[name]} images, so "
-                f"there is nothing to explain; are these images blank, or all alike?"
-            )
     train = raw[0]
+    low, high = train.aminmax(dim=0)
+    if (high - low).max() <= 1e-6 * train.abs().max():
+        raise InputError(
+            f"the layer gives the same for all {len(train):,} training images, so there is "
+            f"nothing to explain; are these images blank, or all alike?"
+        )
     mu, std = torch.zeros_like(train[0]), torch.ones_like(train[0])
     if normalize:
         mu, std = train.mean(0), train.std(0)

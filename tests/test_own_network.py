@@ -432,19 +432,17 @@ def test_a_network_that_makes_no_error_and_has_the_methods_itself(tmp_path):
     assert found.numpy(force=True) == pytest.approx(expected.numpy(force=True), abs=1e-4)
 
 
-@pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("value", [0.0, 0.7])
-def test_a_layer_that_always_gives_the_same_is_refused_before_training(tmp_path, which, value):
+def test_a_layer_that_always_gives_the_same_is_refused_before_training(tmp_path, value):
     splits = [picture_set(n, seed) for seed, n in enumerate((40, 20, 30))]
-    images, labels = splits[which]
+    images, labels = splits[0]
     noise = 1e-4 * torch.rand(images.shape, generator=torch.Generator().manual_seed(9))
-    splits[which] = torch.full_like(images, value), labels
-    words = ("40 training", "20 validation", "30 test")[which]
-    why = f"^the layer gives the same for all {words} images, so there is nothing to explain; are "
+    splits[0] = torch.full_like(images, value), labels
+    why = r"^the layer gives the same for all 40 training images, so there is nothing to explain; "
     with pytest.raises(InputError, match=why):
         driver.explain(network(), "wide", *splits, out=str(tmp_path))
     assert not (tmp_path / "sae.json").exists()
-    splits[which] = splits[which][0] + noise, labels  # hardly varies, but does
+    splits[0] = splits[0][0] + noise, labels  # hardly varies, but does
     net, settings = network(), Settings(target_actives=(2,), sae_latents=8)
     data = driver.data_of([driver.whole_split(s, "", torch.device("cpu")) for s in splits], (), 3)
     at = driver.network_of(net, "wide", None)
