@@ -97,6 +97,8 @@ def operations(work, *given) -> int:
 
 def test_operations_are_those_that_pytorch_counts(explained, monkeypatch):
     monkeypatch.setattr(driver, "FULL_TRAIN_IMAGES", 700)
+    for check in ("ExplainedLayer.refuse_chance", "refuse_no_gradients"):  # of a few images
+        monkeypatch.setattr(f"feature_analysis.{check}", lambda *_, **__: None)
     e, s = explained, benchmark.shapes_of(explained.data, explained.settings)
     assert s == (700, 300, 200, 784, 128, 64, 10)
     given, n_eval = e.given(e.sae), 250
@@ -117,9 +119,8 @@ def test_operations_are_those_that_pytorch_counts(explained, monkeypatch):
     }
     assert isinstance(loader, TensorLoader)
     for expected, work in counted.items():
-        # Single rows, the nine images that check linearity and the sixteen, of 300, that check that
-        # nothing is left to chance are left out.
-        assert operations(*work) == pytest.approx(expected, rel=0.06), work[0].__name__
+        # Single rows and the nine images that check linearity are left out.
+        assert operations(*work) == pytest.approx(expected, rel=0.05), work[0].__name__
 
 
 # --- The parts of a step --------------------------------------------------------------------------
