@@ -1935,9 +1935,11 @@ def restored_sae(tensors: dict[str, Tensor]) -> JumpReLUSAE:
 
 
 def make_room(settings: Settings, folder: Path, name: str, keep: bool) -> None:
-    """Before a trained stage comes into `folder`: the results of the run that has the old one go,
-    as they would look finished beside the new one, and the old one is kept aside if `keep`."""
-    remove_results_of(settings)
+    """Before a trained stage takes the place of another in `folder`: the results of the run that
+    has the old one go, as they would look finished beside the new one, and the old one is kept
+    aside if `keep`."""
+    if has_stage(folder, name):
+        remove_results_of(settings)
     if keep:
         keep_aside(folder, name)
 
@@ -1962,6 +1964,7 @@ def classifier_stage(settings: Settings, data: Data, folder: Path) -> tuple[Clas
     if news:
         print(news)
     if stage is None:
+        read_log(folder, "classifier")  # a damaged one is told before the training, not after
         model, log = train_classifier(data.train, settings, len(data.classes))
         record = {**expected, "data": data.source, "settings": decisive}
         make_room(settings, folder, "classifier", bool(news))
@@ -2028,6 +2031,7 @@ def sae_stage(settings: Settings, target: int, subject: Subject, folder: Path) -
     sizes = {"i": len(subject.pre.mu), "s": settings.sae_latents}
     stage, news = reusable_stage(folder, "sae", expected, settings.fresh, **sizes)
     if stage is None:
+        read_log(folder, "sae")  # as above
         tensors, record, log = calibrated_sae(settings, target, subject)
         record = {**expected, "settings": decisive, **record}
         make_room(settings, folder, "sae", bool(news))
@@ -2199,7 +2203,13 @@ def load_run(
         )
     classifier, sae = read_networks(root, finished, target)
     data, folder = data._replace(classes=finished.classes), target_folder(root, settings, target)
-    refuse_changed_hypotheses(folder, finished.hypotheses_sha256.get(str(target)))
+    if claims := finished.hypotheses_sha256.get(str(target)):
+        try:
+            fh.read_hypotheses(folder / "hypotheses.json", claims)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"the claims are not as this run froze them ({error}); run it again"
+            ) from error
     return Run(
         model=restored_classifier(classifier.tensors).to(where),
         sae=restored_sae(sae.tensors).to(where),
@@ -3263,6 +3273,8 @@ def prepare_targets(
         trained = train_saes(settings, subject, jobs)
     remove_results_of(settings)
     remove_results_of_others(settings, subject)
+    if subject.network != OWN_NETWORK:
+        drop_classifier(root)
     digests = {target: saes[0].digest for target, saes in trained.items()}
     this_rank().share((subject.digest, digests))  # the others may read what is saved
     prepared = []
@@ -3274,21 +3286,42 @@ def prepare_targets(
     return prepared
 
 
-def remove_results_of_others(settings: Settings, subject: Subject) -> None:
-    """Those of targets of an earlier run that had another classifier, with a word about it; each
-    target that is a run of its own, with its classifier beside it, stays."""
+def drop_classifier(root: Path) -> None:
+    """Keep aside a classifier that a run of the script trained in this folder: it is not what is
+    explained, and its course of training is not that of the network which is."""
+    if has_stage(root, "classifier"):
+        kept = free_name(root, "classifier")
+        print(f"classifier: the one in {root} is not what is explained; it is kept as {kept}")
+        keep_aside(root, "classifier")
+        write_log(root, "classifier", [])
+
+
+def other_targets(settings: Settings) -> list[Path]:
+    """Folders of targets that an earlier run had and this one has not; one with a classifier beside
+    its SAE is a run of its own."""
     root = Path(settings.out)
     ours = [target_folder(root, settings, target) for target in settings.target_actives]
+    found = []
     for folder in sorted(root.glob("target_*")):
         is_target = re.fullmatch(r"target_\d+", folder.name) and (folder / "sae.json").exists()
-        if folder in ours or not is_target or (folder / "classifier.json").exists():
+        if is_target and folder not in ours and not (folder / "classifier.json").exists():
+            found.append(folder)
+    return found
+
+
+def remove_results_of_others(settings: Settings, subject: Subject) -> None:
+    """Those of `other_targets` that are of another classifier, with a word about it."""
+    for folder in other_targets(settings):
+        try:
+            with alone_in(folder, settings.wait):
+                with suppress(InputError):  # damaged: nobody knows of what it is
+                    if read_stage(folder, "sae").record["classifier_sha256"] == subject.digest:
+                        continue
+                had_results = (folder / "feature_report.json").exists()
+                remove_results(folder)
+        except BusyError as busy:  # what is trained is not lost for that
+            print(f"{busy}; its results stay")
             continue
-        with alone_in(folder, settings.wait):
-            with suppress(InputError):  # damaged: nobody knows of what it is
-                if read_stage(folder, "sae").record["classifier_sha256"] == subject.digest:
-                    continue
-            had_results = (folder / "feature_report.json").exists()
-            remove_results(folder)
         if had_results:
             print(f"{folder}: removed its results, which are of another classifier; its SAE stays")
 
@@ -3369,11 +3402,13 @@ def alone_in(folder: Path, wait: bool) -> Iterator[None]:
 
 
 def prepare_folders(settings: Settings) -> None:
-    """Make the targets' folders, and refuse one in which frozen hypotheses were edited."""
+    """Make the targets' folders, and refuse one in which frozen hypotheses were edited, among all
+    whose results may go."""
     root = Path(settings.out)
-    for target in settings.target_actives:
-        folder = target_folder(root, settings, target)
+    ours = [target_folder(root, settings, target) for target in settings.target_actives]
+    for folder in ours:
         prepare_folder(folder)
+    for folder in dict.fromkeys([root, *ours, *other_targets(settings)]):
         if not settings.fresh and (folder / "hypotheses.json").exists():
             refuse_changed_hypotheses(folder, recorded_claims(root, folder))
 
@@ -3476,8 +3511,10 @@ def explained_there(folder: Path) -> dict[str, str]:
 def sweep_alone(runs: Sequence[Settings], rank: Rank) -> list[dict]:
     """`sweep`, while no other run writes to its folder; the first rank holds it for all."""
     if rank.number:
+        rank.wait()  # until the first one has it
         return sweep(runs, rank)
     with alone_in(Path(runs[0].out), runs[0].wait):
+        rank.wait()
         return sweep(runs, rank)
 
 
@@ -3960,7 +3997,6 @@ def explain(
     root = Path(own.out)
     with working(own) as jobs:
         subject = subject_of(net, data, own, clock)._replace(repeated=repeated)
-        drop_classifier(own)
         tell_other_scale(subject.pre)
         explain_subject(own, data, subject, clock, jobs)
         trained = sae_stage(replace(own, fresh=False), target, subject, root)
@@ -3968,17 +4004,6 @@ def explain(
     loaders = {name: TensorLoader(getattr(data, name)) for name in given}
     pre = subject.pre
     return Run(net, trained.sae, pre.mu, pre.std, loaders, own, data, root, report)
-
-
-def drop_classifier(settings: Settings) -> None:
-    """Keep aside a classifier that a run of the script trained in this folder: it is not what is
-    explained, and its course of training is not that of the network which is."""
-    root = Path(settings.out)
-    if has_stage(root, "classifier"):
-        kept = free_name(root, "classifier")
-        print(f"classifier: the one in {root} is not what is explained; it is kept as {kept}")
-        make_room(settings, root, "classifier", keep=True)
-        write_log(root, "classifier", [])
 
 
 def network_of(

@@ -160,6 +160,25 @@ def test_the_old_run_stays_whole_while_a_new_stage_is_trained(run, monkeypatch):
     driver.load_run(str(run))
 
 
+def test_a_stage_that_takes_nobodys_place_leaves_the_run(run):
+    seed = run / "stability_seed_1"
+    seed.mkdir()
+    driver.make_room(parsed("--out", run), seed, "sae", False)
+    driver.load_run(str(run))
+    driver.make_room(parsed("--out", run), run, "sae", False)
+    with pytest.raises(driver.InputError, match="holds no finished run"):
+        driver.load_run(str(run))
+
+
+def test_a_damaged_log_is_told_before_the_training(run, monkeypatch):
+    log = run / "run.log.jsonl"
+    log.write_text(log.read_text()[:-20])
+    for training, flag in (("train_classifier", "--seed"), ("train_sae", "--epochs-sae-final")):
+        monkeypatch.setattr(driver, training, None)
+        with pytest.raises(driver.InputError, match=r"run.log.jsonl is damaged"):
+            driver.main([*TINY, "--out", str(run), flag, "3"])
+
+
 def test_without_its_last_file_a_run_is_not_finished(run, monkeypatch):
     """summary.json, which has the results, comes before settings.json, which says all is there."""
     written, write = [], fa.write_whole
@@ -395,7 +414,10 @@ def test_load_run_refuses_edited_claims(run):
         settings.write_text(json.dumps({**said, "hypotheses_sha256": {"4": digest}}))
         if digest == now:
             driver.load_run(str(run))
-    with pytest.raises(driver.InputError, match=rf"is {now}, recorded was 0{{64}}; to start over"):
+    with pytest.raises(driver.InputError, match=rf"is {now}, recorded was 0{{64}}\); run it again"):
+        driver.load_run(str(run))
+    (run / "hypotheses.json").unlink()
+    with pytest.raises(driver.InputError, match=r"claims are not as this run froze them .*No such"):
         driver.load_run(str(run))
 
 
@@ -406,6 +428,21 @@ def test_edited_claims_are_refused_with_and_without_a_summary(tmp_path):
     with pytest.raises(driver.InputError, match=r"was changed after it was frozen.* --fresh"):
         driver.prepare_folders(parsed("--out", tmp_path))
     driver.prepare_folders(parsed("--out", tmp_path, "--fresh"))
+
+
+@pytest.mark.parametrize("targets", [["8"], ["8", "9"]])
+def test_edited_claims_of_all_whose_results_would_go_are_refused(tmp_path, targets):
+    """Those of a target that this run has not, and those of an earlier run of a single target."""
+    folder = tmp_path if len(targets) == 2 else tmp_path / "target_4"
+    folder.mkdir(exist_ok=True)
+    fh.freeze_hypotheses([], folder / "hypotheses.json")
+    (folder / "sae.json").write_text("{}")
+    flags = ["--out", tmp_path, "--target-actives", *targets]
+    driver.prepare_folders(parsed(*flags))
+    text = (folder / "hypotheses.json").read_text()
+    (folder / "hypotheses.json").write_text(text.replace("0.85", "0.84"))
+    with pytest.raises(driver.InputError, match=rf"{folder}/hypotheses.json was changed"):
+        driver.prepare_folders(parsed(*flags))
 
 
 # --- Two at once ----------------------------------------------------------------------------------

@@ -381,6 +381,9 @@ def test_of_a_run_of_the_script_in_the_same_folder_nothing_is_left(explained, tm
     driver.main([*flags, "--out", str(tmp_path)])
     before = (tmp_path / "classifier.safetensors").read_bytes()
     own = {**settings, "out": str(tmp_path), "hypotheses": False, "stability_seeds": 0}
+    with pytest.raises(driver.TrainingError):
+        driver.explain(net, "wide", *data, classes=NAMES, **{**own, "lr_sae": 1e38})
+    driver.load_run(str(tmp_path))  # is there as long as nothing has taken its place
     capsys.readouterr()
     run = driver.explain(net, "wide", *data, classes=NAMES, **own)
     assert (
