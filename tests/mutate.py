@@ -35,7 +35,7 @@ TESTS = {  # of each room, the quickest first
     "mnist_data": "mnist_data",
     "feature_roles": "feature_roles",
     "feature_analysis": "feature_analysis arguments own_network",
-    "feature_hypotheses": "feature_hypotheses",
+    "feature_hypotheses": "feature_hypotheses own_network",
     "feature_confirmation": "truths feature_confirmation",
     "MNIST_SAE_code": "truths own_network end_to_end sweeps_and_ranks mnist_sae_code holding",
 }

@@ -1858,6 +1858,12 @@ def test_small_and_misshapen_pictures():
         fa.visualize_feature_pattern(heat, 0, inked=np.ones((5, 5), bool))
 
 
+def test_whole_numbers_up_to_the_last_index():
+    assert fa.check_whole("n", 2**31 - 1) == 2**31 - 1
+    with pytest.raises(ValueError, match="n is more than 2,147,483,647"):
+        fa.check_whole("n", 2**31)
+
+
 def test_what_counts_as_memory_that_ran_out():
     by_torch = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
     for error in (by_torch, MemoryError(), torch.OutOfMemoryError()):

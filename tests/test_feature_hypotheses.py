@@ -423,6 +423,14 @@ def test_a_word_whose_edit_does_not_move_the_feature_is_not_said(hand, monkeypat
     assert claims[1].ink.there == (stem,)
 
 
+def test_a_single_feature_is_described(hand):
+    layer, images, labels, claims = hand
+    sae = SimpleNamespace(W_enc=layer.sae.W_enc[:, :1], W_dec=layer.sae.W_dec[:1])
+    sae.encode = lambda z: layer.sae.encode(z)[:, :1]
+    (alone,) = fh.propose_hypotheses(layer._replace(sae=sae), images, labels)
+    assert (alone.ink, alone.often) == (claims[0].ink, claims[0].often)
+
+
 def test_images_of_another_size_keep_class_and_effect():
     _, images, labels = banded_images()
     layer = reads(*(torch.eye(8)[k].view(1, 8, 1).expand(3, 8, 8) / 24 for k in range(4)))

@@ -214,6 +214,13 @@ def test_an_image_that_is_read_so_already_needs_nothing():
     assert torch.equal(turns.lead > 0, clear)
 
 
+def test_no_images_need_no_features():
+    layer, images, labels = random_layer()
+    turns = fr.turning_features(layer, images[:0], labels[:0])
+    n_classes = layer.logits_from_raw(images).shape[1]
+    assert [tuple(part.shape) for part in turns] == [(0, D_SAE), (0, n_classes), (0,)]
+
+
 def test_the_images_chosen():
     labels = torch.tensor([0, 0, 1, 1, 0, 2, 1])
     logits = (

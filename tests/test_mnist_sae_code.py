@@ -1146,3 +1146,16 @@ def test_an_output_folder_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match=r"--out .*file cannot be written to"):
         driver.prepare_folder(tmp_path / "file")
+
+
+def test_processes_beside_this_one(monkeypatch):
+    for cores, ranks_here, expected in ((1, 1, 0), (2, 1, 1), (8, 2, 3), (64, 1, 7), (2, 4, 0)):
+        monkeypatch.setattr(driver, "available_cores", lambda cores=cores: cores)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks_here))
+        assert driver.n_workers(Settings(workers=-1)) == expected
+        assert driver.n_workers(Settings(workers=5)) == 5
+
+
+def test_memory_is_that_of_the_machine_at_most():
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < driver.memory_bytes() <= machine

@@ -242,6 +242,17 @@ def test_layers_that_cannot_be_taken(name, pool, message):
         fa.AtLayer(Twice(), name, pool, torch.randn(4, 6))
 
 
+def test_a_layer_without_a_tensor_and_a_model_without_logits_are_named():
+    pair, images = nn.LSTM(6, 6), torch.randn(4, 6)
+    with pytest.raises(ValueError, match=r"layer '0' gives no tensor \(B, d_in\) but a tuple"):
+        fa.AtLayer(nn.Sequential(pair), "0", images=images)
+    split = nn.Sequential(nn.Linear(6, 6), nn.Unflatten(1, (2, 3)))
+    with pytest.raises(ValueError, match=r"the model gives \(8, 2, 3\) instead of logits"):
+        fa.AtLayer(split, "0", images=images)
+    with pytest.raises(ValueError, match="the model gives .*tuple.* instead of logits"):
+        fa.AtLayer(nn.Sequential(nn.Linear(6, 6), pair), "0", images=images)
+
+
 def test_the_rest_cannot_be_run_before_any_image_was_seen():
     with pytest.raises(ValueError, match="give `images` first"):
         fa.AtLayer(network(), "wide").logits_from_preactivations(torch.zeros(2, 12))
