@@ -249,7 +249,7 @@ def test_a_layer_without_a_tensor_and_a_model_without_logits_are_named():
     split = nn.Sequential(nn.Linear(6, 6), nn.Unflatten(1, (2, 3)))
     with pytest.raises(ValueError, match=r"the model gives \(8, 2, 3\) instead of logits"):
         fa.AtLayer(split, "0", images=images)
-    with pytest.raises(ValueError, match="the model gives .*tuple.* instead of logits"):
+    with pytest.raises(ValueError, match=r"the model gives .*tuple.* instead of logits"):
         fa.AtLayer(nn.Sequential(nn.Linear(6, 6), pair), "0", images=images)
 
 
