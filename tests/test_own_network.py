@@ -549,6 +549,13 @@ def test_images_come_as_tensors_datasets_or_loaders():
     assert torch.equal(driver.whole_split(arrays, "val", torch.device("cpu")).images, images)
 
 
+def test_two_images_are_enough_for_a_split_and_one_is_not():
+    images, labels = picture_set(2, 0)
+    assert len(driver.whole_split((images, labels), "test", torch.device("cpu")).labels) == 2
+    with pytest.raises(InputError, match="test"):
+        driver.whole_split((images[:1], labels[:1]), "test", torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -746,6 +753,9 @@ def test_filled_shapes_are_no_strokes():
         ("B", "Bs"),
         ("Trousers", "trousers"),
         ("McLaren", "McLarens"),
+        ("TVset", "TVsets"),
+        ("X-ray", "X-rays"),
+        ("USB stick", "USB sticks"),
     ],
 )
 def test_what_images_of_a_class_are_called(name, many):
@@ -803,10 +813,12 @@ def weights_of(sae: driver.JumpReLUSAE, *but: str) -> dict[str, torch.Tensor]:
 def test_other_saes_of_saelens_load(tmp_path):
     sae = small_sae(2).sae
     raw = torch.randn(50, 5, generator=torch.Generator().manual_seed(6))
-    config = {"architecture": "standard", "apply_b_dec_to_input": True}
-    loaded = driver.load_saelens(write_saelens(tmp_path, config, **weights_of(sae, "threshold")))
     expected = ((raw - sae.b_dec) @ sae.W_enc + sae.b_enc).relu()
-    assert loaded.sae.encode(raw).numpy() == pytest.approx(expected.numpy(), abs=1e-5)
+    for said in ({"apply_b_dec_to_input": True}, {}):  # True where nothing is said
+        config = {"architecture": "standard", **said}
+        written = write_saelens(tmp_path, config, **weights_of(sae, "threshold"))
+        loaded = driver.load_saelens(written)
+        assert loaded.sae.encode(raw).numpy() == pytest.approx(expected.numpy(), abs=1e-5)
 
     config = {"architecture": "topk", "k": 3, "rescale_acts_by_decoder_norm": True}
     config["apply_b_dec_to_input"] = False
