@@ -421,6 +421,14 @@ def test_load_run_refuses_edited_claims(run):
         driver.load_run(str(run))
 
 
+def test_loaders_of_a_run_give_its_splits(run):
+    loaded = driver.load_run(str(run))
+    for name, n in (("train", 3500), ("val", 500), ("test", 1000)):
+        images = torch.cat([images for images, _ in loaded.loaders[name]])
+        assert torch.equal(images, getattr(loaded.data, name).images)
+        assert len(images) == n
+
+
 def test_edited_claims_are_refused_with_and_without_a_summary(tmp_path):
     path = tmp_path / "hypotheses.json"
     fh.freeze_hypotheses([], path)

@@ -1159,3 +1159,10 @@ def test_processes_beside_this_one(monkeypatch):
 def test_memory_is_that_of_the_machine_at_most():
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < driver.memory_bytes() <= machine
+
+
+def test_the_most_influential_features_come_first_as_many_as_asked_for():
+    removed = types.SimpleNamespace(influence=torch.tensor([0.1, 0.4, 0.1, 0.3]))
+    analysis = types.SimpleNamespace(removed=removed)
+    for limit, expected in ((0, [1, 3, 0, 2]), (2, [1, 3]), (9, [1, 3, 0, 2])):
+        assert driver.analysed_features(analysis, limit) == expected
