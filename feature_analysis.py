@@ -256,7 +256,7 @@ def batches_of(images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 POOLS = ("mean", "max", "flatten")  # what to make of a layer's output that has positions
 SAME = 1e-4  # of the largest logit: the same but for rounding
-BESIDE = 1e-2  # ... in batches of other sizes, for which GPUs may round to 10 bits
+SAME_IN_ANY_BATCH = 1e-2  # in batches of other sizes, for which GPUs may round to 10 bits
 
 
 class _Reached(Exception):  # noqa: N818
@@ -426,7 +426,7 @@ class AtLayer:
 
         if len(some) > 1:  # not every network takes a single one
             halves = torch.cat([self._run(half, lambda *_: None, half) for half in tried.chunk(2)])
-            rounded = max(BESIDE, 16 * torch.finfo(expected.dtype).eps)
+            rounded = max(SAME_IN_ANY_BATCH, 16 * torch.finfo(expected.dtype).eps)
             if _distance(halves.float(), expected.float()) > rounded:
                 raise ValueError(
                     "the model's logits for an image depend on the others of its batch"

@@ -28,7 +28,10 @@ OTHERS_SHOWN = 60  # images that it gets right, the first of each class
 TOUR_FEATURES = 4  # features, at most, that the guided tour switches off
 
 
-def _check_pairs(activity: fa.Activity, added: Tensor, logits: Tensor | None = None) -> None:
+def _check_contributions(
+    activity: fa.Activity, added: Tensor, logits: Tensor | None = None
+) -> None:
+    """Raise ValueError unless they are those of the activity."""
     found = len(added), len(activity.labels) if logits is None else len(logits)
     expected = len(activity.image), len(activity.labels)
     if found != expected:
@@ -43,7 +46,7 @@ def class_effects(activity: fa.Activity, added: Tensor) -> np.ndarray:
     The mean is over all images of the class, 0 for those that do not fire the feature; `added`
     (P, C) is that of `fa.contributions`. Raises ValueError where it is of another activity.
     """
-    _check_pairs(activity, added)
+    _check_contributions(activity, added)
     n_classes, d_sae = added.shape[1], len(activity.n_active)
     row = activity.labels[activity.image] * d_sae + activity.feature
     sums = torch.zeros(n_classes * d_sae, n_classes, dtype=torch.float64)
@@ -56,7 +59,7 @@ def turned_by(activity: fa.Activity, added: Tensor, logits: Tensor) -> tuple[Ten
     """Of each feature (d_sae,): on how many images removing it, alone, makes a wrong prediction
     right, and a right one wrong; `added` and `logits` are those of `fa.contributions`. Raises
     ValueError where these are of another activity."""
-    _check_pairs(activity, added, logits)
+    _check_contributions(activity, added, logits)
     d_sae, image = len(activity.n_active), activity.image
     right = (logits.argmax(1) == activity.labels)[image]
     stays = (logits[image] - added).argmax(1) == activity.labels[image]
