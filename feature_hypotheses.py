@@ -1086,8 +1086,9 @@ def propose_hypotheses(
             h = h._replace(why_not=dict.fromkeys(PARTS, why))
         hypotheses.append(h)
 
-    no_strokes = why_no_strokes(images) or why_unlike_strokes(images)
-    no_strokes = no_strokes if strokes else "strokes are switched off"
+    no_strokes = "strokes are switched off"
+    if strokes:
+        no_strokes = why_no_strokes(images) or why_unlike_strokes(images)
     inks = torch.empty(0, len(images), dtype=torch.float32)
     if no_strokes:
         hypotheses = [h.drops("ink", h.why_not.get("ink", no_strokes)) for h in hypotheses]
