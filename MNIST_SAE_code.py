@@ -2553,8 +2553,7 @@ def remove_results(folder: Path) -> None:
 
 def remove_results_of(settings: Settings) -> None:
     """`remove_results` in the run's folder and in those of its targets."""
-    root = Path(settings.out)
-    for folder in {root, *(target_folder(root, settings, t) for t in settings.target_actives)}:
+    for folder in folders_of(settings):
         if folder.exists():
             remove_results(folder)
 
@@ -2911,6 +2910,8 @@ def draw_training(curves: Sequence[TrainingCurve], path: Path) -> None:
             axes.yaxis.set_minor_formatter("")
         else:
             axes.set_ylim(0, 1.05 * max(curve.values) or 1)
+            if all(isinstance(value, int) for value in curve.values):
+                axes.yaxis.get_major_locator().set_params(integer=True)
         if curve.aim is not None:
             axes.axhline(curve.aim, color="#b2182b", linestyle="--", linewidth=1)
         if curve.turn is not None:
@@ -2947,10 +2948,10 @@ def places_to_look(root: Path, settings: Settings, records: Sequence[dict]) -> s
         folder = target_folder(root, settings, record["target_actives"])
         panels = [folder / f"feature_{k}_panel.png" for k in record["telling_features"]]
         first = panels[0] if panels else folder
-        tell(first, f"one feature on one page ({len(panels)} such pages)")
         tell(
             folder / "feature_report.html", "a page to open: the network, its features, its errors"
         )
+        tell(first, f"one feature on one page ({len(panels)} such pages)")
         if settings.hypotheses:
             tell(folder / "hypotheses.md", "what each feature means, tested, what matters first")
             tell(folder / "influence.png", "who does the work, and how far it is explained")
@@ -3230,16 +3231,15 @@ def prepare_subject(settings: Settings, clock: Clock, made: str = "") -> tuple[D
     with clock("data"):
         data = load_images(settings.data, settings.seed, device)
     sizes = " / ".join(f"{len(split.labels):,}" for split in data[:3])
+    repeated = None
     if not made:
         print(
             f"data: {data.source}; {sizes} train, validation, test; device {device}, "
             f"seed {settings.seed}"
         )
-    refuse_too_large(settings, data)
-    repeated = None
-    if not made:
         repeated = repeated_images(data)
         tell_repeated(data, repeated)
+    refuse_too_large(settings, data)
     with clock("classifier"):
         if made:
             model, digest = made_classifier(settings, data, made), made
@@ -3299,10 +3299,8 @@ def drop_classifier(root: Path) -> None:
 def other_targets(settings: Settings) -> list[Path]:
     """Folders of targets that an earlier run had and this one has not; one with a classifier beside
     its SAE is a run of its own."""
-    root = Path(settings.out)
-    ours = [target_folder(root, settings, target) for target in settings.target_actives]
-    found = []
-    for folder in sorted(root.glob("target_*")):
+    ours, found = folders_of(settings), []
+    for folder in sorted(Path(settings.out).glob("target_*")):
         is_target = re.fullmatch(r"target_\d+", folder.name) and (folder / "sae.json").exists()
         if is_target and folder not in ours and not (folder / "classifier.json").exists():
             found.append(folder)
@@ -3401,16 +3399,18 @@ def alone_in(folder: Path, wait: bool) -> Iterator[None]:
         yield
 
 
-def prepare_folders(settings: Settings) -> None:
-    """Make the targets' folders, and refuse one in which frozen hypotheses were edited, among all
-    whose results may go."""
+def folders_of(settings: Settings) -> list[Path]:
+    """The run's own, and those of its targets inside it."""
     root = Path(settings.out)
-    ours = [target_folder(root, settings, target) for target in settings.target_actives]
-    for folder in ours:
-        prepare_folder(folder)
-    for folder in dict.fromkeys([root, *ours, *other_targets(settings)]):
+    inside = (target_folder(root, settings, target) for target in settings.target_actives)
+    return list(dict.fromkeys([root, *inside]))
+
+
+def refuse_edited_claims(settings: Settings) -> None:
+    """Raise InputError where frozen hypotheses were edited, in any folder whose results may go."""
+    for folder in [*folders_of(settings), *other_targets(settings)]:
         if not settings.fresh and (folder / "hypotheses.json").exists():
-            refuse_changed_hypotheses(folder, recorded_claims(root, folder))
+            refuse_changed_hypotheses(folder, recorded_claims(Path(settings.out), folder))
 
 
 def n_workers(settings: Settings) -> int:
@@ -3424,12 +3424,10 @@ def n_workers(settings: Settings) -> int:
 @contextmanager
 def working(settings: Settings) -> Iterator[Jobs]:
     """The run's folders, to which nobody else writes meanwhile, and its workers."""
-    root = Path(settings.out)
-    places = [root, *(target_folder(root, settings, target) for target in settings.target_actives)]
     with ExitStack() as held:
-        for place in dict.fromkeys(places):
-            held.enter_context(alone_in(place, settings.wait))
-        prepare_folders(settings)
+        for folder in folders_of(settings):
+            held.enter_context(alone_in(folder, settings.wait))
+        refuse_edited_claims(settings)
         with torch_threads(1), Jobs(n_workers(settings)) as jobs:
             yield jobs
 
@@ -3524,8 +3522,6 @@ def sweep(runs: Sequence[Settings], rank: Rank) -> list[dict]:
     root = Path(runs[0].out)
     singles = combinations(runs)
     mine = singles[rank.number :: rank.count]
-    for single in mine:
-        prepare_folder(Path(single.out))
     places = {}
     for single in singles:
         places[single.seed] = str(root / f"seed_{single.seed}_classifier")
@@ -3982,11 +3978,8 @@ def explain(
     net = network_of(model, layer, pool)
     given = {"train": train, "val": val, "test": test}
     splits = [whole_split(split, name, net.device) for name, split in given.items()]
-    with torch.no_grad():
-        raw = net.preactivations(splits[0].images[: fa.PROBED])
-        n_classes = net.logits_from_preactivations(raw).shape[1]
-    fa.refuse_no_gradients(net, splits[0].images)  # now, not after the SAE's training
-    data, d_in = data_of(splits, classes, n_classes), raw.shape[1]
+    d_in, n_classes = sizes_of(net, splits[0].images)
+    data = data_of(splits, classes, n_classes)
     repeated = repeated_images(data)
     refuse_wholly_seen(data, repeated)
     tell_repeated(data, repeated)
@@ -4006,6 +3999,16 @@ def explain(
     return Run(net, trained.sae, pre.mu, pre.std, loaders, own, data, root, report)
 
 
+def sizes_of(net: fa.AtLayer | fa.InEvaluation, images: Tensor) -> tuple[int, int]:
+    """How many outputs the layer has, and how many classes the network; before anything is trained,
+    so that gradients that do not reach the pixels are an error here, too."""
+    with torch.no_grad():
+        raw = net.preactivations(images[: fa.PROBED])
+        n_classes = net.logits_from_preactivations(raw).shape[1]
+    fa.refuse_no_gradients(net, images)
+    return raw.shape[1], n_classes
+
+
 def network_of(
     model: nn.Module | fa.AtLayer, layer: str | None, pool: str | None
 ) -> fa.AtLayer | fa.InEvaluation:
@@ -4022,10 +4025,8 @@ def network_of(
         raise InputError(
             f"{type(model).__name__} has no methods {' and '.join(methods)}; name one of its layers"
         )
-    if any(
-        parameter.is_inference()
-        for parameter in (model.model if isinstance(model, fa.AtLayer) else model).parameters()
-    ):
+    module = model.model if isinstance(model, fa.AtLayer) else model
+    if any(parameter.is_inference() for parameter in module.parameters()):
         raise InputError(
             "the model was made in torch.inference_mode(), so no gradients flow through it; make "
             "it outside"

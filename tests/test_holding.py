@@ -377,7 +377,7 @@ def test_claims_frozen_before_a_kill_do_not_block_the_next_run(tmp_path):
     fh.freeze_hypotheses([], tmp_path / "target_4" / "hypotheses.json")
     for said in ("[]", '[{"target_actives": 3, "hypotheses_sha256": "of the first"}]'):
         (tmp_path / "summary.json").write_text(said)
-        driver.prepare_folders(parsed("--target-actives", 3, 4, "--out", tmp_path))
+        driver.refuse_edited_claims(parsed("--target-actives", 3, 4, "--out", tmp_path))
 
 
 def test_claims_that_summary_json_does_not_know_are_refused(tmp_path):
@@ -390,7 +390,7 @@ def test_claims_that_summary_json_does_not_know_are_refused(tmp_path):
     said = f"[{record % (3, digest)}, {record % (4, digest)}]"
     (tmp_path / "summary.json").write_text(said)
     flags = ["--target-actives", 3, 4, "--out", tmp_path]
-    driver.prepare_folders(parsed(*flags))
+    driver.refuse_edited_claims(parsed(*flags))
     edited = fh.Rule(class_auroc=0.05)
     now = fh.freeze_hypotheses([], tmp_path / "target_4" / "hypotheses.json", edited)
     line = (
@@ -398,11 +398,11 @@ def test_claims_that_summary_json_does_not_know_are_refused(tmp_path):
         f"{now}, recorded was {digest}; to start over, move the file away or give --fresh"
     )
     with pytest.raises(driver.InputError, match=re.escape(line)):
-        driver.prepare_folders(parsed(*flags))
-    driver.prepare_folders(parsed(*flags, "--fresh"))
+        driver.refuse_edited_claims(parsed(*flags))
+    driver.refuse_edited_claims(parsed(*flags, "--fresh"))
     (tmp_path / "summary.json").write_text(said[:-1])
     with pytest.raises(driver.InputError, match=r"summary.json is damaged .*; move it away or"):
-        driver.prepare_folders(parsed(*flags))
+        driver.refuse_edited_claims(parsed(*flags))
 
 
 def test_load_run_refuses_edited_claims(run):
@@ -434,8 +434,8 @@ def test_edited_claims_are_refused_with_and_without_a_summary(tmp_path):
     fh.freeze_hypotheses([], path)
     path.write_text(path.read_text().replace("0.85", "0.84"))
     with pytest.raises(driver.InputError, match=r"was changed after it was frozen.* --fresh"):
-        driver.prepare_folders(parsed("--out", tmp_path))
-    driver.prepare_folders(parsed("--out", tmp_path, "--fresh"))
+        driver.refuse_edited_claims(parsed("--out", tmp_path))
+    driver.refuse_edited_claims(parsed("--out", tmp_path, "--fresh"))
 
 
 @pytest.mark.parametrize("targets", [["8"], ["8", "9"]])
@@ -446,11 +446,11 @@ def test_edited_claims_of_all_whose_results_would_go_are_refused(tmp_path, targe
     fh.freeze_hypotheses([], folder / "hypotheses.json")
     (folder / "sae.json").write_text("{}")
     flags = ["--out", tmp_path, "--target-actives", *targets]
-    driver.prepare_folders(parsed(*flags))
+    driver.refuse_edited_claims(parsed(*flags))
     text = (folder / "hypotheses.json").read_text()
     (folder / "hypotheses.json").write_text(text.replace("0.85", "0.84"))
     with pytest.raises(driver.InputError, match=rf"{folder}/hypotheses.json was changed"):
-        driver.prepare_folders(parsed(*flags))
+        driver.refuse_edited_claims(parsed(*flags))
 
 
 # --- Two at once ----------------------------------------------------------------------------------
