@@ -1,21 +1,4 @@
-"""How can a person understand a network by its features? In one HTML file, without a server.
-
-    shown = Shown(bank, activity, images, heats, inked)  # all of the same images
-    write_dashboard("feature_report.html", records, layer, shown, tests=Tests(images, labels))
-
-The room takes what others have measured, the records of feature_report.json, where each feature
-fires and its input pattern, and adds what features do together: to a class, to an image, and
-which of them must go for a prediction to turn. All of that is computed here, so it stands on the
-page of any network; only the drawing view computes itself, and needs the weights.
-
-It joins the files of templates/ and fills them: META is JSON, what is said about the features
-and where each array is; PACK is the arrays, one after the other, gzip, base64.
-
-It may not judge: statements, verdicts and effects are shown as the records have them.
-
-Key: N images, C classes, d_in preactivations, d_sae features, F features on the page, n test
-images, P pairs of a feature and an image that fires it.
-"""
+"""TODO"""
 
 from __future__ import annotations
 
@@ -32,18 +15,29 @@ import torch
 from torch import Tensor
 
 import feature_analysis as fa
-import feature_hypotheses as fh
-import feature_roles as fr
+from saexplain.activity import Activity, contributions, coactivation_neighbors, top_similar_rows
+from saexplain.captions import images_of
+from saexplain.counterfactuals import TestLook, class_effects, look_at_tests
+from saexplain.images import as_ink
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
+
 SCRIPTS = ("core", "dom", "parts", "story", "class", "pair", "errors", "features", "feature")
+
 SCRIPTS += ("draw", "main")  # files of templates/, in the order in which they are joined
+
 TOP_SHOWN = 12  # strongest images of a feature
+
 BAND_SHOWN = 3  # images from each quarter of its active range
+
 HISTOGRAM_BINS = 24
+
 NEIGHBOURS = 4  # other features named next to a feature, of either kind
+
 MAP_NEIGHBOURS = 5  # features that the map tries to keep next to a feature
+
 SAE_WEIGHTS = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")  # what the page computes with
+
 ARRAY_KINDS = {
     "uint8": "u1",
     "int8": "i1",
@@ -56,8 +50,7 @@ class Shown(NamedTuple):
     """What is shown of the features; bank, activity and images belong to the same images."""
 
     bank: fa.FeatureBank
-    activity: fa.Activity
-    images: Tensor  # (N, C, H, W) as the network takes them
+    activity: Activity
     heats: Tensor  # (d_sae, H, W), input patterns
     inked: np.ndarray | None = None  # (H, W) bool, pixels that images ink; None: all
 
@@ -82,20 +75,13 @@ class Network(NamedTuple):
     b2: Tensor  # (C,)
 
 
-class Tests(NamedTuple):
-    """Images that the network has not learned from."""
-
-    images: Tensor  # (n, C, H, W) as the network takes them
-    labels: Tensor  # (n,)
-
-
 # --------------------------------------------------------------------------------------------------
 # How strongly does a feature fire, and which others are like it?
 # --------------------------------------------------------------------------------------------------
 
 
 def activation_histograms(
-    activity: fa.Activity, bins: int = HISTOGRAM_BINS
+    activity: Activity, bins: int = HISTOGRAM_BINS
 ) -> tuple[np.ndarray, np.ndarray]:
     """How each feature's activations are spread between 0 and the largest of them.
 
@@ -244,8 +230,8 @@ def _entries(
     """
     own = torch.tensor([record["feature"] for record in records], dtype=torch.int64)
     unit = torch.nn.functional.normalize(sae.W_dec.detach().cpu(), dim=1)
-    near = _named(fa.most_alike_rows(unit, own, NEIGHBOURS))
-    together = _named(fa.firing_together(shown.activity, NEIGHBOURS))
+    near = _named(top_similar_rows(unit, own, NEIGHBOURS))
+    together = _named(coactivation_neighbors(shown.activity, NEIGHBOURS))
     threshold = getattr(sae, "threshold", torch.zeros(len(largest)))
 
     entries = []
@@ -302,14 +288,14 @@ def _mean_arrays(
     return {"means": _as_picture(firing), "class_means": _as_picture(sums)}
 
 
-def _test_arrays(look: fr.TestLook, tests: Tests) -> dict[str, np.ndarray]:
+def _test_arrays(look: TestLook, tests: fa.Activations) -> dict[str, np.ndarray]:
     """The test images shown, and what fires on each: `pair_start` says where its pairs are."""
     activity = look.activity
     order = activity.image.argsort(stable=True)
     counts = torch.bincount(activity.image, minlength=len(look.image))
     start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     return {
-        "tests": _as_bytes(fa.as_ink(tests.images.cpu())[look.image]),
+        "tests": _as_bytes(as_ink(tests.images.cpu())[look.image]),
         "test_logits": look.logits.numpy(),
         "pair_start": start.int().numpy(),
         "pair_feature": activity.feature[order].int().numpy(),
@@ -319,7 +305,7 @@ def _test_arrays(look: fr.TestLook, tests: Tests) -> dict[str, np.ndarray]:
     }
 
 
-def _test_words(look: fr.TestLook, tests: Tests) -> dict:
+def _test_words(look: TestLook, tests: fa.Activations) -> dict:
     """What the page says about the test images, and the guided tour."""
     mending = [row.nonzero()[:, 0].tolist() for row in look.turns.off]
     said = {
@@ -397,7 +383,6 @@ def write_dashboard(
     shown: Shown,
     overview: Overview | None = None,
     network: Network | None = None,
-    tests: Tests | None = None,
 ) -> None:
     """Write one HTML file that shows the features of `records`, whole or not at all.
 
@@ -405,7 +390,6 @@ def write_dashboard(
         records: of feature_report.json, with or without statements.
         network: the layer's model, with which the page computes: one can draw an image and
             switch features off. The SAE then needs all SAE_WEIGHTS.
-        tests: unseen images; the page shows the errors among them, and some others.
 
     Images are shown as `feature_analysis.as_ink` makes them, in grey. Raises ValueError for images
     of other than one or three channels, patterns or `inked` of another shape, and
@@ -415,21 +399,22 @@ def write_dashboard(
     features = [record["feature"] for record in records]
     n_classes = shown.bank.label_histogram.shape[1]
     names = _class_names(overview, n_classes)
-    images = fa.as_ink(shown.images.cpu())[:, 0]
+    val, tests = layer.splits["val"], layer.splits.get("test")
+    images = as_ink(val.images.cpu())[:, 0]
     counts, largest = activation_histograms(shown.activity)
     entries, pictured = _entries(records, layer.sae, shown, largest)
-    added, _ = fa.contributions(layer, shown.images, shown.activity)
+    added, _ = contributions(layer, val.raw, shown.activity)
 
     arrays = {"images": _as_bytes(images[pictured])}
     arrays |= _pattern_arrays(shown, features)
     arrays |= _mean_arrays(shown, images, features, n_classes)
     arrays["histograms"] = counts[features].astype(np.float32)
-    arrays["class_adds"] = fr.class_effects(shown.activity, added)[:, features]
+    arrays["class_adds"] = class_effects(shown.activity, added)[:, features]
     if network is not None:
         arrays |= _weight_arrays(layer, network)
     look = None
     if tests is not None:
-        look = fr.look_at_tests(layer, *tests)
+        look = look_at_tests(layer, tests.raw, tests.labels)
         arrays |= _test_arrays(look, tests)
         for entry in entries:
             entry["mends"] = int(look.mends[entry["feature"]])
@@ -441,7 +426,7 @@ def write_dashboard(
         **overview._asdict(),
         "shape": arrays["inked"].shape,
         "classes": names,
-        "many": [fh.images_of(names, c) for c in range(n_classes)],  # as in "6s", "trousers"
+        "many": [images_of(names, c) for c in range(n_classes)],  # as in "6s", "trousers"
         "of_class": torch.bincount(shown.activity.labels, minlength=n_classes).tolist(),
         "bins": HISTOGRAM_BINS,
         "d_sae": layer.d_sae,

@@ -1,16 +1,4 @@
-"""What do features do together? To a class, to one image, and who must go for it to turn.
-
-    added, logits = fa.contributions(layer, images, activity)  # what each adds to an image's logits
-    means = class_effects(activity, added)                     # ... to those of a class, on average
-    turns = turning_features(layer, images, goal)              # without which is it read as goal?
-    tests = look_at_tests(layer, images, labels)               # all of that, of images worth seeing
-
-It takes a layer, its SAE and images, and gives numbers. What a feature adds is always what the
-image loses when it alone is taken away; the part that the SAE does not rebuild stays. A network is
-not linear: what two features add is not what both together add.
-
-Key: n images, C classes, d_sae features, P pairs of a feature and an image that fires it.
-"""
+"""TODO"""
 
 from __future__ import annotations
 
@@ -22,15 +10,16 @@ import torch
 from torch import Tensor
 
 import feature_analysis as fa
+from saexplain.activity import Activity, collect_activity, contributions
 
 ERRORS_SHOWN = 300  # misclassified images, those first of which the network is surest
+
 OTHERS_SHOWN = 60  # images that it gets right, the first of each class
+
 TOUR_FEATURES = 4  # features, at most, that the guided tour switches off
 
 
-def _check_contributions(
-    activity: fa.Activity, added: Tensor, logits: Tensor | None = None
-) -> None:
+def _check_contributions(activity: Activity, added: Tensor, logits: Tensor | None = None) -> None:
     """Raise ValueError unless they are those of the activity."""
     found = len(added), len(activity.labels) if logits is None else len(logits)
     expected = len(activity.image), len(activity.labels)
@@ -40,7 +29,7 @@ def _check_contributions(
         )
 
 
-def class_effects(activity: fa.Activity, added: Tensor) -> np.ndarray:
+def class_effects(activity: Activity, added: Tensor) -> np.ndarray:
     """What each feature adds to each logit on the images of a class, (C, d_sae, C) float32.
 
     The mean is over all images of the class, 0 for those that do not fire the feature; `added`
@@ -55,7 +44,7 @@ def class_effects(activity: fa.Activity, added: Tensor) -> np.ndarray:
     return (sums.view(n_classes, d_sae, n_classes) / images[:, None, None]).float().numpy()
 
 
-def turned_by(activity: fa.Activity, added: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+def turned_by(activity: Activity, added: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Of each feature (d_sae,): on how many images removing it, alone, makes a wrong prediction
     right, and a right one wrong; `added` and `logits` are those of `fa.contributions`. Raises
     ValueError where these are of another activity."""
@@ -84,22 +73,20 @@ class Turns(NamedTuple):
 
 @torch.no_grad()
 def turning_features(
-    layer: fa.ExplainedLayer, images: Tensor, goal: Tensor, most: int | None = None
+    layer: fa.ExplainedLayer, raw: Tensor, goal: Tensor, most: int | None = None
 ) -> Turns:
-    """Few features, `most` or less, without which each image (n, ...) is read as `goal` (n,).
+    """Few features, `most` or less, without which each image, the layer's output raw (n, d_in), is read as `goal` (n,).
 
     Greedy: each step removes the feature without which the goal leads most; in the end those
     that prove to be needless are put back, one by one until each of the rest is needed. There may
     be a smaller set.
     """
-    if len(images) == 0:
-        n_classes = layer.logits_from_raw(layer.mu[None]).shape[1]
+    if len(raw) == 0:
         none = torch.zeros(0, layer.d_sae, dtype=torch.bool)
-        return Turns(none, torch.zeros(0, n_classes), torch.zeros(0))
-    raw, goal = layer.raw_of_all(images), goal.to(layer.mu.device)
-    acts = layer.sae.encode((raw - layer.mu) / layer.std)
-    shifts = layer.sae.W_dec.detach() * layer.std
-    lead = first = lead_of(layer.logits_of_all(raw), goal)
+        return Turns(none, torch.zeros(0, layer.n_classes), torch.zeros(0))
+    raw, goal = raw.clone(), goal.to(raw.device)
+    acts = layer.feature_acts(raw)
+    lead = first = lead_of(layer.logits(raw), goal)
     off = torch.zeros_like(acts, dtype=torch.bool)
     steps = []
     for _ in range(most or acts.shape[1]):
@@ -108,12 +95,12 @@ def turning_features(
             break
         leads = torch.full_like(acts, -math.inf)
         for i, j in zip(image.split(fa.HEAD_ROWS), k.split(fa.HEAD_ROWS), strict=True):
-            without = layer.logits_from_raw(raw[i] - acts[i, j, None] * shifts[j])
+            without = layer.logits(layer.without(raw[i], j, acts[i, j]))
             leads[i, j] = lead_of(without, goal[i])
         lead, best = torch.where(lead <= 0, leads.amax(1), lead), leads.argmax(1)
         image = image.unique()
         k = best[image]
-        raw[image] -= acts[image, k, None] * shifts[k]
+        raw[image] = layer.without(raw[image], k, acts[image, k])
         off[image, k] = True
         steps.append((image, k))
 
@@ -123,15 +110,15 @@ def turning_features(
         for image, k in steps:
             still = off[image, k] & looked_at[image]
             image, k = image[still], k[still]
-            back = raw[image] + acts[image, k, None] * shifts[k]
-            needless = lead_of(layer.logits_of_all(back), goal[image]) > 0
+            back = layer.adding(raw[image], k, acts[image, k])
+            needless = lead_of(layer.logits(back), goal[image]) > 0
             image, k = image[needless], k[needless]
             raw[image] = back[needless]
             off[image, k] = False
             changed[image] = True
         looked_at = changed
     off &= (lead > 0)[:, None]
-    return Turns(off.cpu(), layer.logits_of_all(raw).cpu(), first.cpu())
+    return Turns(off.cpu(), layer.logits(raw).cpu(), first.cpu())
 
 
 def chosen_tests(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,14 +156,14 @@ class Tour(NamedTuple):
 
 @torch.no_grad()
 def find_tour(
-    layer: fa.ExplainedLayer, images: Tensor, labels: Tensor, logits: Tensor, pair: list[int]
+    layer: fa.ExplainedLayer, raw: Tensor, labels: Tensor, logits: Tensor, pair: list[int]
 ) -> Tour | None:
     """The image of one class of the pair that turns into the other with fewest features off; of
     several the one that is surest before and after. None if all need more than TOUR_FEATURES."""
     right = logits.argmax(1) == labels
     (place,) = (right & torch.isin(labels, torch.tensor(pair))).nonzero(as_tuple=True)
     goal = sum(pair) - labels[place]
-    turns = turning_features(layer, images[place], goal, TOUR_FEATURES)
+    turns = turning_features(layer, raw[place], goal, TOUR_FEATURES)
     needed = turns.off.sum(1)
     if not needed.any():
         return None
@@ -186,11 +173,13 @@ def find_tour(
     best = int(surety.argmax())
     features = turns.off[best].nonzero()[:, 0].tolist()
 
-    raw = layer.raw(images[place[best : best + 1]])
-    acts = layer.sae.encode((raw - layer.mu) / layer.std)[0, features]
-    parts = acts[:, None] * layer.sae.W_dec.detach()[features] * layer.std
-    bits = torch.arange(2 ** len(features))[:, None] >> torch.arange(len(features)) & 1
-    without = layer.logits_from_raw(raw - bits.to(raw) @ parts).cpu()
+    own = raw[place[best : best + 1]]
+    acts = layer.feature_acts(own)[0]
+    states = own.expand(2 ** len(features), -1)
+    for bit, k in enumerate(features):
+        is_off = (torch.arange(len(states), device=own.device) >> bit & 1).to(own)
+        states = layer.without(states, k, is_off * acts[k])
+    without = layer.logits(states).cpu()
     return Tour(int(place[best]), int(goal[best]), features, without)
 
 
@@ -199,7 +188,7 @@ class TestLook(NamedTuple):
 
     image: Tensor  # (m,) their places among the n
     n_errors: int  # the first so many are misclassified
-    activity: fa.Activity  # of the m images
+    activity: Activity  # of the m images
     added: Tensor  # (P, C) what its pairs add
     logits: Tensor  # (m, C)
     turns: Turns  # what makes each error right, (n_errors, ...)
@@ -211,22 +200,22 @@ class TestLook(NamedTuple):
 
 
 @torch.no_grad()
-def look_at_tests(layer: fa.ExplainedLayer, images: Tensor, labels: Tensor) -> TestLook:
+def look_at_tests(layer: fa.ExplainedLayer, raw: Tensor, labels: Tensor) -> TestLook:
     """The errors among images (n, ...), and all that features do on some of them."""
     labels = labels.cpu()
-    every = fa.collect_activity(layer, images, labels)
-    added, logits = fa.contributions(layer, images, every)
+    every = collect_activity(layer, raw, labels)
+    added, logits = contributions(layer, raw, every)
     mends, breaks = turned_by(every, added, logits)
     pair = confused_pair(logits, labels)
-    tour = find_tour(layer, images, labels, logits, pair)
+    tour = find_tour(layer, raw, labels, logits, pair)
     errors, others = chosen_tests(logits, labels)
     shown = torch.cat([errors, others])
     if tour is not None and tour.image not in shown:
         shown = torch.cat([shown, torch.tensor([tour.image])])
 
-    activity = fa.collect_activity(layer, images[shown], labels[shown])
-    added, some = fa.contributions(layer, images[shown], activity)
-    turns = turning_features(layer, images[errors], labels[errors])
+    activity = collect_activity(layer, raw[shown], labels[shown])
+    added, some = contributions(layer, raw[shown], activity)
+    turns = turning_features(layer, raw[errors], labels[errors])
     n_wrong = int((logits.argmax(1) != labels).sum())
     found = (shown, len(errors), activity, added, some, turns, mends, breaks, n_wrong, pair, tour)
     return TestLook(*found)

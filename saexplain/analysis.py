@@ -1,0 +1,118 @@
+"""What is known about every feature from the validation images? One table, before any hypothesis.
+
+    analysis = analyze(layer, topk=20)       # bank, patterns, effects, activity, influence
+    record = feature_record(k, analysis)     # a record of feature_report.json
+
+Takes an `ExplainedLayer` with an SAE and the splits "train" and "val"; gives numbers. It looks at no
+test image, and draws and writes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import feature_analysis as fa
+from saexplain.activity import Activity, Removals, collect_activity, removal_effects
+from saexplain.images import as_ink
+from saexplain.parallel import Stopwatch
+
+GRADIENT_IMAGES = 128  # over which gradients are averaged that differ from image to image
+INKED_SHARE = 0.01  # pixels inked in fewer training images are drawn grey: no evidence about them
+
+
+class Analysis(NamedTuple):
+    """All that is known about the features, from the validation images."""
+
+    bank: fa.FeatureBank
+    heats: Tensor  # (d_sae, H, W) input patterns; of a color image, summed over channels
+    logit: fa.LogitEffects
+    ablation: fa.LogitEffects
+    nearest: fa.NearestFeatures
+    inked: np.ndarray  # (H, W) bool, the pixels that images ink
+    activity: Activity
+    removed: Removals
+
+
+def gradient_images(layer: fa.ExplainedLayer, images: Tensor) -> dict:
+    """Where input patterns are taken, as arguments of `feature_input_pattern`: anywhere if the layer
+    is linear in the pixels, otherwise at some of images (N, ...)."""
+    shape = tuple(images.shape[1:])
+    linear = fa.is_linear(layer, shape, images)
+    return {"images": None if linear else images[:GRADIENT_IMAGES], "image_shape": shape}
+
+
+def input_patterns(layer: fa.ExplainedLayer, images: Tensor) -> Tensor:
+    """Input pattern of every feature, (d_sae, H, W) on the CPU, channels summed."""
+    parts = (layer.model, layer.sae, layer.mu, layer.std)
+    heats = fa.feature_input_patterns(*parts, **gradient_images(layer, images)).cpu()
+    return heats.sum(1) if heats.dim() == 4 else heats
+
+
+def analyze(
+    layer: fa.ExplainedLayer, topk: int, n_eval: int, alpha: float, clock: Stopwatch
+) -> Analysis:
+    """Images, pixels and classes of all features. Arguments are those of the functions of
+    feature_analysis; `clock` counts the seconds of the parts."""
+    images, labels, raw = layer.splits["val"]
+    every = torch.arange(layer.d_sae)
+    with clock("bank"):
+        bank = fa.feature_bank(layer, raw, labels, topk)
+        activity = collect_activity(layer, raw, labels)
+    with clock("patterns"):
+        heats = input_patterns(layer, images)
+        inked = (as_ink(layer.splits["train"].images) > 0).float().mean(0)[0] >= INKED_SHARE
+    with clock("effects"):
+        logit = fa.logit_effects(layer, raw[:n_eval], alpha)
+        ablation = fa.ablation_effects(layer, raw.split(fa.HEAD_ROWS), every, n_eval)
+        removed = removal_effects(layer, raw, activity)
+    return Analysis(
+        bank,
+        heats,
+        fa.LogitEffects(*(tensor.cpu() for tensor in logit)),
+        fa.LogitEffects(*(tensor.cpu() for tensor in ablation)),
+        fa.nearest_features(layer.sae.W_dec),
+        inked.cpu().numpy(),
+        activity,
+        removed,
+    )
+
+
+def by_influence(analysis: Analysis, limit: int = 0) -> list[int]:
+    """Features by falling influence, ties by number; the first `limit`, or all when it is 0."""
+    order = torch.argsort(analysis.removed.influence, descending=True, stable=True).tolist()
+    return order[: limit or None]
+
+
+def feature_record(k: int, analysis: Analysis) -> dict:
+    """What is known about feature k, plain values: a record of feature_report.json.
+
+    Raises IndexError for a k out of range.
+    """
+    bank, logit, ablation = analysis.bank, analysis.logit, analysis.ablation
+    histogram = bank.label_histogram[fa.check_feature(k, len(bank.label_histogram))]
+    top = bank.top.of(k)
+    n_active = int(histogram.sum())
+    return {
+        "feature": k,
+        "mean_active": float(bank.feature_density[k]),
+        "mean_activation_when_active": float(bank.mean_activation_when_active[k]),
+        "n_active": n_active,
+        "label_histogram": histogram.tolist(),
+        "label_mode_when_active": int(histogram.argmax()) if n_active else None,
+        "top_examples": top.index.tolist(),
+        "top_scores": top.activation.tolist(),
+        "top_labels": top.label.tolist(),
+        "logit_boost_class": int(logit.top_class[k]),
+        "logit_delta_vector": logit.mean_delta[k].tolist(),
+        "ablation_delta_vector": ablation.mean_delta[k].tolist(),
+        "ablation_images": int(ablation.n_images[k]),
+        "nearest_feature": int(analysis.nearest.feature[k]),
+        "nearest_cosine": float(analysis.nearest.cosine[k]),
+        "pattern_roughness": float(fa.pattern_roughness(analysis.heats[k : k + 1])[0]),
+        "influence": float(analysis.removed.influence[k]),
+        "predictions_changed": float(analysis.removed.changes[k]),
+    }

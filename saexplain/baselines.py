@@ -1,0 +1,122 @@
+"""Do directions that training did not find do as well? The same tests for other features.
+
+    directions = default_directions(z, seed)                  # "random directions", "neurons"
+    features = match_rates(directions["neurons"], z, density, mean_activation)
+    comparison = evaluate_directions(directions["neurons"], layer, ...)
+
+Takes directions in the space of standardized activations; gives features active as often and as
+strongly as the SAE's, and what the same path from proposal to test says about them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import feature_analysis as fa
+from saexplain.activity import collect_activity
+from saexplain.edits import spread
+from saexplain.evaluation import (
+    Comparison,
+    comparison_of,
+    held,
+    judge_hypotheses,
+    pick_features,
+    score_claims,
+    test_hypotheses,
+)
+from saexplain.fidelity import feature_stats
+from saexplain.hypotheses import Rule, propose_hypotheses
+from saexplain.sae import JumpReLUSAE
+
+MAX_BASELINE_FEATURES = 512  # at most so many features of each other kind
+
+
+def _cut_at(values: np.ndarray, n_above: int) -> float:
+    """A cut between the n_above largest of `values` (N,) and the others, but never below 0."""
+    rank = int(np.clip(len(values) - n_above, 1, len(values) - 1))
+    last_below, first_above = np.partition(values, (rank - 1, rank))[rank - 1 : rank + 1]
+    # Not at a value itself, where rounding would decide.
+    return max(0.0, float(0.9 * last_below + 0.1 * first_above))
+
+
+def matched_directions(
+    directions: Tensor, z: Tensor, density: Tensor, mean_activation: Tensor
+) -> JumpReLUSAE:
+    """Features along `directions` (n, d_in) that fire on a share `density` (n,) of z (N, d_in), or
+    wherever z points along them if that is less, with `mean_activation` (n,) where they do."""
+    unit = torch.nn.functional.normalize(directions.to(z), dim=1)
+    projected = (z @ unit.T).T.cpu().numpy()  # (n, N)
+    n_above = (density * len(z)).round().long().tolist()
+    cuts = [_cut_at(values, n) for values, n in zip(projected, n_above, strict=True)]
+    means = []
+    for values, cut in zip(projected, cuts, strict=True):
+        above = values[values > cut]
+        means.append(float(above.mean()) if len(above) else 1.0)
+    scale = mean_activation.to(z) / torch.tensor(means).to(z)
+    threshold = torch.tensor(cuts).to(z) * scale
+    return JumpReLUSAE.from_weights(
+        {
+            "W_enc": unit.T * scale,
+            "b_enc": torch.zeros_like(threshold),
+            "W_dec": unit,
+            "b_dec": z.new_zeros(z.shape[1]),
+            "threshold": threshold,
+        }
+    )
+
+
+def default_directions(z: Tensor, seed: int) -> dict[str, Tensor]:
+    """Directions (n, d_in) by name: MAX_BASELINE_FEATURES at random, and the units of z (N, d_in),
+    up and down, in random order."""
+    d_in = z.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randn(MAX_BASELINE_FEATURES, d_in, generator=generator, dtype=torch.float32)
+    up = torch.eye(d_in, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(2 * d_in, generator=generator)
+    return {"random directions": random, "neurons": torch.cat([up, -up])[order]}
+
+
+def match_rates(
+    directions: Tensor, z: Tensor, density: Tensor, mean_activation: Tensor
+) -> JumpReLUSAE:
+    """Features along the first of `directions` (n, d_in), COMPARED at most, that fire on z
+    (N, d_in) as often and as strongly as features of the SAE, of which density and
+    mean_activation (d_sae,) are: as many of all firing rates, the most active first.
+
+    How often a feature fires decides how easily a statement about it is confirmed, so that only
+    features of the same rates can be compared.
+    """
+    n = min(len(directions), len(density), MAX_BASELINE_FEATURES)
+    falling = torch.argsort(density, descending=True, stable=True)
+    some = spread(falling, n)
+    return matched_directions(directions[:n], z, density[some], mean_activation[some])
+
+
+def evaluate_directions(
+    directions: Tensor,
+    layer: fa.ExplainedLayer,
+    val: fa.Activations,
+    test_half: fa.Activations,
+    replication_half: fa.Activations,
+    seed: int,
+    strokes: bool = True,
+) -> Comparison:
+    """The SAE's path, from proposals to tests on unseen images, for features along directions
+    (n, d_in) that are active as often and as strongly as the features of the layer's SAE.
+
+    `strokes` as in `propose_hypotheses`: only what may say the same can be compared.
+    """
+    z, rule = layer.standardize(val.raw), Rule()
+    other = layer.with_sae(match_rates(directions, z, *feature_stats(layer.sae, z)))
+    claims = propose_hypotheses(other, val, rule, drawings=False, strokes=strokes)
+    activity = collect_activity(other, test_half.raw, test_half.labels)
+    scored = score_claims(claims, test_half.images, test_half.labels)
+    evidence = test_hypotheses(claims, other, test_half, activity, seed, rule, scored)
+    judgements = judge_hypotheses(claims, evidence, rule)
+    repeated = test_hypotheses(claims, other, replication_half, None, seed + 1, rule)
+    again = [held(e, rule) for e in repeated]
+    picked = pick_features(evidence, scored, other, activity)
+    return comparison_of(evidence, judgements, picked, again, rule)

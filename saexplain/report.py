@@ -1,0 +1,369 @@
+"""One SAE, explained into one folder: pictures, tested hypotheses, the page and the tables behind it.
+
+    draft = prepare_report(layer, folder, options, clock, workers)     # validation images alone
+    record, report = finish_report(draft, record, ...)     # test images, files
+    write_page(draft, record, report, frontier)            # feature_report.html
+    explain_sae(model, "layer3", sae, mu, std, train, val, test, out="explained")   # all of it
+
+Takes an `ExplainedLayer` with an SAE and its three splits, the fidelity record and a few options. It
+does not know how the SAE was trained.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import feature_analysis as fa
+from saexplain import console, figures, page, text
+from saexplain.activity import collect_activity
+from saexplain.analysis import Analysis, analyze, by_influence, feature_record, input_patterns
+from saexplain.baselines import default_directions, evaluate_directions
+from saexplain.captions import statement
+from saexplain.diagnoses import diagnose
+from saexplain.evaluation import (
+    Comparison,
+    Trial,
+    confirmation_splits,
+    make_trial,
+    pick_features,
+    score_claims,
+    test_hypotheses,
+    trial_record,
+)
+from saexplain.fidelity import measure_fidelity
+from saexplain.files import folder_lock, to_json
+from saexplain.hypotheses import freeze_hypotheses, propose_hypotheses, read_hypotheses
+from saexplain.images import Data, as_ink, as_split, check_split_leakage, data_from_splits
+from saexplain.layers import collect_activations, open_layer
+from saexplain.panels import PanelNotes, Sketch, visualize_sketch, write_feature_panels
+from saexplain.parallel import Stopwatch, Task, Workers
+from saexplain.reproducibility import Replicates
+from saexplain.saelens import save_saelens
+from saexplain.strokes import place_masks
+
+N_PANELS = 5  # features, the most influential, that get a panel and a line on the terminal
+PICTURE_TASKS = 2  # each is sent all images, so not more than keep two cores busy
+RESULT_FILES = """settings.json summary.json frontier.png feature_report.json feature_report.html
+hypotheses.json hypotheses.md explained.png influence.png training.png run.log.jsonl
+saelens/cfg.json saelens/sae_weights.safetensors""".split()
+NO_DRAWING = "This page cannot compute the network, so you cannot draw for it; all else works."
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a report contains, and what things are called in it."""
+
+    classes: tuple[str, ...] = ()  # names of the logits; empty: their numbers
+    network: str = "a network"  # in words
+    source: str = "images"  # of the data, in words
+    topk: int = 20  # strongest images kept per feature
+    n_eval: int = 2000  # images over which an effect is averaged
+    alpha: float = 1.0  # how much of a feature is added when its logit effect is measured
+    strokes: bool = True  # name pen strokes, where images are such
+    hypotheses: bool = True  # propose, freeze and test a hypothesis about each feature
+    features: int = 0  # report so many of the most influential features; 0: all
+    seed: int = 0
+
+
+class Draft(NamedTuple):
+    """A report after everything that needs no test image."""
+
+    layer: fa.ExplainedLayer
+    folder: Path
+    options: Options
+    analysis: Analysis
+    features: list[int]  # those that are reported, the most influential first
+    frozen: str | None  # the SHA-256 of hypotheses.json, if there are hypotheses
+    pictures: list[Task]
+    clock: Stopwatch
+    shown: Tensor  # (N, 1, H, W) the validation images as pictures show them
+
+
+def remove_results(folder: Path) -> bool:
+    """Delete the results of an earlier run, settings.json first, without which it is no finished
+    run; whether there were any."""
+    found = [folder / name for name in RESULT_FILES if (folder / name).exists()]
+    pictures = r"feature_\d+_(gallery|pattern|panel|hypothesis)\.(png|npy)"
+    found += [path for path in folder.iterdir() if re.fullmatch(pictures, path.name)]
+    for path in found:
+        path.unlink(missing_ok=True)
+    return bool(found)
+
+
+def prepare_report(
+    layer: fa.ExplainedLayer, folder: Path, options: Options, clock: Stopwatch, workers: Workers
+) -> Draft:
+    """Analyze the features, start their pictures, propose and freeze hypotheses: from the
+    validation images alone."""
+    analysis = analyze(layer, options.topk, options.n_eval, options.alpha, clock)
+    features = by_influence(analysis, options.features)
+    shown = as_ink(layer.splits["val"].images.cpu())
+    pictures = []
+    for part in range(PICTURE_TASKS):
+        own = features[part::PICTURE_TASKS]
+        given = (folder, own, analysis.bank, shown, analysis.heats, analysis.inked, options.classes)
+        pictures.append(workers.start("pictures", fa.write_feature_pictures, *given))
+    frozen = None
+    if options.hypotheses:
+        with clock("propose and freeze"):
+            hypotheses = propose_hypotheses(
+                layer,
+                layer.splits["val"],
+                activity=analysis.activity,
+                removed=analysis.removed,
+                strokes=options.strokes,
+                classes=options.classes,
+            )
+            frozen = freeze_hypotheses(hypotheses, folder / "hypotheses.json")
+        console.warn_no_strokes(hypotheses)
+    return Draft(layer, folder, options, analysis, features, frozen, pictures, clock, shown)
+
+
+def evaluate_draft(
+    draft: Draft, directions: Mapping[str, Tensor], workers: Workers
+) -> tuple[Trial, dict[str, Comparison]]:
+    """The frozen hypotheses tested on one half of the test images, the other half being kept for
+    replication, beside hypotheses about `directions` (n, d_in) by name.
+
+    Raises ValueError when hypotheses.json is not the file that was frozen.
+    """
+    layer, options = draft.layer, draft.options
+    hypotheses, rule = read_hypotheses(draft.folder / "hypotheses.json", draft.frozen)
+    val, (test_half, replication_half) = (
+        layer.splits["val"],
+        confirmation_splits(layer.splits["test"]),
+    )
+    alone = replace(layer, splits={})  # for workers, which are sent only the images they need
+    on_gpu = layer.device.type != "cpu"
+    tasks = []
+    for rows in directions.values():
+        given = (rows, alone, val, test_half, replication_half, options.seed, options.strokes)
+        tasks.append(workers.start("baselines", evaluate_directions, *given, here=on_gpu))
+    given = (hypotheses, alone, replication_half, None, options.seed + 1, rule)
+    tasks.append(workers.start("replication", test_hypotheses, *given, here=on_gpu))
+
+    with draft.clock("test"):
+        activity = collect_activity(layer, test_half.raw, test_half.labels)
+        scored = score_claims(hypotheses, test_half.images, test_half.labels)
+        evidence = test_hypotheses(
+            hypotheses, layer, test_half, activity, options.seed, rule, scored
+        )
+        picked = pick_features(evidence, scored, layer, activity)
+    with draft.clock("baselines, waited for"):
+        *comparisons, again = workers.results(tasks)
+    trial = make_trial(hypotheses, rule, evidence, again, activity, picked)
+    return trial, dict(zip(directions, comparisons, strict=True))
+
+
+def finish_report(
+    draft: Draft,
+    record: dict,
+    replicates: Replicates | None,
+    directions: Mapping[str, Tensor],
+    workers: Workers,
+) -> tuple[dict, list[dict]]:
+    """Test on the test images and write the files of one SAE but for the page.
+
+    `record` holds the fidelity and what else is known of the SAE. Returns it, completed, for
+    summary.json, and the records of feature_report.json.
+    """
+    options, folder = draft.options, draft.folder
+    trial, comparisons = None, {}
+    if draft.frozen:
+        trial, comparisons = evaluate_draft(draft, directions, workers)
+    report = []
+    for k in draft.features:
+        entry = feature_record(k, draft.analysis)
+        if replicates:
+            entry |= {"counterparts": replicates.counterparts(k), "mark": replicates.mark(k)}
+        if trial:
+            entry |= text.statement_record(k, trial)
+        report.append(entry)
+
+    top = report[:N_PANELS]
+    notes = {entry["feature"]: panel_notes(draft, entry, replicates, trial) for entry in top}
+    given = (folder, notes, draft.analysis, draft.shown, options.classes)
+    tasks = [*draft.pictures, workers.start("panels", write_feature_panels, *given)]
+    record = {**record, "top_features": [entry["feature"] for entry in top]}
+    if replicates:
+        record["reproducibility"] = replicates.record
+    if trial:
+        record["hypotheses_sha256"] = draft.frozen
+        record["hypotheses"] = trial_record(trial, comparisons, draft.frozen)
+        title = f"{len(trial.hypotheses)} features of {options.network} ({options.source})"
+        marks = {k: replicates.mark(k) for k in range(draft.layer.d_sae)} if replicates else {}
+        given = (folder, trial, comparisons, record["hypotheses"], title, marks)
+        tasks.append(workers.start("statements", write_hypotheses, *given))
+        for k, note in notes.items():
+            if note.sketch is not None:
+                path = folder / f"feature_{k}_hypothesis.png"
+                visualize_sketch(note.sketch, k, statement(trial.hypotheses[k]), path)
+    fa.write_whole(folder / "feature_report.json", to_json(report))
+    save_saelens(draft.layer, folder / "saelens")
+    with draft.clock("pictures, waited for"):
+        workers.results(tasks)
+    seconds = {**draft.clock.seconds, "pictures": workers.seconds.get("pictures", 0.0)}
+    diagnoses = diagnose(record, draft.analysis, draft.features, seconds)
+    record["diagnoses"] = [d.as_record() for d in diagnoses]
+    return record, report
+
+
+def write_hypotheses(
+    folder: Path,
+    trial: Trial,
+    comparisons: dict[str, Comparison],
+    record: dict,
+    title: str,
+    marks: dict[int, str],
+) -> None:
+    """hypotheses.md and its two pictures; `record` is that of `trial_record`."""
+    content = text.statements_markdown(trial, record, title, marks)
+    fa.write_whole(folder / "hypotheses.md", content.encode())
+    fa.save_figure(figures.draw_explained(trial, comparisons), folder / "explained.png")
+    fa.save_figure(figures.draw_influence(trial), folder / "influence.png")
+
+
+def panel_notes(
+    draft: Draft, entry: dict, replicates: Replicates | None, trial: Trial | None
+) -> PanelNotes:
+    """What a panel shows besides numbers: the hypothesis, in words and drawn, and the patterns of
+    the feature's counterparts in other SAEs. `entry` is the feature's record."""
+    counterparts = []
+    for found in entry.get("counterparts", []):
+        sae = replicates.saes[replicates.seeds.index(found["seed"])]
+        heats = input_patterns(draft.layer.with_sae(sae), draft.layer.splits["val"].images)
+        similarity = min(found["cosine"], found["correlation"])
+        words = f"seed {found['seed']}, no. {found['feature']}\nsimilarity {similarity:.2f}"
+        counterparts.append((words, heats[found["feature"]].numpy()))
+    sketch = None
+    if trial and any(trial.hypotheses[entry["feature"]].drawing):
+        at, _ = draft.analysis.activity.of(entry["feature"])
+        mean = draft.shown[at, 0].mean(0).numpy()
+        masks = (place_masks(p).numpy() for p in trial.hypotheses[entry["feature"]].drawing)
+        sketch = Sketch(mean, *masks)
+    caption = "\n".join(line.strip() for line in console.hypothesis_lines(entry))
+    return PanelNotes(caption, draft.analysis.inked, tuple(counterparts), sketch)
+
+
+def write_page(
+    draft: Draft,
+    record: dict,
+    report: Sequence[dict],
+    frontier: Sequence[dict],
+    network: page.Network | None = None,
+) -> None:
+    """feature_report.html; `frontier` has l0, fvu and agreement of each SAE of the run, `network` the
+    weights of a network that the page can compute."""
+    layer, options, a = draft.layer, draft.options, draft.analysis
+    results = [(r.on_page, console.shown_result(r, record)) for r in console.RESULTS if r.on_page]
+    if record.get("hypotheses", {}).get("median_words") is not None:  # where strokes are named
+        own = record["hypotheses"]["shares"]["SAE"]
+        results.append(("influence of explained features", f"{own['influence_explained']:.0%}"))
+        results.append(("features explained", f"{own['explained']:.0%}"))
+    title = f"{layer.d_sae} features of {options.network} ({options.source})"
+    page.write_dashboard(
+        draft.folder / "feature_report.html",
+        report,
+        layer,
+        page.Shown(a.bank, a.activity, a.heats, a.inked),
+        page.Overview(
+            title,
+            results,
+            record["diagnoses"],
+            frontier,
+            options.classes,
+            "" if network else NO_DRAWING,
+        ),
+        network,
+    )
+
+
+def frontier_of(records: Sequence[dict]) -> list[dict]:
+    """What the page's frontier shows of each record of summary.json."""
+    keys = {"l0": "achieved_actives_test", "fvu": "fvu", "agreement": "agreement_jumprelu"}
+    return [{name: record[key] for name, key in keys.items()} for record in records]
+
+
+# --------------------------------------------------------------------------------------------------
+# Any trained SAE
+# --------------------------------------------------------------------------------------------------
+
+
+def load_splits(net, classes: Sequence[str], train, val, test) -> Data:
+    """Data from three splits of one's own, each a pair of tensors, a Dataset or a DataLoader.
+
+    Raises InputError for what cannot be used.
+    """
+    given = {"train": train, "val": val, "test": test}
+    splits = [as_split(split, name, net.device) for name, split in given.items()]
+    with torch.no_grad():
+        raw = net.preactivations(splits[0].images[: fa.PROBED])
+        n_classes = net.logits_from_preactivations(raw).shape[1]
+    fa.check_gradients(net, splits[0].images)
+    data = data_from_splits(splits, classes, n_classes)
+    check_split_leakage(data)
+    return data
+
+
+def explain_sae(
+    model: object,
+    layer: str | None,
+    sae: object,
+    mu: Tensor,
+    std: Tensor,
+    train: object,
+    val: object,
+    test: object,
+    out: str | Path,
+    *,
+    pool: str | None = None,
+    workers: int = 0,
+    wait: bool = False,
+    **options: object,
+) -> list[dict]:
+    """Explain the features of any trained SAE; everything goes into the folder `out`.
+
+        records = explain_sae(model, "features.7", *load_saelens(folder), train, val, test, "explained")
+
+    Args:
+        model, layer, pool: as in `AtLayer`; layer None for a model that has the two methods itself.
+        sae: has encode, decode, W_enc (d_in, d_sae) and W_dec; it reads (raw - mu) / std.
+        mu, std: (d_in,); zeros and ones for an SAE that reads the layer's own output.
+        train, val, test: pairs of tensors (images, labels), Datasets or DataLoaders. Densities are
+            those of the first; hypotheses are made from the second and tested on the third.
+        options: fields of `Options`, by name.
+
+    Returns the records of feature_report.json, the most influential feature first. Raises
+    InputError for what cannot be used, ValueError for a layer that the logits do not depend on
+    alone, or an SAE that does not fit.
+    """
+    net, clock, folder = open_layer(model, layer, pool), Stopwatch(), Path(out)
+    data = load_splits(net, options.pop("classes", ()), train, val, test)
+    given = Options(classes=data.classes, source=data.source, network=net.title, **options)
+    with folder_lock(folder, wait), Workers(workers) as pool_of_workers:
+        remove_results(folder)
+        with clock("activations"):
+            plain = collect_activations(net, data, normalize=False)
+        explained = replace(plain, sae=sae, mu=mu.to(net.device), std=std.to(net.device))
+        draft = prepare_report(explained, folder, given, clock, pool_of_workers)
+        record = {
+            "target_actives": None,
+            "sae_latents": explained.d_sae,
+            "seed": given.seed,
+            "data": data.source,
+            **measure_fidelity(explained),
+        }
+        z = explained.standardize(explained.splits["val"].raw)
+        directions = default_directions(z, given.seed)
+        record, report = finish_report(draft, record, None, directions, pool_of_workers)
+        write_page(draft, record, report, frontier_of([record]))
+        record["seconds"] = {**clock.seconds, **pool_of_workers.seconds}
+        fa.write_whole(folder / "summary.json", to_json([record]))
+    return report

@@ -1,0 +1,115 @@
+"""How do fidelity and sparsity trade off over seeds, numbers of latents and targets? Many SAEs, one table.
+
+    records = run_sweep(combinations, train_one, root, workers, command)
+
+Takes combinations and a function that trains and measures one of them; gives their records, sweep.json
+and sweep.png. Under torchrun, rank i does every combination whose number is i modulo the number of ranks.
+It knows nothing of how an SAE is trained.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import feature_analysis as fa
+from saexplain.console import NOT_COMPUTED, text_table
+from saexplain.figures import Curve, draw_curves
+from saexplain.files import folder_lock, prepare_folder, to_json
+from saexplain.parallel import Workers, gather_from_ranks, ranks
+from saexplain.reproducibility import mean_and_std
+
+SWEEP_TABLE = (  # what is shown of a combination: title, key of its record, format
+    ("L0, test", "achieved_actives_test", "{:.2f}"),
+    ("FVU", "fvu", "{:.4f}"),
+    ("FVU to PCs", "fvu_to_pca", "{:.3f}"),
+    ("agreement", "agreement_jumprelu", "{:.2%}"),
+    ("accuracy lost", "delta_acc_jumprelu", "{:.2%}"),
+    ("dead", "dead_features", "{:.1f}"),
+    ("L0 by dense", "dense_share_of_l0", "{:.1%}"),
+)
+ON_AXIS = ("achieved_actives_test", "agreement_jumprelu")  # no panels: the axis; seen as accuracy
+
+
+def run_sweep(
+    combinations: Sequence[Any],
+    train_one: Callable[[Any], dict],
+    root: Path,
+    n_workers: int,
+    wait: bool = False,
+) -> list[dict]:
+    """The records of all combinations, in their order, each made by train_one(combination).
+
+    Records have seed, sae_latents, target_actives and the keys of SWEEP_TABLE. The first rank
+    writes sweep.json and sweep.png to `root` and prints the table; others return nothing.
+    """
+    prepare_folder(root)
+    with ranks() as (rank, n_ranks), Workers(n_workers) as workers:
+        mine = combinations[rank::n_ranks]
+        tasks = [workers.start("sae", train_one, combination) for combination in mine]
+        parts = gather_from_ranks(workers.results(tasks))
+    if rank:
+        return []
+    records: list = [None] * len(combinations)
+    for i, part in enumerate(parts):
+        records[i::n_ranks] = part
+    with folder_lock(root, wait):
+        fa.write_whole(root / "sweep.json", to_json(records))
+        draw_sweep(records, root / "sweep.png")
+    print(sweep_table(records))
+    return records
+
+
+def over_seeds(records: Sequence[dict], latents: int, target: int, key: str) -> dict:
+    """Mean and standard deviation of a measurement over the seeds of one combination."""
+    found = []
+    for r in records:
+        if (r["sae_latents"], r["target_actives"]) == (latents, target):
+            found.append(math.nan if r[key] is None else r[key])
+    return mean_and_std(np.array(found))
+
+
+def sizes_and_targets(records: Sequence[dict]) -> tuple[list[int], list[int]]:
+    """The numbers of latents and the targets that there are, ascending."""
+    latents = sorted({r["sae_latents"] for r in records})
+    return latents, sorted({r["target_actives"] for r in records})
+
+
+def sweep_table(records: Sequence[dict]) -> str:
+    """One row for each number of latents and target: mean ± standard deviation over seeds."""
+    n_seeds = len({r["seed"] for r in records})
+    rows = [["latents", "target", *(title for title, _, _ in SWEEP_TABLE)]]
+    for latents, target in itertools.product(*sizes_and_targets(records)):
+        row = [str(latents), str(target)]
+        for _, key, form in SWEEP_TABLE:
+            found = over_seeds(records, latents, target, key)
+            if math.isnan(found["mean"]):
+                row.append(NOT_COMPUTED)
+                continue
+            spread = "" if found["std"] is None else f" ± {form.format(found['std'])}"
+            row.append(form.format(found["mean"]) + spread)
+        rows.append(row)
+    return f"Mean ± standard deviation over {n_seeds} seeds\n" + text_table(rows)
+
+
+def draw_sweep(records: Sequence[dict], path: Path) -> None:
+    """The frontier of each number of latents, with the standard deviation over seeds."""
+    sizes, targets = sizes_and_targets(records)
+    panels: dict[str, dict[str, Curve]] = {}
+    for title, key, _ in SWEEP_TABLE:
+        if key in ON_AXIS:
+            continue
+        panels[title] = {}
+        for latents in sizes:
+            found = [over_seeds(records, latents, target, key) for target in targets]
+            l0 = [over_seeds(records, latents, t, ON_AXIS[0])["mean"] for t in targets]
+            values = [f["mean"] for f in found]
+            spread = [f["std"] or 0.0 for f in found]
+            panels[title][f"{latents} latents"] = Curve(l0, values, spread)
+    title = "What the number of active features changes (bars: standard deviation over seeds)"
+    draw_curves(path, title, targets, panels)
