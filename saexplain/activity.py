@@ -205,10 +205,10 @@ def _images_in_common(activity: Activity, by_image: _ByImage, first: int, last: 
     common = torch.zeros((last - first) * d_sae, dtype=torch.int32)
     pairs = slice(int(activity.start[first]), int(activity.start[last]))
     row = torch.repeat_interleave(torch.arange(last - first), activity.n_active[first:last])
-    fires = by_image.start.diff()  # (N,) features of each image
-    at_once = max(1, PAIRS_AT_ONCE // max(1, int(fires.max())))
+    active = by_image.start.diff()  # (N,) features of each image
+    at_once = max(1, PAIRS_AT_ONCE // max(1, int(active.max())))
     for image, own in zip(activity.image[pairs].split(at_once), row.split(at_once), strict=True):
-        n = fires[image]
+        n = active[image]
         end = n.cumsum(0)
         repeated = functools.partial(torch.repeat_interleave, repeats=n, output_size=int(n.sum()))
         place = torch.arange(int(n.sum()))

@@ -19,12 +19,12 @@ from saexplain.activity import collect_activity
 from saexplain.edits import spread
 from saexplain.evaluation import (
     Comparison,
+    clears_bars,
     comparison_of,
-    held,
-    judge_hypotheses,
-    pick_features,
+    decide_hypotheses,
+    discriminate,
+    evaluate_hypotheses,
     score_claims,
-    test_hypotheses,
 )
 from saexplain.fidelity import feature_stats
 from saexplain.hypotheses import Rule, propose_hypotheses
@@ -114,9 +114,9 @@ def evaluate_directions(
     claims = propose_hypotheses(other, val, rule, drawings=False, strokes=strokes)
     activity = collect_activity(other, test_half.raw, test_half.labels)
     scored = score_claims(claims, test_half.images, test_half.labels)
-    evidence = test_hypotheses(claims, other, test_half, activity, seed, rule, scored)
-    judgements = judge_hypotheses(claims, evidence, rule)
-    repeated = test_hypotheses(claims, other, replication_half, None, seed + 1, rule)
-    again = [held(e, rule) for e in repeated]
-    picked = pick_features(evidence, scored, other, activity)
-    return comparison_of(evidence, judgements, picked, again, rule)
+    evidence = evaluate_hypotheses(claims, other, test_half, activity, seed, rule, scored)
+    decisions = decide_hypotheses(claims, evidence, rule)
+    repeated = evaluate_hypotheses(claims, other, replication_half, None, seed + 1, rule)
+    again = [clears_bars(e, rule) for e in repeated]
+    discriminated = discriminate(evidence, scored, other, activity)
+    return comparison_of(evidence, decisions, discriminated, again, rule)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from collections.abc import Sequence
-
+from typing import TYPE_CHECKING
 
 import feature_analysis as fa
 
@@ -60,7 +58,7 @@ def images_of(classes: Sequence[str], c: int) -> str:
 def _label_words(h: Hypothesis) -> str:
     """As in "80% are 6s, 12% 0s", of the images that fire it."""
     words = []
-    for c in h.often:
+    for c in h.enriched:
         share = percent(h.label_histogram[c] / h.n_active)
         words.append(f"{share} {images_of(h.classes, c)}")
     first = " ".join(words[:1]).replace(" ", " are ", 1)
@@ -70,7 +68,7 @@ def _label_words(h: Hypothesis) -> str:
 def _effect_words(h: Hypothesis) -> str:
     """As in "without it 6 loses 0.30 logits, 2% of predictions change"."""
     if h.effect is None:
-        return "little effect" if h.says_little else "effect like any direction's"
+        return "little effect" if h.claims_no_effect else "effect like any direction's"
     moves = []
     for c, verb, by in zip(h.effect[::2], ("loses", "gains"), h.effect[1::2], strict=True):
         if c is not None:
@@ -78,7 +76,7 @@ def _effect_words(h: Hypothesis) -> str:
     return f"without it {listed(moves)} logits, {percent(h.changes)} of predictions change"
 
 
-def statement(h: Hypothesis) -> str:
+def caption(h: Hypothesis) -> str:
     """The claim in plain English."""
     if not h.parts:
         return "no hypothesis"
@@ -86,7 +84,7 @@ def statement(h: Hypothesis) -> str:
     empty = listed([f"no {word.words()}" for word in h.ink.absent])
     pieces = [", ".join(piece for piece in (there, empty) if piece)]
     pieces.append(_label_words(h))
-    rare = listed([images_of(h.classes, c) for c in h.hardly], "or")
+    rare = listed([images_of(h.classes, c) for c in h.depleted], "or")
     pieces.append(f"hardly any {rare}" if rare else "")
     pieces.append(_effect_words(h))
     text = "; ".join(piece for piece in pieces if piece)

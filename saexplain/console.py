@@ -19,7 +19,7 @@ NOT_COMPUTED = "not computed"  # a ratio whose denominator is 0
 
 def warn_no_strokes(hypotheses: Sequence[Hypothesis]) -> None:
     """Print once why no hypothesis names strokes, where none can."""
-    reasons = {h.why_not.get("ink") for h in hypotheses if h.cut is not None}
+    reasons = {h.skip_reasons.get("ink") for h in hypotheses if h.threshold is not None}
     if len(reasons) == 1 and None not in reasons and not any(any(h.ink) for h in hypotheses):
         print(
             f"no strokes are named: {reasons.pop()}; hypotheses name labels and effects, and no "
@@ -113,13 +113,13 @@ def reproducibility_rows(records: Sequence[dict]) -> list[list[str]]:
 
 def hypothesis_lines(record: dict) -> list[str]:
     """Hypothesis, evidence and confidence of a feature, if there are any."""
-    if "statement" not in record:
+    if "caption" not in record:
         return []
     marked = f"; {record['mark']}" if "mark" in record else ""
     return [
-        f'  hypothesis  "{record["statement"]}"',
+        f'  hypothesis  "{record["caption"]}"',
         f"  evidence    {record['evidence']['text']}",
-        f"  confidence  {record['confidence']} ({record['verdict']}{marked})",
+        f"  confidence  {record['confidence']} ({record['outcome']}{marked})",
     ]
 
 
@@ -128,7 +128,7 @@ def features_text(record: dict, report: Sequence[dict]) -> str:
     lines = [f"Target {record['target_actives']}: the most influential features"]
     for entry in report[: len(record["top_features"])]:
         words = f"{entry['feature']:>5}  {entry['influence']:5.1%}  "
-        words += entry.get("statement", f"active on {entry['mean_active']:.1%} of the images")
+        words += entry.get("caption", f"active on {entry['mean_active']:.1%} of the images")
         lines += textwrap.wrap(words, 110, initial_indent="", subsequent_indent=" " * 14)
     if "hypotheses" in record:
         lines += textwrap.wrap(headline(record["hypotheses"]), 110)

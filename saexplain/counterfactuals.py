@@ -13,9 +13,7 @@ import feature_analysis as fa
 from saexplain.activity import Activity, collect_activity, contributions
 
 ERRORS_SHOWN = 300  # misclassified images, those first of which the network is surest
-
 OTHERS_SHOWN = 60  # images that it gets right, the first of each class
-
 TOUR_FEATURES = 4  # features, at most, that the guided tour switches off
 
 
@@ -44,7 +42,7 @@ def class_effects(activity: Activity, added: Tensor) -> np.ndarray:
     return (sums.view(n_classes, d_sae, n_classes) / images[:, None, None]).float().numpy()
 
 
-def turned_by(activity: Activity, added: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+def flips_by_removal(activity: Activity, added: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Of each feature (d_sae,): on how many images removing it, alone, makes a wrong prediction
     right, and a right one wrong; `added` and `logits` are those of `fa.contributions`. Raises
     ValueError where these are of another activity."""
@@ -52,9 +50,9 @@ def turned_by(activity: Activity, added: Tensor, logits: Tensor) -> tuple[Tensor
     d_sae, image = len(activity.n_active), activity.image
     right = (logits.argmax(1) == activity.labels)[image]
     stays = (logits[image] - added).argmax(1) == activity.labels[image]
-    mends = torch.bincount(activity.feature[~right & stays], minlength=d_sae)
+    fixes = torch.bincount(activity.feature[~right & stays], minlength=d_sae)
     breaks = torch.bincount(activity.feature[right & ~stays], minlength=d_sae)
-    return mends, breaks
+    return fixes, breaks
 
 
 def lead_of(logits: Tensor, goal: Tensor) -> Tensor:
@@ -63,7 +61,7 @@ def lead_of(logits: Tensor, goal: Tensor) -> Tensor:
     return logits.gather(1, goal[:, None])[:, 0] - others.amax(1)
 
 
-class Turns(NamedTuple):
+class FlipSets(NamedTuple):
     """Features whose removal makes a class the largest logit of an image."""
 
     off: Tensor  # (n, d_sae) bool; none where no such set was found
@@ -72,9 +70,9 @@ class Turns(NamedTuple):
 
 
 @torch.no_grad()
-def turning_features(
+def minimal_flip_sets(
     layer: fa.ExplainedLayer, raw: Tensor, goal: Tensor, most: int | None = None
-) -> Turns:
+) -> FlipSets:
     """Few features, `most` or less, without which each image, the layer's output raw (n, d_in), is read as `goal` (n,).
 
     Greedy: each step removes the feature without which the goal leads most; in the end those
@@ -83,7 +81,7 @@ def turning_features(
     """
     if len(raw) == 0:
         none = torch.zeros(0, layer.d_sae, dtype=torch.bool)
-        return Turns(none, torch.zeros(0, layer.n_classes), torch.zeros(0))
+        return FlipSets(none, torch.zeros(0, layer.n_classes), torch.zeros(0))
     raw, goal = raw.clone(), goal.to(raw.device)
     acts = layer.feature_acts(raw)
     lead = first = lead_of(layer.logits(raw), goal)
@@ -118,7 +116,7 @@ def turning_features(
             changed[image] = True
         looked_at = changed
     off &= (lead > 0)[:, None]
-    return Turns(off.cpu(), layer.logits(raw).cpu(), first.cpu())
+    return FlipSets(off.cpu(), layer.logits(raw).cpu(), first.cpu())
 
 
 def chosen_tests(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,7 +161,7 @@ def find_tour(
     right = logits.argmax(1) == labels
     (place,) = (right & torch.isin(labels, torch.tensor(pair))).nonzero(as_tuple=True)
     goal = sum(pair) - labels[place]
-    turns = turning_features(layer, raw[place], goal, TOUR_FEATURES)
+    turns = minimal_flip_sets(layer, raw[place], goal, TOUR_FEATURES)
     needed = turns.off.sum(1)
     if not needed.any():
         return None
@@ -183,7 +181,7 @@ def find_tour(
     return Tour(int(place[best]), int(goal[best]), features, without)
 
 
-class TestLook(NamedTuple):
+class TestReview(NamedTuple):
     """Test images worth seeing, m of n: the errors, then others, then that of the tour."""
 
     image: Tensor  # (m,) their places among the n
@@ -191,8 +189,8 @@ class TestLook(NamedTuple):
     activity: Activity  # of the m images
     added: Tensor  # (P, C) what its pairs add
     logits: Tensor  # (m, C)
-    turns: Turns  # what makes each error right, (n_errors, ...)
-    mends: Tensor  # (d_sae,) errors among the n that removing the feature alone makes right
+    turns: FlipSets  # what makes each error right, (n_errors, ...)
+    fixes: Tensor  # (d_sae,) errors among the n that removing the feature alone makes right
     breaks: Tensor  # (d_sae,) images among the n that it makes wrong
     all_errors: int  # among the n
     pair: list[int]  # the two classes most often taken for one another
@@ -200,12 +198,12 @@ class TestLook(NamedTuple):
 
 
 @torch.no_grad()
-def look_at_tests(layer: fa.ExplainedLayer, raw: Tensor, labels: Tensor) -> TestLook:
+def review_tests(layer: fa.ExplainedLayer, raw: Tensor, labels: Tensor) -> TestReview:
     """The errors among images (n, ...), and all that features do on some of them."""
     labels = labels.cpu()
     every = collect_activity(layer, raw, labels)
     added, logits = contributions(layer, raw, every)
-    mends, breaks = turned_by(every, added, logits)
+    fixes, breaks = flips_by_removal(every, added, logits)
     pair = confused_pair(logits, labels)
     tour = find_tour(layer, raw, labels, logits, pair)
     errors, others = chosen_tests(logits, labels)
@@ -215,7 +213,7 @@ def look_at_tests(layer: fa.ExplainedLayer, raw: Tensor, labels: Tensor) -> Test
 
     activity = collect_activity(layer, raw[shown], labels[shown])
     added, some = contributions(layer, raw[shown], activity)
-    turns = turning_features(layer, raw[errors], labels[errors])
+    turns = minimal_flip_sets(layer, raw[errors], labels[errors])
     n_wrong = int((logits.argmax(1) != labels).sum())
-    found = (shown, len(errors), activity, added, some, turns, mends, breaks, n_wrong, pair, tour)
-    return TestLook(*found)
+    found = (shown, len(errors), activity, added, some, turns, fixes, breaks, n_wrong, pair, tour)
+    return TestReview(*found)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import feature_analysis as fa
 from saexplain.activity import Activity
-from saexplain.strokes import Place, SIDE, Strokes, Word, places_of, vocabulary, word_of
+from saexplain.strokes import SIDE, Place, Strokes, Word, places_of, vocabulary, word_of
 
 if TYPE_CHECKING:
     from saexplain.hypotheses import Hypothesis
@@ -23,11 +23,8 @@ if TYPE_CHECKING:
 # --------------------------------------------------------------------------------------------------
 
 N_EDIT = 48  # active images, and as many silent ones, that are edited for a feature
-
 EVER_INKED = 0.01  # a pixel inked on fewer images is left alone: blank margins would be too easy
-
 PATCH_PIXELS = 256  # nearest pixels tried first for a patch; most need no more
-
 DRAWS = 8  # random numbers that the edits of an image may use
 
 Pair = tuple[Tensor, Tensor]  # images (B, 784) edited as named, and elsewhere
@@ -44,10 +41,10 @@ def edited_images(h: Hypothesis, activity: Activity) -> tuple[Tensor, Tensor]:
     the feature, and of those that do not though what is said about labels is true of them."""
     silent = ~activity.is_active(h.feature)
     said = np.ones(int(activity.labels.max()) + 1, dtype=bool)
-    if h.often:
+    if h.enriched:
         said[:] = False
-        said[[c for c in h.often if c < len(said)]] = True
-    said[[c for c in h.hardly if c < len(said)]] = False
+        said[[c for c in h.enriched if c < len(said)]] = True
+    said[[c for c in h.depleted if c < len(said)]] = False
     fitting = silent & said[activity.labels.numpy()]
     if not fitting.any():
         fitting = silent

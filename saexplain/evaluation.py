@@ -14,17 +14,17 @@ import feature_analysis as fa
 from saexplain.activity import (
     Activity,
     check_activity,
-    collect_activity,
     coactivation_neighbors,
+    collect_activity,
     removal_effects,
 )
-from saexplain.captions import statement
-from saexplain.edits import Editable, Editor, N_EDIT, edited_images, spread
+from saexplain.captions import caption
+from saexplain.edits import N_EDIT, Editable, Editor, edited_images, spread
 from saexplain.hypotheses import (
     DIRECTION_IMAGES,
-    Hypothesis,
-    LITTLE,
+    NO_EFFECT_CHANGES,
     PARTS,
+    Hypothesis,
     Rule,
     drawing_score,
     label_histograms,
@@ -33,8 +33,8 @@ from saexplain.hypotheses import (
     removed_by_others,
 )
 from saexplain.statistics import (
-    Detected,
     Z_95,
+    Detection,
     auroc_of_ranks,
     benjamini_hochberg,
     detected,
@@ -45,7 +45,7 @@ from saexplain.statistics import (
 from saexplain.strokes import Strokes, place_inks, why_no_strokes, word_inks
 
 
-class Described(NamedTuple):
+class Selection(NamedTuple):
     """Images that a claim describes, those scored at least its cut, and images that are active."""
 
     n: int  # described
@@ -163,7 +163,6 @@ def edit_tests(
 # --------------------------------------------------------------------------------------------------
 
 DOSES = (0.0, 0.5, 1.0, 2.0)  # times the typical activation
-
 TINY_DOSE = 1 / 64  # of the typical activation, for the slope of the linear prediction
 
 Curve = tuple[float, ...] | None
@@ -281,17 +280,17 @@ class Evidence(NamedTuple):
     feature: int
     n_active: int
     n_images: int
-    judgeable: bool  # whether as many images as the rule asks for fire it, and leave it silent
+    testable: bool  # whether as many images as the rule asks for fire it, and leave it silent
     label_histogram: tuple[int, ...]  # of the images that fire it
     influence: float  # its share of all that removing single features does to the logits
     changes: float  # share of the images that fire it whose prediction changes without it
-    detected: dict[str, Detected]  # "ink", "class", "both"
-    described: Described | None = None
+    detected: dict[str, Detection]  # "ink", "class", "both"
+    selected: Selection | None = None
     edits: Edits | None = None
     effect: EffectTest | None = None
-    drawn: Detected | None = None  # with the drawing in place of the words
+    drawn: Detection | None = None  # with the drawing in place of the words
     drawn_edits: Edits | None = None
-    says_little: bool = False  # whether it is claimed that removing it changes few predictions
+    claims_no_effect: bool = False  # whether it is claimed that removing it changes few predictions
 
     @property
     def auroc(self) -> float | None:
@@ -299,7 +298,7 @@ class Evidence(NamedTuple):
         return self.detected["both"].auroc if "both" in self.detected else None
 
 
-def confirmation_splits(test: fa.Activations) -> tuple[fa.Activations, fa.Activations]:
+def split_test_images(test: fa.Activations) -> tuple[fa.Activations, fa.Activations]:
     """The test images with even numbers, which judge, and those with odd numbers, set aside to
     check the judgement.
 
@@ -353,7 +352,7 @@ def _check_scored(scored: Scored, n: int) -> None:
 
 def _detect(
     scored: Scored, features: Sequence[int], activity: Activity
-) -> dict[int, dict[str, Detected]]:
+) -> dict[int, dict[str, Detection]]:
     """By feature, how well its parts predict where it is active; "drawn" is a part here."""
     keys, scores = [], []
     for k in features:
@@ -364,24 +363,24 @@ def _detect(
             keys.append((k, "drawn"))
             scores.append(scored.drawn[k])
     active = [activity.of(k)[0].numpy() for k, _ in keys]
-    found: dict[int, dict[str, Detected]] = {k: {} for k in features}
+    found: dict[int, dict[str, Detection]] = {k: {} for k in features}
     for (k, part), one in zip(keys, detected(scores, active), strict=True):
         found[k][part] = one
     return found
 
 
-def _described(
+def _selection(
     h: Hypothesis, scores: dict[str, np.ndarray], activity: Activity
-) -> Described | None:
+) -> Selection | None:
     """The images that a claim describes; None for one without a score."""
-    if h.cut is None:
+    if h.threshold is None:
         return None
     at, _ = activity.of(h.feature)
-    said = scores["both"] >= np.float32(h.cut)
-    return Described(int(said.sum()), len(at), int(said[at.numpy()].sum()))
+    said = scores["both"] >= np.float32(h.threshold)
+    return Selection(int(said.sum()), len(at), int(said[at.numpy()].sum()))
 
 
-def test_hypotheses(
+def evaluate_hypotheses(
     hypotheses: Sequence[Hypothesis],
     layer: fa.ExplainedLayer,
     split: fa.Activations,
@@ -413,8 +412,8 @@ def test_hypotheses(
     check_activity(activity, layer, raw)
     _check_testable(hypotheses, layer, images)
     n_active = activity.n_active.tolist()
-    judgeable = {k for k, m in enumerate(n_active) if rule.min_active <= m <= n - rule.min_active}
-    some = [h for h in hypotheses if h.feature in judgeable]
+    testable = {k for k, m in enumerate(n_active) if rule.min_active <= m <= n - rule.min_active}
+    some = [h for h in hypotheses if h.feature in testable]
     scored = scored or score_claims(some, images, labels)
     _check_scored(scored, n)
     found = _detect(scored, [h.feature for h in some], activity)
@@ -429,23 +428,23 @@ def test_hypotheses(
             feature=k,
             n_active=n_active[k],
             n_images=n,
-            judgeable=k in judgeable,
+            testable=k in testable,
             label_histogram=tuple(histograms[k].tolist()),
             influence=float(removed.influence[k]),
             changes=float(removed.changes[k]),
             detected={},
         )
-        if not known.judgeable:
+        if not known.testable:
             return known
         detected = dict(found[k])
         return known._replace(
             drawn=detected.pop("drawn", None),
             detected=detected,
-            described=_described(h, scored.parts[k], activity),
+            selected=_selection(h, scored.parts[k], activity),
             edits=edit_tests(h.ink, h, layer, editable, activity),
             effect=effect_test(h, layer, raw, activity, rule) if h.effect else None,
             drawn_edits=edit_tests(h.drawing, h, layer, editable, activity),
-            says_little=h.says_little,
+            claims_no_effect=h.claims_no_effect,
         )
 
     return [on_claim(h) for h in hypotheses]
@@ -456,9 +455,7 @@ def test_hypotheses(
 # --------------------------------------------------------------------------------------------------
 
 CONFIRMED, INCONCLUSIVE, REFUTED, NONE = "confirmed", "inconclusive", "refuted", "no hypothesis"
-
 CONFIDENCES = ("High", "Medium", "Low")
-
 CONFIDENCE_RULE = """High: everything the sentence claims is confirmed, ink among it, and each
 measurement clears its bar even at the pessimistic end of its 95% interval. Medium: not High, but at
 least one part is confirmed and nothing is refuted. Low: the rest. A statement held on images set
@@ -476,20 +473,20 @@ class Measurement(NamedTuple):
     p: float | None  # None: it has none, or copies a measurement whose p-value counts
     null: float
 
-    def verdict(self, significant: bool) -> str:
+    def outcome(self, significant: bool) -> str:
         if self.value >= self.bar and self.low > self.null and significant:
             return CONFIRMED
         return REFUTED if self.high < self.bar else INCONCLUSIVE
 
 
-class Judgement(NamedTuple):
+class Decision(NamedTuple):
     """Verdicts about one claim: on each test, on each part, and overall; and how much confidence it
     deserves."""
 
     feature: int
     tests: dict[str, str]
     parts: dict[str, str]
-    verdict: str
+    outcome: str
     confidence: str
     explained: bool  # everything that is claimed is confirmed, and ink is claimed
 
@@ -516,39 +513,39 @@ def measurements(evidence: Evidence, rule: Rule) -> dict[str, Measurement]:
     if e is not None:
         wide = Z_95 * e.reach_error
         found["effect"] = Measurement(e.reach, e.reach - wide, e.reach + wide, 1.0, e.p, 0.0)
-    if evidence.says_little:
+    if evidence.claims_no_effect:
         count = round(evidence.changes * evidence.n_active)
         low, high = wilson_interval(count, evidence.n_active)
         found["little"] = Measurement(
-            1 - evidence.changes, 1 - high, 1 - low, 1 - LITTLE, None, 0.0
+            1 - evidence.changes, 1 - high, 1 - low, 1 - NO_EFFECT_CHANGES, None, 0.0
         )
     return found
 
 
-def _joint(verdicts: Sequence[str]) -> str:
+def _joint(outcomes: Sequence[str]) -> str:
     """One refuted refutes; all confirmed confirm."""
-    if REFUTED in verdicts:
+    if REFUTED in outcomes:
         return REFUTED
-    if verdicts and all(v == CONFIRMED for v in verdicts):
+    if outcomes and all(v == CONFIRMED for v in outcomes):
         return CONFIRMED
     return INCONCLUSIVE
 
 
-def _judge(
+def _decide(
     h: Hypothesis, e: Evidence, tests: dict[str, Measurement], passed: dict[str, bool]
-) -> Judgement:
+) -> Decision:
     """One claim; `passed` says which of its tests are significant."""
-    verdicts = {name: m.verdict(passed[name]) for name, m in tests.items()}
-    if e.effect and verdicts["effect"] == CONFIRMED and not e.effect.dose_follows:
-        verdicts["effect"] = INCONCLUSIVE
+    outcomes = {name: m.outcome(passed[name]) for name, m in tests.items()}
+    if e.effect and outcomes["effect"] == CONFIRMED and not e.effect.dose_follows:
+        outcomes["effect"] = INCONCLUSIVE
     claimed = [part for part in PARTS if h.proposes(part)]
     parts = dict.fromkeys(PARTS, NONE)
     if not claimed:
-        return Judgement(h.feature, {}, parts, NONE, "Low", False)
+        return Decision(h.feature, {}, parts, NONE, "Low", False)
 
     for part in claimed:
-        parts[part] = _joint([verdicts[t] for t in TESTS_OF[part] if t in verdicts])
-    together = [verdicts[t] for t in (*TESTS_OF["both"], "little") if t in verdicts]
+        parts[part] = _joint([outcomes[t] for t in TESTS_OF[part] if t in outcomes])
+    together = [outcomes[t] for t in (*TESTS_OF["both"], "little") if t in outcomes]
     whole = _joint([parts[part] for part in claimed] + together)
     explained = whole == CONFIRMED and h.proposes("ink")
     some = any(parts[part] == CONFIRMED for part in claimed)
@@ -557,7 +554,7 @@ def _judge(
         confidence = "High"
     elif some and whole != REFUTED:
         confidence = "Medium"
-    return Judgement(h.feature, verdicts, parts, whole, confidence, explained)
+    return Decision(h.feature, outcomes, parts, whole, confidence, explained)
 
 
 def _check_pairs(claims: Sequence, found: Sequence, what: str) -> None:
@@ -570,9 +567,9 @@ def _check_pairs(claims: Sequence, found: Sequence, what: str) -> None:
         raise ValueError(f"{what} are not about the same features in the same order: {where}")
 
 
-def judge_hypotheses(
+def decide_hypotheses(
     hypotheses: Sequence[Hypothesis], evidence: Sequence[Evidence], rule: Rule | None = None
-) -> list[Judgement]:
+) -> list[Decision]:
     """Verdicts and confidence, by CONFIDENCE_RULE; p-values corrected over all features and tests.
 
     A test is confirmed when its value reaches the bar, its interval leaves out that there is no
@@ -586,14 +583,14 @@ def judge_hypotheses(
     found = [measurements(e, rule) for e in evidence]
     p = [m.p for tests in found for m in tests.values() if m.p is not None]
     significant = iter(benjamini_hochberg(p, rule.false_discovery_rate).tolist())
-    judgements = []
+    decisions = []
     for h, e, tests in zip(hypotheses, evidence, found, strict=True):
         passed = {name: m.p is None or next(significant) for name, m in tests.items()}
-        judgements.append(_judge(h, e, tests, passed))
-    return judgements
+        decisions.append(_decide(h, e, tests, passed))
+    return decisions
 
 
-def held(evidence: Evidence, rule: Rule | None = None) -> bool | None:
+def clears_bars(evidence: Evidence, rule: Rule | None = None) -> bool | None:
     """Whether every measurement clears its bar, significant or not; None when there is none."""
     tests = measurements(evidence, rule or Rule())
     return all(m.value >= m.bar for m in tests.values()) if tests else None
@@ -606,12 +603,12 @@ def held(evidence: Evidence, rule: Rule | None = None) -> bool | None:
 CANDIDATES = 8  # features of like rate among which a sentence must find its own
 
 
-class Picked(NamedTuple):
+class Discrimination(NamedTuple):
     """Whether the score of a sentence predicts its own feature better than others."""
 
     among_eight: bool  # of like firing rate
-    over_like: bool | None  # than the nearest other in decoder cosine
-    over_company: bool | None  # than the other that fires most on the same images
+    over_nearest: bool | None  # than the nearest other in decoder cosine
+    over_coactive: bool | None  # than the other that fires most on the same images
 
 
 def _check_images(evidence: Sequence[Evidence], activity: Activity) -> None:
@@ -622,18 +619,18 @@ def _check_images(evidence: Sequence[Evidence], activity: Activity) -> None:
         raise ValueError(f"the activity is of {n} images, but the evidence of {min(counts)}")
 
 
-def pick_features(
+def discriminate(
     evidence: Sequence[Evidence],
     scored: Scored,
     layer: fa.ExplainedLayer,
     activity: Activity,
-) -> dict[int, Picked]:
+) -> dict[int, Discrimination]:
     """By feature that can be judged. A sentence without a score picks nothing. Raises ValueError
     for what is of another number of images than the activity."""
     _check_images(evidence, activity)
     _check_scored(scored, len(activity.labels))
-    judgeable = [e for e in evidence if e.judgeable]
-    order = [e.feature for e in sorted(judgeable, key=lambda e: (e.n_active, e.feature))]
+    testable = [e for e in evidence if e.testable]
+    order = [e.feature for e in sorted(testable, key=lambda e: (e.n_active, e.feature))]
     nearest = fa.nearest_features(layer.sae.W_dec)
     like = [[k] if c > 0 else [] for k, c in zip(*map(Tensor.tolist, nearest), strict=True)]
     company, _ = coactivation_neighbors(activity, 1)
@@ -654,14 +651,14 @@ def pick_features(
         best = max(auroc_of_ranks(ranks, active[c]) for c in some)
         return bool(auroc_of_ranks(ranks, active[k]) > best)
 
-    picked = {}
+    discriminated = {}
     for place, k in enumerate(order):
         ranks = midranks(scored.parts[k]["both"]) if "both" in scored.parts[k] else None
         first = max(0, min(place - CANDIDATES // 2, len(order) - CANDIDATES))
         eight = beats(k, order[first : first + CANDIDATES])
         near = beats(k, like[k]), beats(k, company[k].tolist())
-        picked[k] = Picked(eight is not False and "both" in scored.parts[k], *near)
-    return picked
+        discriminated[k] = Discrimination(eight is not False and "both" in scored.parts[k], *near)
+    return discriminated
 
 
 # --------------------------------------------------------------------------------------------------
@@ -679,13 +676,13 @@ class Band(NamedTuple):
     explained: int
 
 
-class Held(NamedTuple):
+class Replication(NamedTuple):
     """Statements of one confidence, and those of them that could be checked and held on images set
     aside."""
 
-    statements: int
+    hypotheses: int
     checked: int
-    held: int
+    replicated: int
 
 
 class Shares(NamedTuple):
@@ -706,8 +703,8 @@ class Shares(NamedTuple):
     median_recall: float | None
     average_precision: float | None  # its median
     among_eight: float
-    over_like: float | None
-    over_company: float | None
+    over_nearest: float | None
+    over_coactive: float | None
     influence_explained: float  # share of the influence of all features
     influence_high: float
     median_density: float | None  # share of the images that fire the median of these features
@@ -724,7 +721,7 @@ def _median(values: Sequence[float]) -> float | None:
     return float(np.median(values)) if len(values) else None
 
 
-def _bands(pairs: Sequence[tuple[Evidence, Judgement]]) -> list[dict]:
+def _bands(pairs: Sequence[tuple[Evidence, Decision]]) -> list[dict]:
     bands = []
     for low, high in zip((0.0, *BANDS), (*BANDS, 1.0), strict=True):
         some = [j for e, j in pairs if low < e.n_active / e.n_images <= high]
@@ -733,37 +730,37 @@ def _bands(pairs: Sequence[tuple[Evidence, Judgement]]) -> list[dict]:
 
 
 def confidence_check(
-    judgements: Sequence[Judgement], held_aside: Sequence[bool | None]
+    decisions: Sequence[Decision], replicated: Sequence[bool | None]
 ) -> dict[str, dict]:
     """Of the statements of each confidence, and of all, how many held on the images set aside."""
     check = {}
     for name in (*CONFIDENCES, "all"):
-        pairs = [(j, h) for j, h in zip(judgements, held_aside, strict=True) if j.verdict != NONE]
+        pairs = [(j, h) for j, h in zip(decisions, replicated, strict=True) if j.outcome != NONE]
         again = [h for j, h in pairs if name in (j.confidence, "all")]
         seen = [h for h in again if h is not None]
-        check[name] = Held(len(again), len(seen), sum(seen))._asdict()
+        check[name] = Replication(len(again), len(seen), sum(seen))._asdict()
     return check
 
 
 def shares_explained(
     evidence: Sequence[Evidence],
-    judgements: Sequence[Judgement],
-    picked: dict[int, Picked],
-    held_aside: Sequence[bool | None],
+    decisions: Sequence[Decision],
+    discriminated: dict[int, Discrimination],
+    replicated: Sequence[bool | None],
     rule: Rule,
 ) -> Shares:
     """How one set of features did; zeros where none can be judged. Raises ValueError unless
     evidence and judgements are about the same features."""
-    _check_pairs(evidence, judgements, "evidence and judgements")
-    pairs = [(e, j) for e, j in zip(evidence, judgements, strict=True) if e.judgeable]
+    _check_pairs(evidence, decisions, "evidence and judgements")
+    pairs = [(e, j) for e, j in zip(evidence, decisions, strict=True) if e.testable]
     n = max(1, len(pairs))
     explained = sum(j.explained for _, j in pairs)
     low, high = wilson_interval(explained, n)
     confirmed = {part: sum(j.parts[part] == CONFIRMED for _, j in pairs) / n for part in PARTS}
     aurocs = [e.auroc for e, _ in pairs if e.auroc is not None]
-    described = [e.described for e, _ in pairs if e.described]
+    selected = [e.selected for e, _ in pairs if e.selected]
     drawn = [e.drawn.auroc >= rule.both_auroc for e, _ in pairs if e.drawn]
-    picks = [picked[e.feature] for e, _ in pairs]
+    picks = [discriminated[e.feature] for e, _ in pairs]
     return Shares(
         features=len(pairs),
         too_rare=len(evidence) - len(pairs),
@@ -776,19 +773,19 @@ def shares_explained(
         predicted=sum(auroc >= rule.both_auroc for auroc in aurocs) / n,
         drawn=sum(drawn) / n if drawn else None,
         median_auroc=_median(aurocs),
-        median_precision=_median([d.precision for d in described]),
-        median_recall=_median([d.recall for d in described]),
+        median_precision=_median([d.precision for d in selected]),
+        median_recall=_median([d.recall for d in selected]),
         average_precision=_median(
             [e.detected["both"].average_precision for e, _ in pairs if e.detected]
         ),
         among_eight=sum(p.among_eight for p in picks) / n,
-        over_like=_mean([p.over_like for p in picks]),
-        over_company=_mean([p.over_company for p in picks]),
+        over_nearest=_mean([p.over_nearest for p in picks]),
+        over_coactive=_mean([p.over_coactive for p in picks]),
         influence_explained=sum(e.influence for e, j in pairs if j.explained),
         influence_high=sum(e.influence for e, j in pairs if j.confidence == "High"),
         median_density=_median([e.n_active / e.n_images for e, _ in pairs]),
         bands=_bands(pairs),
-        confidence=confidence_check(judgements, held_aside),
+        confidence=confidence_check(decisions, replicated),
     )
 
 
@@ -801,14 +798,16 @@ class Comparison(NamedTuple):
 
 def comparison_of(
     evidence: Sequence[Evidence],
-    judgements: Sequence[Judgement],
-    picked: dict[int, Picked],
-    held_aside: Sequence[bool | None],
+    decisions: Sequence[Decision],
+    discriminated: dict[int, Discrimination],
+    replicated: Sequence[bool | None],
     rule: Rule,
 ) -> Comparison:
     """From what came of one set of features."""
-    aurocs = [e.auroc or 0.0 for e in evidence if e.judgeable]
-    return Comparison(shares_explained(evidence, judgements, picked, held_aside, rule), aurocs)
+    aurocs = [e.auroc or 0.0 for e in evidence if e.testable]
+    return Comparison(
+        shares_explained(evidence, decisions, discriminated, replicated, rule), aurocs
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -818,70 +817,74 @@ def comparison_of(
 STRONGEST = 10  # images named for a feature
 
 
-class Trial(NamedTuple):
+class Evaluation(NamedTuple):
     """Claims with all that is known about them, in the order of the features."""
 
     hypotheses: list[Hypothesis]
     rule: Rule
     evidence: list[Evidence]
-    judgements: list[Judgement]
-    held_aside: list[bool | None]  # whether they held on the images set aside; None: too few
-    n_aside: int  # how many images those were
-    firing: list[list[int]]  # numbers of the test images that fire each feature most
+    decisions: list[Decision]
+    replicated: list[bool | None]  # whether they held on the images set aside; None: too few
+    n_replication: int  # how many images those were
+    top_images: list[list[int]]  # numbers of the test images that fire each feature most
     edited: list[tuple[list[int], list[int]]]  # ... and of those edited: some fire it, some do not
     result: Comparison
 
 
-def make_trial(
+def make_evaluation(
     hypotheses: list[Hypothesis],
     rule: Rule,
     evidence: list[Evidence],
-    evidence_aside: Sequence[Evidence],
+    replication_evidence: Sequence[Evidence],
     activity: Activity,
-    picked: dict[int, Picked],
-) -> Trial:
+    discriminated: dict[int, Discrimination],
+) -> Evaluation:
     """Judge the claims by the evidence, and say on which images it rests: `activity` is that of the
     judging images, number i of which is number 2 i of the test images. Raises ValueError for what
     does not belong together."""
-    judgements = judge_hypotheses(hypotheses, evidence, rule)
-    _check_pairs(hypotheses, evidence_aside, "hypotheses and the evidence of images set aside")
+    decisions = decide_hypotheses(hypotheses, evidence, rule)
+    _check_pairs(
+        hypotheses, replication_evidence, "hypotheses and the evidence of images set aside"
+    )
     _check_images(evidence, activity)
-    firing, edited = [], []
+    top_images, edited = [], []
     for h in hypotheses:
         at, acts = activity.of(h.feature)
         strongest = torch.argsort(acts, descending=True, stable=True)[:STRONGEST]
-        firing.append((2 * at[strongest]).tolist())
+        top_images.append((2 * at[strongest]).tolist())
         on, off = edited_images(h, activity)
         edited.append(((2 * on).tolist(), (2 * off).tolist()))
-    held_aside = [held(e, rule) for e in evidence_aside]
-    n_aside = evidence_aside[0].n_images
-    result = comparison_of(evidence, judgements, picked, held_aside, rule)
-    return Trial(
-        hypotheses, rule, evidence, judgements, held_aside, n_aside, firing, edited, result
+    replicated = [clears_bars(e, rule) for e in replication_evidence]
+    n_replication = replication_evidence[0].n_images
+    result = comparison_of(evidence, decisions, discriminated, replicated, rule)
+    return Evaluation(
+        hypotheses, rule, evidence, decisions, replicated, n_replication, top_images, edited, result
     )
 
 
-def all_shares(trial: Trial, comparisons: dict[str, Comparison]) -> dict[str, Comparison]:
+def all_shares(evaluation: Evaluation, comparisons: dict[str, Comparison]) -> dict[str, Comparison]:
     """The comparisons with the SAE's own features in front."""
-    return {"SAE": trial.result, **comparisons}
+    return {"SAE": evaluation.result, **comparisons}
 
 
-def influence_course(trial: Trial) -> dict[str, int]:
+def influence_course(evaluation: Evaluation) -> dict[str, int]:
     """How many features, the most influential first, make 50, 90 and 99% of the influence."""
-    falling = np.sort([e.influence for e in trial.evidence])[::-1].cumsum()
+    falling = np.sort([e.influence for e in evaluation.evidence])[::-1].cumsum()
     if not falling[-1]:
         return {}
     return {f"{q:.0%}": int(np.searchsorted(falling, q - 1e-9)) + 1 for q in (0.5, 0.9, 0.99)}
 
 
-def trial_record(trial: Trial, comparisons: dict[str, Comparison], sha256: str) -> dict:
+def evaluation_record(
+    evaluation: Evaluation, comparisons: dict[str, Comparison], sha256: str
+) -> dict:
     """What summary.json says about the trial; `sha256` is that of the frozen claims."""
-    words = [len(statement(h).split()) for h in trial.hypotheses if h.proposes("ink")]
+    words = [len(caption(h).split()) for h in evaluation.hypotheses if h.proposes("ink")]
     return {
         "sha256": sha256,
-        "rule": trial.rule._asdict(),
+        "rule": evaluation.rule._asdict(),
         "confidence_rule": " ".join(CONFIDENCE_RULE.split()),
-        "shares": {n: c.shares._asdict() for n, c in all_shares(trial, comparisons).items()},
-        "features_that_make_influence": influence_course(trial),
+        "shares": {n: c.shares._asdict() for n, c in all_shares(evaluation, comparisons).items()},
+        "features_that_make_influence": influence_course(evaluation),
         "median_words": _median(words),
     }

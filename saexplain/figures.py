@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 import feature_analysis as fa
-from saexplain.evaluation import BANDS, Comparison, Trial, all_shares, influence_course
+from saexplain.evaluation import BANDS, Comparison, Evaluation, all_shares, influence_course
 from saexplain.statistics import wilson_interval
 
 if TYPE_CHECKING:
@@ -166,7 +166,6 @@ def draw_training(curves: Sequence[TrainingCurve], path: Path) -> None:
 
 
 COLOURS = ("#b2182b", "#2166ac", "#4d9221", "#e08214", "0.4")
-
 CONFIDENCE_COLOURS = {"High": "#1b7837", "Medium": "#a6dba0", "Low": "0.75"}
 
 
@@ -210,14 +209,14 @@ def _draw_bands(axes, everything: dict[str, Comparison]) -> None:
     axes.legend(fontsize=8.5)
 
 
-def draw_explained(trial: Trial, comparisons: dict[str, Comparison]) -> Figure:
+def draw_explained(evaluation: Evaluation, comparisons: dict[str, Comparison]) -> Figure:
     """How well the statements about several sets of features predict, and what share is explained
     in each band of firing rates."""
-    everything = all_shares(trial, comparisons)
+    everything = all_shares(evaluation, comparisons)
     figure = fa.new_figure(1050, 400)
     left = figure.add_axes((0.06, 0.17, 0.4, 0.65))
     right = figure.add_axes((0.53, 0.17, 0.45, 0.65))
-    _draw_aurocs(left, everything, trial.rule.both_auroc)
+    _draw_aurocs(left, everything, evaluation.rule.both_auroc)
     _draw_bands(right, everything)
     for axes in (left, right):
         axes.tick_params(labelsize=8.5)
@@ -227,14 +226,14 @@ def draw_explained(trial: Trial, comparisons: dict[str, Comparison]) -> Figure:
     return figure
 
 
-def draw_influence(trial: Trial) -> Figure:
+def draw_influence(evaluation: Evaluation) -> Figure:
     """How many features do how much of the work, and with what confidence each is explained."""
-    order = sorted(range(len(trial.evidence)), key=lambda i: -trial.evidence[i].influence)
-    influence = np.array([trial.evidence[i].influence for i in order])
+    order = sorted(range(len(evaluation.evidence)), key=lambda i: -evaluation.evidence[i].influence)
+    influence = np.array([evaluation.evidence[i].influence for i in order])
     figure = fa.new_figure(1050, 400)
     axes = figure.add_axes((0.07, 0.14, 0.86, 0.72))
     ranks = np.arange(1, len(order) + 1)
-    confidences = [trial.judgements[i].confidence for i in order]
+    confidences = [evaluation.decisions[i].confidence for i in order]
     for name, colour in CONFIDENCE_COLOURS.items():
         some = np.array([confidence == name for confidence in confidences])
         label = f"{name}: {influence[some].sum():.0%} of the influence"
@@ -245,7 +244,7 @@ def draw_influence(trial: Trial) -> Figure:
     axes.legend(fontsize=9, loc="center right", title="confidence in its statement")
     total = axes.twinx()
     total.plot(ranks, 100 * influence.cumsum(), color="0.2", linewidth=1.5)
-    for share, n in influence_course(trial).items():
+    for share, n in influence_course(evaluation).items():
         total.plot([n], [float(share.rstrip("%"))], "o", color="0.2", markersize=4)
         total.annotate(
             f"{n} make {share}",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import feature_analysis as fa
 from saexplain.activity import Activity, Removals, check_activity, collect_activity, removal_effects
-from saexplain.captions import statement
+from saexplain.captions import caption
 from saexplain.edits import Editable, Editor, spread
 from saexplain.statistics import ranks_of
 from saexplain.strokes import (
@@ -34,7 +34,6 @@ from saexplain.strokes import (
     word_inks,
     word_vocabulary,
 )
-
 
 # --------------------------------------------------------------------------------------------------
 # Claims
@@ -67,23 +66,23 @@ class Effect(NamedTuple):
 
 
 class Hypothesis(NamedTuple):
-    """What a feature is claimed to mean. A part that claims nothing is empty; `why_not` says
+    """What a feature is claimed to mean. A part that claims nothing is empty; `skip_reasons` says
     why."""
 
     feature: int
     ink: Strokes  # words
-    often: tuple[int, ...]  # labels that make up more of what fires it than of all images
-    hardly: tuple[int, ...]  # labels that hardly do
+    enriched: tuple[int, ...]  # labels that make up more of what fires it than of all images
+    depleted: tuple[int, ...]  # labels that hardly do
     label_scores: tuple[float, ...]  # (C,) what each label adds to the score
     effect: Effect | None
-    cut: float | None  # an image scored so high is said to fire it
+    threshold: float | None  # an image scored so high is said to fire it
     drawing: Strokes  # places; not a part of the sentence
     typical_activation: float  # mean where it is active
     label_histogram: tuple[int, ...]  # active discovery images by label
     n_images: int  # discovery images
     influence: float  # its share of all that removing single features does to the logits
     changes: float  # share of the images that fire it whose prediction changes without it
-    why_not: dict[str, str]
+    skip_reasons: dict[str, str]
     classes: tuple[str, ...] = ()  # what labels and logits are called; empty: by their numbers
 
     @property
@@ -93,7 +92,7 @@ class Hypothesis(NamedTuple):
     def proposes(self, part: str) -> bool:
         if part == "ink":
             return any(self.ink)
-        return bool(self.often or self.hardly) if part == "class" else self.effect is not None
+        return bool(self.enriched or self.depleted) if part == "class" else self.effect is not None
 
     @property
     def parts(self) -> list[str]:
@@ -101,18 +100,18 @@ class Hypothesis(NamedTuple):
         return [part for part in PARTS if self.proposes(part)]
 
     @property
-    def says_little(self) -> bool:
+    def claims_no_effect(self) -> bool:
         """Whether the sentence says that removing the feature changes little."""
-        return self.effect is None and self.changes < LITTLE_SAID and bool(self.parts)
+        return self.effect is None and self.changes < CLAIM_NO_EFFECT_BELOW and bool(self.parts)
 
     def drops(self, part: str, why: str) -> Hypothesis:
         """Without a part."""
         empty = {
             "ink": {"ink": Strokes()},
-            "class": {"often": (), "hardly": (), "label_scores": ()},
+            "class": {"enriched": (), "depleted": (), "label_scores": ()},
             "effect": {"effect": None},
         }
-        return self._replace(**empty[part], why_not={**self.why_not, part: why})
+        return self._replace(**empty[part], skip_reasons={**self.skip_reasons, part: why})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -163,20 +162,13 @@ def drawing_score(h: Hypothesis, inks: Tensor, labels: Tensor) -> np.ndarray:
 # Propose ink: strokes, one by one, while each adds to the prediction
 # --------------------------------------------------------------------------------------------------
 
-SAID, DRAWN = (3, 1), (3, 3)  # at most so many strokes with ink, and without
-
+MAX_WORDS, MAX_PLACES = (3, 1), (3, 3)  # at most so many strokes with ink, and without
 MOST_LABELS = 2  # said to be frequent, and as many said to be rare
-
-OFTEN, HARDLY = 1.5, 0.25  # times a label's share of all images, at least, and at most
-
+ENRICHED, DEPLETED = 1.5, 0.25  # times a label's share of all images, at least, and at most
 WORTH_A_CLAUSE = 1.03  # a further clause must raise the squared correlation by this factor
-
 PATTERN_IMAGES = 32  # over which input patterns are averaged; any, for a model linear in the pixels
-
 N_CLAUSE = 24  # images on which a clause is edited
-
 CHOICES = 3  # of words, each without those whose edit moved nothing
-
 CLAUSE_MOVES = 0.2  # what its edit must cost beyond an edit elsewhere, see `clause_moves`
 
 
@@ -192,17 +184,17 @@ def _name_labels(histogram: np.ndarray, label_counts: np.ndarray) -> dict[str, t
     share, usual = histogram / histogram.sum(), label_counts / label_counts.sum()
     lift = share / np.maximum(usual, 1e-9)
     most = np.argsort(-share, kind="stable").tolist()
-    often = [c for c in most if share[c] > 0 and lift[c] >= OFTEN][:MOST_LABELS]
+    enriched = [c for c in most if share[c] > 0 and lift[c] >= ENRICHED][:MOST_LABELS]
     least = np.argsort(lift, kind="stable").tolist()
-    hardly = [c for c in least if usual[c] > 0 and lift[c] <= HARDLY][:MOST_LABELS]
+    depleted = [c for c in least if usual[c] > 0 and lift[c] <= DEPLETED][:MOST_LABELS]
     rate = np.ones(len(share))
-    if often:
-        hardly = []
-        rate[:] = (1 - share[often].sum()) / max(1 - usual[often].sum(), 1e-9)
-        rate[often] = lift[often]
-    rate[hardly] = 0
+    if enriched:
+        depleted = []
+        rate[:] = (1 - share[enriched].sum()) / max(1 - usual[enriched].sum(), 1e-9)
+        rate[enriched] = lift[enriched]
+    rate[depleted] = 0
     scores = np.sqrt(rate / rate.max()).astype(np.float32).tolist()
-    return {"often": tuple(often), "hardly": tuple(hardly), "label_scores": tuple(scores)}
+    return {"enriched": tuple(enriched), "depleted": tuple(depleted), "label_scores": tuple(scores)}
 
 
 def _class_auroc(h: Hypothesis, label_counts: np.ndarray) -> float:
@@ -370,13 +362,13 @@ def clause_moves(
     edited = torch.cat([side for pair in pairs for side in pair])
     after = editable.feature_acts(layer, edited, k).view(len(pairs), 2, -1)
     kept = (after / before).clamp(max=2).mean(2)  # one image that fires more must not decide
-    fires = (after > 0).float().mean(2)
+    active = (after > 0).float().mean(2)
     n = len(new.there)
-    left = torch.cat([kept[:n], fires[n:]])
+    left = torch.cat([kept[:n], active[n:]])
     return dict(zip((*new.there, *new.absent), (left[:, 1] - left[:, 0]).tolist(), strict=True))
 
 
-def _say_ink(
+def _choose_words(
     hypotheses: list[Hypothesis],
     moments: _Moments,
     allowed: Tensor,
@@ -389,10 +381,10 @@ def _say_ink(
     CHOICES times at most. allowed (d_sae, W), see `_best_addition`, is changed."""
     found, words = list(hypotheses), word_vocabulary()
     holds: list[set[Word]] = [set() for _ in found]  # words that are known to move the feature
-    choosing = [k for k, h in enumerate(found) if "ink" not in h.why_not]
+    choosing = [k for k, h in enumerate(found) if "ink" not in h.skip_reasons]
     for _ in range(CHOICES):
         some = torch.tensor(choosing, dtype=torch.int64)
-        chosen = _choose(moments.of(some), allowed[some], SAID, words)
+        chosen = _choose(moments.of(some), allowed[some], MAX_WORDS, words)
         again = []
         for k, ink in zip(choosing, chosen, strict=True):
             new = Strokes(*(tuple(w for w in part if w not in holds[k]) for part in ink))
@@ -415,17 +407,11 @@ def _say_ink(
 # --------------------------------------------------------------------------------------------------
 
 N_DIRECTIONS = 128  # the same ones for all features
-
 OTHERS_SEED = 20_000_003  # no run's own: the directions compared with an SAE's are others
-
 DIRECTION_IMAGES = 16  # on which they are removed
-
-LITTLE = 0.05  # an effect is little where at most this share of predictions changes ...
-
-LITTLE_SAID = 0.01  # ... and it is said to be where less than this does
-
+NO_EFFECT_CHANGES = 0.05  # an effect is little where at most this share of predictions changes ...
+CLAIM_NO_EFFECT_BELOW = 0.01  # ... and it is said to be where less than this does
 EFFECT_MARGIN = 1.25  # by which it must exceed theirs to be claimed
-
 SMALLEST_EFFECT = 0.02  # smallest mean change of a logit that is worth a statement
 
 
@@ -459,7 +445,7 @@ def largest_moves(falls: np.ndarray) -> dict[str, np.ndarray]:
     return {"raises": falls[rows, :, mean.argmax(1)], "lowers": -falls[rows, :, mean.argmin(1)]}
 
 
-def by_chance(
+def null_effect(
     h: Hypothesis, layer: fa.ExplainedLayer, raw: Tensor, activity: Activity, share: float
 ) -> dict[str, float]:
     """How far a direction of the feature's length moves a logit on average that goes further than a
@@ -504,7 +490,7 @@ def _claim_effect(
     effect = _name_effect(delta)
     if effect is None:
         return h.drops("effect", f"removing it changes no logit by {SMALLEST_EFFECT} on average")
-    chance = by_chance(h, layer, raw, activity, rule.percentile)
+    chance = null_effect(h, layer, raw, activity, rule.percentile)
     raises, lowers = effect.raises, effect.lowers
     if effect.raised_by <= EFFECT_MARGIN * chance["raises"]:
         raises = None
@@ -535,15 +521,15 @@ def _weak(auroc: float, bar: float) -> str:
 
 def _claim_labels(h: Hypothesis, label_counts: np.ndarray, rule: Rule) -> Hypothesis:
     said = _name_labels(np.array(h.label_histogram), label_counts)
-    if not said["often"] and not said["hardly"]:
-        why = f"no label is {OFTEN} times as frequent as among all images, none {HARDLY} times"
-        return h._replace(why_not={**h.why_not, "class": why})
+    if not said["enriched"] and not said["depleted"]:
+        why = f"no label is {ENRICHED} times as frequent as among all images, none {DEPLETED} times"
+        return h._replace(skip_reasons={**h.skip_reasons, "class": why})
     h = h._replace(**said)
     auroc = _class_auroc(h, label_counts)
     return h if auroc >= rule.class_auroc else h.drops("class", _weak(auroc, rule.class_auroc))
 
 
-def best_cut(score: np.ndarray, at: np.ndarray) -> float:
+def best_threshold(score: np.ndarray, at: np.ndarray) -> float:
     """The score (N,) from which on images should be said to be active, if `at` (m,) are: the
     largest F1, the harmonic mean of precision and recall."""
     order = np.argsort(-score, kind="stable")
@@ -558,20 +544,20 @@ def best_cut(score: np.ndarray, at: np.ndarray) -> float:
 
 def _weigh(h: Hypothesis, inks: Tensor, activity: Activity, rule: Rule) -> Hypothesis:
     """A claim without ink that is weak, without labels that add nothing to it, and with its cut."""
-    if all(part in h.why_not for part in PARTS):
+    if all(part in h.skip_reasons for part in PARTS):
         return h
     at = activity.of(h.feature)[0].numpy()
     scores = part_scores(h, inks, activity.labels)
     auroc = {part: ranks_of(score, at).auroc for part, score in scores.items() if part != "class"}
     if "ink" not in scores:
-        h = h if "ink" in h.why_not else h.drops("ink", "no ink predicts and moves it")
+        h = h if "ink" in h.skip_reasons else h.drops("ink", "no ink predicts and moves it")
     elif auroc["ink"] < rule.ink_auroc:
         h = h.drops("ink", _weak(auroc["ink"], rule.ink_auroc))
         scores = part_scores(h, inks, activity.labels)
     elif "class" in scores and auroc["both"] <= auroc["ink"]:
         h = h.drops("class", "labels add nothing to what the ink predicts")
         scores = part_scores(h, inks, activity.labels)
-    return h._replace(cut=best_cut(scores["both"], at)) if scores else h
+    return h._replace(threshold=best_threshold(scores["both"], at)) if scores else h
 
 
 def _claim_ink(
@@ -595,11 +581,11 @@ def _claim_ink(
     scores = torch.tensor(scores, dtype=torch.float32)
     moments = _moments(inks, activity, scores)
     editable = Editable.of(images, seed=OTHERS_SEED)
-    hypotheses = _say_ink(hypotheses, moments, word_signs, layer, editable, activity)
+    hypotheses = _choose_words(hypotheses, moments, word_signs, layer, editable, activity)
     if of_places is None:
         return hypotheses
     moments = _moments(of_places, activity, scores)
-    drawn = _choose(moments, place_signs, DRAWN, vocabulary().places)
+    drawn = _choose(moments, place_signs, MAX_PLACES, vocabulary().places)
     pairs = zip(hypotheses, drawn, strict=True)
     return [h._replace(drawing=drawing) for h, drawing in pairs]
 
@@ -649,7 +635,7 @@ def propose_hypotheses(
         else:
             found = f"active on {h.n_active} of {len(images)} images"
             why = f"{found}; {rule.min_active} active and as many silent ones needed"
-            h = h._replace(why_not=dict.fromkeys(PARTS, why))
+            h = h._replace(skip_reasons=dict.fromkeys(PARTS, why))
         hypotheses.append(h)
 
     no_strokes = "strokes are switched off"
@@ -657,7 +643,7 @@ def propose_hypotheses(
         no_strokes = why_no_strokes(images) or why_unlike_strokes(images)
     inks = torch.empty(0, len(images), dtype=torch.float32)
     if no_strokes:
-        hypotheses = [h.drops("ink", h.why_not.get("ink", no_strokes)) for h in hypotheses]
+        hypotheses = [h.drops("ink", h.skip_reasons.get("ink", no_strokes)) for h in hypotheses]
     else:
         of_places = place_inks(images)
         inks = word_inks(of_places)
@@ -672,18 +658,18 @@ def _unclaimed(k: int, activity: Activity, histogram: np.ndarray, removed: Remov
     return Hypothesis(
         feature=k,
         ink=Strokes(),
-        often=(),
-        hardly=(),
+        enriched=(),
+        depleted=(),
         label_scores=(),
         effect=None,
-        cut=None,
+        threshold=None,
         drawing=Strokes(),
         typical_activation=float(activations.mean()) if len(activations) else 0.0,
         label_histogram=tuple(histogram.tolist()),
         n_images=len(activity.labels),
         influence=float(removed.influence[k]),
         changes=float(removed.changes[k]),
-        why_not={},
+        skip_reasons={},
     )
 
 
@@ -706,7 +692,7 @@ def hypothesis_record(h: Hypothesis) -> dict:
     """A claim as JSON has it."""
     strokes = {"ink": _strokes_record(h.ink), "drawing": _strokes_record(h.drawing)}
     effect = {"effect": h.effect._asdict() if h.effect else None}
-    record = {"statement": statement(h), **h._asdict(), **strokes, **effect}
+    record = {"caption": caption(h), **h._asdict(), **strokes, **effect}
     del record["classes"]  # the same for all
     return record
 
@@ -761,7 +747,7 @@ def _from_record(record: dict, classes: tuple[str, ...]) -> Hypothesis:
     fields = {name: record[name] for name in Hypothesis._fields if name != "classes"}
     for name in ("ink", "drawing"):
         fields[name] = _strokes_from(record[name])
-    for name in ("often", "hardly", "label_scores", "label_histogram"):
+    for name in ("enriched", "depleted", "label_scores", "label_histogram"):
         fields[name] = tuple(record[name])
     if record["effect"]:
         fields["effect"] = Effect(**record["effect"])

@@ -22,7 +22,6 @@ from torch import Tensor
 import feature_analysis as fa
 from saexplain.files import InputError
 
-
 # --------------------------------------------------------------------------------------------------
 # Any network
 # --------------------------------------------------------------------------------------------------
@@ -116,36 +115,25 @@ def check_split_leakage(data: Data) -> dict[tuple[str, str], int]:
 
 
 AUTO = "auto"  # stands for the digits under DOWNLOADS, fetched if need be, or else the sample
-
 SAMPLE = "sample"  # the name that stands for the bundled digits
-
 DOWNLOADS = "data"
-
 SAMPLE_FILE = Path(__file__).resolve().parent / "data" / "mnist_5k.npz"
 
 SAMPLE_SHA256 = "246e0c30eeea57c8d0037d3f38c8e00651ec204cc61b8022563e9aeeb9d756f4"
 
 TRAIN_SHARE = 0.8  # of the training images; the others validate
-
 DOWNLOAD_TIMEOUT = 10.0  # seconds a mirror may stay silent
-
 IMAGES, LABELS = 2051, 2049  # magic numbers of IDX files of uint8, three dimensions and one
-
 IDX_FILES = {
     "train-images-idx3-ubyte": IMAGES,
     "train-labels-idx1-ubyte": LABELS,
     "t10k-images-idx3-ubyte": IMAGES,
     "t10k-labels-idx1-ubyte": LABELS,
 }
-
 SIDES = range(8, 65)  # heights and widths of images that are taken
-
 MOST_CLASSES = 256  # labels are bytes
-
 MOST_PIXELS = 2**32  # in one file
-
 PIXELS_AT_ONCE = 2**21  # in a batch: a network of many channels makes much more of them
-
 FEWEST = {"train": 100, "t10k": 20}  # images below which nothing can be learned, or tested
 
 
@@ -158,9 +146,7 @@ class KnownSet(NamedTuple):
 
 
 DIGITS = tuple("0123456789")
-
 FASHION = "T-shirt/top|Trouser|Pullover|Dress|Coat|Sandal|Shirt|Sneaker|Bag|Ankle boot"
-
 KNOWN_SETS = {
     "MNIST": KnownSet(
         DIGITS,
@@ -196,7 +182,6 @@ KNOWN_SETS = {
         ),
     ),
 }
-
 CLASSES_FILE = "classes.txt"  # names of the classes, one a line, beside the images
 
 
@@ -257,14 +242,14 @@ SPLIT_NAMES = {
 
 def warn_duplicates(data: Data, repeated: dict[tuple[str, str], int]) -> None:
     """Print one line about what `count_duplicates` found, if anything."""
-    told = []
+    listed_features = []
     for (name, earlier), n in repeated.items():
         of = len(getattr(data, name).labels)
-        told.append(
+        listed_features.append(
             f"{n:,} of {of:,} {SPLIT_NAMES[name]} images are also {SPLIT_NAMES[earlier]} images"
         )
-    if told:
-        print(f"{', '.join(told)}: what is found on them is not found on unseen images")
+    if listed_features:
+        print(f"{', '.join(listed_features)}: what is found on them is not found on unseen images")
 
 
 def _rows(values: Tensor) -> list[bytes]:

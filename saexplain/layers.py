@@ -134,7 +134,6 @@ def layer_sizes(net: AtLayer | EvalMode, images: Tensor) -> tuple[int, int]:
 # --------------------------------------------------------------------------------------------------
 
 POOLS = ("mean", "max", "flatten")  # what to make of a layer's output that has positions
-
 SAME_IN_ANY_BATCH = 1e-2  # in batches of other sizes, for which GPUs may round to 10 bits
 
 

@@ -15,29 +15,20 @@ import torch
 from torch import Tensor
 
 import feature_analysis as fa
-from saexplain.activity import Activity, contributions, coactivation_neighbors, top_similar_rows
+from saexplain.activity import Activity, coactivation_neighbors, contributions, top_similar_rows
 from saexplain.captions import images_of
-from saexplain.counterfactuals import TestLook, class_effects, look_at_tests
+from saexplain.counterfactuals import TestReview, class_effects, review_tests
 from saexplain.images import as_ink
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
-
 SCRIPTS = ("core", "dom", "parts", "story", "class", "pair", "errors", "features", "feature")
-
 SCRIPTS += ("draw", "main")  # files of templates/, in the order in which they are joined
-
 TOP_SHOWN = 12  # strongest images of a feature
-
 BAND_SHOWN = 3  # images from each quarter of its active range
-
 HISTOGRAM_BINS = 24
-
 NEIGHBOURS = 4  # other features named next to a feature, of either kind
-
 MAP_NEIGHBOURS = 5  # features that the map tries to keep next to a feature
-
 SAE_WEIGHTS = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")  # what the page computes with
-
 ARRAY_KINDS = {
     "uint8": "u1",
     "int8": "i1",
@@ -185,11 +176,11 @@ def _said(record: dict) -> dict:
     detected = evidence.get("detected") or {}
     effect = evidence.get("effect")
     return {
-        "statement": record.get("statement"),
+        "caption": record.get("caption"),
         "evidence": evidence.get("text"),
         "lines": record.get("measured", []),
         "confidence": record.get("confidence"),
-        "verdict": record.get("verdict"),
+        "outcome": record.get("outcome"),
         "explained": record.get("explained", False),
         "mark": record.get("mark"),
         "drawing": _drawing((record.get("hypothesis") or {}).get("drawing")),
@@ -281,14 +272,14 @@ def _mean_arrays(
 ) -> dict[str, np.ndarray]:
     """The mean of the images (N, H, W) that fire each feature, and of each class."""
     flat, activity = images.flatten(1), shown.activity
-    firing = torch.nn.functional.embedding_bag(
+    strongest = torch.nn.functional.embedding_bag(
         activity.image, flat, activity.start[:-1], mode="mean"
     )[features]
     sums = flat.new_zeros(n_classes, flat.shape[1]).index_add_(0, activity.labels, flat)
-    return {"means": _as_picture(firing), "class_means": _as_picture(sums)}
+    return {"means": _as_picture(strongest), "class_means": _as_picture(sums)}
 
 
-def _test_arrays(look: TestLook, tests: fa.Activations) -> dict[str, np.ndarray]:
+def _test_arrays(look: TestReview, tests: fa.Activations) -> dict[str, np.ndarray]:
     """The test images shown, and what fires on each: `pair_start` says where its pairs are."""
     activity = look.activity
     order = activity.image.argsort(stable=True)
@@ -301,13 +292,13 @@ def _test_arrays(look: TestLook, tests: fa.Activations) -> dict[str, np.ndarray]
         "pair_feature": activity.feature[order].int().numpy(),
         "pair_activation": activity.activation[order].numpy(),
         "pair_adds": look.added[order].numpy(),
-        "mended_logits": look.turns.logits.numpy(),
+        "fixed_logits": look.turns.logits.numpy(),
     }
 
 
-def _test_words(look: TestLook, tests: fa.Activations) -> dict:
+def _test_words(look: TestReview, tests: fa.Activations) -> dict:
     """What the page says about the test images, and the guided tour."""
-    mending = [row.nonzero()[:, 0].tolist() for row in look.turns.off]
+    fixing = [row.nonzero()[:, 0].tolist() for row in look.turns.off]
     said = {
         "labels": tests.labels[look.image].tolist(),
         "number": look.image.tolist(),
@@ -315,7 +306,7 @@ def _test_words(look: TestLook, tests: fa.Activations) -> dict:
         "shown_errors": look.n_errors,
         "errors": look.all_errors,
         "pair": look.pair,
-        "mending": mending,
+        "fixing": fixing,
         "tour": None,
     }
     if look.tour is not None:
@@ -414,10 +405,10 @@ def write_dashboard(
         arrays |= _weight_arrays(layer, network)
     look = None
     if tests is not None:
-        look = look_at_tests(layer, tests.raw, tests.labels)
+        look = review_tests(layer, tests.raw, tests.labels)
         arrays |= _test_arrays(look, tests)
         for entry in entries:
-            entry["mends"] = int(look.mends[entry["feature"]])
+            entry["fixes"] = int(look.fixes[entry["feature"]])
             entry["breaks"] = int(look.breaks[entry["feature"]])
     places, packed = _pack(arrays)
 

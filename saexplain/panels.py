@@ -53,7 +53,7 @@ def _paint_sketch(sketch: Sketch, width: int) -> np.ndarray:
 
 
 def visualize_sketch(
-    sketch: Sketch, k: int, statement: str = "", save_path: str | Path | None = None
+    sketch: Sketch, k: int, caption: str = "", save_path: str | Path | None = None
 ) -> Figure:
     """The places of a claim about feature k, red where it wants ink and blue where it wants none,
     over the mean of the images that fire it; the statement is written below, as what is said in
@@ -66,7 +66,7 @@ def visualize_sketch(
             shapes = f"{masks.shape[1:]}, the background {sketch.background.shape}"
             raise ValueError(f"places have shape {shapes}")
     picture = _paint_sketch(sketch, fa.PATTERN)
-    lines = textwrap.wrap(f"Said in words: {statement}", SKETCH_LETTERS) if statement else []
+    lines = textwrap.wrap(f"Said in words: {caption}", SKETCH_LETTERS) if caption else []
     top = 2 * fa.TITLE + 4
     width = max(picture.shape[1], SKETCH_WIDTH) + 2 * fa.MARGIN
     height = top + len(picture) + CAPTION_LINE * len(lines) + 2 * fa.MARGIN

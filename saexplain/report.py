@@ -25,17 +25,17 @@ from saexplain import console, figures, page, text
 from saexplain.activity import collect_activity
 from saexplain.analysis import Analysis, analyze, by_influence, feature_record, input_patterns
 from saexplain.baselines import default_directions, evaluate_directions
-from saexplain.captions import statement
+from saexplain.captions import caption
 from saexplain.diagnoses import diagnose
 from saexplain.evaluation import (
     Comparison,
-    Trial,
-    confirmation_splits,
-    make_trial,
-    pick_features,
+    Evaluation,
+    discriminate,
+    evaluate_hypotheses,
+    evaluation_record,
+    make_evaluation,
     score_claims,
-    test_hypotheses,
-    trial_record,
+    split_test_images,
 )
 from saexplain.fidelity import measure_fidelity
 from saexplain.files import folder_lock, to_json
@@ -128,7 +128,7 @@ def prepare_report(
 
 def evaluate_draft(
     draft: Draft, directions: Mapping[str, Tensor], workers: Workers
-) -> tuple[Trial, dict[str, Comparison]]:
+) -> tuple[Evaluation, dict[str, Comparison]]:
     """The frozen hypotheses tested on one half of the test images, the other half being kept for
     replication, beside hypotheses about `directions` (n, d_in) by name.
 
@@ -138,7 +138,7 @@ def evaluate_draft(
     hypotheses, rule = read_hypotheses(draft.folder / "hypotheses.json", draft.frozen)
     val, (test_half, replication_half) = (
         layer.splits["val"],
-        confirmation_splits(layer.splits["test"]),
+        split_test_images(layer.splits["test"]),
     )
     alone = replace(layer, splits={})  # for workers, which are sent only the images they need
     on_gpu = layer.device.type != "cpu"
@@ -147,19 +147,19 @@ def evaluate_draft(
         given = (rows, alone, val, test_half, replication_half, options.seed, options.strokes)
         tasks.append(workers.start("baselines", evaluate_directions, *given, here=on_gpu))
     given = (hypotheses, alone, replication_half, None, options.seed + 1, rule)
-    tasks.append(workers.start("replication", test_hypotheses, *given, here=on_gpu))
+    tasks.append(workers.start("replication", evaluate_hypotheses, *given, here=on_gpu))
 
     with draft.clock("test"):
         activity = collect_activity(layer, test_half.raw, test_half.labels)
         scored = score_claims(hypotheses, test_half.images, test_half.labels)
-        evidence = test_hypotheses(
+        evidence = evaluate_hypotheses(
             hypotheses, layer, test_half, activity, options.seed, rule, scored
         )
-        picked = pick_features(evidence, scored, layer, activity)
+        discriminated = discriminate(evidence, scored, layer, activity)
     with draft.clock("baselines, waited for"):
         *comparisons, again = workers.results(tasks)
-    trial = make_trial(hypotheses, rule, evidence, again, activity, picked)
-    return trial, dict(zip(directions, comparisons, strict=True))
+    evaluation = make_evaluation(hypotheses, rule, evidence, again, activity, discriminated)
+    return evaluation, dict(zip(directions, comparisons, strict=True))
 
 
 def finish_report(
@@ -175,36 +175,36 @@ def finish_report(
     summary.json, and the records of feature_report.json.
     """
     options, folder = draft.options, draft.folder
-    trial, comparisons = None, {}
+    evaluation, comparisons = None, {}
     if draft.frozen:
-        trial, comparisons = evaluate_draft(draft, directions, workers)
+        evaluation, comparisons = evaluate_draft(draft, directions, workers)
     report = []
     for k in draft.features:
         entry = feature_record(k, draft.analysis)
         if replicates:
             entry |= {"counterparts": replicates.counterparts(k), "mark": replicates.mark(k)}
-        if trial:
-            entry |= text.statement_record(k, trial)
+        if evaluation:
+            entry |= text.evaluated_record(k, evaluation)
         report.append(entry)
 
     top = report[:N_PANELS]
-    notes = {entry["feature"]: panel_notes(draft, entry, replicates, trial) for entry in top}
+    notes = {entry["feature"]: panel_notes(draft, entry, replicates, evaluation) for entry in top}
     given = (folder, notes, draft.analysis, draft.shown, options.classes)
     tasks = [*draft.pictures, workers.start("panels", write_feature_panels, *given)]
     record = {**record, "top_features": [entry["feature"] for entry in top]}
     if replicates:
         record["reproducibility"] = replicates.record
-    if trial:
+    if evaluation:
         record["hypotheses_sha256"] = draft.frozen
-        record["hypotheses"] = trial_record(trial, comparisons, draft.frozen)
-        title = f"{len(trial.hypotheses)} features of {options.network} ({options.source})"
+        record["hypotheses"] = evaluation_record(evaluation, comparisons, draft.frozen)
+        title = f"{len(evaluation.hypotheses)} features of {options.network} ({options.source})"
         marks = {k: replicates.mark(k) for k in range(draft.layer.d_sae)} if replicates else {}
-        given = (folder, trial, comparisons, record["hypotheses"], title, marks)
-        tasks.append(workers.start("statements", write_hypotheses, *given))
+        given = (folder, evaluation, comparisons, record["hypotheses"], title, marks)
+        tasks.append(workers.start("hypotheses", write_hypotheses, *given))
         for k, note in notes.items():
             if note.sketch is not None:
                 path = folder / f"feature_{k}_hypothesis.png"
-                visualize_sketch(note.sketch, k, statement(trial.hypotheses[k]), path)
+                visualize_sketch(note.sketch, k, caption(evaluation.hypotheses[k]), path)
     fa.write_whole(folder / "feature_report.json", to_json(report))
     save_saelens(draft.layer, folder / "saelens")
     with draft.clock("pictures, waited for"):
@@ -217,21 +217,21 @@ def finish_report(
 
 def write_hypotheses(
     folder: Path,
-    trial: Trial,
+    evaluation: Evaluation,
     comparisons: dict[str, Comparison],
     record: dict,
     title: str,
     marks: dict[int, str],
 ) -> None:
-    """hypotheses.md and its two pictures; `record` is that of `trial_record`."""
-    content = text.statements_markdown(trial, record, title, marks)
+    """hypotheses.md and its two pictures; `record` is that of `evaluation_record`."""
+    content = text.hypotheses_markdown(evaluation, record, title, marks)
     fa.write_whole(folder / "hypotheses.md", content.encode())
-    fa.save_figure(figures.draw_explained(trial, comparisons), folder / "explained.png")
-    fa.save_figure(figures.draw_influence(trial), folder / "influence.png")
+    fa.save_figure(figures.draw_explained(evaluation, comparisons), folder / "explained.png")
+    fa.save_figure(figures.draw_influence(evaluation), folder / "influence.png")
 
 
 def panel_notes(
-    draft: Draft, entry: dict, replicates: Replicates | None, trial: Trial | None
+    draft: Draft, entry: dict, replicates: Replicates | None, evaluation: Evaluation | None
 ) -> PanelNotes:
     """What a panel shows besides numbers: the hypothesis, in words and drawn, and the patterns of
     the feature's counterparts in other SAEs. `entry` is the feature's record."""
@@ -243,10 +243,10 @@ def panel_notes(
         words = f"seed {found['seed']}, no. {found['feature']}\nsimilarity {similarity:.2f}"
         counterparts.append((words, heats[found["feature"]].numpy()))
     sketch = None
-    if trial and any(trial.hypotheses[entry["feature"]].drawing):
+    if evaluation and any(evaluation.hypotheses[entry["feature"]].drawing):
         at, _ = draft.analysis.activity.of(entry["feature"])
         mean = draft.shown[at, 0].mean(0).numpy()
-        masks = (place_masks(p).numpy() for p in trial.hypotheses[entry["feature"]].drawing)
+        masks = (place_masks(p).numpy() for p in evaluation.hypotheses[entry["feature"]].drawing)
         sketch = Sketch(mean, *masks)
     caption = "\n".join(line.strip() for line in console.hypothesis_lines(entry))
     return PanelNotes(caption, draft.analysis.inked, tuple(counterparts), sketch)

@@ -80,15 +80,14 @@ def compare_seeds(
 
     record = {"seeds": [seed, *others], "pairs": len(pairs)}
     if untrained is not None:
-        _, by_chance = look_for(0, match_rates(untrained, z, *stats[0]))
-        record["untrained"] = by_chance._asdict()
+        _, null_effect = look_for(0, match_rates(untrained, z, *stats[0]))
+        record["untrained"] = null_effect._asdict()
     for name, values in zip(Reproducibility._fields, np.transpose(pairs), strict=True):
         record[name] = mean_and_std(values)
     return Replicates(list(others), saes[1:], [found[0, j][0] for j in every[1:]], record)
 
 
 MIN_SIMILARITY = 0.7  # cosine and correlation from which two features are the same
-
 MATCHED = 1024  # features whose similarities to all others are held at once
 
 

@@ -13,15 +13,12 @@ import feature_analysis as fa
 from saexplain.files import InputError, prepare_folder, read_json, to_json
 from saexplain.sae import JumpReLUSAE, TopKSAE
 
-
 # --------------------------------------------------------------------------------------------------
 # The layout of SAELens 6 (decoderesearch/SAELens), in which the tools of the field exchange SAEs
 # --------------------------------------------------------------------------------------------------
 
 SAELENS_WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-
 SAELENS_DONE = ("normalize_activations", "reshape_activations")
-
 SAELENS_LOADED = ("jumprelu", "standard", "topk")  # architectures that the analysis can take
 
 

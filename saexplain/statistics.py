@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-
 Z_95 = 1.959964  # standard errors to either end of a 95% interval
 
 
@@ -57,7 +56,7 @@ def delong_variance(r: Ranks) -> tuple[float, float]:
     return s10 + s01, (s10 + s01) ** 2 / terms if terms else math.inf
 
 
-def student_near(freedom: np.ndarray) -> np.ndarray:
+def student_quantile(freedom: np.ndarray) -> np.ndarray:
     """97.5% quantile of Student's t, (K,): the expansion of Fisher & Cornish (1960), right to 0.2%
     from 5 degrees of freedom on."""
     z, v = Z_95, np.maximum(freedom, 1.0)
@@ -103,7 +102,7 @@ def auroc_interval(ranks: Sequence[Ranks]) -> tuple[np.ndarray, np.ndarray]:
     found = (variance > 0) & (auroc > 0) & (auroc < 1)
     safe = np.where(found, auroc, 0.5)
     logit = np.log(safe / (1 - safe))
-    reach = student_near(freedom) * np.sqrt(variance) / (safe * (1 - safe))
+    reach = student_quantile(freedom) * np.sqrt(variance) / (safe * (1 - safe))
     perfect, _ = newcombe_interval(np.ones_like(auroc), m, n)
     low = np.minimum(1 / (1 + np.exp(reach - logit)), perfect)
     high = np.maximum(1 / (1 + np.exp(-reach - logit)), 1 - perfect)
@@ -111,7 +110,7 @@ def auroc_interval(ranks: Sequence[Ranks]) -> tuple[np.ndarray, np.ndarray]:
     return np.where(found, low, wilson_low), np.where(found, high, wilson_high)
 
 
-class Detected(NamedTuple):
+class Detection(NamedTuple):
     """How well a part predicts activity."""
 
     auroc: float
@@ -121,7 +120,7 @@ class Detected(NamedTuple):
     p: float  # against chance: activity shuffled over images
 
 
-def detected(scores: Sequence[np.ndarray], active: Sequence[np.ndarray]) -> list[Detected]:
+def detected(scores: Sequence[np.ndarray], active: Sequence[np.ndarray]) -> list[Detection]:
     """How well each of the scores (N,) predicts which images, at the indices `active` (m,), are
     active."""
     ranks, p = [], []
@@ -132,7 +131,7 @@ def detected(scores: Sequence[np.ndarray], active: Sequence[np.ndarray]) -> list
     ends = zip(*(end.tolist() for end in auroc_interval(ranks)), strict=True)
     found = []
     for r, (low, high), chance in zip(ranks, ends, p, strict=True):
-        found.append(Detected(r.auroc, low, high, average_precision(r), chance))
+        found.append(Detection(r.auroc, low, high, average_precision(r), chance))
     return found
 
 

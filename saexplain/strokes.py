@@ -14,30 +14,22 @@ from torch import Tensor
 
 from saexplain.captions import percent
 
-
 # --------------------------------------------------------------------------------------------------
 # Places: exact pieces of pen stroke on a 28 x 28 image
 # --------------------------------------------------------------------------------------------------
 
 SIDE = 28  # the vocabulary is made for images of this height and width
-
 DIRECTIONS = {  # steps (down, right)
     "horizontal": (0, 1),
     "vertical": (1, 0),
     "rising": (-1, 1),
     "falling": (1, 1),
 }
-
 LENGTHS = (7, 13)  # of a short and of a long piece of stroke, in pixels
-
 GRID = range(3, 26, 2)  # rows and columns on which pieces are centred
-
 HALF_WIDTH = 1.5  # of a stroke, in pixels
-
 BESIDE = (2.0, 4.0)  # the two bands beside a stroke, in pixels from its middle line
-
 DOT_RADIUS = 2.6
-
 DOT_LENGTH = 5  # pixels across
 
 
@@ -95,11 +87,8 @@ def stroke_vocabulary() -> tuple[Place, ...]:
 # --------------------------------------------------------------------------------------------------
 
 CELLS = 5  # the middle 20 rows and columns, where the digits stand, are cut into so many each
-
 CELL_ROWS = ("top", "upper", "", "lower", "bottom")
-
 CELL_COLUMNS = ("far left", "left", "", "right", "far right")
-
 MIDDLE = {  # where only the row, or only the column, is off the middle
     "upper": "above centre",
     "lower": "below centre",
@@ -107,7 +96,6 @@ MIDDLE = {  # where only the row, or only the column, is off the middle
     "right": "right of centre",
     "": "in centre",
 }
-
 NOUNS = {  # what a stroke is called: - | / \\ or, of any shape, ink
     "horizontal": "bar",
     "vertical": "stem",
@@ -115,7 +103,6 @@ NOUNS = {  # what a stroke is called: - | / \\ or, of any shape, ink
     "falling": "backslash",
     "dot": "ink",
 }
-
 SIDES_COUNT = 0.5  # ink beside a stroke counts against it, by so much of the ink along it
 
 
@@ -225,9 +212,7 @@ class Strokes(NamedTuple):
 
 
 LOOKED_AT = 2000  # images
-
 BLANK_BELOW = 0.1
-
 THICK, MOST_THICK = 5, 0.1  # of MNIST's ink 1% is so thick, of Fashion-MNIST's 34%
 
 

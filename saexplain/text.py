@@ -6,24 +6,23 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-
 import feature_analysis as fa
-from saexplain.captions import images_of, listed, percent, statement
+from saexplain.captions import caption, images_of, listed, percent
 from saexplain.evaluation import (
-    CONFIDENCES,
     CONFIDENCE_RULE,
-    Described,
-    EditTest,
+    CONFIDENCES,
+    Decision,
     Edits,
+    EditTest,
     EffectTest,
+    Evaluation,
     Evidence,
-    Judgement,
     Measurement,
-    Trial,
+    Selection,
     measurements,
 )
-from saexplain.hypotheses import Hypothesis, LITTLE, Rule, hypothesis_record
-from saexplain.statistics import Detected
+from saexplain.hypotheses import NO_EFFECT_CHANGES, Hypothesis, Rule, hypothesis_record
+from saexplain.statistics import Detection
 
 
 def _test_record(test: NamedTuple | None, *names: str) -> dict | None:
@@ -39,20 +38,20 @@ def _edits_record(edits: Edits | None) -> dict | None:
     return {name: _test_record(test, "p") for name, test in edits._asdict().items()}
 
 
-def statement_record(k: int, trial: Trial) -> dict:
+def evaluated_record(k: int, evaluation: Evaluation) -> dict:
     """What feature_report.json says about the statement on feature k."""
-    h, e, j = trial.hypotheses[k], trial.evidence[k], trial.judgements[k]
+    h, e, j = evaluation.hypotheses[k], evaluation.evidence[k], evaluation.decisions[k]
     edited = None
     if e.edits is not None or e.drawn_edits is not None:
-        edited = dict(zip(("firing", "silent"), trial.edited[k], strict=True))
+        edited = dict(zip(("active", "inactive"), evaluation.edited[k], strict=True))
     return {
-        "statement": statement(h),
+        "caption": caption(h),
         "influence": h.influence,
         "changes": e.changes,
         "confidence": j.confidence,
-        "verdict": j.verdict,
+        "outcome": j.outcome,
         "explained": j.explained,
-        "measured": measured_lines(h, e, j, trial.rule),
+        "measured": measured_lines(h, e, j, evaluation.rule),
         "hypothesis": hypothesis_record(h),
         "evidence": {
             "text": evidence_line(h, e),
@@ -61,14 +60,14 @@ def statement_record(k: int, trial: Trial) -> dict:
             "influence": e.influence,
             "label_histogram": list(e.label_histogram),
             "detected": {part: d._asdict() for part, d in e.detected.items()},
-            "described": _test_record(e.described, "precision", "recall"),
+            "selected": _test_record(e.selected, "precision", "recall"),
             "edits": _edits_record(e.edits),
             "effect": _test_record(e.effect, "p"),
             "drawn": _test_record(e.drawn),
             "drawn_edits": _edits_record(e.drawn_edits),
-            "verdicts": {"tests": j.tests, "parts": j.parts},
-            "held_aside": trial.held_aside[k],
-            "test_images": trial.firing[k],
+            "outcomes": {"tests": j.tests, "parts": j.parts},
+            "replicated": evaluation.replicated[k],
+            "test_images": evaluation.top_images[k],
             "edited_images": edited,
         },
     }
@@ -90,7 +89,7 @@ def auroc_words(auroc: float) -> str:
     return f"{math.floor(auroc * 1000) / 1000:.3f}"
 
 
-def _detection_line(name: str, d: Detected) -> str:
+def _detection_line(name: str, d: Detection) -> str:
     ends = f"[{auroc_words(d.auroc_low)}, {auroc_words(d.auroc_high)}]"
     also = f"average precision {d.average_precision:.3f}"
     return f"{name} where it fires: AUROC {auroc_words(d.auroc)} {ends}, {also}"
@@ -117,7 +116,7 @@ def _signed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:+.3f}" for value in values[1:])
 
 
-def _effect_lines(h: Hypothesis, t: EffectTest, m: Measurement, verdict: str) -> list[str]:
+def _effect_lines(h: Hypothesis, t: EffectTest, m: Measurement, outcome: str) -> list[str]:
     claim = h.effect
     moves, doses = [], []
     if claim.raises is not None:
@@ -134,12 +133,12 @@ def _effect_lines(h: Hypothesis, t: EffectTest, m: Measurement, verdict: str) ->
     further = f"further than those on {t.further} of {t.further + t.less_far} images"
     added = ", ".join(f"{dose:g}" for dose in t.doses[1:])
     return [
-        f"removing it {' and '.join(moves)}: {reach}; {further}, {_p_words(m.p)}: {verdict}",
+        f"removing it {' and '.join(moves)}: {reach}; {further}, {_p_words(m.p)}: {outcome}",
         f"adding {added} times its typical activation: {'; '.join(doses)}",
     ]
 
 
-def measured_lines(h: Hypothesis, e: Evidence, j: Judgement, rule: Rule | None = None) -> list[str]:
+def measured_lines(h: Hypothesis, e: Evidence, j: Decision, rule: Rule | None = None) -> list[str]:
     """One line for each test: what was measured with its 95% interval, the bar, and the verdict."""
     measured = measurements(e, rule or Rule())
     names = {
@@ -152,8 +151,8 @@ def measured_lines(h: Hypothesis, e: Evidence, j: Judgement, rule: Rule | None =
         m = measured[part]
         said = f"bar {m.bar:g}, {_p_words(m.p)}: {j.tests[part]}"
         lines.append(f"{_detection_line(names[part], d)}, {said}")
-    if e.described:
-        lines.append(_described_words(e.described))
+    if e.selected:
+        lines.append(_selection_words(e.selected))
     for name, test in (e.edits or Edits(None, None, None))._asdict().items():
         if test is not None:
             m = measured[name]
@@ -162,7 +161,7 @@ def measured_lines(h: Hypothesis, e: Evidence, j: Judgement, rule: Rule | None =
     if e.effect is not None:
         lines += _effect_lines(h, e.effect, measured["effect"], j.tests["effect"])
     if "little" in measured:
-        share, bar = percent(e.changes), percent(LITTLE)
+        share, bar = percent(e.changes), percent(NO_EFFECT_CHANGES)
         said = f"on {share} of {e.n_active} images, at most {bar}: {j.tests['little']}"
         lines.append(f"removing it changes the prediction {said}")
     if e.drawn:
@@ -173,7 +172,7 @@ def measured_lines(h: Hypothesis, e: Evidence, j: Judgement, rule: Rule | None =
     return lines
 
 
-def _described_words(d: Described) -> str:
+def _selection_words(d: Selection) -> str:
     """How often the sentence is right."""
     fire = f"of the {d.n:,} images it describes {percent(d.precision)} fire it"
     return f"{fire}; of those that fire it, it describes {percent(d.recall)}"
@@ -189,10 +188,10 @@ def evidence_line(h: Hypothesis, e: Evidence) -> str:
             share = percent(e.label_histogram[c] / e.n_active)
             shares.append(f"{share} of them {images_of(h.classes, c)}")
     pieces[0] += ", " + listed(shares) if shares else ""
-    if not e.judgeable:
+    if not e.testable:
         pieces.append("too few that do, or do not, to judge")
-    if e.described:
-        pieces.append(_described_words(e.described))
+    if e.selected:
+        pieces.append(_selection_words(e.selected))
     if e.auroc is not None:
         pieces.append(f"AUROC {auroc_words(e.auroc)}")
     if e.drawn:
@@ -205,34 +204,34 @@ def evidence_line(h: Hypothesis, e: Evidence) -> str:
     return "; ".join(pieces)
 
 
-def feature_lines(i: int, trial: Trial, mark: str | None) -> list[str]:
+def feature_lines(i: int, evaluation: Evaluation, mark: str | None) -> list[str]:
     """The Markdown section of the claim at position i; `mark` says whether other SAEs have the
     feature, too."""
-    h, e, j = trial.hypotheses[i], trial.evidence[i], trial.judgements[i]
+    h, e, j = evaluation.hypotheses[i], evaluation.evidence[i], evaluation.decisions[i]
     words = {True: "held", False: "did not hold", None: "too few images to see"}
-    aside = f"on images set aside: {words[trial.held_aside[i]]}"
+    aside = f"on images set aside: {words[evaluation.replicated[i]]}"
     marked = f"; {mark}" if mark else ""
     lines = [
-        f"### Feature {h.feature}: {statement(h)}",
+        f"### Feature {h.feature}: {caption(h)}",
         "",
         f"- Influence: {percent(h.influence)}",
         f"- Evidence: {evidence_line(h, e)}",
-        f"- Confidence: **{j.confidence}**; verdict {j.verdict}; {aside}{marked}",
+        f"- Confidence: **{j.confidence}**; verdict {j.outcome}; {aside}{marked}",
     ]
-    lines += [f"- no {part} part: {why}" for part, why in h.why_not.items()]
-    if trial.firing[i]:
-        numbers = ", ".join(f"#{image}" for image in trial.firing[i])
+    lines += [f"- no {part} part: {why}" for part, why in h.skip_reasons.items()]
+    if evaluation.top_images[i]:
+        numbers = ", ".join(f"#{image}" for image in evaluation.top_images[i])
         lines.append(f"- strongest of the {e.n_active:,} test images that fire it: {numbers}")
     return [*lines, ""]
 
 
-def most_influential(hypotheses: Sequence[Hypothesis]) -> list[int]:
+def order_by_influence(hypotheses: Sequence[Hypothesis]) -> list[int]:
     """Positions by falling influence on the discovery images, ties by number."""
     return sorted(range(len(hypotheses)), key=lambda i: (-hypotheses[i].influence, i))
 
 
 HOW_TESTED = """Each statement was made from {discovery:,} validation images and frozen before it
-was tested, once, on the {judging:,} test images with even numbers. The {aside:,} with odd numbers
+was tested, once, on the {test_half:,} test images with even numbers. The {replication_half:,} with odd numbers
 were set aside to see whether confidence is deserved. SHA-256 of hypotheses.json: `{sha256}`.
 
 A word is a region: the middle of the image has 5 x 5 cells (top, upper, middle, lower, bottom; far
@@ -275,9 +274,8 @@ anything. "Picked of 8": the sentence predicts its own feature better than seven
 than the one that fires most on the same images (by chance 50%). Neurons have no other in the same
 direction."""
 
-TOLD = 100  # features, the most influential, that hypotheses.md tells
-
-WHERE_ALL = """{told} of {all} features. All of them, and each test with its interval and verdict,
+LISTED = 100  # features, the most influential, that hypotheses.md tells
+WHERE_ALL = """{listed_features} of {all} features. All of them, and each test with its interval and verdict,
 are in feature_report.html, to look at, and in feature_report.json (`evidence`, `measured`)."""
 
 
@@ -287,12 +285,12 @@ def _percent_or_none(value: float | None) -> str:
 
 def _held_words(row: dict) -> str:
     if not row["checked"]:
-        return f"{row['statements']}, none seen again"
-    return f"{row['statements']}, {row['held'] / row['checked']:.0%} held"
+        return f"{row['hypotheses']}, none seen again"
+    return f"{row['hypotheses']}, {row['replicated'] / row['checked']:.0%} held"
 
 
 def shares_rows(record: dict) -> list[list[str]]:
-    """The table of all sets of features, a column each. `record` is the `trial_record`."""
+    """The table of all sets of features, a column each. `record` is the `evaluation_record`."""
     shares = record["shares"]
     titles = {
         "explained": "explained: all that is said is confirmed",
@@ -302,8 +300,8 @@ def shares_rows(record: dict) -> list[list[str]]:
         "predicted": f"predicted, AUROC {record['rule']['both_auroc']:g}, as worded",
         "drawn": "  as drawn",
         "among_eight": "picked of 8 of like rate",
-        "over_like": "picked over like",
-        "over_company": "picked over company",
+        "over_nearest": "picked over like",
+        "over_coactive": "picked over company",
         "median_precision": "fire, of images described (median)",
         "median_recall": "described, of images that fire (median)",
         "influence_explained": "influence explained",
@@ -356,27 +354,30 @@ def headline(record: dict) -> str:
     return f"{text}. Features by influence on the test images: {made}."
 
 
-def statements_markdown(
-    trial: Trial, record: dict, title: str, marks: dict[int, str] | None = None
+def hypotheses_markdown(
+    evaluation: Evaluation, record: dict, title: str, marks: dict[int, str] | None = None
 ) -> str:
     """hypotheses.md: how the statements were tested, how they did as a whole, and the TOLD most
-    influential features. `record` is the `trial_record`; `marks` by feature say whether other SAEs
+    influential features. `record` is the `evaluation_record`; `marks` by feature say whether other SAEs
     have it, too."""
     how = HOW_TESTED.format(
-        discovery=trial.hypotheses[0].n_images,
-        judging=trial.evidence[0].n_images,
-        aside=trial.n_aside,
+        discovery=evaluation.hypotheses[0].n_images,
+        test_half=evaluation.evidence[0].n_images,
+        replication_half=evaluation.n_replication,
         sha256=record["sha256"],
         confidence=CONFIDENCE_RULE,
-        little=LITTLE,
-        **trial.rule._asdict(),
+        little=NO_EFFECT_CHANGES,
+        **evaluation.rule._asdict(),
     )
     lines = [f"# What the features mean: {title}", "", headline(record), "", how]
     lines += ["## What did training add, and does it hold?", "", TRAINING_ADDED, ""]
     lines += [*_markdown_table(shares_rows(record)), ""]
     lines += ["## Feature by feature, the most influential first", ""]
-    told = most_influential(trial.hypotheses)[:TOLD]
-    lines += [WHERE_ALL.format(told=len(told), all=len(trial.hypotheses)), ""]
-    for i in told:
-        lines += feature_lines(i, trial, (marks or {}).get(trial.hypotheses[i].feature))
+    listed_features = order_by_influence(evaluation.hypotheses)[:LISTED]
+    lines += [
+        WHERE_ALL.format(listed_features=len(listed_features), all=len(evaluation.hypotheses)),
+        "",
+    ]
+    for i in listed_features:
+        lines += feature_lines(i, evaluation, (marks or {}).get(evaluation.hypotheses[i].feature))
     return "\n".join(lines)

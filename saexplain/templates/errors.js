@@ -6,14 +6,14 @@ function habits(k, label, says) { /* what a feature does on other images, those 
   const [there, here] = [says, label].map(of => el("b", {}, signed(parts(of, i, says, label))));
   return [link(toFeature(k), `Feature ${k}`), `: on all ${many[says]} it makes `, there,
     ` of their lead over ${names[label]}, on all ${many[label]} `, here, " of that same lead. " +
-    `Removed from every test image, alone, it would mend ${plural(f.mends, "error")} and make ` +
+    `Removed from every test image, alone, it would mend ${plural(f.fixes, "error")} and make ` +
     `${plural(f.breaks, "right prediction")} wrong.`];
 }
 function mending(t, label, says) {
-  const off = meta.tests.mending[t];
+  const off = meta.tests.fixing[t];
   if (!off.length)
     return el("p", { id: "mending" }, "No set of its features was found whose removal mends it.");
-  const after = arrays.mended_logits.subarray(t * C, (t + 1) * C), p = softmax(after);
+  const after = arrays.fixed_logits.subarray(t * C, (t + 1) * C), p = softmax(after);
   const only = off.length === 1 ? "this one" : `these ${off.length}`;
   return [el("p", { id: "mending", "data-off": off.join(" ") },
     `Without ${only} it would be read as `,

@@ -22,14 +22,14 @@ function clause(line) { /* what was measured, with a mark where it was a test */
   return el("li", {}, verdict && el("b", { class: verdict }, `${marks[verdict]}: `), words);
 }
 function statement(f) {
-  if (!f.statement) return soft("This run made no statements about features.");
+  if (!f.caption) return soft("This run made no statements about features.");
   const mark = f.mark === "returns" ? "returns in an SAE of another seed" : f.mark;
-  return el("div", { class: "card" }, el("p", {}, el("b", {}, `“${f.statement}”`)),
+  return el("div", { class: "card" }, el("p", {}, el("b", {}, `“${f.caption}”`)),
     el("p", {}, "Confidence ", el("b", {}, f.confidence ?? "none"),
-      "; verdict ", el("b", { class: f.verdict }, f.verdict ?? "none"), mark ? `; ${mark}` : ""),
+      "; verdict ", el("b", { class: f.outcome }, f.outcome ?? "none"), mark ? `; ${mark}` : ""),
     soft(WORDS, " Percentages are of the images that fire the feature."));
 }
-const tested = f => f.statement && el("details", { open: true },
+const tested = f => f.caption && el("details", { open: true },
   el("summary", {}, "Every test its statement was put to"),
   el("p", { class: "small" }, f.evidence), el("ul", { class: "small plain" }, f.lines.map(clause)));
 const byClass = values => shownClasses(values.map(Math.abs)).map(c =>
@@ -81,8 +81,8 @@ function featureView() {
     e.preventDefault();
     location.hash = to("two", { features: `${k},${other.value}` });
   };
-  const turned = f.mends === undefined ? "" : ` Removed from every test image, it alone mends ` +
-    `${plural(f.mends, "error")} and makes ${plural(f.breaks, "right prediction")} wrong.`;
+  const turned = f.fixes === undefined ? "" : ` Removed from every test image, it alone mends ` +
+    `${plural(f.fixes, "error")} and makes ${plural(f.breaks, "right prediction")} wrong.`;
   main.replaceChildren(el("nav", { "aria-label": "Features" }, link(step(-1), "← previous"),
     link(step(1), "next →"), link(to("features"), "all")), el("h2", {}, `Feature ${k}`),
   el("p", {}, `It fires on ${percent(f.density)} of the images and ${does(f)}. Its share of all ` +
@@ -111,7 +111,7 @@ function twoView() {
   const column = (f, n) => el("section", { "aria-label": `feature ${f.feature}` },
     el("h3", {}, link(toFeature(f.feature), `Feature ${f.feature}`)), portrait(found[n], 160,
       "the pattern over the mean of its images"), sketch(found[n], 160),
-    el("p", {}, f.statement ?? "No statement."), el("p", { class: "soft" },
+    el("p", {}, f.caption ?? "No statement."), el("p", { class: "soft" },
       `Fires on ${percent(f.density)}; influence ${percent(f.influence)}; confidence ` +
       `${f.confidence ?? "none"}.`),
     supports(f, range), labelColumns(f), thumbnails("Strongest images", f.top.slice(0, 8)));

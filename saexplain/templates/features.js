@@ -9,13 +9,13 @@ const chosen = { sort: "influence", label: "", supports: "", rate: "", confidenc
 function matches(f) {
   const words = chosen.search.trim().toLowerCase(), rate = rates[chosen.rate];
   const found = /^\d+$/.test(words) ? String(f.feature) === words
-    : (f.statement ?? "").toLowerCase().includes(words);
+    : (f.caption ?? "").toLowerCase().includes(words);
   return (words === "" || found) && (chosen.label === "" || String(f.mode) === chosen.label) &&
     (chosen.supports === "" || f.density > 0 && String(supported(f)) === chosen.supports) &&
     (!rate || f.density >= rate[0] && f.density < rate[1]) &&
     (chosen.confidence === "" || f.confidence === chosen.confidence) &&
-    (chosen.verdict === "" || (chosen.verdict === "explained" ? f.explained
-      : f.verdict === chosen.verdict));
+    (chosen.outcome === "" || (chosen.outcome === "explained" ? f.explained
+      : f.outcome === chosen.outcome));
 }
 function selection() {
   const by = sorts[chosen.sort], list = features.map((f, i) => [f, i]).filter(([f]) => matches(f));
@@ -31,7 +31,7 @@ function fillGrid() {
   const list = selection();
   byId("count").textContent = `${list.length} of ${F} features`;
   byId("grid").replaceChildren(...list.map(([f, i]) => el("a", { href: toFeature(f.feature),
-    title: f.statement ?? "", "aria-label": `feature ${f.feature}, ${looksFor(f)}` },
+    title: f.caption ?? "", "aria-label": `feature ${f.feature}, ${looksFor(f)}` },
   pattern(i), String(f.feature), el("br"), el("span", { class: "soft" },
     `${percent(f.density)} ${f.confidence ?? ""}`))));
 }
@@ -94,7 +94,7 @@ function scatter() {
     const open = () => { location.hash = toFeature(f.feature); };
     const point = { cx: x(f.density), cy: y(f.auroc), r: 5, class: "point", onclick: open };
     chart.append(svg("circle", point,
-      svg("title", {}, `Feature ${f.feature}: ${f.statement ?? ""}`)));
+      svg("title", {}, `Feature ${f.feature}: ${f.caption ?? ""}`)));
   }
   return el("div", { class: "scroll", tabindex: 0, role: "group", "aria-label": "chart" }, chart);
 }

@@ -13,8 +13,8 @@ const PORTRAIT = "Each picture: in grey the mean of the images that fire the fea
 
 /* What a feature looks for, in words: the first part of its statement. */
 function looksFor(f) {
-  if (!f.statement) return "no statement was made about it";
-  const first = f.statement.split("; ")[0];
+  if (!f.caption) return "no statement was made about it";
+  const first = f.caption.split("; ")[0];
   return first.charAt(0).toLowerCase() + first.slice(1);
 }
 /* Where it fires, it supports a class by so much: never what it does when it is added. */
