@@ -1,13 +1,23 @@
-"""Train a small MNIST classifier, look inside it with a sparse autoencoder (SAE), explain every feature.
+"""Train a small MNIST classifier and a sparse autoencoder (SAE) on it; explain every feature.
 
     python MNIST_SAE_code.py                              # everything, into artifacts_mnist_sae/
     python MNIST_SAE_code.py --target-actives 10 20 40    # one SAE per sparsity, and their frontier
     python MNIST_SAE_code.py --seeds 0 1 2                # a sweep: mean and spread over seeds
     python MNIST_SAE_code.py --data sample --features 50  # the bundled sample, 50 features
 
-This file makes and measures one SAE, from top to bottom: settings, classifier, SAE training with its
-losses, lambda, thresholds, `explain` for any network, `main`. What a feature means, and whether that holds
-on unseen images, is the package saexplain; its numbers and pictures are feature_analysis.py.
+This file makes and measures one SAE, from top to bottom: settings, classifier, SAE training with
+its losses, lambda, thresholds, `explain` for any network, `main`. What a feature means, and whether
+that holds on unseen images, is in the package saexplain; numbers and pictures of features are in
+feature_analysis.py.
+
+Per image, SAE training minimizes (squares divided by d_in)
+
+    ||x - x_hat||^2 + sum_k lambda_k 1[f_k > 0]                 reconstruction and sparsity
+      + head_kl * KL(logits of x || logits of x_hat)            what the classifier reads
+      + auxiliary_weight * ||(x - x_hat) - x_hat of dying||^2   so that no latent dies
+
+The sparsity term has no gradient of its own: threshold_k = sqrt(lambda_k) minimizes it (see
+`LambdaController`); autograd differentiates the sum of the other three.
 
 Dimension key: N images, B images in a batch, C classes, d_in hidden units, d_sae latents. z are
 standardized preactivations (raw - mu) / std, x the coordinates that the SAE is trained in.
@@ -24,13 +34,12 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import math
 import os
 import platform
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple, get_type_hints
@@ -39,7 +48,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import feature_analysis as fa
 from saexplain import console, figures, page
@@ -49,6 +57,7 @@ from saexplain.files import (
     BusyError,
     InputError,
     Stage,
+    check_chain,
     folder_lock,
     load_cached,
     load_stage,
@@ -60,19 +69,33 @@ from saexplain.files import (
 from saexplain.hypotheses import read_hypotheses
 from saexplain.images import Data, Split, TensorLoader, check_split_leakage, digest_of, load_images
 from saexplain.layers import collect_activations, default_torch_state, open_layer, warn_scale_shift
+from saexplain.optimization import (
+    Adam,
+    TrainingError,
+    batches,
+    check_loss_finite,
+    check_weights_finite,
+    logged_steps,
+    n_steps,
+    progress_bar,
+    ramp,
+    scaled_epochs,
+)
 from saexplain.parallel import Stopwatch, Workers, torch_threads, worker_count
 from saexplain.report import (
+    Draft,
     Options,
     finish_report,
     frontier_of,
     load_splits,
     prepare_report,
     remove_results,
+    write_history,
     write_page,
 )
 from saexplain.reproducibility import compare_seeds
-from saexplain.sae import JumpReLUSAE
-from saexplain.sweep import run_sweep
+from saexplain.sae import JumpReLUSAE, PCACoordinates
+from saexplain.sweep import combinations, run_sweep
 
 # --------------------------------------------------------------------------------------------------
 # Settings: edit a line here, or give the flag of the same name (TARGET_ACTIVES: --target-actives)
@@ -83,7 +106,7 @@ SAE_LATENTS = 512  # four per hidden unit
 EPOCHS_SAE_FINAL = 5  # passes over the training images; more lowers FVU slowly
 BATCH_SAE = 128  # many small steps beat few large ones: 256 is faster, FVU a tenth worse
 LR_SAE = 1.3e-2  # peak Adam rate; 1e-3 trebles FVU in so few epochs
-HEAD_KL = 0.15  # weight of the classifier's logits in the SAE loss; 0 ignores what z is used for
+HEAD_KL = 0.25  # weight of the classifier's logits in the SAE loss; 0 ignores what z is used for
 NORMALIZE_Z = True  # standardize each hidden unit first, so that loud ones do not own the SAE
 HIDDEN_UNITS = 128  # width of the classifier's hidden layer, d_in of the SAE
 EPOCHS_FFN = 3  # passes over the training images for the classifier
@@ -153,10 +176,12 @@ class Settings:
     def __post_init__(self) -> None:
         for f in fields(self):
             value, kind, least = getattr(self, f.name), KINDS[f.name], f.metadata["least"]
-            accepted = {float: (int, float), int: int}.get(kind)
-            if accepted and (isinstance(value, bool) or not isinstance(value, accepted)):
+            if f.name == "target_actives":
+                continue
+            accepted = (int, float) if kind is float else kind
+            if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
                 raise InputError(f"{flag_name(f.name)} must be {kind.__name__}, got {value!r}")
-            if accepted and not math.isfinite(value):
+            if kind in (int, float) and not math.isfinite(value):
                 raise InputError(f"{flag_name(f.name)} must be finite, got {value}")
             if least is not None and value < least:
                 raise InputError(f"{flag_name(f.name)} must be at least {least:g}, got {value}")
@@ -183,10 +208,6 @@ class Settings:
 KINDS = get_type_hints(Settings)
 CLASSIFIER_SETTINGS = "hidden_units epochs_ffn batch_ffn lr_ffn weight_decay_ffn seed"
 SAE_SETTINGS = "sae_latents epochs_sae_final batch_sae lr_sae head_kl normalize_z seed"
-
-
-class TrainingError(RuntimeError):
-    """Training left the finite numbers; the message says where, and what to lower."""
 
 
 def flag_name(name: str) -> str:
@@ -220,8 +241,8 @@ def parse_runs(argv: Sequence[str] | None = None) -> list[Settings]:
     seeds = given.pop("seeds") or [given.pop("seed")]
     latents = given.pop("sae_latents")
     sizes = latents if isinstance(latents, list) else [latents]
-    runs = [dict(seed=seed, sae_latents=n) for seed, n in itertools.product(seeds, sizes)]
-    return [Settings(**{**given, **run}) for run in runs]
+    pairs = itertools.product(seeds, sizes)
+    return [Settings(**{**given, "seed": seed, "sae_latents": n}) for seed, n in pairs]
 
 
 def pick_device(name: str) -> torch.device:
@@ -240,103 +261,6 @@ def pick_device(name: str) -> torch.device:
 
 
 # --------------------------------------------------------------------------------------------------
-# Training, what both networks share
-# --------------------------------------------------------------------------------------------------
-
-FULL_TRAIN_IMAGES = 48_000  # of MNIST, in passes over which epochs are counted
-
-
-def scaled_epochs(epochs: int, n_train: int) -> int:
-    """Passes over `n_train` images that make about as many steps as `epochs` over the full set."""
-    return max(1, round(epochs * FULL_TRAIN_IMAGES / n_train))
-
-
-def batches(n: int, batch_size: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Index tensors (B,) of `epochs` shuffled passes over `n` images; an incomplete last batch is
-    left out."""
-    batch_size = min(batch_size, n)
-    for _ in range(epochs):
-        order = torch.randperm(n, generator=generator, device=generator.device)
-        yield from order[: n - n % batch_size].split(batch_size)
-
-
-def n_steps(n: int, batch_size: int, epochs: int) -> int:
-    """How many batches `batches` yields."""
-    return epochs * (n // min(batch_size, n))
-
-
-def ramp(progress: float, rise_until: float, fall_from: float) -> float:
-    """Learning-rate factor at `progress` in [0, 1]: linear up from 0, flat at 1, linear to 0."""
-    return min(1.0, progress / rise_until, (1 - progress) / (1 - fall_from))
-
-
-def progress_bar(plan: Iterable, what: str, steps: int) -> Iterable:
-    """A bar where somebody watches, and only for the process that they started."""
-    if False:
-        return plan
-    return tqdm(plan, what, steps, leave=False, disable=None)
-
-
-class Adam:
-    """Adam (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019).
-
-    torch.optim would do, but its first optimizer imports PyTorch's compiler, which takes longer
-    than training the classifier.
-    """
-
-    BETA1 = 0.9
-    BETA2 = 0.99  # 0.999 would average over more steps than a short training has
-    EPSILON = 1e-8
-
-    def __init__(self, weights: Sequence[Tensor], weight_decay: float = 0.0):
-        self.weights = list(weights)
-        self.weight_decay = weight_decay
-        self.mean = [torch.zeros_like(w) for w in self.weights]
-        self.square = [torch.zeros_like(w) for w in self.weights]
-        self.steps = 0
-
-    @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor], lr: float) -> None:
-        self.steps += 1
-        correction1 = 1 - self.BETA1**self.steps
-        correction2 = math.sqrt(1 - self.BETA2**self.steps)
-        moments = zip(self.weights, gradients, self.mean, self.square, strict=True)
-        for weight, gradient, mean, square in moments:
-            mean.lerp_(gradient, 1 - self.BETA1)
-            square.mul_(self.BETA2).addcmul_(gradient, gradient, value=1 - self.BETA2)
-            if self.weight_decay:
-                weight.mul_(1 - lr * self.weight_decay)
-            spread = square.sqrt().add_(self.EPSILON * correction2)
-            weight.addcdiv_(mean, spread, value=-lr * correction2 / correction1)
-
-
-CHECK_EVERY = 250  # steps between two looks at the loss: each makes a GPU wait
-
-
-def refuse_divergence(losses: Tensor, step: int, stage: str, flag: str, rate: float) -> None:
-    """Every CHECK_EVERY steps and at the last: raise TrainingError naming the first step whose
-    loss is not finite. `losses` (steps,) holds those of the steps 0 to `step`."""
-    if (step + 1) % CHECK_EVERY and step + 1 < len(losses):
-        return
-    bad = torch.nonzero(~torch.isfinite(losses[: step + 1])).flatten()
-    if len(bad):
-        raise TrainingError(
-            f"{stage} diverged: its loss is not finite at step {int(bad[0])}; "
-            f"lower {flag} (now {rate})"
-        )
-
-
-def refuse_bad_weights(module: nn.Module, stage: str, flag: str, rate: float) -> None:
-    """Raise TrainingError when the last step, whose loss nobody sees any more, broke the
-    weights."""
-    if not all(value.isfinite().all() for value in module.state_dict().values()):
-        raise TrainingError(
-            f"{stage} diverged: its weights are not finite after the last step; "
-            f"lower {flag} (now {rate})"
-        )
-
-
-# --------------------------------------------------------------------------------------------------
 # Classifier
 # --------------------------------------------------------------------------------------------------
 
@@ -344,7 +268,7 @@ def refuse_bad_weights(module: nn.Module, stage: str, flag: str, rate: float) ->
 class Classifier(nn.Module):
     """logits = W2 relu(z) + b2 with preactivations z = W1 (x - pixel_mean) + b1.
 
-    The mean image is subtracted because centred inputs let the first layer learn several times
+    The mean image is subtracted because centered inputs let the first layer learn several times
     faster. The analysis uses `preactivations` and `logits_from_preactivations`, and nothing else.
     """
 
@@ -355,18 +279,18 @@ class Classifier(nn.Module):
         self.head = nn.Linear(hidden_units, n_classes)
 
     def preactivations(self, images: Tensor) -> Tensor:
-        """images (B, 1, H, W) -> z (B, d_in)
+        """Preactivations (B, d_in) of images (B, 1, H, W).
 
-        Once trained, it raises ValueError for ink that does not run from 0 to 1.
+        Once trained, it raises ValueError for pixels outside of 0 to 1, as of bytes.
         """
         if not self.training and len(images):
             low, high = images.aminmax()
             if not (low > -0.01 and high < 1.01):
-                raise ValueError(f"ink runs from {low:g} to {high:g}, but must from 0 to 1")
+                raise ValueError(f"pixels must be from 0 to 1, got {low:g} to {high:g}")
         return self.hidden(images.flatten(1) - self.pixel_mean)
 
     def logits_from_preactivations(self, z: Tensor) -> Tensor:
-        """z (B, d_in) -> logits (B, C)"""
+        """Logits (B, C) of preactivations z (B, d_in)."""
         return self.head(F.relu(z))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -374,9 +298,10 @@ class Classifier(nn.Module):
 
 
 def new_classifier(sizes: tuple[int, int, int], seed: int, device: torch.device) -> Classifier:
-    """An untrained one of so many pixels, hidden units and classes. nn.Linear draws from torch's
-    own generator, which is left as it was."""
-    devices = [device] if device.type == "cuda" else []
+    """An untrained classifier; `sizes` are its numbers of pixels, hidden units and classes."""
+    devices = (
+        [device] if device.type == "cuda" else []
+    )  # nn.Linear draws from torch's own generator
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         return Classifier(*sizes).to(device)
@@ -385,8 +310,10 @@ def new_classifier(sizes: tuple[int, int, int], seed: int, device: torch.device)
 def train_classifier(
     train: Split, settings: Settings, n_classes: int = 10
 ) -> tuple[Classifier, list[dict]]:
-    """Cross entropy, AdamW, one cycle of the learning rate; the classifier, and its course as lines
-    of run.log.jsonl. Raises TrainingError on divergence."""
+    """The classifier, and its history: rows of step and loss.
+
+    Cross entropy, AdamW, one cycle of the learning rate. Raises TrainingError on divergence.
+    """
     device, n = train.labels.device, len(train.labels)
     sizes = (train.images[0].numel(), settings.hidden_units, n_classes)
     model = new_classifier(sizes, settings.seed, device)
@@ -399,475 +326,335 @@ def train_classifier(
     steps = n_steps(n, settings.batch_ffn, epochs)
     losses = torch.zeros(steps, device=device)
     plan = batches(n, settings.batch_ffn, epochs, generator)
-    blame = ("classifier training", "--lr-ffn", settings.lr_ffn)
-
+    flag = ("classifier training", "--lr-ffn", settings.lr_ffn)
     for step, index in enumerate(progress_bar(plan, "classifier", steps)):
         loss = F.cross_entropy(model(train.images[index]), train.labels[index])
         gradients = torch.autograd.grad(loss, weights)
         optimizer.step(gradients, settings.lr_ffn * ramp((step + 0.5) / steps, 0.2, 0.2))
         losses[step] = loss.detach()
-        refuse_divergence(losses, step, *blame)
-    refuse_bad_weights(model, *blame)
+        check_loss_finite(losses, step, *flag)
+    check_weights_finite(model, *flag)
     history = [{"step": step, "loss": losses[step].item()} for step in logged_steps(steps)]
     return model.requires_grad_(False).eval(), history
 
 
 # --------------------------------------------------------------------------------------------------
-# SAE training
+# SAE: schedule, the method's own constants, therefore no flags
 # --------------------------------------------------------------------------------------------------
 
 
-class TrainingFrame(NamedTuple):
-    """Coordinates the SAE is trained in: x = (z - center) @ basis / scale, centred, mean square 1.
-
-    The basis holds the principal directions of z. A rotation changes neither the model nor the
-    loss, but Adam scales every coordinate by itself, so in these coordinates it can give quiet
-    directions the larger steps they need: FVU at L0 20 falls by about a tenth. Thresholds and
-    lambda become independent of the scale of z.
-    """
-
-    center: Tensor  # (d_in,)
-    basis: Tensor  # (d_in, d_in), orthonormal columns
-    scale: Tensor  # ()
-
-    @classmethod
-    def of(cls, z: Tensor) -> TrainingFrame:
-        center = z.mean(0)
-        centred = z - center
-        _, basis = torch.linalg.eigh(centred.T @ centred)
-        return cls(center, basis, centred.square().mean().sqrt())
-
-    def enter(self, z: Tensor) -> Tensor:
-        return (z - self.center) @ self.basis / self.scale
-
-    def leave(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.center, x, self.basis.T * self.scale)
-
-    @torch.no_grad()
-    def fold(self, sae: JumpReLUSAE) -> JumpReLUSAE:
-        """The SAE of x written as an SAE of z: the same features, activations times scale."""
-        folded = JumpReLUSAE(*sae.W_enc.shape).to(sae.W_enc.device)
-        folded.W_enc.copy_(self.basis @ sae.W_enc)
-        folded.b_enc.copy_(sae.b_enc * self.scale - self.center @ folded.W_enc)
-        folded.W_dec.copy_(sae.W_dec @ self.basis.T)
-        folded.b_dec.copy_(self.leave(sae.b_dec[None])[0])
-        folded.threshold.copy_(sae.threshold * self.scale)
-        return folded.requires_grad_(False)
-
-
 class SAESchedule(NamedTuple):
-    """How training is steered. This belongs to the method rather than to a run: no flags."""
+    """Constants of SAE training. A "share of training" runs from 0 to 1."""
 
-    start_l0_factor: float = 4.0  # it starts so many times denser, so that every latent finds a use
-    l0_settled_at: float = 0.3  # share of training after which the target itself is aimed at
-    start_threshold: float = 0.5  # sqrt(lambda) at the start, in units of x
-    logits_from: float = 0.5  # share of training after which the logits count: earlier they slow it
-    head_temperature: float = 4.0  # softened logits compare all classes on all images
-    rare_below: float = 1 / 16  # a latent below this share of the mean density is dying: helped
-    rare_coefficient: float = 0.2  # weight of that help; from 0.1 to 0.3 little depends on it
-    rare_every: int = 4  # steps between two such helps: at all of them a fifth more work
-    rare_at_once: int = 32  # at most so many rare latents explain one image
-    rare_share: float = 0.25  # at most this share of the latents is helped at a time, the rarest
-    fair_share: float = 1.25  # latents below this share of the mean density pay less lambda
-    busy_density: float = 0.25  # latents that fire on a larger share of the images pay more lambda
+    start_l0_factor: float = 2.0  # L0 at the start, over the target; from 1 or 4 FVU is 3% worse
+    l0_settled_at: float = 0.3  # share of training after which L0 is held at the target
+    warmup: float = 0.02  # share of training in which the learning rate rises
+    decay_from: float = 0.3  # share of training after which it falls linearly to 0
+    density_decay: float = 0.99  # per step, of the moving average of densities: about 100 batches
+    logit_kl_from: float = 0.5  # share of training after which the logits count: 0 costs 2% FVU
+    dying_below: float = 1 / 16  # share of the mean density below which a latent counts as dying
+    auxiliary_per_image: int = 16  # dying latents per image: with all of them a tenth stay dead
+    auxiliary_weight: float = 0.2  # of the auxiliary loss; half as much gives the same
+    auxiliary_every: int = 8  # steps; every 4th step is slower and gives the same FVU
 
 
 SCHEDULE = SAESchedule()
 
+# --------------------------------------------------------------------------------------------------
+# Losses
+# --------------------------------------------------------------------------------------------------
+
+
+def reconstruction_loss(x_hat: Tensor, x: Tensor) -> Tensor:
+    """Mean squared error (), over images and coordinates (B, d_in).
+
+    1 for the best constant prediction, because x has mean 0 and mean square 1.
+    """
+    return F.mse_loss(x_hat, x)
+
+
+def logit_kl(teacher_logits: Tensor, logits: Tensor) -> Tensor:
+    """KL(softmax(teacher_logits) || softmax(logits)) in nats, (), the mean over images (B, C)."""
+    log_p = F.log_softmax(teacher_logits, dim=1)
+    log_q = F.log_softmax(logits, dim=1)
+    return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+
+def auxiliary_loss(pre: Tensor, W_dec: Tensor, dying: Tensor, residual: Tensor) -> Tensor:
+    """Mean square () of what remains of the residual after the dying latents explain part of it.
+
+    After AuxK (Gao et al. 2024): a latent that is never active gets no gradient from the other
+    losses. Here, on each image, the dying latents with the largest pre (B, d_sae) reconstruct the
+    residual x - x_hat (B, d_in), whether or not they exceed their thresholds. `dying` (n,) are the
+    indices of the dying latents; without any, the loss has no gradient.
+    """
+    dying_pre = pre.index_select(1, dying)  # (B, n)
+    n_used = min(SCHEDULE.auxiliary_per_image, len(dying))
+    smallest_used = dying_pre.detach().topk(n_used, dim=1).values[:, -1:]
+    acts = dying_pre * (dying_pre.detach() >= smallest_used)
+    rows = W_dec.index_select(0, dying)  # (n, d_in)
+    # The residual is a constant here: active latents do not learn from what dying ones explain.
+    return (residual.detach() - acts @ rows).square().mean()
+
+
+class Losses(NamedTuple):
+    """Of one batch."""
+
+    total: Tensor  # (), what is minimized
+    reconstruction: Tensor  # (), share of the variance that is left
+    active: Tensor  # (B, d_sae), 1 where a feature is active, else 0
+
+
+def compute_losses(
+    sae: JumpReLUSAE,
+    x: Tensor,
+    teacher_logits: Tensor,
+    logits_of_x: Callable[[Tensor], Tensor],
+    head_kl: float,
+    dying: Tensor | None,
+) -> Losses:
+    """The losses of x (B, d_in), whose logits are teacher_logits (B, C).
+
+    `head_kl` weights the logit KL, 0 leaves it out. `dying` are the indices (n,) of dying latents,
+    None on steps without auxiliary loss.
+    """
+    pre = sae.pre_activations(x)  # (B, d_sae)
+    feature_acts = sae.jump(pre)  # (B, d_sae)
+    x_hat = sae.decode(feature_acts)  # (B, d_in)
+
+    reconstruction = reconstruction_loss(x_hat, x)
+    total = reconstruction
+    if head_kl:
+        total = total + head_kl * logit_kl(teacher_logits, logits_of_x(x_hat))
+    if dying is not None:
+        auxiliary = auxiliary_loss(pre, sae.W_dec, dying, x - x_hat)
+        total = total + SCHEDULE.auxiliary_weight * auxiliary
+    return Losses(total, reconstruction.detach(), feature_acts.detach().sign())
+
+
+# --------------------------------------------------------------------------------------------------
+# Sparsity
+# --------------------------------------------------------------------------------------------------
+
+
+def l0_target_at(progress: float, target: float, d_sae: int) -> float:
+    """L0 to aim at: falls geometrically to `target`, and stays there from `l0_settled_at` on."""
+    start = max(target, min(SCHEDULE.start_l0_factor * target, d_sae / 2))
+    return target * (start / target) ** max(0.0, 1 - progress / SCHEDULE.l0_settled_at)
+
 
 class LambdaController:
-    """Finds the lambda that gives the L0 asked for, while the SAE trains.
+    """Adjusts sqrt(lambda) during training until L0 is at its target.
 
-    The objective is  ||x - x_hat||^2 + lambda * L0  per image. With unit decoder rows, keeping a
-    feature whose activation is a lowers the first term by about a^2 and costs lambda, so the best
-    threshold is sqrt(lambda) (hard thresholding, Blumensath & Davies 2008). Raising lambda
-    therefore lowers L0 at once, and a proportional-integral controller on log sqrt(lambda) holds
-    L0 at its target: no trial runs, no coefficient to tune.
+    The objective is ||x - x_hat||^2 + lambda * L0 per image. With unit decoder rows, keeping a
+    feature of activation a lowers the first term by about a^2 and costs lambda, so the best
+    threshold is sqrt(lambda) (hard thresholding, Blumensath & Davies 2008). A larger lambda
+    therefore lowers L0 at once, and a proportional-integral controller on log sqrt(lambda) needs
+    neither a sweep over lambda nor a coefficient to tune.
 
-    Everything is a tensor of shape () on the device: a step costs no synchronisation.
+    Everything is a tensor of shape () on the device, so that a step makes no GPU wait.
     """
 
     INTEGRAL = 0.1  # gain on log(L0 / target), per step
-    PROPORTIONAL = 0.3  # gain on its change
-    MEMORY = 0.9  # of the L0 average, per step
-    LEAST = 0.005  # threshold: from further down it would not find back before training ends
+    PROPORTIONAL = 0.3  # gain on the change of log(L0 / target)
+    L0_DECAY = 0.9  # per step, of the moving average of L0: about 10 batches
+    LEAST = 0.005  # sqrt(lambda); from further down it would not recover before training ends
 
-    def __init__(self, start_l0: float, device: torch.device):
-        self.log_threshold = torch.tensor(math.log(SCHEDULE.start_threshold), device=device)
-        self.l0 = torch.tensor(start_l0, device=device)
-        self.error = torch.zeros((), device=device)
+    def __init__(self, start_l0: float, start_threshold: Tensor):
+        self.log_threshold = start_threshold.log()  # ()
+        self.l0 = torch.full_like(start_threshold, start_l0)
+        self.error = torch.zeros_like(start_threshold)
 
     def threshold(self) -> Tensor:
-        """sqrt(lambda), ()"""
+        """sqrt(lambda), ()."""
         return self.log_threshold.exp()
 
-    def observe(self, l0: Tensor, target: float) -> None:
-        """One step: the batch had `l0` active features per image, `target` are wanted."""
-        self.l0 = torch.lerp(l0, self.l0, self.MEMORY)
-        error = torch.log(self.l0.clamp(min=1e-2) / target)
+    def update(self, l0: Tensor, target: float) -> None:
+        """Take one step: the batch had `l0` active features per image, `target` are wanted."""
+        self.l0 = torch.lerp(l0, self.l0, self.L0_DECAY)
+        error = torch.log(self.l0.clamp(min=1e-2) / target)  # clamped: L0 may be 0
         change = self.INTEGRAL * error + self.PROPORTIONAL * (error - self.error)
         self.log_threshold = (self.log_threshold + change).clamp(min=math.log(self.LEAST))
         self.error = error
 
 
-def l0_target_at(progress: float, target: float, d_sae: int) -> float:
-    """Mean active features aimed at: from a multiple of the target geometrically down to it."""
-    start = max(target, min(SCHEDULE.start_l0_factor * target, d_sae / 2))
-    return target * (start / target) ** max(0.0, 1 - progress / SCHEDULE.l0_settled_at)
+def latent_thresholds(threshold: Tensor, density: Tensor, l0_target: float) -> Tensor:
+    """sqrt(lambda_k) (d_sae,), from sqrt(lambda) () and each latent's density (d_sae,).
+
+    lambda_k falls in proportion to the density below the mean density aimed at: a latent that is
+    rarely active costs less, so it does not die.
+    """
+    mean_density = l0_target / len(density)
+    return threshold * (density / mean_density).clamp(max=1).sqrt()
+
+
+# --------------------------------------------------------------------------------------------------
+# Initial SAE
+# --------------------------------------------------------------------------------------------------
 
 
 def initial_rows(x: Tensor, d_sae: int, generator: torch.Generator) -> Tensor:
-    """Unit decoder rows (d_sae, d_in) to start from: towards images drawn at random, with quiet
-    coordinates of x (N, d_in) amplified; beyond the N-th in random directions.
+    """Unit decoder rows (d_sae, d_in) towards images of x (N, d_in), drawn at random.
 
-    Starting from images rather than from random directions, more features are found again when
-    another seed draws other images.
+    Directions of little variance are amplified: without it FVU is a twentieth worse. Where d_sae
+    exceeds N, the further rows have random directions.
     """
-    spread = x.std(0)
+    std = x.std(0)
+    std = std.clamp(min=1e-3 * std.max())  # a unit that never varies has none
     drawn = torch.randperm(len(x), generator=generator, device=generator.device)[:d_sae]
-    towards_images = x[drawn] / spread.clamp(min=1e-3 * spread.max()).sqrt()
-    further = (d_sae - len(drawn), x.shape[1])
-    others = torch.randn(further, generator=generator, device=generator.device)
-    return F.normalize(torch.cat([towards_images, others]), dim=1)
+    missing = (d_sae - len(drawn), x.shape[1])
+    random_rows = torch.randn(missing, generator=generator, device=generator.device)
+    return F.normalize(torch.cat([x[drawn] / std.sqrt(), random_rows]), dim=1)
+
+
+def starting_rows(z: Tensor, d_sae: int, seed: int) -> Tensor:
+    """Decoder rows (d_sae, d_in) of the untrained SAE of z (N, d_in): a baseline."""
+    generator = torch.Generator(z.device).manual_seed(seed)
+    coordinates = PCACoordinates.fit(z)
+    return initial_rows(coordinates.transform(z), d_sae, generator) @ coordinates.components.T
 
 
 @torch.no_grad()
 def initial_sae(rows: Tensor, x: Tensor, start_l0: float) -> JumpReLUSAE:
-    """Decoder `rows` (d_sae, d_in), the encoder their transpose, every latent active on a share
-    start_l0 / d_sae of `x` (N, d_in).
+    """An SAE with decoder `rows` (d_sae, d_in) and the encoder gain * rows^T.
 
-    The encoder is scaled so that the first reconstruction is as close to `x` as one number can
-    make it.
+    Every latent is active on a share start_l0 / d_sae of x (N, d_in), and all have the same
+    threshold. The gain is the one whose reconstruction of x has the least squared error.
     """
     d_sae, d_in = rows.shape
-    sae = JumpReLUSAE(d_in, d_sae).to(x.device).requires_grad_(False)
-    sae.W_dec.copy_(rows)
-    projection = x @ sae.W_dec.T  # (N, d_sae)
+    projection = x @ rows.T  # (N, d_sae)
     rank = int((1 - start_l0 / d_sae) * (len(x) - 1))
-    columns = [some.T.contiguous() for some in projection.split(1024, dim=1)]
-    cut = torch.cat([some.sort(dim=1).values[:, rank] for some in columns])  # (d_sae,)
-    del columns
-    active = (projection > cut).float()
+    quantile = projection.T.contiguous().sort(dim=1).values[:, rank]  # (d_sae,)
+    bias = quantile.mean() - quantile  # one threshold, the mean quantile, then fits all latents
+    unscaled = (projection + bias) * (projection > quantile)  # (N, d_sae), feature_acts / gain
+    x_hat = unscaled @ rows
+    gain = (x_hat * x).sum() / x_hat.square().sum()  # least squares
 
-    # Activations will be start + length * (projection - cut): least squares for the length.
-    start = SCHEDULE.start_threshold
-    slope = ((projection - cut) * active) @ sae.W_dec
-    rest = x - start * active @ sae.W_dec
-    length = (slope * rest).sum() / slope.square().sum()
-    sae.W_enc.copy_(length * sae.W_dec.T)
-    sae.b_enc.copy_(start - length * cut)
-    sae.threshold.fill_(start)
+    sae = JumpReLUSAE(d_in, d_sae).to(x.device)
+    sae.W_dec.copy_(rows)
+    sae.W_enc.copy_(gain * rows.T)
+    sae.b_enc.copy_(gain * bias)
+    sae.threshold.fill_(gain * quantile.mean()).clamp_(min=LambdaController.LEAST)
     return sae
 
 
-# Gradients are written out rather than left to autograd, which takes a tenth longer. Tests compare
-# them with autograd's.
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
 
-
-def sae_gradients(
-    sae: JumpReLUSAE, x: Tensor, feature_acts: Tensor, active: Tensor, d_x_hat: Tensor
-) -> list[Tensor]:
-    """Gradients of W_enc, b_enc, W_dec and b_dec, given that of the reconstruction.
-
-    x, d_x_hat (B, d_in), feature_acts, active (B, d_sae), the latter 0 or 1. Through the jump the
-    gradient flows where a feature is active; the thresholds have none: sqrt(lambda) sets them.
-    """
-    d_pre = (d_x_hat @ sae.W_dec.T).mul_(active)  # (B, d_sae)
-    return [x.T @ d_pre, d_pre.sum(0), feature_acts.T @ d_x_hat, d_x_hat.sum(0)]
-
-
-def soft_kl(teacher: Tensor, logits: Tensor) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(logits / T)), (B, C) each (Hinton et al. 2015)."""
-    temperature = SCHEDULE.head_temperature
-    log_p = F.log_softmax(teacher / temperature, dim=1)
-    log_q = F.log_softmax(logits / temperature, dim=1)
-    return temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
-
-
-def head_gradient(
-    teacher: Tensor, logits_of: Callable[[Tensor], Tensor], frame: TrainingFrame, x_hat: Tensor
-) -> Tensor:
-    """Gradient of the `soft_kl` between the logits (B, C) of x and of x_hat, for x_hat (B, d_in).
-
-    Left to autograd, since the head may be any network.
-    """
-    with torch.enable_grad():
-        leaf = x_hat.detach().requires_grad_(True)
-        loss = soft_kl(teacher, logits_of(frame.leave(leaf)))
-        return torch.autograd.grad(loss, leaf)[0]
-
-
-def add_rare_gradients(
-    gradients: list[Tensor],
-    sae: JumpReLUSAE,
-    x: Tensor,
-    pre: Tensor,
-    error: Tensor,
-    density: Tensor,
-    rare_below: float,
-) -> None:
-    """Pull latents that hardly fire towards what the others leave over (after AuxK, Gao et al.).
-
-    The loss is rare_coefficient times the mean square of what remains of the residual -error
-    (B, d_in) when, for each image, the rare latents with the largest pre (B, d_sae) explain it,
-    threshold and sign of pre being ignored. Rare are those whose density (d_sae,) is below
-    `rare_below`. `gradients` are those of `sae_gradients`.
-    """
-    n = max(1, round(SCHEDULE.rare_share * len(density)))
-    latents = density.topk(n, largest=False).indices
-    rare = density[latents] < rare_below
-    own = pre.index_select(1, latents)  # (B, n)
-    candidates = own.masked_fill(~rare, -math.inf)
-    cut = candidates.topk(min(SCHEDULE.rare_at_once, n), dim=1).values[:, -1:]
-    chosen = rare & (candidates >= cut)
-    acts = torch.where(chosen, own, 0.0)
-
-    rows = sae.W_dec.index_select(0, latents)  # (n, d_in)
-    remaining = error + acts @ rows
-    d_explained = remaining * (2 * SCHEDULE.rare_coefficient / remaining.numel())
-    d_pre = torch.where(chosen, d_explained @ rows.T, 0.0)
-    d_W_enc, d_b_enc, d_W_dec, _ = gradients
-    d_W_enc.index_add_(1, latents, x.T @ d_pre)
-    d_b_enc.index_add_(0, latents, d_pre.sum(0))
-    d_W_dec.index_add_(0, latents, acts.T @ d_explained)
-
-
-class SAECourse(NamedTuple):
-    """How training went: the first three (steps,), the others at the `logged_steps` only."""
-
-    loss: Tensor  # of the reconstruction, share of variance
-    l0: Tensor  # of the batch
-    l0_coefficient: Tensor  # lambda
-    dead: Tensor  # latents whose moving average of density is below DEAD_BELOW
-
-    def subsample(self) -> dict[str, list]:
-        """Columns of run.log.jsonl at the `logged_steps`."""
-        steps = list(logged_steps(len(self.l0)))
-        return {
-            "step": steps,
-            "loss": self.loss[steps].tolist(),
-            "l0": self.l0[steps].tolist(),
-            "lambda": self.l0_coefficient[steps].tolist(),
-            "dead": self.dead.int().tolist(),
-        }
-
-    @classmethod
-    def of(cls, steps: int, device: torch.device) -> SAECourse:
-        points = len(logged_steps(steps))
-        return cls(*torch.zeros(3, steps, device=device), torch.zeros(points, device=device))
-
-
-DEAD_BELOW = 1e-5  # with 128 images in a batch: silent for the last 200 batches or more
-
-COURSE_POINTS = 100  # about how many steps of a course are kept
-
-
-def logged_steps(n: int) -> range:
-    """About COURSE_POINTS of n steps, the last one included."""
-    every = max(1, n // COURSE_POINTS)
-    return range((n - 1) % every, n, every)
-
-
-class SAETraining:
-    """The state of one SAE's training; `step` takes it one batch further.
-
-    x (N, d_in) in the coordinates of `frame`, teacher (N, C) the classifier's logits there; both
-    are None where z is streamed. `logits_of` as in `train_sae`.
-    """
-
-    def __init__(
-        self,
-        z: Tensor,
-        logits_of: Callable[[Tensor], Tensor],
-        target: float,
-        settings: Settings,
-        generator: torch.Generator,
-    ):
-        self.z = z
-        self.logits_of = logits_of
-        self.target = target
-        self.settings = settings
-        self.frame = TrainingFrame.of(z)
-        self.x = x = self.frame.enter(z)
-        with torch.no_grad():  # the network may ask for gradients of its weights
-            self.teacher = torch.cat([logits_of(chunk) for chunk in z.split(EVAL_ROWS)])
-        d_sae = settings.sae_latents
-        start_l0 = l0_target_at(0, target, d_sae)
-        rows = initial_rows(x, d_sae, generator)
-        self.sae = initial_sae(rows, x[: 16 * settings.batch_sae], start_l0)
-        sae = self.sae
-        self.optimizer = Adam([sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec])
-        self.controller = LambdaController(start_l0, z.device)
-        # Moving average of how often each latent fires.
-        self.density = torch.full((d_sae,), start_l0 / d_sae, device=z.device)
-
-    def rows(self, index: Tensor) -> Tensor:
-        """x (B, d_in) of the images `index` (B,)"""
-        if self.x is None:
-            return self.frame.enter(self.z[index])
-        return self.x.index_select(0, index)  # faster than self.x[index]
-
-    def teacher_of(self, index: Tensor) -> Tensor:
-        """The classifier's logits (B, C) of the images `index` (B,)"""
-        return self.logits_of(self.z[index]) if self.teacher is None else self.teacher[index]
-
-    def dead(self) -> Tensor:
-        """() how many latents hardly fire any more"""
-        return (self.density < DEAD_BELOW).sum()
-
-    @torch.no_grad()
-    def step(self, index: Tensor, number: int, progress: float) -> tuple[Tensor, Tensor, Tensor]:
-        """One step on the images `index` (B,); returns loss, L0 and lambda, () each."""
-        sae, settings = self.sae, self.settings
-        l0_target = l0_target_at(progress, self.target, settings.sae_latents)
-        l0_coefficient = (self.controller.threshold() * self.frame.scale).square()
-        sae.threshold.copy_(self.thresholds(l0_target))
-
-        x = self.rows(index)  # (B, d_in)
-        pre = sae.pre_activations(x)  # (B, d_sae)
-        feature_acts = sae.jump(pre)
-        active = feature_acts.sign()  # 1 or 0: activations are positive or 0
-        x_hat = sae.decode(feature_acts)
-        error = x_hat - x
-        loss = error.square().mean()  # 1 for a constant prediction: x has mean square 1
-        d_x_hat = error * (2 / error.numel())
-        if settings.head_kl and progress > SCHEDULE.logits_from:
-            d_head = head_gradient(self.teacher_of(index), self.logits_of, self.frame, x_hat)
-            d_x_hat.add_(d_head, alpha=settings.head_kl)
-        gradients = sae_gradients(sae, x, feature_acts, active, d_x_hat)
-        if number % SCHEDULE.rare_every == 0:
-            below = SCHEDULE.rare_below * self.target / settings.sae_latents
-            add_rare_gradients(gradients, sae, x, pre, error, self.density, below)
-        self.optimizer.step(gradients, settings.lr_sae * ramp(progress, 0.02, 0.3))
-        sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
-
-        fired = active.mean(0)  # (d_sae,)
-        self.density.lerp_(fired, 0.01)
-        l0 = fired.sum()
-        self.controller.observe(l0, l0_target)
-        return loss, l0, l0_coefficient
-
-    def thresholds(self, l0_target: float) -> Tensor:
-        """(d_sae,) sqrt(lambda) for a latent that has its fair share of the work.
-
-        A latent's lambda is proportional to its density below that share, so rare ones are cheap
-        to use, and above busy_density (or twice the mean asked for, if that is more), so that none
-        does what several could share.
-        """
-        d_sae = self.settings.sae_latents
-        rare = (self.density / (SCHEDULE.fair_share * l0_target / d_sae)).clamp(max=1)
-        busy = (self.density / max(SCHEDULE.busy_density, 2 * self.target / d_sae)).clamp(min=1)
-        return self.controller.threshold() * (rare * busy).sqrt()
+DEAD_BELOW = 1e-5  # density; with 128 images in a batch: inactive for the last 200 batches or more
 
 
 def train_sae(
     z: Tensor, logits_of: Callable[[Tensor], Tensor], target: float, settings: Settings
-) -> tuple[JumpReLUSAE, SAECourse]:
-    """An SAE of `z` (N, d_in) with `target` active features per image on average, in one run.
+) -> tuple[JumpReLUSAE, list[dict]]:
+    """An SAE of z (N, d_in) with `target` active features per image on average, and its history.
 
-    `logits_of` maps standardised preactivations (B, d_in) to the classifier's logits (B, C).
-    Raises TrainingError on divergence. The lambda of the course is the base price in
-    ||z - z_hat||^2 + sum_k price_k 1[f_k > 0]; rare latents pay less and busy ones more, see
-    `SAETraining.thresholds`. Of a z that `is_streamed` rows are read when a step needs them, so
-    that it may be mapped from a file, as by `memory_mapped_preactivations`.
+    The history has a row for each of the `logged_steps`: loss (share of the variance), l0 of the
+    batch, lambda (in units of z squared), dead latents.
+
+    `logits_of` maps standardized preactivations (B, d_in) to the classifier's logits (B, C).
+    Raises TrainingError on divergence.
     """
-    generator = torch.Generator(z.device).manual_seed(settings.seed)
+    device, d_sae = z.device, settings.sae_latents
+    generator = torch.Generator(device).manual_seed(settings.seed)
     epochs = scaled_epochs(settings.epochs_sae_final, len(z))
     steps = n_steps(len(z), settings.batch_sae, epochs)
-    course, logged = SAECourse.of(steps, z.device), logged_steps(steps)
-    blame = (f"SAE training for {target} actives", "--lr-sae", settings.lr_sae)
+    flag = (f"SAE training for {target} actives", "--lr-sae", settings.lr_sae)
 
-    training = SAETraining(z, logits_of, target, settings, generator)
+    coordinates = PCACoordinates.fit(z)
+    x_all = coordinates.transform(z)  # (N, d_in)
+    with torch.no_grad():  # the classifier may ask for gradients of its weights
+        teacher_logits = torch.cat([logits_of(chunk) for chunk in z.split(EVAL_ROWS)])  # (N, C)
+
+    def logits_of_x(x: Tensor) -> Tensor:
+        return logits_of(coordinates.inverse_transform(x))
+
+    start_l0 = l0_target_at(0, target, d_sae)
+    rows = initial_rows(x_all, d_sae, generator)
+    sae = initial_sae(rows, x_all[: 16 * settings.batch_sae], start_l0)
+    weights = [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec]
+    optimizer = Adam(weights)
+    controller = LambdaController(start_l0, sae.threshold.mean())
+    density = torch.full((d_sae,), start_l0 / d_sae, device=device)  # moving average
+    dying_below = SCHEDULE.dying_below * target / d_sae
+
+    reconstruction = torch.zeros(steps, device=device)
+    history, logged = [], logged_steps(steps)
     plan = batches(len(z), settings.batch_sae, epochs, generator)
-    for number, index in enumerate(progress_bar(plan, f"SAE, {target} active", steps)):
-        measured = training.step(index, number, (number + 0.5) / steps)
-        for record, value in zip(course[:3], measured, strict=True):
-            record[number] = value
-        if number in logged:
-            point = logged.index(number)
-            course.dead[point] = training.dead()
-        refuse_divergence(course.loss, number, *blame)
-    refuse_bad_weights(training.sae, *blame)
-    return training.frame.fold(training.sae), course
+    for step, index in enumerate(progress_bar(plan, f"SAE, {target} active", steps)):
+        progress = (step + 0.5) / steps
+        l0_target = l0_target_at(progress, target, d_sae)
+        threshold = controller.threshold()  # sqrt(lambda)
+        sae.threshold.copy_(latent_thresholds(threshold, density, l0_target))
+
+        # Terms that count on some steps only
+        head_kl = settings.head_kl if progress > SCHEDULE.logit_kl_from else 0.0
+        dying = None
+        if step % SCHEDULE.auxiliary_every == 0:
+            dying = torch.nonzero(density < dying_below).flatten()
+
+        # One step of Adam; decoder rows keep unit norm, so that activations have a scale
+        x = x_all.index_select(0, index)  # (B, d_in); faster than x_all[index]
+        losses = compute_losses(sae, x, teacher_logits[index], logits_of_x, head_kl, dying)
+        gradients = torch.autograd.grad(losses.total, weights)
+        rate = ramp(progress, SCHEDULE.warmup, SCHEDULE.decay_from)
+        optimizer.step(gradients, settings.lr_sae * rate)
+        with torch.no_grad():
+            sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
+
+        # Sparsity
+        batch_density = losses.active.mean(0)  # (d_sae,)
+        density.lerp_(batch_density, 1 - SCHEDULE.density_decay)
+        l0 = batch_density.sum()
+        controller.update(l0, l0_target)
+
+        reconstruction[step] = losses.reconstruction
+        if step in logged:
+            row = {"step": step, "loss": losses.reconstruction.item(), "l0": l0.item()}
+            row["lambda"] = (threshold * coordinates.scale).square().item()
+            row["dead"] = int((density < DEAD_BELOW).sum())
+            history.append(row)
+        check_loss_finite(reconstruction, step, *flag)
+    check_weights_finite(sae, *flag)
+    return coordinates.sae_of_z(sae), history
 
 
-HALF = 2**16  # values of the upper or the lower half of a float's 32 bits
-
-
-def in_order(bits: Tensor) -> Tensor:
-    """The bits of float32 values as int32 in the values' order, and back: its own inverse."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-def largest_at(ranks: Tensor, values: Callable[[], Iterable[Tensor]]) -> Tensor | None:
-    """The values of these `ranks` (n,), 1 being the largest, or None where there are fewer.
-
-    `values` gives all of them, float32 in pieces (m,), and is called twice. First they are counted
-    by the upper half of their bits, then by the lower half those that agree with a wanted one in
-    the upper: exact, at a cost proportional to their number and in memory that is not.
-    """
-    upper = torch.zeros(HALF, dtype=torch.int64, device=ranks.device)  # the largest first
-    for some in values():
-        keys = in_order(some.view(torch.int32))
-        upper += torch.bincount(HALF // 2 - 1 - (keys >> 16), minlength=HALF)
-    total = upper.cumsum(0)
-    if total[-1] < ranks.max():
-        return None
-    at = torch.searchsorted(total, ranks)  # the first place with so many
-
-    lower = upper.new_zeros(len(ranks), HALF)
-    for some in values():
-        keys = in_order(some.view(torch.int32))
-        for counts, place in zip(lower, at, strict=True):
-            agree = keys[HALF // 2 - 1 - (keys >> 16) == place]
-            counts += torch.bincount(HALF - 1 - (agree & (HALF - 1)), minlength=HALF)
-    rest = ranks - (total - upper)[at]
-    within = torch.searchsorted(lower.cumsum(1), rest[:, None])[:, 0]
-    keys = ((HALF // 2 - 1 - at) << 16) | (HALF - 1 - within)
-    return in_order(keys.int()).view(torch.float32)
+# --------------------------------------------------------------------------------------------------
+# Calibration of the thresholds
+# --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def threshold_shift(sae: JumpReLUSAE, z: Tensor, target: float) -> float:
-    """What to add to every threshold so that `target` features are active per image of z (N, d_in).
+    """What to add to every threshold so that L0 over z (N, d_in) is `target`.
 
-    A feature is active when pre > max(threshold + shift, 0): when pre > 0 and its excess
-    pre - threshold is above the shift. So the shift lies between the last of the target * N
-    largest excesses and the next one: an order statistic. Where those two are equal no shift is
-    exact, and theirs is returned, which leaves the tied ones out. When fewer pre are positive than
-    asked for, the shift is -inf: every threshold becomes 0.
+    A feature is active when pre > max(threshold + shift, 0), that is, when pre > 0 and the excess
+    pre - threshold is above the shift. So the shift lies half way between two order statistics of
+    the excesses, the (target * N)-th largest and the next. Where these two are equal no shift is
+    exact; theirs is returned, which leaves the tied ones inactive. Where fewer pre are positive
+    than target * N, the shift is -inf: every threshold becomes 0.
     """
-    wanted = round(target * len(z))
-
-    def excesses() -> Iterator[Tensor]:
-        for chunk in row_chunks(sae, z):
-            pre = sae.pre_activations(chunk)
-            yield (pre - sae.threshold)[pre > 0]
-
-    ranks = torch.tensor([wanted, wanted + 1], device=z.device)
-    found = largest_at(ranks, excesses)
-    if found is None:
+    wanted = round(target * len(z))  # active features over all images
+    excesses = []
+    for chunk in row_chunks(sae, z):
+        pre = sae.pre_activations(chunk)
+        excesses.append((pre - sae.threshold)[pre > 0])
+    excess = torch.cat(excesses)  # (n,)
+    if len(excess) <= wanted:
         return -math.inf
-    last_in, first_out = found.tolist()  # float64 from here on
-    return (last_in + first_out) / 2
+    last_active, first_inactive = excess.topk(wanted + 1).values[-2:].tolist()  # float64: their
+    # mean must not round onto one of them
+    return (last_active + first_inactive) / 2
 
 
 @torch.no_grad()
 def adjust_thresholds(sae: JumpReLUSAE, z: Tensor, target: float) -> tuple[JumpReLUSAE, float]:
-    """A copy of the SAE with exactly `target` active features on z (N, d_in) unless excesses tie,
-    and the shift."""
+    """A copy of the SAE whose L0 over z (N, d_in) is `target`, unless excesses tie; the shift."""
     shift = threshold_shift(sae, z, target)
     adjusted = copy.deepcopy(sae)
     adjusted.threshold.copy_((sae.threshold.double() + shift).clamp(min=0))
     return adjusted, shift
-
-
-def starting_rows(z: Tensor, d_sae: int, seed: int) -> Tensor:
-    """Decoder rows (d_sae, d_in) from which training on z (N, d_in) would start, as z has them."""
-    generator = torch.Generator(z.device).manual_seed(seed)
-    frame = TrainingFrame.of(z)
-    x = frame.enter(z)
-    return initial_rows(x, d_sae, generator) @ frame.basis.T
 
 
 # --------------------------------------------------------------------------------------------------
@@ -884,6 +671,7 @@ def classifier_stage(settings: Settings, data: Data, folder: Path) -> tuple[Clas
     if stage is None:
         model, history = train_classifier(data.train, settings, len(data.classes))
         info = {"data": data.source, "history": history}
+        replace_results(settings)
         stage = save_stage(folder, "classifier", model.state_dict(), inputs, info)
     return restore_classifier(stage.tensors).to(device), stage
 
@@ -924,15 +712,13 @@ def sae_stage(
         )
     tensors = {**sae.state_dict(), "threshold_before_shift": before.threshold}
     tensors |= {"mu": layer.mu, "std": layer.std}
-    columns = history.subsample()
     info = {
         "threshold_shift": shift if math.isfinite(shift) else None,
-        "lambda": history.l0_coefficient[-1].item(),
+        "lambda": history[-1]["lambda"],
         "l0_before_shift": mean_l0(before, z[1]),
-        "history": [
-            dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
-        ],
+        "history": history,
     }
+    replace_results(settings)
     return save_stage(folder, "sae", tensors, inputs, info)
 
 
@@ -955,81 +741,99 @@ def train_saes(
     return {target: {seed: next(stages) for seed in seeds} for target in settings.target_actives}
 
 
-def restore_sae(stage: Stage, device: torch.device) -> JumpReLUSAE:
-    weights = {name: tensor.to(device) for name, tensor in stage.tensors.items()}
-    return JumpReLUSAE.from_weights(weights)
-
-
 # --------------------------------------------------------------------------------------------------
 # From activations to the finished folder
 # --------------------------------------------------------------------------------------------------
 
 
+class Network(NamedTuple):
+    """The network that is explained, as the files of a run name it."""
+
+    title: str  # in words
+    digest: str  # SHA-256 of its weights, and of its outputs where it was not trained here
+    history: Sequence[dict] = ()  # of its training, where it was trained here
+
+
 def explain_activations(
     layer: fa.ExplainedLayer,
     data: Data,
+    network: Network,
     settings: Settings,
-    network: str,
-    network_digest: str,
     clock: Stopwatch,
     workers: Workers,
-    classifier_history: Sequence[dict] = (),
 ) -> list[dict]:
-    """Everything after the activations: SAEs, their analysis and files; the records of
-    summary.json. Hypotheses of all targets are frozen before a test image is used."""
-    root = Path(settings.out)
-    made_from = {"data_digest": data.digest, "network_sha256": network_digest}
+    """Train the SAEs on the layer's activations and explain them; the records of summary.json.
+
+    The hypotheses of all targets are frozen before the first of them is tested.
+    """
+    made_from = {"data_digest": data.digest, "network_sha256": network.digest}
     with clock("sae"):
         trained = train_saes(layer, settings, made_from, workers)
-    folders = {target: settings.folder_of(target) for target in trained}
-    for folder in {root, *folders.values()}:
-        if remove_results(folder):
-            print(f"{folder}: the results of an earlier run are replaced")
+    replace_results(settings)
     options = Options(
         classes=data.classes,
-        network=network,
+        network=network.title,
         source=data.source,
         **settings.chosen("topk n_eval alpha strokes hypotheses features seed"),
     )
     drafts, records, reports = {}, {}, {}
     for target, stages in trained.items():
-        explained = layer.with_sae(restore_sae(stages[settings.seed], layer.device))
-        own_clock = Stopwatch()
-        drafts[target] = prepare_report(explained, folders[target], options, own_clock, workers)
-    for target, draft in drafts.items():
-        record = sae_record(draft.layer, target, trained[target][settings.seed], data, settings)
-        records[target], reports[target] = finish_target(
-            draft, record, trained[target], settings, workers
+        explained = layer.with_sae(
+            JumpReLUSAE.from_weights(stages[settings.seed].tensors, layer.device)
         )
-        write_history(folders[target], target, classifier_history, trained[target][settings.seed])
+        folder = settings.folder_of(target)
+        drafts[target] = prepare_report(explained, folder, options, Stopwatch(), workers)
+    for target, draft in drafts.items():
+        given = (target, trained[target], data, settings, workers)
+        records[target], reports[target] = finish_target(draft, *given)
+        stage = trained[target][settings.seed]
+        logits_from = SCHEDULE.logit_kl_from if settings.head_kl else None
+        given = (stage.record["history"], target, logits_from, DEAD_BELOW)
+        write_history(draft.folder, network.history, *given)
     for target, draft in drafts.items():
         frontier, weights = frontier_of(list(records.values())), page_weights(layer.model)
         with draft.clock("page"):
             write_page(draft, records[target], reports[target], frontier, weights)
-        own = {**clock.seconds, **draft.clock.seconds}
-        in_workers = {f"{name}, in tasks": s for name, s in workers.seconds.items()}
-        records[target]["seconds"] = {**own, **in_workers, "whole run": clock.total()}
-    write_summary(root, settings, data, network, network_digest, trained, records)
-    for target, record in records.items():
-        print(f"\n{console.features_text(record, reports[target])}")
-        print(console.diagnoses_text(record))
-    print(f"\n{console.results_table(list(records.values()))}")
-    places = {folders[target]: record for target, record in records.items()}
-    print(f"\n{console.places_to_look(root, places)}")
+        in_tasks = {f"{name}, in tasks": s for name, s in workers.seconds.items()}
+        seconds = {**clock.seconds, **draft.clock.seconds, **in_tasks}
+        records[target]["seconds"] = {**seconds, "whole run": clock.total()}
+    write_summary(settings, data, network, trained, list(records.values()))
+    folders = {settings.folder_of(target): record for target, record in records.items()}
+    console.print_results(Path(settings.out), folders, list(reports.values()))
     return list(records.values())
 
 
-def finish_target(draft, record: dict, stages: dict[int, Stage], settings: Settings, workers):
-    """`finish_report` with what only the trainer knows: the SAEs of other seeds, and the untrained
-    directions that training starts from as a baseline."""
+def replace_results(settings: Settings) -> None:
+    """Delete the results of an earlier run, before its networks are replaced and before new results
+    are written, so that files of two runs are never paired."""
+    for folder in {Path(settings.out), *map(settings.folder_of, settings.target_actives)}:
+        if folder.exists() and remove_results(folder):
+            print(f"{folder}: the results of an earlier run are replaced")
+
+
+def finish_target(
+    draft: Draft,
+    target: int,
+    stages: dict[int, Stage],
+    data: Data,
+    settings: Settings,
+    workers: Workers,
+) -> tuple[dict, list[dict]]:
+    """`finish_report` with what only the trainer knows: the SAEs of other seeds, and as a baseline
+    the untrained directions that training starts from."""
     layer = draft.layer
+    with draft.clock("fidelity"):
+        record = sae_record(layer, target, stages[settings.seed], data, settings)
     z = layer.standardize(layer.splits["val"].raw)
-    others = {
-        seed: restore_sae(s, layer.device) for seed, s in stages.items() if seed != settings.seed
-    }
+    others = dict(stages)
+    del others[settings.seed]
     with draft.clock("reproducibility"):
+        saes = {
+            seed: JumpReLUSAE.from_weights(stage.tensors, layer.device)
+            for seed, stage in others.items()
+        }
         untrained = starting_rows(z, settings.sae_latents, settings.seed + 1)
-        replicates = compare_seeds(layer, settings.seed, others, untrained)
+        replicates = compare_seeds(layer, settings.seed, saes, untrained)
     directions = {"untrained SAE": starting_rows(z, settings.sae_latents, settings.seed)}
     directions |= default_directions(z, settings.seed)
     return finish_report(draft, record, replicates, directions, workers)
@@ -1056,44 +860,28 @@ def sae_record(
     }
 
 
-def write_history(
-    folder: Path, target: int, classifier_history: Sequence[dict], stage: Stage
-) -> None:
-    """run.log.jsonl, a line for about every hundredth of each training, and its picture."""
-    sae_history = stage.record["history"]
-    rows = [{"stage": "classifier", **row} for row in classifier_history]
-    rows += [{"stage": "sae", **row} for row in sae_history]
-    fa.write_whole(
-        folder / "run.log.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows).encode()
-    )
-    logits_from = SCHEDULE.logits_from * (sae_history[-1]["step"] + 1)
-    logits_from = logits_from if stage.inputs["head_kl"] else None
-    given = (classifier_history, sae_history, target, logits_from, DEAD_BELOW)
-    figures.draw_training(figures.training_curves(*given), folder / "training.png")
-
-
 def write_summary(
-    root: Path,
     settings: Settings,
     data: Data,
-    network: str,
-    network_digest: str,
+    network: Network,
     trained: dict[int, dict[int, Stage]],
-    records: dict[int, dict],
+    records: list[dict],
 ) -> None:
     """frontier.png, summary.json, and settings.json, which makes the folder a finished run."""
+    root = Path(settings.out)
     if len(records) > 1:
-        figures.draw_frontier(list(records.values()), root / "frontier.png")
-    fa.write_whole(root / "summary.json", to_json(list(records.values())))
+        figures.draw_frontier(records, root / "frontier.png")
+    fa.write_whole(root / "summary.json", to_json(records))
+    hypotheses = {str(r["target_actives"]): r.get("hypotheses_sha256") for r in records}
     kept = {k: v for k, v in asdict(settings).items() if k not in ("fresh", "wait", "workers")}
     manifest = {
         "settings": kept,
         "data": data.source,
         "data_digest": data.digest,
-        "network": network,
-        "network_sha256": network_digest,
+        "network": network.title,
+        "network_sha256": network.digest,
         "sae_sha256": {str(t): stages[settings.seed].digest for t, stages in trained.items()},
-        "hypotheses_sha256": {str(t): r.get("hypotheses_sha256") for t, r in records.items()},
+        "hypotheses_sha256": hypotheses,
         "classes": data.classes,
     }
     fa.write_whole(root / "settings.json", to_json(manifest))
@@ -1168,37 +956,15 @@ def load_run(
     place = settings.folder_of(target)
     classifier, sae = load_stage(root, "classifier"), load_stage(place, "sae")
     check_chain(root, manifest, target, classifier, sae)
-    if manifest["hypotheses_sha256"][str(target)]:
-        read_frozen(place / "hypotheses.json", manifest["hypotheses_sha256"][str(target)])
+    if frozen := manifest["hypotheses_sha256"][str(target)]:
+        try:
+            read_hypotheses(place / "hypotheses.json", frozen)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{error}; run it again") from error
     model = restore_classifier(classifier.tensors).to(data.train.labels.device)
     layer = collect_activations(model, data, settings.normalize_z)
-    explained = layer.with_sae(restore_sae(sae, layer.device))
+    explained = layer.with_sae(JumpReLUSAE.from_weights(sae.tensors, layer.device))
     return Run(explained, settings, data._replace(classes=tuple(manifest["classes"])), place)
-
-
-def check_chain(root: Path, manifest: dict, target: int, classifier: Stage, sae: Stage) -> None:
-    """Raise InputError unless each stage was made from the one before, and the run ended with
-    both."""
-    expected = (manifest["data_digest"], classifier.digest, manifest["data_digest"])
-    found = (
-        classifier.inputs["data_digest"],
-        sae.inputs["network_sha256"],
-        sae.inputs["data_digest"],
-    )
-    finished = (manifest["network_sha256"], manifest["sae_sha256"][str(target)])
-    if found != expected or finished != (classifier.digest, sae.digest):
-        raise InputError(
-            f"{root} holds networks of another run than its settings.json: a later one stopped "
-            f"half way; run it again"
-        )
-
-
-def read_frozen(path: Path, sha256: str) -> None:
-    """Raise InputError unless the file holds the hypotheses that were frozen with that SHA-256."""
-    try:
-        read_hypotheses(path, sha256)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{error}; run it again") from error
 
 
 def explain_settings(target: int, d_in: int, device: torch.device, given: dict) -> Settings:
@@ -1261,8 +1027,10 @@ def explain(
         with torch.no_grad():  # of what the SAE learns from, not of code that cannot be hashed
             logits = activations.logits(activations.splits["val"].raw)
         digest = digest_of([*raw, logits, *net.model.state_dict().values()])
-        explain_activations(activations, data, own, net.title, digest, clock, workers)
-        sae = restore_sae(load_stage(Path(own.out), "sae"), activations.device)
+        network = Network(net.title, digest)
+        explain_activations(activations, data, network, own, clock, workers)
+        stage = load_stage(Path(own.out), "sae")
+        sae = JumpReLUSAE.from_weights(stage.tensors, activations.device)
     return Run(activations.with_sae(sae), own, data, Path(own.out))
 
 
@@ -1284,9 +1052,8 @@ def run_once(settings: Settings) -> list[dict]:
             model, stage = classifier_stage(settings, data, root)
         with clock("activations"):
             layer = collect_activations(model, data, settings.normalize_z)
-        history = stage.record["history"]
-        given = (data, settings, OWN_NETWORK, stage.digest, clock, workers, history)
-        return explain_activations(layer, *given)
+        network = Network(OWN_NETWORK, stage.digest, stage.record["history"])
+        return explain_activations(layer, data, network, settings, clock, workers)
 
 
 def train_combination(settings: Settings) -> dict:
@@ -1306,17 +1073,8 @@ def train_combination(settings: Settings) -> dict:
         made_from = {"data_digest": data.digest, "network_sha256": classifier.digest}
         with folder_lock(folder, settings.wait):
             stage = sae_stage(layer, z, target, settings, made_from, folder)
-    sae = restore_sae(stage, layer.device)
+    sae = JumpReLUSAE.from_weights(stage.tensors, layer.device)
     return sae_record(layer.with_sae(sae), target, stage, data, settings)
-
-
-def combinations(runs: Sequence[Settings]) -> list[Settings]:
-    """One Settings for each SAE of a sweep, with a folder of its own."""
-    singles = []
-    for run, target in ((run, target) for run in runs for target in run.target_actives):
-        name = f"seed_{run.seed}_latents_{run.sae_latents}_target_{target}"
-        singles.append(replace(run, target_actives=(target,), out=str(Path(run.out) / name)))
-    return singles
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:

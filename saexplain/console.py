@@ -169,3 +169,13 @@ def places_to_look(root: Path, folders: Mapping[Path, dict]) -> str:
         lines.append(f"  {root / 'frontier.png'}   sparsity against fidelity and reproducibility")
     lines.append(f"  {root / 'summary.json'}   all numbers, with diagnoses and seconds per stage")
     return "\n".join(lines)
+
+
+def print_results(
+    root: Path, folders: Mapping[Path, dict], reports: Sequence[Sequence[dict]]
+) -> None:
+    """What the terminal shows of a finished run: `folders` of its SAEs with their records of
+    summary.json, and their records of feature_report.json."""
+    for record, report in zip(folders.values(), reports, strict=True):
+        print(f"\n{features_text(record, report)}\n{diagnoses_text(record)}")
+    print(f"\n{results_table(list(folders.values()))}\n\n{places_to_look(root, folders)}")

@@ -157,3 +157,20 @@ def load_cached(folder: Path, name: str, inputs: dict, fresh: bool = False) -> S
         return None
     print(f"{name}: reused, made from equal settings and data (--fresh trains again)")
     return stage
+
+
+def check_chain(root: Path, manifest: dict, target: int, classifier: Stage, sae: Stage) -> None:
+    """Raise InputError unless the SAE was made from the classifier, both from the data of the
+    manifest in settings.json, and the run finished with both."""
+    made_from = [
+        (classifier.inputs["data_digest"], manifest["data_digest"]),
+        (sae.inputs["data_digest"], manifest["data_digest"]),
+        (sae.inputs["network_sha256"], classifier.digest),
+        (manifest["network_sha256"], classifier.digest),
+        (manifest["sae_sha256"][str(target)], sae.digest),
+    ]
+    if any(found != expected for found, expected in made_from):
+        raise InputError(
+            f"{root} holds networks of another run than its settings.json: a later one stopped "
+            f"half way; run it again"
+        )

@@ -11,6 +11,7 @@ does not know how the SAE was trained.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -283,6 +284,28 @@ def write_page(
         ),
         network,
     )
+
+
+def write_history(
+    folder: Path,
+    classifier_history: Sequence[dict],
+    sae_history: Sequence[dict],
+    target: int,
+    logits_from: float | None,
+    dead_below: float,
+) -> None:
+    """run.log.jsonl, a line for about every hundredth of each training, and training.png.
+
+    `logits_from` is the share of training after which the logits count, `dead_below` the density
+    below which a latent counts as dead.
+    """
+    rows = [{"stage": "classifier", **row} for row in classifier_history]
+    rows += [{"stage": "sae", **row} for row in sae_history]
+    content = "".join(f"{json.dumps(row)}\n" for row in rows)
+    fa.write_whole(folder / "run.log.jsonl", content.encode())
+    from_step = logits_from and logits_from * (sae_history[-1]["step"] + 1)
+    given = (classifier_history, sae_history, target, from_step, dead_below)
+    figures.draw_training(figures.training_curves(*given), folder / "training.png")
 
 
 def frontier_of(records: Sequence[dict]) -> list[dict]:

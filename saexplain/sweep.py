@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,15 @@ def draw_sweep(records: Sequence[dict], path: Path) -> None:
             panels[title][f"{latents} latents"] = Curve(l0, values, spread)
     title = "What the number of active features changes (bars: standard deviation over seeds)"
     draw_curves(path, title, targets, panels)
+
+
+def combinations(runs: Sequence[Any]) -> list[Any]:
+    """One settings dataclass for each SAE of a sweep, with a folder of its own, from those of runs
+    with fields seed, sae_latents, target_actives and out."""
+    singles = []
+    for run in runs:
+        for target in run.target_actives:
+            name = f"seed_{run.seed}_latents_{run.sae_latents}_target_{target}"
+            single = replace(run, target_actives=(target,), out=str(Path(run.out) / name))
+            singles.append(single)
+    return singles
