@@ -1,4 +1,17 @@
-"""TODO"""
+"""Which features does a prediction depend on? Features are removed until the prediction changes.
+
+    effects = class_effects(activity, added)  # (C, d_sae, C), mean contributions by class
+    fixes, breaks = flips_by_removal(activity, added, logits)  # errors fixed, predictions broken
+    sets = minimal_flip_sets(layer, raw, goal)  # few features without which `goal` is predicted
+    review = review_tests(layer, raw, labels)  # the errors of a test set, and all above
+
+Takes an `ExplainedLayer` and its output on images; gives counts, sets of features and logits. To
+remove a feature is to subtract its own contribution, f_k W_dec[k], from the activations: what the
+SAE does not reconstruct stays. It trains nothing, and does not interpret features.
+
+Key: N, n, m images, C classes, d_in units, d_sae features, P pairs of a feature and an image that
+activates it.
+"""
 
 from __future__ import annotations
 
@@ -12,164 +25,175 @@ from torch import Tensor
 import feature_analysis as fa
 from saexplain.activity import Activity, collect_activity, contributions
 
-ERRORS_SHOWN = 300  # misclassified images, those first of which the network is surest
-OTHERS_SHOWN = 60  # images that it gets right, the first of each class
-TOUR_FEATURES = 4  # features, at most, that the guided tour switches off
-
-
-def _check_contributions(activity: Activity, added: Tensor, logits: Tensor | None = None) -> None:
-    """Raise ValueError unless they are those of the activity."""
-    found = len(added), len(activity.labels) if logits is None else len(logits)
-    expected = len(activity.image), len(activity.labels)
-    if found != expected:
-        raise ValueError(
-            f"contributions of (pairs, images) {found}, but the activity has {expected}"
-        )
+ERRORS_SHOWN = 300  # misclassified images, those of the largest margin first
+OTHERS_SHOWN = 60  # correctly classified images, the first of each class
+TOUR_FEATURES = 4  # features, at most, that the guided tour removes
 
 
 def class_effects(activity: Activity, added: Tensor) -> np.ndarray:
-    """What each feature adds to each logit on the images of a class, (C, d_sae, C) float32.
+    """Mean contribution of each feature to each logit, by class of images, (C, d_sae, C) float32.
 
-    The mean is over all images of the class, 0 for those that do not fire the feature; `added`
-    (P, C) is that of `fa.contributions`. Raises ValueError where it is of another activity.
+    The mean is over all images of a class; one that does not activate the feature counts as 0.
+    `added` (P, C) is that of `contributions` for this activity.
     """
-    _check_contributions(activity, added)
     n_classes, d_sae = added.shape[1], len(activity.n_active)
-    row = activity.labels[activity.image] * d_sae + activity.feature
+    row = activity.labels[activity.image] * d_sae + activity.feature  # (P,)
     sums = torch.zeros(n_classes * d_sae, n_classes, dtype=torch.float64)
     sums.index_add_(0, row, added.double())
-    images = torch.bincount(activity.labels, minlength=n_classes).clamp(min=1)
+    images = torch.bincount(activity.labels, minlength=n_classes).clamp(
+        min=1
+    )  # a class may be empty
     return (sums.view(n_classes, d_sae, n_classes) / images[:, None, None]).float().numpy()
 
 
 def flips_by_removal(activity: Activity, added: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each feature (d_sae,): on how many images removing it, alone, makes a wrong prediction
-    right, and a right one wrong; `added` and `logits` are those of `fa.contributions`. Raises
-    ValueError where these are of another activity."""
-    _check_contributions(activity, added, logits)
+    """Errors fixed and correct predictions broken by removing each feature alone, (d_sae,) each.
+
+    `added` (P, C) and `logits` (N, C) are those of `contributions` for this activity.
+    """
     d_sae, image = len(activity.n_active), activity.image
-    right = (logits.argmax(1) == activity.labels)[image]
-    stays = (logits[image] - added).argmax(1) == activity.labels[image]
-    fixes = torch.bincount(activity.feature[~right & stays], minlength=d_sae)
-    breaks = torch.bincount(activity.feature[right & ~stays], minlength=d_sae)
+    correct = (logits.argmax(1) == activity.labels)[image]  # (P,)
+    correct_without = (logits[image] - added).argmax(1) == activity.labels[image]
+    fixes = torch.bincount(activity.feature[~correct & correct_without], minlength=d_sae)
+    breaks = torch.bincount(activity.feature[correct & ~correct_without], minlength=d_sae)
     return fixes, breaks
 
 
-def lead_of(logits: Tensor, goal: Tensor) -> Tensor:
-    """(n,) how far logit goal (n,) of logits (n, C) is ahead of the largest other."""
+def logit_margin(logits: Tensor, goal: Tensor) -> Tensor:
+    """(n,) logit `goal` (n,) of logits (n, C) minus the largest other logit."""
     others = logits.scatter(1, goal[:, None], -math.inf)
     return logits.gather(1, goal[:, None])[:, 0] - others.amax(1)
 
 
 class FlipSets(NamedTuple):
-    """Features whose removal makes a class the largest logit of an image."""
+    """Features whose removal makes a goal class the prediction, for each of n images."""
 
-    off: Tensor  # (n, d_sae) bool; none where no such set was found
+    off: Tensor  # (n, d_sae) bool; no feature where no such set was found
     logits: Tensor  # (n, C) without them
-    lead: Tensor  # (n,) of that class over the largest other, before anything is removed
+    margin: Tensor  # (n,) of the goal class, before anything is removed
 
 
 @torch.no_grad()
 def minimal_flip_sets(
     layer: fa.ExplainedLayer, raw: Tensor, goal: Tensor, most: int | None = None
 ) -> FlipSets:
-    """Few features, `most` or less, without which each image, the layer's output raw (n, d_in), is read as `goal` (n,).
+    """Few features, at most `most`, without which raw (n, d_in) is classified as `goal` (n,).
 
-    Greedy: each step removes the feature without which the goal leads most; in the end those
-    that prove to be needless are put back, one by one until each of the rest is needed. There may
-    be a smaller set.
+    Greedy: each step removes the feature whose removal raises the goal's margin most. Features that
+    prove needless are then put back, until each of the rest is needed. A smaller set may exist.
     """
     if len(raw) == 0:
         none = torch.zeros(0, layer.d_sae, dtype=torch.bool)
         return FlipSets(none, torch.zeros(0, layer.n_classes), torch.zeros(0))
     raw, goal = raw.clone(), goal.to(raw.device)
     acts = layer.feature_acts(raw)
-    lead = first = lead_of(layer.logits(raw), goal)
+    margin = before = logit_margin(layer.logits(raw), goal)
     off = torch.zeros_like(acts, dtype=torch.bool)
-    steps = []
+    steps = []  # (images, the feature removed from each), in order
     for _ in range(most or acts.shape[1]):
-        image, k = ((acts > 0) & ~off & (lead <= 0)[:, None]).nonzero().unbind(1)
+        image, k = ((acts > 0) & ~off & (margin <= 0)[:, None]).nonzero().unbind(1)
         if len(image) == 0:
             break
-        leads = torch.full_like(acts, -math.inf)
+        margins = torch.full_like(acts, -math.inf)  # after removing one feature more
         for i, j in zip(image.split(fa.HEAD_ROWS), k.split(fa.HEAD_ROWS), strict=True):
             without = layer.logits(layer.without(raw[i], j, acts[i, j]))
-            leads[i, j] = lead_of(without, goal[i])
-        lead, best = torch.where(lead <= 0, leads.amax(1), lead), leads.argmax(1)
+            margins[i, j] = logit_margin(without, goal[i])
+        margin, best = torch.where(margin <= 0, margins.amax(1), margin), margins.argmax(1)
         image = image.unique()
         k = best[image]
         raw[image] = layer.without(raw[image], k, acts[image, k])
         off[image, k] = True
         steps.append((image, k))
 
-    looked_at = lead > 0
-    while looked_at.any():  # one that is put back can make others needless
-        changed = torch.zeros_like(looked_at)
+    flipped = margin > 0
+    raw, off = _put_needless_back(layer, raw, goal, acts, off, steps, flipped)
+    return FlipSets((off & flipped[:, None]).cpu(), layer.logits(raw).cpu(), before.cpu())
+
+
+def _put_needless_back(
+    layer: fa.ExplainedLayer,
+    raw: Tensor,
+    goal: Tensor,
+    acts: Tensor,
+    off: Tensor,
+    steps: list[tuple[Tensor, Tensor]],
+    flipped: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`raw` (n, d_in) and `off` (n, d_sae) with every feature put back that the goal can spare.
+
+    Only images `flipped` (n,) bool, on which the goal is reached, are changed.
+    """
+    while flipped.any():  # a feature that is put back can make others needless
+        changed = torch.zeros_like(flipped)
         for image, k in steps:
-            still = off[image, k] & looked_at[image]
-            image, k = image[still], k[still]
-            back = layer.adding(raw[image], k, acts[image, k])
-            needless = lead_of(layer.logits(back), goal[image]) > 0
+            still_off = off[image, k] & flipped[image]
+            image, k = image[still_off], k[still_off]
+            restored = layer.adding(raw[image], k, acts[image, k])
+            needless = logit_margin(layer.logits(restored), goal[image]) > 0
             image, k = image[needless], k[needless]
-            raw[image] = back[needless]
+            raw[image] = restored[needless]
             off[image, k] = False
             changed[image] = True
-        looked_at = changed
-    off &= (lead > 0)[:, None]
-    return FlipSets(off.cpu(), layer.logits(raw).cpu(), first.cpu())
+        flipped = changed
+    return raw, off
 
 
 def chosen_tests(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The places of the test images shown: up to ERRORS_SHOWN that are misclassified, those first
-    whose label's logit is furthest behind; and OTHERS_SHOWN that are not, the first of each class
-    in turn."""
-    behind = -lead_of(logits, labels)
-    right = logits.argmax(1) == labels
-    errors = torch.where(right, -math.inf, behind).argsort(descending=True, stable=True)
-    errors = errors[: min(ERRORS_SHOWN, int((~right).sum()))]
+    """Positions of the test images shown: at most ERRORS_SHOWN errors, OTHERS_SHOWN correct ones.
 
-    own = torch.nn.functional.one_hot(labels, logits.shape[1]) * right[:, None]
-    turn = own.cumsum(0).gather(1, labels[:, None])[:, 0]
-    others = torch.where(right, turn, len(turn) + 1).argsort(stable=True)
-    return errors, others[: min(OTHERS_SHOWN, int(right.sum()))]
+    Errors come first whose label's logit is furthest below the largest; the correct ones are the
+    first of each class, then the second of each, and so on.
+    """
+    behind = -logit_margin(logits, labels)
+    correct = logits.argmax(1) == labels
+    errors = torch.where(correct, -math.inf, behind).argsort(descending=True, stable=True)
+    errors = errors[: min(ERRORS_SHOWN, int((~correct).sum()))]
+
+    own = torch.nn.functional.one_hot(labels, logits.shape[1]) * correct[:, None]
+    turn = own.cumsum(0).gather(1, labels[:, None])[:, 0]  # n-th correct image of its class
+    others = torch.where(correct, turn, len(turn) + 1).argsort(stable=True)
+    return errors, others[: min(OTHERS_SHOWN, int(correct.sum()))]
 
 
 def confused_pair(logits: Tensor, labels: Tensor) -> list[int]:
-    """The two classes most often taken for one another; the first two where none is."""
+    """The two classes most often confused with each other; the first two without any error."""
     n_classes = logits.shape[1]
     counts = torch.bincount(labels * n_classes + logits.argmax(1), minlength=n_classes**2)
     counts = counts.view(n_classes, n_classes)
-    either = (counts + counts.T + 1).triu(1)
+    either = (counts + counts.T + 1).triu(1)  # + 1: so that a pair of two classes is the largest
     return [int(either.argmax()) // n_classes, int(either.argmax()) % n_classes]
 
 
 class Tour(NamedTuple):
-    """An image that becomes another class when few features are switched off."""
+    """An image whose prediction becomes another class when few features are removed."""
 
     image: int
-    goal: int  # the class that it becomes
+    goal: int  # the class that is predicted without the features
     off: list[int]  # the features
-    logits: Tensor  # (2 ** len(off), C), of every subset: bit i is feature i
+    logits: Tensor  # (2 ** len(off), C), of every subset: bit i is feature off[i] removed
 
 
 @torch.no_grad()
 def find_tour(
     layer: fa.ExplainedLayer, raw: Tensor, labels: Tensor, logits: Tensor, pair: list[int]
 ) -> Tour | None:
-    """The image of one class of the pair that turns into the other with fewest features off; of
-    several the one that is surest before and after. None if all need more than TOUR_FEATURES."""
-    right = logits.argmax(1) == labels
-    (place,) = (right & torch.isin(labels, torch.tensor(pair))).nonzero(as_tuple=True)
-    goal = sum(pair) - labels[place]
-    turns = minimal_flip_sets(layer, raw[place], goal, TOUR_FEATURES)
-    needed = turns.off.sum(1)
+    """The image of one class of `pair` that becomes the other with the fewest features removed.
+
+    Of several, the one with the largest margin before and after. None if every image needs more
+    than TOUR_FEATURES.
+    """
+    correct = logits.argmax(1) == labels
+    (place,) = (correct & torch.isin(labels, torch.tensor(pair))).nonzero(as_tuple=True)
+    goal = sum(pair) - labels[place]  # the other class of the pair
+    sets = minimal_flip_sets(layer, raw[place], goal, TOUR_FEATURES)
+    needed = sets.off.sum(1)
     if not needed.any():
         return None
 
-    surety = torch.minimum(-turns.lead, lead_of(turns.logits, goal))
-    surety[needed != needed[needed > 0].min()] = -math.inf
-    best = int(surety.argmax())
-    features = turns.off[best].nonzero()[:, 0].tolist()
+    margin = torch.minimum(-sets.margin, logit_margin(sets.logits, goal))
+    margin[needed != needed[needed > 0].min()] = -math.inf
+    best = int(margin.argmax())
+    features = sets.off[best].nonzero()[:, 0].tolist()
 
     own = raw[place[best : best + 1]]
     acts = layer.feature_acts(own)[0]
@@ -182,24 +206,24 @@ def find_tour(
 
 
 class TestReview(NamedTuple):
-    """Test images worth seeing, m of n: the errors, then others, then that of the tour."""
+    """The m of n test images worth showing: the errors, then others, then that of the tour."""
 
-    image: Tensor  # (m,) their places among the n
-    n_errors: int  # the first so many are misclassified
+    image: Tensor  # (m,) their positions among the n
+    n_errors: int  # the first n_errors of the m are misclassified
     activity: Activity  # of the m images
-    added: Tensor  # (P, C) what its pairs add
+    added: Tensor  # (P, C) contributions of its pairs
     logits: Tensor  # (m, C)
-    turns: FlipSets  # what makes each error right, (n_errors, ...)
-    fixes: Tensor  # (d_sae,) errors among the n that removing the feature alone makes right
-    breaks: Tensor  # (d_sae,) images among the n that it makes wrong
+    sets: FlipSets  # what fixes each error shown, (n_errors, ...)
+    fixes: Tensor  # (d_sae,) errors among the n that removing the feature alone fixes
+    breaks: Tensor  # (d_sae,) correct predictions among the n that it breaks
     all_errors: int  # among the n
-    pair: list[int]  # the two classes most often taken for one another
+    pair: list[int]  # the two classes most often confused
     tour: Tour | None
 
 
 @torch.no_grad()
 def review_tests(layer: fa.ExplainedLayer, raw: Tensor, labels: Tensor) -> TestReview:
-    """The errors among images (n, ...), and all that features do on some of them."""
+    """The errors among test images raw (n, d_in), and what features contribute on some of them."""
     labels = labels.cpu()
     every = collect_activity(layer, raw, labels)
     added, logits = contributions(layer, raw, every)
@@ -213,7 +237,16 @@ def review_tests(layer: fa.ExplainedLayer, raw: Tensor, labels: Tensor) -> TestR
 
     activity = collect_activity(layer, raw[shown], labels[shown])
     added, some = contributions(layer, raw[shown], activity)
-    turns = minimal_flip_sets(layer, raw[errors], labels[errors])
-    n_wrong = int((logits.argmax(1) != labels).sum())
-    found = (shown, len(errors), activity, added, some, turns, fixes, breaks, n_wrong, pair, tour)
-    return TestReview(*found)
+    return TestReview(
+        image=shown,
+        n_errors=len(errors),
+        activity=activity,
+        added=added,
+        logits=some,
+        sets=minimal_flip_sets(layer, raw[errors], labels[errors]),
+        fixes=fixes,
+        breaks=breaks,
+        all_errors=int((logits.argmax(1) != labels).sum()),
+        pair=pair,
+        tour=tour,
+    )

@@ -1,11 +1,12 @@
-/* The numbers: what the page looks up, and what the drawing view computes. Nothing is shown. */
+/* The numbers: data from Python, and the network that the drawing view computes. */
 "use strict";
 const meta = JSON.parse(document.getElementById("meta").textContent);
 const features = meta.features, F = features.length;
 const names = meta.classes, C = names.length, classes = [...names.keys()];
-const many = meta.many; /* what several images of a class are called */
+const plurals = meta.plurals; /* names of several images of a class, as in "6s" */
 const [H, W] = meta.shape, P = H * W;
-const place = new Map(features.map((f, i) => [f.feature, i]));
+const position = new Map( /* of each feature among those on the page */
+  features.map((f, i) => [f.feature, i]));
 const arrays = {};
 
 async function unpack() {
@@ -16,24 +17,24 @@ async function unpack() {
   const kinds = { u1: Uint8Array, i1: Int8Array, i4: Int32Array, f4: Float32Array };
   for (const [name, a] of Object.entries(meta.arrays))
     arrays[name] = new kinds[a.type](buffer, a.offset, a.length);
-  if (meta.network) byPixel();
+  if (meta.network) transposeW1();
 }
 
-/* ---------- what Python computed ---------- */
+/* ---------- data from Python ---------- */
 const argmax = values => values.indexOf(Math.max(...values));
 function softmax(logits) {
   const top = Math.max(...logits), powers = Array.from(logits, l => Math.exp(l - top));
   const sum = powers.reduce((a, b) => a + b);
   return powers.map(p => p / sum);
 }
-/* What feature i adds to logit `to`, the mean over all images of class `of`. */
+/* Contribution of feature i to logit `to`, the mean over all images of class `of`. */
 const adds = (of, i, to) => arrays.class_adds[(of * F + i) * C + to];
 const frequency = (i, c) => features[i].labels[c] / Math.max(1, meta.of_class[c]);
-/* How much of the lead of a over b feature i makes on the images of class `of`. */
-const parts = (of, i, a, b) => adds(of, i, a) - adds(of, i, b);
+/* Contribution of feature i to the logit difference a - b, the mean over images of class `of`. */
+const addsToDifference = (of, i, a, b) => adds(of, i, a) - adds(of, i, b);
 const testLogits = t => arrays.test_logits.subarray(t * C, (t + 1) * C);
-/* What fires on test image t: feature k, its activation, what it adds to each logit. */
-function firing(t) {
+/* The features k active on test image t, their activations and contributions to each logit. */
+function activeOn(t) {
   const list = [];
   for (let p = arrays.pair_start[t]; p < arrays.pair_start[t + 1]; p++)
     list.push({ k: arrays.pair_feature[p], activation: arrays.pair_activation[p],
@@ -41,15 +42,15 @@ function firing(t) {
   return list;
 }
 const pixelsOf = t => Float32Array.from(arrays.tests.subarray(t * P, (t + 1) * P), v => v / 255);
-/* The places of the numbers that are largest by `value`, at most n, those above 0. */
+/* The indices of the n largest values above 0, ties by index. */
 function largest(n, value, length = F) {
   const scored = [];
   for (let i = 0; i < length; i++) scored.push([value(i), i]);
   const found = scored.filter(([v]) => v > 0).sort((a, b) => b[0] - a[0] || a[1] - b[1]);
   return found.slice(0, n).map(([, i]) => i);
 }
-/* How many features, the most influential first, do `share` of what single removals do. */
-function doing(share) {
+/* The number of features, the most influential first, that make up `share` of the influence. */
+function featuresForShare(share) {
   const influence = features.map(f => f.influence).sort((a, b) => b - a);
   const all = influence.reduce((a, b) => a + b, 0);
   let n = 0, sum = 0;
@@ -58,7 +59,7 @@ function doing(share) {
 }
 
 /* ---------- the network: logits = W2 relu(W1 x + b1) + b2 ---------- */
-function byPixel() { /* the first weights pixel by pixel, so that blank ones cost nothing */
+function transposeW1() { /* (d_in, pixels) to (pixels, d_in), so that blank pixels cost nothing */
   const d = meta.network.d_in, weights = new Float32Array(P * d);
   for (let j = 0; j < d; j++) for (let p = 0; p < P; p++) weights[p * d + j] = arrays.W1[j * P + p];
   arrays.W1 = weights;
@@ -83,14 +84,14 @@ function head(z) {
     for (let j = 0, at = c * d; j < d; j++) if (z[j] > 0) logits[c] += arrays.W2[at + j] * z[j];
   return logits;
 }
-function through(feature) { /* the preactivations that the SAE rebuilds from its features */
+function reconstruct(feature) { /* the activations that the SAE decodes from its features */
   const z = Float64Array.from(arrays.b_dec), d = z.length;
   for (let k = 0; k < feature.length; k++)
-    if (feature[k]) for (let j = 0, at = k * d; j < d; j++) z[j] += feature[k] * arrays.W_dec[at +
-      j];
+    if (feature[k])
+      for (let j = 0, at = k * d; j < d; j++) z[j] += feature[k] * arrays.W_dec[at + j];
   return z.map((v, j) => v * arrays.std[j] + arrays.mu[j]);
 }
-function moved(z, k, by) { /* z with `by` more of feature k; what the SAE does not rebuild stays */
+function withAdded(z, k, by) { /* z + by W_dec[k] std; what the SAE does not reconstruct stays */
   const out = Float64Array.from(z), d = z.length;
   for (let j = 0, at = k * d; j < d; j++) out[j] += by * arrays.W_dec[at + j] * arrays.std[j];
   return out;
@@ -98,8 +99,8 @@ function moved(z, k, by) { /* z with `by` more of feature k; what the SAE does n
 
 /* ---------- ink: SUB x SUB cells to a pixel, each from 0 to 1 ---------- */
 const SUB = 4, IW = SUB * W, IH = SUB * H, PEN = 1.2 * SUB;
-const noInk = () => new Float32Array(IW * IH);
-function stroke(ink, [x0, y0], [x1, y1], rub = false) { /* a line with round ends, in cells */
+const blankInk = () => new Float32Array(IW * IH);
+function stroke(ink, [x0, y0], [x1, y1], erase = false) { /* a line with round ends, in cells */
   const dx = x1 - x0, dy = y1 - y0, squared = dx * dx + dy * dy || 1, far = PEN + 1;
   const left = Math.max(0, Math.floor(Math.min(x0, x1) - far));
   const right = Math.min(IW - 1, Math.ceil(Math.max(x0, x1) + far));
@@ -109,11 +110,11 @@ function stroke(ink, [x0, y0], [x1, y1], rub = false) { /* a line with round end
     const along = Math.max(0, Math.min(1, ((x - x0) * dx + (y - y0) * dy) / squared));
     const distance = Math.hypot(x - x0 - along * dx, y - y0 - along * dy);
     const cover = Math.max(0, Math.min(1, PEN + .5 - distance)), at = y * IW + x;
-    ink[at] = rub ? Math.min(ink[at], 1 - cover) : Math.max(ink[at], cover);
+    ink[at] = erase ? Math.min(ink[at], 1 - cover) : Math.max(ink[at], cover);
   }
 }
 function enlarged(pixels) {
-  const ink = noInk();
+  const ink = blankInk();
   for (let y = 0; y < IH; y++) for (let x = 0; x < IW; x++)
     ink[y * IW + x] = pixels[Math.floor(y / SUB) * W + Math.floor(x / SUB)];
   return ink;
@@ -135,7 +136,7 @@ function resized(ink, left, top, w, h, w2, h2) {
   return out;
 }
 const shrunk = ink => resized(ink, 0, 0, IW, IH, W, H);
-function centred(ink) { /* as MNIST's were: fitted into 20 of 28, centre of mass in the middle */
+function centered(ink) { /* as MNIST's: fitted into 20 of 28, center of mass in the middle */
   let left = IW, right = -1, top = IH, bottom = -1;
   for (let y = 0; y < IH; y++) for (let x = 0; x < IW; x++) if (ink[y * IW + x] > .1) {
     left = Math.min(left, x); right = Math.max(right, x);

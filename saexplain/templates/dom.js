@@ -4,8 +4,7 @@ const byId = id => document.getElementById(id);
 function put(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name,
-      value);
+    else if (![null, undefined, false].includes(value)) node.setAttribute(name, value);
   }
   const wanted = children.flat(9).filter(child => ![null, undefined, "", false].includes(child));
   node.append(...wanted);
@@ -15,18 +14,18 @@ const el = (tag, attributes = {}, ...children) =>
   put(document.createElement(tag), attributes, children);
 const svg = (tag, attributes = {}, ...children) =>
   put(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
-const say = words => { byId("status").textContent = words; };
-const soft = (...words) => el("p", { class: "small soft" }, ...words);
-const button = (text, onclick, more = {}) => el("button", { type: "button", onclick, ...more },
-  text);
+const announce = words => { byId("status").textContent = words; };
+const note = (...words) => el("p", { class: "small soft" }, ...words);
+const button = (text, onclick, more = {}) =>
+  el("button", { type: "button", onclick, ...more }, text);
 
 /* ---------- words ---------- */
 function percent(x, digits = 1) {
   return x === null || x === undefined ? "none" : (100 * x).toFixed(digits) + "%";
 }
-const sure = p => p > .995 ? ">99%" : p < .005 ? "<1%" : percent(p, 0);
+const probability = p => p > .995 ? ">99%" : p < .005 ? "<1%" : percent(p, 0);
 function number(x) {
-  if (Number.isInteger(x)) return x.toLocaleString("en");
+  if (Number.isInteger(x)) return (x || 0).toLocaleString("en"); /* -0 is 0 */
   return Math.abs(x) < .001 ? x.toExponential(1) : x.toFixed(Math.abs(x) < 1 ? 3 : 2);
 }
 const signed = x => (x >= .005 ? "+" : x <= -.005 ? "−" : "") + Math.abs(x).toFixed(2);
@@ -36,18 +35,17 @@ const name = c => c === null || c === undefined ? "none" : names[c];
 
 /* ---------- the address ---------- */
 const address = () => new URLSearchParams(location.hash.slice(1));
-const to = (view, more = {}) =>
-  "#" + new URLSearchParams({ view, ...more }).toString().replaceAll("%2C", ",").replaceAll("%3A",
-    ":");
+const to = (view, more = {}) => "#" +
+  new URLSearchParams({ view, ...more }).toString().replaceAll("%2C", ",").replaceAll("%3A", ":");
 const toFeature = k => to("feature", { feature: k });
 const link = (href, ...words) => el("a", { href }, ...words);
-const choose = (label, links, chosen) => el("nav", { "aria-label": label },
+const linkBar = (label, links, chosen) => el("nav", { "aria-label": label },
   links.map(([text, href, value]) => el("a", { href, "aria-current": value === chosen && "true" },
     text)));
 
 /* ---------- pictures ---------- */
 const painted = new Map();
-function imageData(key, paint) { /* kept, for what is shown again and again */
+function imageData(key, paint) { /* cached by key; null: not cached */
   if (painted.has(key)) return painted.get(key);
   const pixels = new ImageData(W, H);
   for (let p = 0; p < P; p++) {
@@ -57,29 +55,29 @@ function imageData(key, paint) { /* kept, for what is shown again and again */
   if (key !== null) painted.set(key, pixels);
   return pixels;
 }
-function picture(label, size, key, paint) { /* without a label it is decoration, said beside it */
-  const said = label ? { role: "img", "aria-label": label } : { "aria-hidden": "true" };
-  const canvas = el("canvas", { width: W, height: H, class: "pix", ...said });
+function picture(label, size, key, paint) { /* no label: decoration, described beside it */
+  const aria = label ? { role: "img", "aria-label": label } : { "aria-hidden": "true" };
+  const canvas = el("canvas", { width: W, height: H, class: "pix", ...aria });
   if (size) canvas.style.width = `${size}px`;
   canvas.getContext("2d").putImageData(imageData(key, paint), 0, 0);
   return canvas;
 }
-const grey = v => [v, v, v];
+const gray = v => [v, v, v];
 const digit = (source, slot, label, size) => picture(label, size, `${source}${slot}`,
-  p => grey(255 - arrays[source][slot * P + p]));
+  p => gray(255 - arrays[source][slot * P + p]));
 const an = name => `${/^[aeiou8]/i.test(name) ? "an" : "a"} ${name}`;
 const testDigit = (t, size, label = an(name(meta.tests.labels[t]))) =>
   digit("tests", t, label, size);
-/* Grey, and over it a share t of red for what is above 0 or of blue for what is below. */
+/* A gray base mixed with a share t of red for values v above 0, of blue for those below. */
 const RED = [178, 24, 43], BLUE = [33, 102, 172];
 const mixed = (base, v, t) => (v > 0 ? RED : BLUE).map(c => base + t * (c - base));
-const heatColour = v => mixed(255, v, Math.min(1, Math.abs(v)));
-/* Ink under a pattern's value v: coloured where v is large and ink is common. */
+const heatColor = v => mixed(255, v, Math.min(1, Math.abs(v)));
+/* Ink under a pattern's value v: colored where v is large and ink is common. */
 const tinted = (p, ink, v) =>
   mixed(255 - .6 * ink, v, common(p) * Math.min(1, 1.3 * Math.max(0, Math.abs(v) - .15)));
-/* Ink of one image, coloured by how much it drives a feature, v. */
+/* Ink of one image, colored by its contribution v to a feature's activation. */
 const driving = (ink, v) => mixed(255 - ink, v, Math.sqrt(Math.abs(v)));
-/* How usual ink is at pixel p, from 0 to 1: in some class, in a third of its images or more. */
+/* How common ink is at pixel p, from 0 to 1: a third of the mean ink in some class counts as 1. */
 function common(p) {
   arrays.common ??= Float32Array.from({ length: P }, (_, q) =>
     Math.min(1, Math.max(...classes.map(c => 3 * arrays.class_means[c * P + q] / 255))));
@@ -87,17 +85,17 @@ function common(p) {
 }
 const heat = (i, p) => arrays.heats[i * P + p] / 127;
 const pattern = (i, size) =>
-  picture(`pixels that fire (red) or silence (blue) feature ${features[i].feature}`, size,
-    `heat${i}`, p => arrays.inked[p] ? heatColour(heat(i, p)) : [224, 224, 224]);
-/* The pattern of feature i over the mean of the images that fire it. */
+  picture(`pixels whose ink raises (red) or lowers (blue) feature ${features[i].feature}`, size,
+    `heat${i}`, p => arrays.inked[p] ? heatColor(heat(i, p)) : [224, 224, 224]);
+/* The pattern of feature i over the mean of the images on which it is active. */
 const portrait = (i, size, label = "") => picture(label, size, `portrait${i}`,
   p => tinted(p, arrays.means[i * P + p], arrays.inked[p] ? heat(i, p) : 0));
 const classMean = (c, size = 0, label = "") => picture(label, size, `class${c}`,
-  p => grey(255 - .7 * arrays.class_means[c * P + p]));
+  p => gray(255 - .7 * arrays.class_means[c * P + p]));
 const steps = { horizontal: [0, 1], vertical: [1, 0], rising: [-1, 1], falling: [1, 1] };
-function outline(context, drawing, scale) { /* the places of a claim: ink full, none dashed */
+function outline(context, drawing, scale) { /* a hypothesis' places: ink full, none dashed */
   const kinds = [[drawing.absent, BLUE, [1, .7]], [drawing.there, RED, []]];
-  for (const [places, colour, dash] of kinds) for (const [row, col, shape, length] of places) {
+  for (const [places, color, dash] of kinds) for (const [row, col, shape, length] of places) {
     context.save();
     context.scale(scale, scale);
     context.translate(col + .5, row + .5);
@@ -108,12 +106,12 @@ function outline(context, drawing, scale) { /* the places of a claim: ink full, 
       context.rect(-length / 2, -1.5, length, 3);
     }
     context.setLineDash(dash);
-    context.fillStyle = `rgba(${colour}, .2)`; context.fill();
-    context.lineWidth = .5; context.strokeStyle = `rgb(${colour})`; context.stroke();
+    context.fillStyle = `rgba(${color}, .2)`; context.fill();
+    context.lineWidth = .5; context.strokeStyle = `rgb(${color})`; context.stroke();
     context.restore();
   }
 }
-function sketch(i, size, background = null) { /* the places of feature i's claim, on a picture */
+function sketch(i, size, background = null) { /* the places of a hypothesis, on a picture */
   const f = features[i], drawing = f.drawing ?? { there: [], absent: [] };
   const label = `drawing of the hypothesis of feature ${f.feature}: ${drawing.there.length} ` +
     `places with ink, ${drawing.absent.length} without`;
@@ -122,14 +120,14 @@ function sketch(i, size, background = null) { /* the places of feature i's claim
   canvas.style.width = `${size}px`;
   const context = canvas.getContext("2d");
   context.imageSmoothingEnabled = false;
-  const mean = p => grey(255 - .7 * arrays.means[i * P + p]);
+  const mean = p => gray(255 - .7 * arrays.means[i * P + p]);
   const under = background ?? picture("", 0, `mean${i}`, mean);
   context.drawImage(under, 0, 0, canvas.width, canvas.height);
   outline(context, drawing, canvas.width / W);
   return canvas;
 }
 
-/* ---------- bars: each row names its value; right of the line is more than nothing ---------- */
+/* ---------- bars: positive values right of the line, negative left ---------- */
 function bars(title, rows, more = {}) {
   const values = rows.map(r => r.value).concat(rows.map(r => r.before ?? 0), 0);
   const low = more.low ?? Math.min(...values), high = more.high ?? Math.max(...values, low + 1e-9);
@@ -143,19 +141,19 @@ function bars(title, rows, more = {}) {
     return el("li", {}, span("label", null, r.label), track, span("value", null, r.text));
   });
   return el("div", { class: "chart" }, title && el("h3", {}, title),
-    el("ul", { class: "bars", id: more.id, ...more.data }, lines), more.note && soft(more.note));
+    el("ul", { class: "bars", id: more.id, ...more.data }, lines), more.note && note(more.note));
 }
-/* The scores of the classes that matter: all, or the ten highest of many. */
+/* All classes, or of many those with the ten highest logits. */
 function shownClasses(logits) {
   if (C <= 12) return classes;
   const order = [...classes].sort((a, b) => logits[b] - logits[a] || a - b);
   return order.slice(0, 10).sort((a, b) => a - b);
 }
-function scores(title, logits, more = {}) {
+function logitBars(title, logits, more = {}) {
   const p = softmax(logits), best = argmax(p);
   const rows = shownClasses(more.before ?? logits).map(c => ({
     label: c === best ? el("b", {}, names[c]) : names[c], value: logits[c],
-    before: more.before?.[c], text: `${signed(logits[c])} (${sure(p[c])})` }));
+    before: more.before?.[c], text: `${signed(logits[c])} (${probability(p[c])})` }));
   const data = { "data-logits": [...logits].join(" ") };
   return bars(title, rows, { data, ...more });
 }

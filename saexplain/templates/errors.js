@@ -1,62 +1,71 @@
-/* Every misclassified test image, and what would mend it. */
-function habits(k, label, says) { /* what a feature does on other images, those it gets right too */
-  const i = place.get(k);
-  if (i === undefined) return `Feature ${k} is not on this page.`;
-  const f = features[i];
-  const [there, here] = [says, label].map(of => el("b", {}, signed(parts(of, i, says, label))));
-  return [link(toFeature(k), `Feature ${k}`), `: on all ${many[says]} it makes `, there,
-    ` of their lead over ${names[label]}, on all ${many[label]} `, here, " of that same lead. " +
-    `Removed from every test image, alone, it would mend ${plural(f.fixes, "error")} and make ` +
-    `${plural(f.breaks, "right prediction")} wrong.`];
+/* The misclassified test images, and the features whose removal fixes them. */
+const removalCounts = f => `Removed from every test image, it alone fixes ` +
+  `${plural(f.fixes, "error")} and breaks ${plural(f.breaks, "correct prediction")}.`;
+/* What the features of a flip set contribute on other images, and do when removed from all. */
+function elsewhere(off, label, prediction) {
+  const line = (cells, tag) => el("tr", {}, cells.map(cell => el(tag, {}, cell)));
+  const cells = i => [link(toFeature(features[i].feature), `${features[i].feature}`),
+    ...[prediction, label].map(of => signed(addsToDifference(of, i, prediction, label))),
+    `${features[i].fixes}`, `${features[i].breaks}`];
+  const listed = off.filter(k => position.has(k)).map(k => position.get(k));
+  return [el("h3", {}, "The same features on other images"),
+    el("div", { class: "scroll", tabindex: 0, role: "group", "aria-label": "other images" },
+      el("table", {}, line(["feature", `mean on ${plurals[prediction]}`,
+        `mean on ${plurals[label]}`, "fixes", "breaks"], "th"),
+      listed.map(i => line(cells(i), "td")))),
+    note(`Mean: contribution to the logit difference ${names[prediction]} − ${names[label]} on ` +
+      "the validation images of a class. Fixes, breaks: errors fixed and correct predictions " +
+      "broken when the feature alone is removed from every test image.")];
 }
-function mending(t, label, says) {
+function flipSet(t, label, prediction) {
   const off = meta.tests.fixing[t];
   if (!off.length)
-    return el("p", { id: "mending" }, "No set of its features was found whose removal mends it.");
-  const after = arrays.fixed_logits.subarray(t * C, (t + 1) * C), p = softmax(after);
-  const only = off.length === 1 ? "this one" : `these ${off.length}`;
-  return [el("p", { id: "mending", "data-off": off.join(" ") },
-    `Without ${only} it would be read as `,
-    el("b", {}, names[label]), ` (${sure(p[label])}): features `, off.map((k, n) => [n ? ", " : "",
-      link(toFeature(k), String(k))]), ". ", drawLink(t, off, "Try it in the drawing view")),
-  soft("Found greedily: the feature that helps most goes first, then needless ones are put " +
-    "back. There may be a smaller set."),
-  el("h3", {}, "What the same features do elsewhere"),
-  el("ul", { class: "plain" }, off.map(k => el("li", {}, habits(k, label, says))))];
+    return el("p", { id: "flipSet" }, "No set of features was found whose removal fixes it.");
+  const p = softmax(arrays.fixed_logits.subarray(t * C, (t + 1) * C));
+  const ids = off.map((k, n) => [n ? ", " : "", link(toFeature(k), String(k))]);
+  return [el("p", { id: "flipSet", "data-off": off.join(" ") },
+    `Minimal flip set: without ${off.length === 1 ? "feature" : "features"} `, ids,
+    ` it is classified as `, el("b", {}, names[label]), ` (${probability(p[label])}). `,
+    drawLink(t, off, "Try it in the drawing view")),
+  note("Found greedily: the feature whose removal helps most goes first; features that prove " +
+    "needless are put back. A smaller set may exist."),
+  ...elsewhere(off, label, prediction)];
 }
 function oneError(t) {
-  const label = meta.tests.labels[t], says = reading(t), p = softmax(testLogits(t));
-  const rows = firing(t).map(u => ({ ...u, part: u.adds[says] - u.adds[label] }))
-    .sort((a, b) => b.part - a.part);
-  const guilty = rows.filter(u => u.part > 0), against = rows.filter(u => u.part < 0).reverse();
-  const row = u => featureRow(u.k, u.part,
-    { note: `its part of the lead of ${names[says]} over ${names[label]} here` });
+  const label = meta.tests.labels[t], prediction = predicted(t), p = softmax(testLogits(t));
+  const rows = activeOn(t).map(u => ({ ...u, value: u.adds[prediction] - u.adds[label] }))
+    .sort((a, b) => b.value - a.value);
+  const wrong = rows.filter(u => u.value > 0), right = rows.filter(u => u.value < 0).reverse();
+  const row = u => featureRow(u.k, u.value);
   return el("div", { id: "error" },
-    el("h3", {}, `Test image ${meta.tests.number[t]}: ${an(names[label])}, read as ` +
-      `${names[says]} (${sure(p[says])})`),
-    el("div", { class: "row" }, testDigit(t, 140), scores("", testLogits(t))),
-    mending(t, label, says),
-    featureRows(`Responsible: they speak for ${names[says]}`, guilty.slice(0, 6).map(row)),
-    featureRows(`They speak for ${names[label]}, in vain`, against.slice(0, 4).map(row)),
-    soft(ADDS, " ", NOT_SUMS));
+    el("h3", {}, `Test image ${meta.tests.number[t]}: ${an(names[label])}, classified as ` +
+      `${names[prediction]} (${probability(p[prediction])})`),
+    el("div", { class: "row" }, testDigit(t, 140), logitBars("", testLogits(t))),
+    flipSet(t, label, prediction),
+    el("h3", {}, "Contributions to the logit difference " +
+      `${names[prediction]} − ${names[label]} on this image`),
+    featureRows(`Features that support ${names[prediction]}, the wrong class`,
+      wrong.slice(0, 6).map(row)),
+    featureRows(`Features that support ${names[label]}, the right class`,
+      right.slice(0, 4).map(row)),
+    note(CONTRIBUTION, " ", NOT_ADDITIVE));
 }
 function errorsView() {
-  const said = meta.tests;
-  if (!said) return main.replaceChildren(el("h2", {}, "Errors"), noTests());
-  const n = said.shown_errors, t = asked("image", n, n ? 0 : null), label = asked("label", C, null);
-  const every = [...Array(n).keys()];
-  const shown = every.filter(e => label === null || said.labels[e] === label);
-  const keep = label === null ? {} : { label };
-  const which = n < said.errors ? `Shown are the ${n} whose own class is furthest behind. ` : "";
-  const filter = choose("Errors on", [["all", to("errors"), null],
-    ...classes.map(c => [`${many[c]}`, to("errors", { label: c }), c])], label);
-  const chosen = shown.includes(t) ? t : shown[0];
+  if (!meta.tests) return main.replaceChildren(el("h2", {}, "Errors"), noTests());
+  const { shown_errors: n, errors, labels } = meta.tests;
+  const t = fromAddress("image", n, n ? 0 : null), label = fromAddress("label", C, null);
+  const listed = [...Array(n).keys()].filter(e => label === null || labels[e] === label);
+  const chosen = listed.includes(t) ? t : listed[0], keep = label === null ? {} : { label };
+  const which = n < errors ? `Shown are the ${n} with the largest logit difference. ` : "";
+  const filter = linkBar("Errors on", [["all", to("errors"), null],
+    ...classes.map(c => [plurals[c], to("errors", { label: c }), c])], label);
   main.replaceChildren(el("h2", {}, "Errors"),
-    el("p", {}, `${plural(said.errors, "test image")} of ${said.n.toLocaleString("en")} ` +
-      `${said.errors === 1 ? "is" : "are"} misclassified. ${which}The surest error first.`),
+    el("p", {}, `${errors.toLocaleString("en")} of ${plural(meta.tests.n, "test image")} ` +
+      `${errors === 1 ? "is" : "are"} misclassified. ${which}They are sorted by how far the ` +
+      "predicted class's logit exceeds that of the true class."),
     filter, el("div", { class: "aside wide" },
-      el("div", {}, strip("Errors", shown, image => to("errors", { image, ...keep }), chosen,
-        e => `${names[said.labels[e]]} → ${names[reading(e)]}`),
-      soft("Under each: its class → what the network reads.")),
-      chosen === undefined ? soft("None of these.") : oneError(chosen)));
+      el("div", {}, strip("Errors", listed, image => to("errors", { image, ...keep }), chosen,
+        e => `${names[labels[e]]} → ${names[predicted(e)]}`),
+      note("Under each image: true class → predicted class.")),
+      chosen === undefined ? note("No errors on this class.") : oneError(chosen)));
 }

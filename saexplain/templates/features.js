@@ -1,18 +1,18 @@
-/* All features: a list to sort and filter, a map, and how well the statements do. */
-const sorts = { influence: f => -f.influence, "firing rate": f => -f.density,
+/* All features: a list to sort and filter, a map, and how well the hypotheses predict. */
+const sorts = { influence: f => -f.influence, density: f => -f.density,
   number: f => f.feature, AUROC: f => -(f.auroc ?? -1),
   confidence: f => ["High", "Medium", "Low", null].indexOf(f.confidence ?? null) };
-const rates = { "at least 10%": [.1, 2], "1% to 10%": [.01, .1], "0.1% to 1%": [.001, .01],
+const densityBands = { "at least 10%": [.1, 2], "1% to 10%": [.01, .1], "0.1% to 1%": [.001, .01],
   "less than 0.1%": [1e-9, .001], never: [-1, 1e-9] };
-const chosen = { sort: "influence", label: "", supports: "", rate: "", confidence: "", verdict: "",
-  search: "" };
+const chosen = { sort: "influence", label: "", supports: "", density: "", confidence: "",
+  outcome: "", search: "" };
 function matches(f) {
-  const words = chosen.search.trim().toLowerCase(), rate = rates[chosen.rate];
+  const words = chosen.search.trim().toLowerCase(), band = densityBands[chosen.density];
   const found = /^\d+$/.test(words) ? String(f.feature) === words
     : (f.caption ?? "").toLowerCase().includes(words);
   return (words === "" || found) && (chosen.label === "" || String(f.mode) === chosen.label) &&
     (chosen.supports === "" || f.density > 0 && String(supported(f)) === chosen.supports) &&
-    (!rate || f.density >= rate[0] && f.density < rate[1]) &&
+    (!band || f.density >= band[0] && f.density < band[1]) &&
     (chosen.confidence === "" || f.confidence === chosen.confidence) &&
     (chosen.outcome === "" || (chosen.outcome === "explained" ? f.explained
       : f.outcome === chosen.outcome));
@@ -31,55 +31,54 @@ function fillGrid() {
   const list = selection();
   byId("count").textContent = `${list.length} of ${F} features`;
   byId("grid").replaceChildren(...list.map(([f, i]) => el("a", { href: toFeature(f.feature),
-    title: f.caption ?? "", "aria-label": `feature ${f.feature}, ${looksFor(f)}` },
+    title: f.caption ?? "", "aria-label": `feature ${f.feature}, ${inkCaption(f)}` },
   pattern(i), String(f.feature), el("br"), el("span", { class: "soft" },
     `${percent(f.density)} ${f.confidence ?? ""}`))));
 }
 function filters() {
   const same = words => words.map(word => [word, word]);
   const labels = classes.map(c => [String(c), names[c]]);
-  const verdicts = same(["explained", "confirmed", "inconclusive", "refuted", "no hypothesis"]);
+  const outcomes = same(["explained", "confirmed", "inconclusive", "refuted", "no hypothesis"]);
   return el("div", { class: "row" }, choice("sort", "sort by", same(Object.keys(sorts))),
-    choice("label", "fires most on", [["", "any"], ...labels]),
+    choice("label", "most active on", [["", "any"], ...labels]),
     choice("supports", "supports", [["", "any"], ...labels]),
-    choice("rate", "fires on", [["", "any share"], ...same(Object.keys(rates))]),
+    choice("density", "density", [["", "any"], ...same(Object.keys(densityBands))]),
     choice("confidence", "confidence", [["", "any"], ...same(["High", "Medium", "Low"])]),
-    choice("verdict", "verdict", [["", "any"], ...verdicts]),
+    choice("outcome", "outcome", [["", "any"], ...outcomes]),
     el("label", { class: "small" }, "search ", el("input", { type: "search", id: "search",
       placeholder: "number or word", value: chosen.search,
       oninput: e => { chosen.search = e.target.value; fillGrid(); } })));
 }
-function mapOf(here, size) { /* every feature in its place; `here` is marked and its nearest, too */
+function mapOf(here, size) { /* features in their cells; feature `here` and its neighbors marked */
   const { cells, side } = meta.map, near = new Set(here === null ? [] : here.near.map(([k]) => k));
   const box = el("div", { id: "map", style: `width:${side * size}px;height:${side * size}px` });
   features.forEach((f, i) => {
     const [x, y] = cells[i], kind = f === here ? "here" : near.has(f.feature) ? "near" : "";
     const style = `left:${x * size}px;top:${y * size}px;width:${size}px;height:${size}px`;
     box.append(el("a", { href: toFeature(f.feature), class: kind, style,
-      title: `${f.feature}: ${looksFor(f)}`, "aria-label": `feature ${f.feature} ${kind}` },
+      title: `${f.feature}: ${inkCaption(f)}`, "aria-label": `feature ${f.feature} ${kind}` },
     portrait(i, size - 4)));
   });
   return el("div", { class: "scroll" }, box);
 }
 function mapView() {
   return [el("p", { class: "small" },
-    `Features whose directions in the network are alike lie near one another (Laplacian ` +
-    `eigenmaps of the nearest neighbours by cosine; each is moved to the nearest free place). ` +
-    `Two dimensions cannot show ${meta.network?.d_in ?? "many"}: only for ` +
-    `${percent(meta.map.kept, 0)} of the features is the true nearest neighbour among the ` +
-    `ten nearest here. Trust the list in each feature's view, where the true ones are ` +
-    `named.`), mapOf(null, 36)];
+    `Features with similar decoder directions lie near one another (Laplacian eigenmaps of the ` +
+    `nearest neighbors by cosine; each feature moves to the nearest free cell). A map of two ` +
+    `dimensions cannot keep all distances: for ${percent(meta.map.kept, 0)} of the features the ` +
+    `nearest neighbor by cosine is among the ten nearest on the map. The view of each feature ` +
+    `lists its true neighbors.`), mapOf(null, 36)];
 }
 function scatter() {
   const shown = features.filter(f => f.auroc !== null && f.density > 0), width = 600, height = 300;
-  if (!shown.length) return soft("No statement was tested on enough images to draw this.");
+  if (!shown.length) return note("No hypothesis was tested on enough images to draw this chart.");
   const logs = shown.map(f => Math.log10(f.density)), aurocs = shown.map(f => f.auroc);
   const from = Math.min(...logs) - .1, till = Math.max(...logs) + .1;
   const low = Math.min(...aurocs) - .01, high = Math.min(1, Math.max(...aurocs) + .01);
   const x = d => 50 + (width - 64) * (Math.log10(d) - from) / (till - from);
   const y = a => 10 + (height - 56) * (high - a) / (high - low), gap = high - low > .25 ? .1 : .05;
   const chart = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, id: "scatter",
-    role: "img", "aria-label": `AUROC of ${shown.length} statements by rate of firing` });
+    role: "img", "aria-label": `AUROC of ${shown.length} hypotheses by density` });
   for (let a = Math.ceil(low / gap) * gap; a <= high + 1e-9; a += gap)
     chart.append(svg("text", { x: 44, y: y(a) + 4, "text-anchor": "end" }, a.toFixed(2)),
       svg("line", { x1: 48, x2: width - 10, y1: y(a), y2: y(a), class: "axis" }));
@@ -89,7 +88,7 @@ function scatter() {
       y: height - 26, "text-anchor": "middle" }, `${+(100 * d).toPrecision(1)}%`));
   }
   chart.append(svg("text", { x: width / 2, y: height - 6, "text-anchor": "middle" },
-    "share of images that fire it"));
+    "density: share of images on which the feature is active"));
   for (const f of shown) {
     const open = () => { location.hash = toFeature(f.feature); };
     const point = { cx: x(f.density), cy: y(f.auroc), r: 5, class: "point", onclick: open };
@@ -105,25 +104,26 @@ function densities() {
     const third = Math.floor(3 * (Math.log10(f.density || 1e-9) + 4)); /* of a power of ten */
     counts[Math.max(0, Math.min(11, third))]++;
   }
-  return columns("Features by the share of images that fire them (the first column: all rarer)",
+  return columns("Features by density (the first column: all rarer)",
     counts, labels, 150, 420);
 }
 function listView() {
-  return [soft("Ink on red pixels fires a feature, on blue ones it silences it. Arrow keys " +
-    "move, Enter opens."), filters(),
+  return [note("Ink on red pixels raises a feature's activation, ink on blue pixels lowers it. " +
+    "Under each: density (share of images on which it is active) and confidence in its " +
+    "hypothesis. Arrow keys move, Enter opens."), filters(),
     el("p", { id: "count", class: "small", role: "status" }), el("div", { id: "grid" })];
 }
 function chartsView() {
-  return [el("h3", {}, "Every point is a feature; point at one, click to open"),
-    soft("Upwards: how well the statement about it predicts, on unseen images, where it fires " +
-      "(AUROC: 1 always right, 0.5 guessing). The same numbers, to read and sort: the list, by " +
-      "AUROC or firing rate."),
+  return [el("h3", {}, "Each point is a feature; click it to open"),
+    note("Vertical: how well the hypothesis predicts on which test images the feature is active " +
+      "(AUROC: 1 is perfect, 0.5 is chance). The list shows the same features, sorted by AUROC " +
+      "or density."),
     scatter(), densities()];
 }
 function featuresView() {
   const ways = { list: listView, map: mapView, charts: chartsView };
   const as = address().get("as") in ways ? address().get("as") : "list";
-  main.replaceChildren(el("h2", {}, "All features"), choose("Show as",
+  main.replaceChildren(el("h2", {}, "All features"), linkBar("Show as",
     Object.keys(ways).map(way => [way, to("features", { as: way }), way]), as), ...ways[as]());
   if (as === "list") fillGrid();
 }

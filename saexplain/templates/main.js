@@ -1,18 +1,18 @@
-/* Which view the address asks for, and the keys that work in every view. */
+/* The view named in the address, and the keys that work in every view. */
 const views = { story: storyView, class: classView, pair: pairView, errors: errorsView,
   features: featuresView, draw: drawView, feature: featureView, two: twoView };
-const inMenu = { story: "Story", class: "A class", pair: "Two classes", errors: "Errors",
+const inMenu = { story: "Overview", class: "Classes", pair: "Two classes", errors: "Errors",
   features: "Features", draw: "Draw" };
 let current = "";
 const viewOf = () => address().get("view") ?? (address().has("feature") ? "feature" : "story");
 
-function focusKey(node) { /* what finds the same control again after its view was drawn anew */
+function focusKey(node) { /* a selector that finds the same control after its view is redrawn */
   if (!node || node === document.body) return null;
   if (node.id) return `#${CSS.escape(node.id)}`;
   const group = node.closest("nav")?.getAttribute("aria-label");
   return group && node.hasAttribute("href")
     ? `nav[aria-label="${CSS.escape(group)}"] a[href="${CSS.escape(node.getAttribute("href"))}"]`
-      : null;
+    : null;
 }
 function route() {
   const view = viewOf() in views ? viewOf() : "story", same = view === current;
@@ -26,9 +26,9 @@ function route() {
   if (back) document.querySelector(back)?.focus({ preventScroll: true });
   if (same && view !== "feature") return;
   scrollTo(0, 0);
-  say(heading);
+  announce(heading);
 }
-/* Escape leaves the innermost thing: in the drawing view its own, otherwise a step outwards. */
+/* Escape: in the drawing view its own steps, otherwise back to what contains the view. */
 function leave() {
   const { image, step } = Object.fromEntries(address());
   if (current === "draw") return leaveDrawing();
@@ -55,13 +55,13 @@ function keys(e) {
 }
 function start() {
   byId("title").textContent = meta.title;
-  const there = Object.entries(inMenu).filter(([view]) => view !== "draw" || meta.network);
-  byId("views").append(...there.map(([view, title]) =>
+  const entries = Object.entries(inMenu).filter(([view]) => view !== "draw" || meta.network);
+  byId("views").append(...entries.map(([view, title]) =>
     el("a", { href: to(view), "data-view": view }, title)));
   document.addEventListener("keydown", keys);
   addEventListener("hashchange", route);
   route();
-  document.body.dataset.ready = Math.round(performance.now()); /* ms since it was asked for */
+  document.body.dataset.ready = Math.round(performance.now()); /* ms since loading began */
 }
 unpack().then(start).catch(error => main.replaceChildren(el("p", {},
   `This browser could not read the page's data (${error}). Use a current Chromium or Firefox.`)));

@@ -1,0 +1,227 @@
+"""The data and the text in the file that the page is, against numbers computed otherwise."""
+
+import itertools
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from page_world import N_CLASSES, NASTY, arrays_of, meta_of, script, small_world, write
+
+from saexplain import page
+from saexplain.activity import Activity, coactivation_neighbors, contributions
+from saexplain.counterfactuals import class_effects, review_tests
+
+
+@pytest.fixture(scope="module")
+def world():
+    return small_world()
+
+
+@pytest.fixture(scope="module")
+def written(world, tmp_path_factory):
+    return write(tmp_path_factory.mktemp("page") / "page.html", world)
+
+
+def test_file_is_self_contained_and_deterministic(world, written, tmp_path):
+    again = write(tmp_path / "again.html", world)
+    assert written.read_bytes() == again.read_bytes()
+    text = written.read_text()
+    addresses = set(re.findall(r"https?://[^\"'\s]+", text))
+    assert addresses == {"http://www.w3.org/2000/svg"}  # a namespace: nothing is fetched
+    assert "{{" not in text
+    assert [path.name for path in tmp_path.iterdir()] == ["again.html"]
+
+
+def test_inputs_are_unchanged(world, tmp_path):
+    val = world.layer.splits["val"]
+    tensors = [val.images, val.raw, val.labels, world.shown.heats]
+    before, records = [tensor.clone() for tensor in tensors], json.dumps(world.records)
+    write(tmp_path / "page.html", world)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    assert json.dumps(world.records) == records
+
+
+@pytest.mark.parametrize("words", [NASTY, "{{PACK}} {{META}}"])
+def test_any_words_stay_words(world, tmp_path, words):
+    records = [world.records[0] | {"caption": words, "measured": [words]}]
+    path = write(tmp_path / "page.html", world, records, overview=page.Overview(words))
+    meta = meta_of(path)
+    assert meta["title"] == meta["features"][0]["caption"] == words
+    assert len(arrays_of(path)["inked"]) == 784
+    assert path.read_text().count("</script>") == 3  # two of data, one of code
+    assert not set("<>&") & set(script(path, "meta"))
+
+
+def test_names_and_pixels_must_fit(world, tmp_path):
+    with pytest.raises(ValueError, match="classes"):
+        write(tmp_path / "page.html", world, overview=page.Overview(classes=("cat", "dog")))
+    shown = world.shown._replace(inked=np.ones((27, 28), bool))
+    with pytest.raises(ValueError, match="inked"):
+        write(tmp_path / "page.html", world._replace(shown=shown))
+    assert not list(tmp_path.iterdir())
+
+
+def test_page_without_test_images_and_network(world, tmp_path):
+    val_only = replace(world.layer, splits={"val": world.layer.splits["val"]})
+    path = write(tmp_path / "page.html", world._replace(layer=val_only), network=None)
+    meta = meta_of(path)
+    assert (meta["tests"], meta["network"]) == (None, None)
+    assert not {"tests", "W1", "W_enc"} & set(meta["arrays"])
+
+
+def test_numbers_of_a_feature_are_those_of_its_activations(world, written):
+    entry, own = (
+        meta_of(written)["features"][3],
+        world.layer.feature_acts(world.layer.splits["val"].raw)[:, 3],
+    )
+    assert entry["density"] == pytest.approx(float((own > 0).float().mean()), rel=1e-4)
+    assert entry["largest"] == pytest.approx(float(own.max()), rel=1e-3)
+    assert entry["threshold"] == pytest.approx(0.3 + 0.7 * 3 / 23, rel=1e-3)
+    strongest = own.sort(descending=True).values[: page.TOP_SHOWN].tolist()
+    assert [activation for _, _, activation in entry["top"]] == pytest.approx(strongest, rel=1e-3)
+    cosine = world.layer.sae.W_dec @ world.layer.sae.W_dec[3]
+    cosine[3] = -2
+    nearest = [int(cosine.argmax()), pytest.approx(float(cosine.max()), abs=1e-3)]
+    assert entry["near"][0] == nearest
+    others, correlations = coactivation_neighbors(world.shown.activity, page.NEIGHBORS)
+    pairs = zip(others[3].tolist(), correlations[3].tolist(), strict=True)
+    assert entry["coactive"] == [[k, pytest.approx(r, abs=6e-4)] for k, r in pairs]
+
+
+def test_fields_of_a_record_reach_the_page(world, written):
+    entries = meta_of(written)["features"]
+    same = {name: name for name in "feature caption confidence outcome explained mark".split()}
+    same |= {"lines": "measured", "labels": "label_histogram", "mode": "label_mode_when_active"}
+    for entry, record in zip(entries, world.records, strict=True):
+        assert {key: entry[key] for key in same} == {key: record[same[key]] for key in same}
+        assert entry["pushes"] == pytest.approx(record["logit_delta_vector"], rel=1e-3)
+        numbers = [record["influence"], record["predictions_changed"]]
+        assert [entry["influence"], entry["changes"]] == pytest.approx(numbers, rel=1e-3)
+        lost = [-change for change in record["ablation_delta_vector"]]
+        assert entry["supports"] == pytest.approx(lost, rel=1e-3)
+        assert entry["auroc"] == pytest.approx(0.6 + record["feature"] / 100)
+        assert entry["dose"] is None
+    assert entries[0]["drawing"] is None
+    assert entries[1]["drawing"] == {"there": [[6, 8, "dot", 5]], "absent": [[6, 8, "rising", 13]]}
+
+
+def test_examples_are_images_with_their_label_and_activation(world, written):
+    entries = meta_of(written)["features"]
+    pictures = torch.from_numpy(arrays_of(written)["images"].copy()).reshape(-1, 1, 28, 28)
+    acts = world.layer.feature_acts(world.layer.raw(pictures.float() / 255))
+    images, labels, _ = world.layer.splits["val"]
+    for entry in entries:
+        for slot, label, activation in itertools.chain(entry["top"], *entry["bands"]):
+            assert activation == pytest.approx(float(acts[slot, entry["feature"]]), rel=1e-3)
+            (same,) = ((images * 255).round() == pictures[slot]).all((1, 2, 3)).nonzero()
+            assert label == labels[same]
+    bands = world.shown.bank.bands(7, per_band=page.BAND_SHOWN)
+    expected = [[float(f"{a:.4g}") for a in band.activation] for band in bands]
+    assert [[example[2] for example in band] for band in entries[7]["bands"]] == expected
+    assert (entries[23]["top"], entries[23]["bands"]) == ([], [[], [], [], []])  # never active
+
+
+def test_page_of_some_features_in_another_order(world, written, tmp_path):
+    chosen, entries = [9, 2, 23], meta_of(written)["features"]
+    path = write(tmp_path / "page.html", world, [world.records[k] for k in chosen])
+    keys = "feature near coactive largest threshold labels fixes breaks".split()
+    for found, k in zip(meta_of(path)["features"], chosen, strict=True):
+        assert [found[key] for key in keys] == [entries[k][key] for key in keys]
+    some, every = arrays_of(path), arrays_of(written)
+    for name in ("heats", "means", "histograms"):
+        assert np.array_equal(some[name].reshape(3, -1), every[name].reshape(24, -1)[chosen])
+    assert len(some["images"]) < len(every["images"])
+
+
+def test_patterns_are_in_full_color_at_their_scale(world, tmp_path):
+    heats = world.shown.heats.clone()
+    heats[0] = 0
+    heats[1] = 0.01
+    heats[1, 5, :20] = -2.0  # 20 of 784 pixels: more than one in a hundred
+    heats[1, 5, 10] = -4.0  # one pixel does not set the scale
+    inked = np.zeros((28, 28), dtype=bool)
+    inked[3:25, 3:25] = True
+    shown = world.shown._replace(heats=heats, inked=inked)
+    arrays = arrays_of(write(tmp_path / "page.html", world._replace(shown=shown)))
+    found = arrays["heats"].reshape(24, 28, 28)
+    assert not found[0].any()
+    assert (found[1, 5, :20] == -127).all()
+    assert (found[1, 20] == round(127 * 0.01 / 2)).all()
+    assert np.array_equal(arrays["inked"].reshape(28, 28), inked)
+
+
+def test_dose_response_reaches_the_page(world, tmp_path):
+    effect = {"doses": (0.0, 1.0), "dose_raises": [0.0, 1.23456], "linear_raises": [0.0, 1.5]}
+    record = world.records[3] | {
+        "hypothesis": {"effect": {"raises": 4, "lowers": None}},
+        "evidence": {"text": "", "effect": effect, "detected": None},
+    }
+    (entry,) = meta_of(write(tmp_path / "page.html", world, [record]))["features"]
+    assert (entry["auroc"], entry["drawing"]) == (None, None)
+    assert entry["dose"] == {"at": [0.0, 1.0], "curves": [[4, [0.0, 1.235], [0.0, 1.5]]]}
+
+
+def test_means_of_features_and_classes(world, written):
+    images, labels, raw = world.layer.splits["val"]
+    arrays, acts = arrays_of(written), world.layer.feature_acts(raw)
+    means = {("means", k): images[acts[:, k] > 0] for k in (0, 5)}
+    means |= {("class_means", c): images[labels == c] for c in (0, 7)}
+    for (name, row), own in means.items():
+        mean = own.mean(0).flatten().numpy()
+        found = arrays[name].reshape(-1, 784)[row]
+        assert found == pytest.approx(255 * mean / mean.max(), abs=0.51)
+    assert not arrays["means"].reshape(24, 784)[23].any()  # never active
+
+
+def test_contributions_and_errors_reach_the_page(world, tmp_path):
+    val, test = world.layer.splits["val"], world.layer.splits["test"]
+    path = write(tmp_path / "page.html", world, [world.records[k] for k in (9, 2)])
+    meta, arrays = meta_of(path), arrays_of(path)
+    added, _ = contributions(world.layer, val.raw, world.shown.activity)
+    effects = class_effects(world.shown.activity, added)[:, [9, 2]]
+    assert arrays["class_adds"] == pytest.approx(effects.flatten(), abs=1e-6)
+    review, found = review_tests(world.layer, test.raw, test.labels), meta["tests"]
+    assert found["errors"] == found["shown_errors"] == review.all_errors > 10
+    assert found["number"] == review.image.tolist()
+    assert found["labels"] == test.labels[review.image].tolist()
+    counts = torch.stack([review.fixes, review.breaks], 1)[[9, 2]].tolist()
+    assert [[f["fixes"], f["breaks"]] for f in meta["features"]] == counts
+    assert found["fixing"] == [row.nonzero()[:, 0].tolist() for row in review.sets.off]
+    assert found["number"][found["tour"]["image"]] == review.tour.image
+    for image in (0, 40):
+        pairs = slice(*arrays["pair_start"][image : image + 2])
+        own = review.activity.image == image
+        assert arrays["pair_feature"][pairs].tolist() == review.activity.feature[own].tolist()
+        assert arrays["pair_activation"][pairs] == pytest.approx(review.activity.activation[own])
+        adds = arrays["pair_adds"].reshape(-1, N_CLASSES)[pairs]
+        assert adds == pytest.approx(review.added[own].numpy(), abs=1e-6)
+    images = (test.images[review.image] * 255).round().flatten().numpy()
+    assert np.array_equal(arrays["tests"], images)
+
+
+def test_histograms_written_out():
+    activation, labels = torch.tensor([0.5, 4.0, 3.0, 1.0, 0.9]), torch.zeros(5, dtype=int)
+    activity = Activity(torch.tensor([0, 5, 5]), torch.arange(5), activation, labels)
+    counts, largest = page.activation_histograms(activity, bins=4)
+    assert counts.tolist() == [[2, 1, 0, 2], [0, 0, 0, 0]]
+    assert largest.tolist() == [4.0, 0.0]
+
+
+def test_map_keeps_similar_directions_together():
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.nn.functional.one_hot(torch.arange(40) % 4, 12).float()
+    directions = groups + 0.1 * torch.randn(40, 12, generator=generator)
+    places, side, kept = page.map_places(directions)
+    assert len({tuple(place) for place in places}) == 40  # none on another
+    assert side == 9  # twice as many cells as features, or a few more
+    assert 0 <= min(map(min, places)) <= max(map(max, places)) < side
+    distance = torch.cdist(torch.tensor(places).float(), torch.tensor(places).float())
+    same = torch.arange(40)[:, None] % 4 == torch.arange(40) % 4
+    assert distance[same].mean() < 0.6 * distance[~same].mean()
+    assert kept >= 0.7
+    assert page.map_places(directions) == (places, side, kept)
+    for n in (1, 2, 3):
+        assert len({tuple(place) for place in page.map_places(directions[:n])[0]}) == n
