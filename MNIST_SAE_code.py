@@ -921,6 +921,24 @@ class Run(NamedTuple):
         return {name: TensorLoader(getattr(self.data, name)) for name in self.layer.splits}
 
 
+def read_manifest(root: Path) -> tuple[dict, Settings]:
+    """settings.json of a finished run, and its settings. Raises InputError without such a run."""
+    manifest = read_json(root / "settings.json")
+    try:
+        stored, network = manifest["settings"], manifest["network"]
+        settings = Settings(**{**stored, "target_actives": tuple(stored["target_actives"])})
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{root}/settings.json is of another version ({error}); run again"
+        ) from error
+    if network != OWN_NETWORK:
+        raise InputError(
+            f"{root} explains {network}, which is not stored there: call explain() again with the "
+            f"same network, images and settings; it reuses the SAE"
+        )
+    return manifest, settings
+
+
 def load_run(
     folder: str | Path,
     target: int | None = None,
@@ -934,14 +952,7 @@ def load_run(
     the images are others than those it was trained on.
     """
     root = Path(folder)
-    manifest = read_json(root / "settings.json")
-    if manifest["network"] != OWN_NETWORK:
-        raise InputError(
-            f"{root} explains {manifest['network']}, which is not stored there: call explain() "
-            f"again with the same network, images and settings; it reuses the SAE"
-        )
-    stored = manifest["settings"]
-    settings = Settings(**{**stored, "target_actives": tuple(stored["target_actives"])})
+    manifest, settings = read_manifest(root)
     if target is None and len(settings.target_actives) == 1:
         (target,) = settings.target_actives
     if target not in settings.target_actives:

@@ -1,12 +1,13 @@
-"""One SAE, explained into one folder: pictures, tested hypotheses, the page and the tables behind it.
+"""How does one SAE become one folder? Pictures, tested hypotheses, the page and its tables.
 
-    draft = prepare_report(layer, folder, options, clock, workers)     # validation images alone
-    record, report = finish_report(draft, record, ...)     # test images, files
-    write_page(draft, record, report, frontier)            # feature_report.html
-    explain_sae(model, "layer3", sae, mu, std, train, val, test, out="explained")   # all of it
+    draft = prepare_report(layer, folder, options, clock, workers)  # from validation images alone
+    record, report = finish_report(draft, record, ...)              # test images; files
+    write_page(draft, record, report, frontier)                     # feature_report.html
 
-Takes an `ExplainedLayer` with an SAE and its three splits, the fidelity record and a few options. It
-does not know how the SAE was trained.
+    explain_sae(model, "layer3", sae, mu, std, train, val, test, out="explained")  # all of it
+
+Takes an `ExplainedLayer` with an SAE and its three splits, the fidelity record and a few options.
+It does not know how the SAE was trained.
 """
 
 from __future__ import annotations
@@ -260,8 +261,11 @@ def write_page(
     frontier: Sequence[dict],
     network: page.Network | None = None,
 ) -> None:
-    """feature_report.html; `frontier` has l0, fvu and agreement of each SAE of the run, `network` the
-    weights of a network that the page can compute."""
+    """feature_report.html.
+
+    `frontier` has l0, fvu and agreement of each SAE of the run; `network` the weights of a network
+    that the page can compute.
+    """
     layer, options, a = draft.layer, draft.options, draft.analysis
     results = [(r.on_page, console.shown_result(r, record)) for r in console.RESULTS if r.on_page]
     if record.get("hypotheses", {}).get("median_words") is not None:  # where strokes are named
@@ -353,7 +357,8 @@ def explain_sae(
 ) -> list[dict]:
     """Explain the features of any trained SAE; everything goes into the folder `out`.
 
-        records = explain_sae(model, "features.7", *load_saelens(folder), train, val, test, "explained")
+        sae, mu, std = load_saelens(folder)
+        records = explain_sae(model, "features.7", sae, mu, std, train, val, test, "explained")
 
     Args:
         model, layer, pool: as in `AtLayer`; layer None for a model that has the two methods itself.
