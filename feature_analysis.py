@@ -1,13 +1,13 @@
-"""Which images, pixels and classes belong to a feature of a sparse autoencoder (SAE)? Numbers and pictures.
+"""Which images, pixels and classes belong to a feature of a sparse autoencoder (SAE)?
 
-    bank = collect_feature_bank(model, loader, sae, mu, std)              # the images that activate each feature
-    heat = feature_input_pattern(model, sae, mu, std, k)                  # the pixels that drive feature k
-    delta, top = feature_logit_effect(model, loader, sae, mu, std, k)     # what adding it does to the logits
-    delta, top = feature_ablation_effect(model, loader, sae, mu, std, k)  # what removing it does to them
+    bank = collect_feature_bank(model, loader, sae, mu, std)              # images of each feature
+    heat = feature_input_pattern(model, sae, mu, std, k)                  # pixels that drive it
+    delta, top = feature_logit_effect(model, loader, sae, mu, std, k)     # logits when it is added
+    delta, top = feature_ablation_effect(model, loader, sae, mu, std, k)  # logits without it
     show_feature_gallery(k, bank, images)                                 # a matplotlib Figure
 
-Takes a trained model, an SAE and images; gives numbers, lists and pictures. It makes no claim about
-what a feature means, does not choose the images, and imports nothing else of this project.
+Takes a trained model, an SAE and images; gives numbers, lists and pictures. It does not interpret
+features, does not choose the images, and imports nothing else of this project.
 Arguments that most functions share:
 
     model    an object with ``preactivations(images) -> (B, d_in)`` and
@@ -48,15 +48,15 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import, and only a Figure
 N_BANDS = 4  # quantile bands of the active range that examples are drawn from
 PER_BAND = 5  # examples shown for each band
 SAMPLE_PER_FEATURE = 64  # active images kept per feature to find those bands
+LAST_INDEX = 2**31 - 1  # image indices and the bits of a positive float32 both fit into 31 bits
 ROWS = 512  # images in one forward pass: few enough to stay in the processor's cache
 HEAD_ROWS = 4096  # rows in one pass through the rest of the model
-GRADIENT_ROWS = 32  # images whose gradients, d_in of each, are held at once, at most
+GRADIENT_ROWS = 32  # images whose gradients, d_in of each, are in memory at once, at most
 GRADIENT_ENTRIES = 2**26  # numbers that these gradients may have
 ENTRIES = 2**21  # activations of which several copies are made: larger arrays are slow to allocate
 PROBED = 8  # images that go through the model twice, to see that it is deterministic
 BATCHES_COMPARED = 8  # of two passes over a loader, to see that it does not shuffle
 ROUNDING = 1e-4  # relative difference of two float32 results that is still rounding
-EMPTY_LOADER = "the loader is empty: it must give at least one batch of (images, labels)"
 
 # --------------------------------------------------------------------------------------------------
 # The layer that is explained
@@ -89,20 +89,19 @@ class ExplainedLayer:
 
     def __post_init__(self) -> None:
         weights = self.mu if self.sae is None else self.sae.W_enc
-        d_in, dtype = weights.shape[0], weights.dtype
+        expected = weights.dtype, (weights.shape[0],)
         for name, value in (("mu", self.mu), ("std", self.std)):
-            if tuple(value.shape) != (d_in,) or value.dtype != dtype:
-                raise ValueError(
-                    f"{name} must be {dtype} of shape ({d_in},) like the SAE's input, got "
-                    f"{value.dtype} of shape {tuple(value.shape)}"
-                )
-            if not value.isfinite().all():
-                raise ValueError(f"{name} must be finite, got {_first(value, ~value.isfinite())}")
-        if not (self.std > 0).all():
-            raise ValueError(f"std must be positive, got {_first(self.std, ~(self.std > 0))}")
+            met = value.dtype, tuple(value.shape)
+            if met != expected:
+                raise ValueError(f"{name} must be {expected} like the SAE's input, got {met}")
+            for rule, kept in (("finite", value.isfinite()), ("positive", value > 0)):
+                if not kept.all() and (rule == "finite" or name == "std"):
+                    at = int(kept.logical_not().nonzero()[0])
+                    raise ValueError(f"{name} must be {rule}, got {value[at]:g} at unit {at}")
         check_eval_mode(self.model)
 
     def with_sae(self, sae: object) -> ExplainedLayer:
+        """The same layer, read by another SAE."""
         return replace(self, sae=sae)
 
     @property
@@ -140,13 +139,12 @@ class ExplainedLayer:
             met = tuple(getattr(images, "shape", ())) or type(images).__name__
             raise ValueError(f"images must be a tensor (B, ...), got {met}")
         try:
-            raw = self.model.preactivations(images.to(self.mu.device))
+            raw = self.model.preactivations(images.to(self.device))
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             shape = tuple(images.shape)
             raise ValueError(f"the model cannot take images of shape {shape}: {error}") from error
-
         shape, expected = tuple(raw.shape), tuple(self.mu.shape)
         if shape[1:] != expected:
             raise ValueError(f"preactivations have shape {shape}, but mu has shape {expected}")
@@ -166,8 +164,6 @@ class ExplainedLayer:
     def logits(self, raw: Tensor) -> Tensor:
         """Logits (B, C) of raw (B, d_in), HEAD_ROWS at a time."""
         head = self.model.logits_from_preactivations
-        if len(raw) <= HEAD_ROWS:
-            return head(raw)
         return torch.cat([head(some) for some in raw.split(HEAD_ROWS)])
 
     def logits_of_z(self, z: Tensor) -> Tensor:
@@ -189,13 +185,12 @@ class ExplainedLayer:
         the SAE does not reconstruct stays, so its error is not mistaken for the feature's effect.
         """
         if acts is None:
-            every = self.feature_acts(raw)
-            acts = every[:, k] if isinstance(k, int) else every[torch.arange(len(raw)), k]
+            acts = self.feature_acts(raw)[torch.arange(len(raw), device=raw.device), k]
         return self.adding(raw, k, -acts)
 
 
 def check_eval_mode(model: object) -> None:
-    """Raise ValueError when the model, or one that it holds, has dropout or the like at work."""
+    """Raise ValueError when the model, or one in its attributes, trains dropout or batch norm."""
     if getattr(model, "runs_in_eval_mode", False):  # it switches the mode itself
         return
     kinds = torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._NormBase
@@ -218,8 +213,8 @@ def check_deterministic(layer: ExplainedLayer, images: Tensor, head: bool = True
         pairs.append((layer.logits(raw), layer.logits(raw)))
     if any((a - b).abs().max() > ROUNDING * a.abs().max() for a, b in pairs if a.numel()):
         raise ValueError(
-            "the model gives other numbers for the same images the second time, as dropout in "
-            "training mode does; call eval()"
+            "the model must be deterministic, but gives other numbers for the same images the "
+            "second time, as dropout in training mode does; call eval()"
         )
 
 
@@ -230,13 +225,13 @@ def check_feature(k: int, d_sae: int) -> int:
     return int(k)
 
 
-def check_whole(name: str, value: int, least: int | None = None) -> int:
-    """The value itself. Raises ValueError unless it is a whole number, at least `least`."""
+def check_whole(name: str, value: int, least: int = -LAST_INDEX) -> int:
+    """The value itself. Raises ValueError unless it is a whole number, `least` to LAST_INDEX."""
     try:
         whole = operator.index(value)
     except TypeError:
         raise ValueError(f"{name} must be a whole number, got {value!r:.60}") from None
-    if least is not None and whole < least:
+    if whole < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     if whole > LAST_INDEX:
         raise ValueError(f"{name} must be at most {LAST_INDEX:,}, got {value}")
@@ -247,14 +242,10 @@ def class_indices(labels: Tensor, n_images: int, n_classes: int) -> Tensor:
     """labels (N,) as int64. Raises ValueError unless each image has a class index."""
     if tuple(labels.shape) != (n_images,):
         raise ValueError(f"{n_images} images need as many labels, got {tuple(labels.shape)}")
-    if len(labels) == 0:
-        return labels.long()
-    low, high = float(labels.min()), float(labels.max())
+    low, high = (float(labels.min()), float(labels.max())) if len(labels) else (0, 0)
     if labels.is_floating_point() or low < 0 or high >= n_classes:
-        raise ValueError(
-            f"labels must be whole numbers from 0 to {n_classes - 1}, got {labels.dtype} from "
-            f"{low:g} to {high:g}"
-        )
+        met = f"{labels.dtype} from {low:g} to {high:g}"
+        raise ValueError(f"labels must be whole numbers from 0 to {n_classes - 1}, got {met}")
     return labels.long()
 
 
@@ -262,22 +253,14 @@ def check_nonnegative(feature_acts: Tensor) -> None:
     """Raise ValueError for activations (B, d_sae) below 0: an inactive feature is at 0."""
     if feature_acts.numel() and float(feature_acts.min()) < 0:
         least, k = feature_acts.min(0).values.min(0)
-        raise ValueError(
-            f"activations must be 0 or more, got {least:.3g} of feature {k}; an SAE gives that "
-            f"with thresholds of 0 or more"
-        )
+        met = f"{least:.3g} of feature {k}; give the SAE thresholds of 0 or more"
+        raise ValueError(f"activations must be 0 or more, got {met}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out; on CPUs torch raises a plain RuntimeError for that."""
     kinds = (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
-
-
-def _first(values: Tensor, wrong: Tensor) -> str:
-    """The first of the wrong ones of values (n,), in words."""
-    at = int(wrong.nonzero()[0])
-    return f"{values[at]:g} at unit {at}"
 
 
 def class_name(classes: Sequence[str], c: int) -> str:
@@ -288,9 +271,8 @@ def class_name(classes: Sequence[str], c: int) -> str:
 def fixed_order_batches(loader: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
     """The loader's batches.
 
-    Raises ValueError for a loader that can be read only once, or whose second pass has other images
-    in the first batch or first in the next ones, as one that shuffles has: an image's index would
-    mean nothing.
+    Raises ValueError for a loader that can be read only once, or that shuffles: the second pass
+    must have the same first batch, and the same images first in the next ones.
     """
     if iter(loader) is loader:
         raise ValueError("the loader can be read only once: give a list, or a DataLoader")
@@ -298,18 +280,18 @@ def fixed_order_batches(loader: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
     for images, _ in itertools.islice(loader, BATCHES_COMPARED):
         seen.append((images[:PROBED] if seen else images).clone())
     for number, (images, labels) in enumerate(loader):
-        some = images[:PROBED] if number else images
-        if number < len(seen) and not _same_images(some, seen[number]):
-            raise ValueError(
-                "the loader gives other images in each pass: it must not shuffle or augment"
-            )
+        again = images[:PROBED] if number else images
+        if number < len(seen) and not _same_images(again, seen[number]):
+            raise ValueError("the loader must not shuffle or augment: each pass has other images")
         yield images, labels
 
 
 def _same_images(a: Tensor, b: Tensor) -> bool:
+    # NaN equals NaN here: `raw` has the better message for such images.
     return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+@torch.no_grad()
 def raw_batches(
     layer: ExplainedLayer, loader: Iterable, n: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -331,7 +313,7 @@ def raw_batches(
         if seen == n:
             return
     if seen == 0:
-        raise ValueError(EMPTY_LOADER)
+        raise ValueError("the loader is empty: it must give at least one batch of (images, labels)")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -345,6 +327,11 @@ class Examples(NamedTuple):
     index: Tensor
     activation: Tensor
     label: Tensor
+
+    @classmethod
+    def cat(cls, parts: Iterable[Examples], dim: int) -> Examples:
+        """The examples of all parts, one after the other along `dim`."""
+        return cls(*(torch.cat(columns, dim) for columns in zip(*parts, strict=True)))
 
     def at(self, places) -> Examples:
         """Those at `places`, anything that indexes a tensor."""
@@ -386,17 +373,14 @@ class FeatureBank(NamedTuple):
         Up to `per_band` are spread evenly over each band. The bands are those of the random sample:
         exact while the feature is active on at most SAMPLE_PER_FEATURE images.
         """
-        held = self.sample.of(check_feature(k, len(self.label_histogram)))
-        order = torch.argsort(held.activation, descending=True, stable=True)
+        sample = self.sample.of(check_feature(k, len(self.label_histogram)))
+        order = torch.argsort(sample.activation, descending=True, stable=True)
         bands = []
         for members in order.tensor_split(n_bands):
             n = len(members)
             spread = torch.linspace(0, max(0, n - 1), min(per_band, n)).round().long()
-            bands.append(held.at(members[spread]))
+            bands.append(sample.at(members[spread]))
         return bands
-
-
-LAST_INDEX = 2**31 - 1  # image indices and the bits of a positive float32 both fit into 31 bits
 
 
 def _strength(examples: Examples) -> Tensor:
@@ -437,37 +421,6 @@ def _largest(examples: Examples, key: Tensor, n: int) -> Examples:
     return Examples(*kept)
 
 
-def _bank_of_acts(
-    acts: Tensor, labels: Tensor, n_classes: int, first_index: int, topk: int
-) -> FeatureBank:
-    """The bank of images whose activations are acts (B, d_sae), with labels (B,)."""
-    index = torch.arange(first_index, first_index + len(labels), device=acts.device)
-    every = Examples(index[None], acts.T.contiguous(), labels[None])
-    one_hot = torch.nn.functional.one_hot(labels, n_classes).float()
-    counts = (acts > 0).float().T @ one_hot  # exact, being below 2^24
-    sums = acts.clamp(min=0).sum(0, dtype=torch.float64)
-    return FeatureBank(
-        top=_largest(every, _strength(every), topk),
-        sample=_largest(every, _hash(every), SAMPLE_PER_FEATURE),
-        label_histogram=counts.long().cpu(),
-        # Multiples of 2^-30 below 2^23 add up exactly, in any order.
-        activation_sum=(torch.round(sums * 2**30) / 2**30).cpu(),
-        n_images=len(labels),
-    )
-
-
-def _beside(banks: Sequence[FeatureBank]) -> FeatureBank:
-    """One bank from those of some features each, over the same images."""
-    top, sample, histograms, sums, n_images = zip(*banks, strict=True)
-    return FeatureBank(
-        top=Examples(*map(torch.cat, zip(*top, strict=True))),
-        sample=Examples(*map(torch.cat, zip(*sample, strict=True))),
-        label_histogram=torch.cat(histograms),
-        activation_sum=torch.cat(sums),
-        n_images=n_images[0],
-    )
-
-
 def merge_feature_banks(a: FeatureBank, b: FeatureBank) -> FeatureBank:
     """The bank of two disjoint sets of images, as if it had been collected over both at once.
 
@@ -478,8 +431,7 @@ def merge_feature_banks(a: FeatureBank, b: FeatureBank) -> FeatureBank:
     x, y = ((*bank.label_histogram.shape, bank.top.index.shape[1]) for bank in (a, b))
     if x != y:
         raise ValueError(f"banks must have the same (d_sae, C, topk), got {x} and {y}")
-    top = Examples(*(torch.cat(columns, 1) for columns in zip(a.top, b.top, strict=True)))
-    sample = Examples(*(torch.cat(columns, 1) for columns in zip(a.sample, b.sample, strict=True)))
+    top, sample = Examples.cat([a.top, b.top], 1), Examples.cat([a.sample, b.sample], 1)
     sample = _largest(sample, _hash(sample), SAMPLE_PER_FEATURE)
     twice = (sample.index.diff() == 0) & (sample.index[:, 1:] >= 0)  # the same hash: neighbors
     if twice.any():
@@ -494,43 +446,53 @@ def merge_feature_banks(a: FeatureBank, b: FeatureBank) -> FeatureBank:
     )
 
 
+def _bank_of_rows(
+    layer: ExplainedLayer, raw: Tensor, labels: Tensor, topk: int, first_index: int
+) -> FeatureBank:
+    """The bank of raw (B, d_in) with labels (B,), all rows at once and features in blocks."""
+    acts = layer.feature_acts(raw)
+    check_nonnegative(acts)
+    index = torch.arange(first_index, first_index + len(raw), device=raw.device)
+    one_hot = torch.nn.functional.one_hot(labels, layer.n_classes).float()
+    tops, samples, counts, sums = [], [], [], []
+    for block in acts.split(max(1, ENTRIES // max(1, len(raw))), dim=1):  # (B, n)
+        every = Examples(index[None], block.T.contiguous(), labels[None])
+        tops.append(_largest(every, _strength(every), topk))
+        samples.append(_largest(every, _hash(every), SAMPLE_PER_FEATURE))
+        counts.append((block > 0).float().T @ one_hot)  # exact, being below 2^24
+        sums.append(block.clamp(min=0).sum(0, dtype=torch.float64))
+    histogram = torch.cat(counts).long().cpu()
+    # Multiples of 2^-30 below 2^23 add up exactly, in any order.
+    total = (torch.round(torch.cat(sums) * 2**30) / 2**30).cpu()
+    return FeatureBank(Examples.cat(tops, 0), Examples.cat(samples, 0), histogram, total, len(raw))
+
+
 @torch.no_grad()
 def feature_bank(
     layer: ExplainedLayer, raw: Tensor, labels: Tensor, topk: int = 20, first_index: int = 0
 ) -> FeatureBank:
     """The bank of images with the layer's output raw (N, d_in) and labels (N,).
 
-    `topk` strongest examples are kept of each feature, fewer where fewer are active.
+    `topk` strongest examples are kept of each feature, fewer where fewer images activate it.
     """
     check_whole("topk", topk, 1)
     check_whole("first_index", first_index, 0)
-    n_classes, bank = layer.n_classes, None
-    at_once = max(ROWS, ENTRIES // layer.d_sae)
-    for some, own in zip(raw.split(at_once), labels.to(raw.device).split(at_once), strict=True):
-        acts = layer.feature_acts(some)
-        check_nonnegative(acts)
-        blocks = acts.split(max(1, ENTRIES // max(1, len(acts))), dim=1)
-        part = _beside([_bank_of_acts(b, own, n_classes, first_index, topk) for b in blocks])
-        bank = part if bank is None else merge_feature_banks(bank, part)
-        first_index += len(own)
-    return bank
+    labels, at_once = labels.to(raw.device), max(ROWS, ENTRIES // layer.d_sae)
+    banks = (  # one at a time
+        _bank_of_rows(layer, raw[i : i + at_once], labels[i : i + at_once], topk, first_index + i)
+        for i in range(0, max(1, len(raw)), at_once)
+    )
+    return functools.reduce(merge_feature_banks, banks)
 
 
 def collect_feature_bank(
-    model,
-    loader: Iterable,
-    sae,
-    mu: Tensor,
-    std: Tensor,
-    topk: int = 20,
-    first_index: int = 0,
+    model, loader: Iterable, sae, mu, std, topk: int = 20, first_index: int = 0
 ) -> FeatureBank:
-    """One pass over the images: which of them activate each feature, how strongly, with which labels.
+    """One pass over the images: which of them activate each feature, how strongly, which labels.
 
     `topk` strongest examples are kept of each feature; `first_index` is the index of the loader's
-    first image, for banks that will be merged. Memory grows with d_sae x topk, never with the
-    number of images. Raises ValueError for shapes that do not fit, an empty or shuffling loader,
-    labels that are no class indices, and topk < 1.
+    first image, for banks that will be merged. Memory grows with d_sae x topk, not with N. Raises
+    ValueError for shapes, loaders and labels that do not fit, and topk < 1.
     """
     layer, bank = ExplainedLayer(model, sae, mu, std), None
     for raw, labels in raw_batches(layer, loader):
@@ -545,25 +507,23 @@ def collect_feature_bank(
 # --------------------------------------------------------------------------------------------------
 
 
-def is_linear(
-    layer: ExplainedLayer, image_shape: tuple[int, ...], images: Tensor | None = None
-) -> bool:
+@torch.no_grad()
+def is_linear(layer: ExplainedLayer, image_shape, images: Tensor | None = None) -> bool:
     """Whether the layer's output is linear in the pixels of images of that shape.
 
     It is when it is so on the way between any two images. Three pairs of fixed noise images are
     tried, and pairs among up to 64 of `images` (N, ...), whose pixels may be on another scale.
     """
     generator = torch.Generator().manual_seed(0)
-    tried = torch.rand(6, *image_shape, generator=generator, dtype=torch.float32)
-    tried = tried.to(layer.mu.device)
+    noise = torch.rand(6, *image_shape, generator=generator, dtype=torch.float32)
+    tried = noise.to(layer.device)
     if images is not None:
         n = min(len(images), 64) // 2
         some = images[: 2 * n].to(tried)
         tried = torch.cat([tried[:3], some[:n], tried[3:], some[n:]])
     a, b = tried.chunk(2)
-    with torch.no_grad():
-        at_a, at_b, between = layer.raw(a), layer.raw(b), layer.raw(0.3 * a + 0.7 * b)
-    bend = (0.3 * at_a + 0.7 * at_b - between).abs().amax(0)
+    at_a, at_b, between = layer.raw(a), layer.raw(b), layer.raw(0.3 * a + 0.7 * b)
+    bend = (0.3 * at_a + 0.7 * at_b - between).abs().amax(0)  # (d_in,)
     return not (bend > ROUNDING * torch.cat([at_a, at_b]).abs().amax(0)).any()
 
 
@@ -577,14 +537,12 @@ def check_gradients(model, images: Tensor) -> None:
     pixels = images[:1].float().clone().detach().requires_grad_()
     with torch.enable_grad():
         raw = model.preactivations(pixels).sum()
-        found = (None,)
-        if raw.requires_grad:  # because of the pixels, or of weights alone
-            found = torch.autograd.grad(raw, pixels, allow_unused=True)
+        # None of the pixels' where weights alone have a gradient.
+        found = torch.autograd.grad(raw, pixels, allow_unused=True) if raw.requires_grad else [None]
     if found[0] is None:
         raise ValueError(
-            "no gradient leads from the layer to the pixels, so there are no input patterns: the "
-            "network switches gradients off on the way, as torch.no_grad() and detach() do; freeze "
-            "its weights with requires_grad_(False) instead"
+            "no gradient leads from the layer to the pixels: the network must not use no_grad() or "
+            "detach() on the way; freeze weights with requires_grad_(False) instead"
         )
 
 
@@ -600,10 +558,10 @@ def _mean_jacobian(
         if not is_linear(layer, shape):
             raise ValueError("the model is not linear in the pixels: pass images to average over")
         images = torch.zeros(1, *shape, dtype=torch.float32)
-    if images.dim() < 2 or len(images) == 0:
+    if len(images) == 0:
         raise ValueError("images is empty: give at least one to average over")
     check_deterministic(layer, images, head=False)
-    check_gradients(layer.model, images.to(layer.mu.device))
+    check_gradients(layer.model, images.to(layer.device))
 
     def projected(pixels: Tensor) -> Tensor:
         return (layer.raw(pixels) @ directions).sum(0)  # (n,): images do not mix
@@ -612,20 +570,14 @@ def _mean_jacobian(
     entries = directions.shape[1] * math.prod(images.shape[1:])  # of the gradients at one image
     at_once = max(1, min(GRADIENT_ROWS, GRADIENT_ENTRIES // max(1, entries)))
     for batch in images.split(at_once):
-        pixels = batch.to(layer.mu.device).float().clone()  # one of inference mode has no gradients
+        pixels = batch.to(layer.device).float().clone()  # one of inference mode has no gradients
         total = total + torch.autograd.functional.jacobian(projected, pixels).sum(1)
     mean = total / len(images)
     return mean[:, 0] if mean.dim() == 4 and mean.shape[1] == 1 else mean
 
 
 def feature_input_pattern(
-    model,
-    sae,
-    mu: Tensor,
-    std: Tensor,
-    k: int,
-    images: Tensor | None = None,
-    image_shape: tuple[int, ...] = (1, 28, 28),
+    model, sae, mu, std, k: int, images: Tensor | None = None, image_shape=(1, 28, 28)
 ) -> Tensor:
     """Gradient of feature k's pre-activation with respect to the pixels, (28, 28) for MNIST.
 
@@ -636,7 +588,7 @@ def feature_input_pattern(
     Exact, and the same for every image, when the layer's output is linear in the pixels. For any
     other model pass `images` (N, ...), over which the gradient is averaged. The result has the
     shape of one image, a single channel dropped. Raises IndexError for a k out of range; ValueError
-    for shapes that do not fit, for no images, and for a non-linear model without images.
+    for shapes that do not fit and for a non-linear model without images.
     """
     layer = ExplainedLayer(model, sae, mu, std)
     k = check_feature(k, layer.d_sae)
@@ -645,12 +597,7 @@ def feature_input_pattern(
 
 
 def feature_input_patterns(
-    model,
-    sae,
-    mu: Tensor,
-    std: Tensor,
-    images: Tensor | None = None,
-    image_shape: tuple[int, ...] = (1, 28, 28),
+    model, sae, mu, std, images: Tensor | None = None, image_shape=(1, 28, 28)
 ) -> Tensor:
     """`feature_input_pattern` of every feature: (d_sae, 28, 28).
 
@@ -701,7 +648,7 @@ def logit_effects(
         raise ValueError(f"alpha must be finite, got {alpha}")
     base = layer.logits(raw).sum(0, dtype=torch.float64)
     sums = torch.zeros(len(features), len(base), dtype=torch.float64, device=raw.device)
-    at_once = max(1, HEAD_ROWS // len(raw))
+    at_once = max(1, HEAD_ROWS // len(raw))  # features
     for out, some in zip(sums.split(at_once), features.split(at_once), strict=True):
         moved = layer.adding(raw, some[:, None].to(raw.device), alpha)  # (n, N, d_in)
         logits = layer.logits(moved.flatten(0, 1)).unflatten(0, moved.shape[:2])
@@ -718,13 +665,14 @@ def ablation_effects(
     `batches` give the layer's output, (B, d_in) each.
     """
     check_whole("n_eval", n_eval, 1)
-    features = features.to(layer.mu.device)
-    counts = torch.zeros(len(features), dtype=torch.int64, device=layer.mu.device)
+    features = features.to(layer.device)
+    counts = torch.zeros(len(features), dtype=torch.int64, device=layer.device)
     sums = counts.new_zeros(len(features), layer.n_classes, dtype=torch.float64)
     for raw in batches:
         base = layer.logits(raw)
-        feature_acts = layer.feature_acts(raw)[:, features]  # (B, n)
+        feature_acts = layer.feature_acts(raw)
         check_nonnegative(feature_acts)
+        feature_acts = feature_acts[:, features]  # (B, n)
         active = (feature_acts > 0).T  # (n, B)
         wanted = active & (counts[:, None] + active.cumsum(1) <= n_eval)
         counts += wanted.sum(1)
@@ -735,27 +683,22 @@ def ablation_effects(
     return LogitEffects.from_sums(sums, counts)
 
 
-@torch.no_grad()
+def _first_raw(layer: ExplainedLayer, loader: Iterable, n_eval: int) -> Tensor:
+    """The layer's output (n, d_in) for the loader's first n_eval images."""
+    n_eval = check_whole("n_eval", n_eval, 1)
+    return torch.cat([raw for raw, _ in raw_batches(layer, loader, n_eval)])
+
+
 def feature_logit_effects(
-    model, loader: Iterable, sae, mu: Tensor, std: Tensor, alpha: float = 1.0, n_eval: int = 2000
+    model, loader: Iterable, sae, mu, std, alpha: float = 1.0, n_eval: int = 2000
 ) -> LogitEffects:
     """`feature_logit_effect` of every feature."""
-    check_whole("n_eval", n_eval, 1)
     layer = ExplainedLayer(model, sae, mu, std)
-    raw = torch.cat([raw for raw, _ in raw_batches(layer, loader, n_eval)])
-    return logit_effects(layer, raw, alpha)
+    return logit_effects(layer, _first_raw(layer, loader, n_eval), alpha)
 
 
-@torch.no_grad()
 def feature_logit_effect(
-    model,
-    loader: Iterable,
-    sae,
-    mu: Tensor,
-    std: Tensor,
-    k: int,
-    alpha: float = 1.0,
-    n_eval: int = 2000,
+    model, loader: Iterable, sae, mu, std, k: int, alpha: float = 1.0, n_eval: int = 2000
 ) -> LogitEffect:
     """What adding feature k does to the logits, over the loader's first `n_eval` images.
 
@@ -763,38 +706,33 @@ def feature_logit_effect(
     image's own activations, not to their reconstruction. Raises IndexError for a k out of range,
     ValueError for shapes that do not fit, an empty loader or n_eval < 1.
     """
-    check_whole("n_eval", n_eval, 1)
     layer = ExplainedLayer(model, sae, mu, std)
     only = torch.tensor([check_feature(k, layer.d_sae)])
-    raw = torch.cat([raw for raw, _ in raw_batches(layer, loader, n_eval)])
-    return logit_effects(layer, raw, alpha, only).of(0)
+    return logit_effects(layer, _first_raw(layer, loader, n_eval), alpha, only).of(0)
 
 
 def feature_ablation_effects(
-    model, loader: Iterable, sae, mu: Tensor, std: Tensor, n_eval: int = 2000
+    model, loader: Iterable, sae, mu, std, n_eval: int = 2000
 ) -> LogitEffects:
-    """`feature_ablation_effect` of every feature; its cost grows with the number of pairs of a
-    feature and an image that activates it."""
+    """`feature_ablation_effect` of every feature; one row of the head for each active pair."""
     layer = ExplainedLayer(model, sae, mu, std)
     batches = (raw for raw, _ in raw_batches(layer, loader))
     return ablation_effects(layer, batches, torch.arange(layer.d_sae), n_eval)
 
 
 def feature_ablation_effect(
-    model, loader: Iterable, sae, mu: Tensor, std: Tensor, k: int, n_eval: int = 2000
+    model, loader: Iterable, sae, mu, std, k: int, n_eval: int = 2000
 ) -> LogitEffect:
     """What removing feature k does to the logits, over the first `n_eval` images that activate it.
 
-    Only its own contribution f_k * W_dec[k] is subtracted from the image's activations. The rest,
-    the part that the SAE does not reconstruct included, stays, so the SAE's error is not mistaken
-    for the feature's effect. Zeros for a feature that is never active. Raises like
+    Only its own contribution f_k * W_dec[k] is subtracted from the image's activations, as
+    `ExplainedLayer.without` does. Zeros for a feature that is never active. Raises like
     `feature_logit_effect`.
     """
     layer = ExplainedLayer(model, sae, mu, std)
     only = torch.tensor([check_feature(k, layer.d_sae)])
-    return ablation_effects(layer, (raw for raw, _ in raw_batches(layer, loader)), only, n_eval).of(
-        0
-    )
+    batches = (raw for raw, _ in raw_batches(layer, loader))
+    return ablation_effects(layer, batches, only, n_eval).of(0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -803,11 +741,10 @@ def feature_ablation_effect(
 
 
 class NearestFeatures(NamedTuple):
-    """For every feature the other one with the most similar decoder direction, (d_sae,) each; -1
-    and 0 when there is no other feature."""
+    """For every feature the other one with the most similar decoder direction, (d_sae,) each."""
 
-    feature: Tensor
-    cosine: Tensor
+    feature: Tensor  # -1 when there is no other feature
+    cosine: Tensor  # and 0
 
 
 @torch.no_grad()
@@ -843,10 +780,23 @@ def pattern_roughness(heats: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# Files
+# Pictures: painted into arrays of uint8, many times faster than drawing a figure
 # --------------------------------------------------------------------------------------------------
 
-UNFINISHED = ".unfinished"  # how the names of files end that are being written
+UNFINISHED = ".unfinished"  # ending of the names of files that are being written
+DPI = 100
+TILE = 56  # screen pixels across an image in a gallery, about: enlarged by whole numbers
+PATTERN = 224  # screen pixels across a pattern, about
+COLUMNS = 10  # tiles in a row of a gallery
+GAP = 4  # screen pixels between two tiles
+HEADER = 24  # screen pixels above a block of tiles, for its header
+MARGIN, TITLE = 12, 30  # screen pixels around a picture, and above it for the title
+WHITE, FRAME = 255, 217  # gray levels; ink is dark on white
+MONO, BOLD = "DejaVuSansMono", "DejaVuSansMono-Bold"  # files of fonts
+STEPS = 100  # colors of a pattern on either side of white
+TEXT = (2 * STEPS + 1, 254)  # the palette's black and white; grays lie between them
+NO_INK = 255  # the palette's color of pixels that images do not ink
+GRAYS = np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1)  # (256, 3), the palette of galleries
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
@@ -857,141 +807,86 @@ def write_whole(path: str | Path, content: bytes) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
         os.chmod(unfinished, 0o644)  # mkstemp makes files that only their owner may read
-        os.replace(unfinished, path)
-    except BaseException:
+        os.replace(unfinished, path)  # atomic within a folder
+    except BaseException:  # an interrupt as well
         Path(unfinished).unlink(missing_ok=True)
         raise
 
 
-# --------------------------------------------------------------------------------------------------
-# Files
-# --------------------------------------------------------------------------------------------------
+def save_pixels(pixels: np.ndarray, path: str | Path, palette: np.ndarray = GRAYS) -> None:
+    """Save a picture as PNG, completely or not at all.
 
-GREYS = np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1)  # (256, 3)
-
-
-def save_pixels(pixels: np.ndarray, path: str | Path, palette: np.ndarray = GREYS) -> None:
-    """Save a picture as PNG, whole or not at all.
-
-    pixels uint8: colour (height, width, 3), or numbers (height, width) of the colours of a palette
-    (n, 3) uint8, greys unless another one is given. Raises ValueError for anything else.
+    pixels uint8: colors (height, width, 3), or indices (height, width) into a palette (n, 3).
     """
-    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or pixels.shape[2:] == (3,)):
-        raise ValueError(
-            f"a picture has shape {pixels.shape} and type {pixels.dtype}; "
-            f"expected uint8 (height, width) or (height, width, 3)"
-        )
     image = Image.fromarray(pixels)
-    if pixels.ndim == 2:  # with a palette, Pillow spares the filters, which take most of the time
+    if pixels.ndim == 2:  # with a palette, Pillow skips the filters, which take most of the time
         image.putpalette(palette.tobytes())
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
+    image.save(buffer, "PNG", compress_level=1)  # many small files: speed before size
     write_whole(path, buffer.getvalue())
 
 
 def figure_png(figure: Figure) -> bytes:
+    """The figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})
     return buffer.getvalue()
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Save a Figure as PNG, whole or not at all."""
+    """Save a Figure as PNG, completely or not at all."""
     write_whole(path, figure_png(figure))
-
-
-# --------------------------------------------------------------------------------------------------
-# Pictures: what all share. They are painted into arrays of uint8, which is many times faster than
-# drawing a figure; what all pictures of a kind have in common is painted once.
-# --------------------------------------------------------------------------------------------------
-
-DPI = 100
-TILE = 56  # screen pixels across an image in a gallery, about: enlarged by whole numbers
-PATTERN = 224  # and across a pattern
-COLUMNS = 10  # tiles in a row of a gallery
-GAP = 4  # screen pixels between two tiles
-HEADER = 24  # screen pixels above a block of tiles, for the line that says what it shows
-MARGIN, TITLE = 12, 30  # screen pixels around a picture, and above it for the title
-WHITE, FRAME = 255, 217  # grey levels; ink is dark on white
-MONO, BOLD = "DejaVuSansMono", "DejaVuSansMono-Bold"
-STEPS = 100  # colours of a pattern on either side of white
-TEXT = (2 * STEPS + 1, 254)  # numbers of the palette's black and white; greys lie between them
-NO_INK = 255  # the palette's number for pixels that images do not ink
 
 
 @functools.cache
 def pattern_palette() -> np.ndarray:
-    """The 256 colours of patterns, (256, 3) uint8.
-
-    0 to 2 STEPS: values from -1 to 1, blue over white to red; then the greys of TEXT, black to
-    white; the last one, NO_INK, is light grey.
-    """
+    """The 256 colors of patterns, (256, 3) uint8: values from -1 to 1, grays of TEXT, NO_INK."""
     from matplotlib import colormaps
 
     values = np.linspace(0, 1, 2 * STEPS + 1)
-    colours = colormaps["RdBu_r"](values, bytes=True)[:, :3]
-    greys = GREYS[np.linspace(0, 255, TEXT[1] - TEXT[0] + 1).round().astype(int)]
-    return np.concatenate([colours, greys, GREYS[[224]]])
-
-
-@functools.cache
-def _figure_class() -> type[Figure]:
-    """The class of figures that a notebook shows without being told to."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    class ShownFigure(Figure):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            FigureCanvasAgg(self)
-
-        def _repr_png_(self) -> bytes:
-            return figure_png(self)
-
-    return ShownFigure
+    colors = colormaps["RdBu_r"](values, bytes=True)[:, :3]
+    grays = GRAYS[np.linspace(0, 255, TEXT[1] - TEXT[0] + 1).round().astype(int)]
+    return np.concatenate([colors, grays, GRAYS[[224]]])
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A Figure of width x height screen pixels, registered nowhere: it needs no closing. As the
-    last value of a notebook's cell it is shown."""
-    return _figure_class()(figsize=(width / DPI, height / DPI), dpi=DPI)
+    """A Figure of width x height screen pixels, unknown to pyplot: it needs no closing."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    FigureCanvasAgg(figure)
+    figure._repr_png_ = functools.partial(figure_png, figure)  # by which a notebook shows it
+    return figure
 
 
-def figure_of(
-    pixels: np.ndarray, save_path: str | Path | None, palette: np.ndarray = GREYS
-) -> Figure:
+def figure_of(pixels: np.ndarray, save_path: str | Path | None, palette=GRAYS) -> Figure:
     """A Figure that shows a picture pixel for pixel; it is saved as well where there is a path.
 
     Picture and palette are those of `save_pixels`.
     """
     if save_path is not None:
         save_pixels(pixels, save_path, palette)
-    colours = palette[pixels] if pixels.ndim == 2 else pixels
     figure = new_figure(pixels.shape[1], pixels.shape[0])
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
-    axes.imshow(colours, interpolation="nearest", aspect="auto")
+    colors = palette[pixels] if pixels.ndim == 2 else pixels
+    axes.imshow(colors, interpolation="nearest", aspect="auto")
     return figure
 
 
-@functools.cache
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    """A font, `size` pixels high, of those that come with matplotlib."""
-    from matplotlib import get_data_path
-
-    path = f"{get_data_path()}/fonts/ttf/{name}.ttf"
-    basic = ImageFont.Layout.BASIC  # the other one depends on what is installed
-    return ImageFont.truetype(path, size, layout_engine=basic)
-
-
-@functools.lru_cache(maxsize=10_000)  # most captions of a gallery were written before
+@functools.lru_cache(maxsize=10_000)  # galleries repeat most of their labels and activations
 def text_pixels(
     text: str, size: int = 12, name: str = "DejaVuSans", levels: tuple[int, int] = (0, WHITE)
 ) -> np.ndarray:
     """A line of text, (height, width) uint8, with `levels` of ink and paper."""
+    from matplotlib import get_data_path  # it comes with fonts
+
     if name in (MONO, BOLD) and len(text) > 1:  # letters side by side: each is drawn only once
         return np.hstack([text_pixels(letter, size, name, levels) for letter in text])
-    font = _font(name, size)
+    file = f"{get_data_path()}/fonts/ttf/{name}.ttf"
+    basic = ImageFont.Layout.BASIC  # the other one depends on what is installed
+    font = ImageFont.truetype(file, size, layout_engine=basic)
     ink, paper = levels
     ascent, descent = font.getmetrics()
     line = Image.new("L", (round(font.getlength(text)), ascent + descent), paper)
@@ -1000,42 +895,43 @@ def text_pixels(
 
 
 def paste(page: np.ndarray, part: np.ndarray, top: int, left: int) -> None:
-    """Put a picture, perhaps a grey one into one of colours, into `page`, cut at its edges."""
+    """Put a picture, perhaps a gray one into one of colors, into `page`, cut at its edges."""
     space = page[top : top + part.shape[0], left : left + part.shape[1]]
     part = part[: space.shape[0], : space.shape[1]]
     space[:] = part if part.ndim == page.ndim else part[:, :, None]
 
 
 def zoom_factor(shape: tuple[int, ...], width: int) -> int:
-    """How many screen pixels each pixel of an (H, W) is given so that it is about `width` wide."""
+    """Screen pixels for each pixel of an (H, W) picture so that it is about `width` wide."""
     if len(shape) != 2:
-        raise ValueError(f"the pattern has shape {tuple(shape)}; expected (H, W)")
+        raise ValueError(f"the pattern must have shape (H, W), got {tuple(shape)}")
     return max(1, round(width / shape[1]))
 
 
 def enlarged(pictures: np.ndarray, zoom: int) -> np.ndarray:
-    """(..., H, W) -> (..., zoom * H, zoom * W)"""
+    """pictures (..., H, W), each pixel zoom times: (..., zoom * H, zoom * W)."""
     return pictures.repeat(zoom, -1).repeat(zoom, -2)
 
 
 def as_array(values) -> np.ndarray:
+    """A tensor or array as an array."""
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
-def grey_images(images) -> np.ndarray:
-    """Images as an array (N, H, W) with ink in [0, 1]. Raises ValueError when they are not grey or
-    run further; `as_ink` makes such ones of others."""
+def gray_images(images) -> np.ndarray:
+    """Images as an array (N, H, W) with ink in [0, 1].
+
+    Raises ValueError for images of another shape or scale.
+    """
     array = as_array(images)
     if array.ndim == 4 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != 3 or 0 in array.shape[1:]:
-        raise ValueError(f"images have shape {array.shape}; expected (N, H, W) or (N, 1, H, W)")
+        raise ValueError(f"images must have shape (N, H, W) or (N, 1, H, W), got {array.shape}")
     low, high = array.min(initial=0), array.max(initial=0)
-    if not (low >= 0 and high <= 1):  # NaN is refused as well
-        raise ValueError(
-            f"pixels run from {low:.3g} to {high:.3g}; pictures show ink from 0 to 1: give "
-            f"as_ink(images)"
-        )
+    if not (low >= 0 and high <= 1):  # in this form NaN is an error as well
+        met = f"pixels run from {low:.3g} to {high:.3g}"
+        raise ValueError(f"images: {met}; pictures need ink from 0 to 1: give as_ink(images)")
     return array
 
 
@@ -1043,45 +939,41 @@ def as_patterns(heats) -> np.ndarray:
     """Patterns as an array (d_sae, H, W). Raises ValueError for another shape."""
     array = as_array(heats)
     if array.ndim != 3:
-        raise ValueError(f"the patterns have shape {array.shape}; expected (d_sae, H, W)")
+        raise ValueError(f"patterns must have shape (d_sae, H, W), got {array.shape}")
     return array
 
 
 def as_mask(inked, shape: tuple[int, ...]) -> np.ndarray | None:
-    """`inked` as a bool array. Raises ValueError when it has not the shape of the pattern."""
+    """`inked` as a bool array, or None. Raises ValueError unless it has the pattern's shape."""
     if inked is None:
         return None
     mask = as_array(inked).astype(bool)
     if mask.shape != tuple(shape):
-        raise ValueError(f"inked has shape {mask.shape}, but patterns have shape {tuple(shape)}")
+        raise ValueError(f"inked must have the pattern's shape {tuple(shape)}, got {mask.shape}")
     return mask
 
 
 # --------------------------------------------------------------------------------------------------
-# Galleries
+# Galleries and patterns
 # --------------------------------------------------------------------------------------------------
-# (row of tiles above which it stands, column at which it starts, text)
 
-GALLERY_HEADERS = (
-    (0, 0, "strongest images (under each its label: activation)"),
+GALLERY_HEADERS = (  # (row of tiles below it, column at which it starts, text)
+    (0, 0, "strongest images (below each: label and activation)"),
     (2, 0, "from the strongest quarter of its active range"),
     (2, 5, "from the second quarter"),
     (3, 0, "from the third quarter"),
     (3, 5, "from the weakest quarter"),
 )
 HEADERS_ABOVE = (1, 1, 2, 3)  # lines of headers above each row of tiles
-SHORT_NAME = 2  # letters of a class's name that leave room for an activation beside it
+SHORT_NAME = 2  # letters of a class's name that leave space for an activation beside it
 
 
 def _three_digits(value: float) -> str:
     """A positive number in few characters: 1.83, 12.6, 128, 4e-03."""
     if value < 0.005:
         return f"{value:.0e}"
-    if value < 9.995:
-        return f"{value:.2f}"
-    if value < 99.95:
-        return f"{value:.1f}"
-    return f"{value:.0f}"
+    decimals = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{decimals}f}"
 
 
 def shortened(text: str, n: int) -> str:
@@ -1090,103 +982,91 @@ def shortened(text: str, n: int) -> str:
 
 
 def _gallery_title(k: int, bank: FeatureBank) -> str:
-    n_active = int(bank.label_histogram[k].sum())
-    if n_active == 0:
-        return f"Feature {k}: never fires on these {bank.n_images:,} images"
-    percent = 100 * n_active / bank.n_images
-    return f"Feature {k}: fires on {percent:.3g}% of {bank.n_images:,} images"
+    percent = 100 * int(bank.n_active[k]) / bank.n_images
+    if percent == 0:
+        return f"Feature {k}: never active on these {bank.n_images:,} images"
+    return f"Feature {k}: active on {percent:.3g}% of {bank.n_images:,} images"
 
 
 def _gallery_examples(k: int, bank: FeatureBank) -> tuple[list[int], Examples]:
-    """The numbers of a gallery's tiles that are not empty, row by row, and what is on them."""
-    blocks = [bank.top.of(k).at(slice(2 * COLUMNS)), *bank.bands(k)]
+    """The numbers of a gallery's tiles that are not empty, row by row, and their examples."""
+    blocks = [bank.top.of(k).at(slice(2 * COLUMNS)), *bank.bands(k)]  # two rows, then half rows
     starts = [0, *range(2 * COLUMNS, 4 * COLUMNS, PER_BAND)]
     tiles = []
     for start, block in zip(starts, blocks, strict=True):
         tiles += range(start, start + len(block.index))
-    columns = [torch.cat(parts) for parts in zip(*blocks, strict=True)]
-    return tiles, Examples(*columns)
+    return tiles, Examples(*map(torch.cat, zip(*blocks, strict=True)))
 
 
 class GalleryPainter:
-    """Paints galleries: strongest images first, then some of each quarter of the active range."""
+    """Painter of galleries, which paints once what all of them have in common."""
 
     def __init__(self, images, classes: Sequence[str] = ()):
-        self.images, self.classes = grey_images(images), classes
+        self.images, self.classes = gray_images(images), classes
         height, width = self.images.shape[1:]
         self.zoom = zoom_factor((height, width), TILE)
-        self.tile_height, self.tile_width = self.zoom * height + 2, self.zoom * width + 2  # framed
+        self.tile = self.zoom * height + 2, self.zoom * width + 2  # with its frame
 
-        self.line = len(text_pixels("", 10, MONO))
         self.lines = 2 if max(map(len, classes), default=0) > SHORT_NAME else 1
-        pitch = self.tile_height + self.lines * self.line  # captions stand below tiles
+        self.letter = text_pixels("m", 10, MONO).shape  # (height, width) below tiles
+        pitch = self.tile[0] + self.lines * self.letter[0]
         tops = [TITLE + HEADER * n + pitch * row for row, n in enumerate(HEADERS_ABOVE)]
-        lefts = [MARGIN + (self.tile_width + GAP) * column for column in range(COLUMNS)]
+        lefts = [MARGIN + (self.tile[1] + GAP) * column for column in range(COLUMNS)]
         self.places = [(top, left) for top in tops for left in lefts]  # of the tiles
 
-        self.height = tops[-1] + pitch + MARGIN
-        self.width = lefts[-1] + self.tile_width + GAP + MARGIN
-        self.background = np.full((self.height, self.width), WHITE, np.uint8)
+        size = tops[-1] + pitch + MARGIN, lefts[-1] + self.tile[1] + GAP + MARGIN
+        self.background = np.full(size, WHITE, np.uint8)
         for row, column, text in GALLERY_HEADERS:
             paste(self.background, text_pixels(text), tops[row] - HEADER + 5, lefts[column])
 
     def paint(self, k: int, bank: FeatureBank) -> np.ndarray:
-        """The gallery of feature k, grey (height, width) uint8.
+        """The gallery of feature k, gray (height, width) uint8.
 
         Raises IndexError for a k out of range and for images that are not the bank's.
         """
         numbers, examples = _gallery_examples(check_feature(k, len(bank.label_histogram)), bank)
         index = examples.index.numpy()
-        n_images, last = len(self.images), index.max(initial=-1)
-        if last >= n_images:
-            raise IndexError(f"feature {k} fires on image {last}, but only {n_images} were given")
-        shades = (255.5 - 255 * self.images[index].clip(0, 1)).astype(np.uint8)
-        tiles = np.full((len(index), self.tile_height, self.tile_width), FRAME, np.uint8)
-        tiles[:, 1:-1, 1:-1] = enlarged(shades, self.zoom)
+        last = index.max(initial=-1)
+        if last >= len(self.images):
+            met = f"only {len(self.images)} were given"
+            raise IndexError(f"images must hold image {last}, which activates feature {k}; {met}")
+        grays = (255.5 - 255 * self.images[index].clip(0, 1)).astype(np.uint8)
+        tiles = np.full((len(index), *self.tile), FRAME, np.uint8)
+        tiles[:, 1:-1, 1:-1] = enlarged(grays, self.zoom)
+
         page = self.background.copy()
         paste(page, text_pixels(_gallery_title(k, bank), 15, BOLD), 8, MARGIN)
-        labels, activations = examples.label.tolist(), examples.activation.tolist()
-        for i, number in enumerate(numbers):
+        shown = zip(
+            numbers, tiles, examples.label.tolist(), examples.activation.tolist(), strict=True
+        )
+        for number, tile, label, activation in shown:
             top, left = self.places[number]
-            name, activation = class_name(self.classes, labels[i]), _three_digits(activations[i])
-            texts = [f"{name}: {activation}"]
+            paste(page, tile, top, left)
+            name, strength = class_name(self.classes, label), _three_digits(activation)
+            texts = [f"{name}: {strength}"]
             if self.lines == 2:
-                texts = [
-                    shortened(name, self.tile_width // len(text_pixels("m", 10, MONO)[0])),
-                    activation,
-                ]
-            paste(page, tiles[i], top, left)
+                texts = [shortened(name, self.tile[1] // self.letter[1]), strength]
             for n, text in enumerate(texts):
-                caption = text_pixels(text, 10, MONO)[:, : self.tile_width]
-                indent = (self.tile_width - caption.shape[1]) // 2
-                paste(page, caption, top + self.tile_height + n * self.line, left + indent)
+                line = text_pixels(text, 10, MONO)[:, : self.tile[1]]
+                indent = (self.tile[1] - line.shape[1]) // 2
+                paste(page, line, top + self.tile[0] + n * self.letter[0], left + indent)
         return page
 
 
 def show_feature_gallery(
-    k: int,
-    bank: FeatureBank,
-    images,
-    save_path: str | Path | None = None,
-    classes: Sequence[str] = (),
+    k: int, bank: FeatureBank, images, save_path: str | Path | None = None, classes: Sequence = ()
 ) -> Figure:
-    """The images that fire feature k: the strongest ones, then five from each quarter of its range.
+    """The images that activate feature k: the strongest, then five from each quarter of its range.
 
-    `images` (N, H, W) or (N, 1, H, W) are those the bank was collected on, in the same order. A
-    feature that never fires gets a picture that says so. `classes` are the names of the labels.
-    Raises IndexError for a k out of range or too few images, ValueError for images of another shape
-    or scale.
+    `images` (N, H, W) or (N, 1, H, W) are those the bank was collected on, in the same order;
+    `classes` are the names of the labels. Raises IndexError for a k out of range or too few images,
+    ValueError for images of another shape or scale.
     """
     return figure_of(GalleryPainter(images, classes).paint(k, bank), save_path)
 
 
-# --------------------------------------------------------------------------------------------------
-# Patterns
-# --------------------------------------------------------------------------------------------------
-
-
 def display_scale(heat: np.ndarray, inked: np.ndarray | None) -> float:
-    """What full colour stands for in the pattern `heat` (H, W), in units of the pattern.
+    """The value drawn in full color in the pattern `heat` (H, W).
 
     The 99th percentile of |heat| where there is ink, so one pixel cannot dim all; at least a
     quarter of the largest, so noise does not scale a pattern of few pixels. 0 for one of zeros.
@@ -1198,47 +1078,39 @@ def display_scale(heat: np.ndarray, inked: np.ndarray | None) -> float:
 
 
 def pattern_colors(heat: np.ndarray, scale: float, inked: np.ndarray | None) -> np.ndarray:
-    """`heat` (H, W) as numbers of the palette's colours, (H, W) uint8."""
+    """`heat` (H, W) as indices into the palette, (H, W) uint8."""
     shown = heat / scale if scale else np.zeros_like(heat)
-    colours = np.rint(STEPS * (shown.clip(-1, 1) + 1)).astype(np.uint8)
+    colors = np.rint(STEPS * (shown.clip(-1, 1) + 1)).astype(np.uint8)
     if inked is not None:
-        colours[~inked] = NO_INK
-    return colours
+        colors[~inked] = NO_INK
+    return colors
 
 
 class PatternPainter:
-    """Paints patterns: red pixels raise the feature, blue ones lower it, grey are not `inked`."""
+    """Painter of patterns: red pixels raise the feature, blue ones lower it, gray are not inked."""
 
     def __init__(self, shape: tuple[int, int], inked: np.ndarray | None = None):
-        self.shape, self.inked = tuple(shape), as_mask(inked, shape)
-        self.zoom = zoom_factor(shape, PATTERN)
-        self.top = TITLE + len(text_pixels("", 11, MONO)) + 4
+        self.zoom, self.inked = zoom_factor(shape, PATTERN), as_mask(inked, shape)
+        self.top = TITLE + len(text_pixels("", 11, MONO)) + 4  # of the pattern
         height, width = self.zoom * shape[0], self.zoom * shape[1]
-        size = (self.top + height + MARGIN, width + 2 * MARGIN + 76)
-        self.background = np.full(size, TEXT[1], np.uint8)
+        left = width + 2 * MARGIN  # of the color bar
+        self.background = np.full((self.top + height + MARGIN, left + 76), TEXT[1], np.uint8)
 
-        scale = np.linspace(2 * STEPS, 0, height).round().astype(np.uint8)
-        left = width + 2 * MARGIN
-        paste(self.background, scale[:, None].repeat(12, 1), self.top, left)
+        bar = np.linspace(2 * STEPS, 0, height).round().astype(np.uint8)
+        paste(self.background, bar[:, None].repeat(12, 1), self.top, left)
         for share, text in ((0.0, "raises"), (0.5, "0"), (1.0, "lowers")):
             line = text_pixels(text, 11, levels=TEXT)
             top = self.top + round(share * (height - len(line)))
             paste(self.background, line, top, left + 18)
 
     def paint(self, heat: np.ndarray, k: int) -> np.ndarray:
-        """The pattern `heat` (H, W) of feature k, (height, width) uint8 of `pattern_palette`.
-
-        Raises ValueError for another shape.
-        """
-        if heat.shape != self.shape:
-            raise ValueError(f"the pattern has shape {heat.shape}, expected {self.shape}")
+        """The pattern `heat` (H, W) of feature k, (height, width) uint8 into `pattern_palette`."""
         scale = display_scale(heat, self.inked)
+        colors = pattern_colors(heat, scale, self.inked)
         title = f"Feature {k}: pixels that drive it"
-        note = f"full colour = {scale:.2g} per unit of ink"
-
+        note = f"full color = {scale:.2g} per unit of ink"
         page = self.background.copy()
-        colours = pattern_colors(heat, scale, self.inked)
-        paste(page, enlarged(colours, self.zoom), self.top, MARGIN)
+        paste(page, enlarged(colors, self.zoom), self.top, MARGIN)
         paste(page, text_pixels(title, 14, BOLD, TEXT), 6, MARGIN)
         paste(page, text_pixels(note, 11, MONO, TEXT), TITLE, MARGIN)
         return page
@@ -1247,11 +1119,11 @@ class PatternPainter:
 def visualize_feature_pattern(
     heat, k: int, save_path: str | Path | None = None, inked=None
 ) -> Figure:
-    """The input pattern `heat` (H, W) of feature k in colour, zero being white.
+    """The input pattern `heat` (H, W) of feature k in color, zero being white.
 
-    `inked` (H, W) bool marks the pixels that images ink; the others are drawn grey and do not set
-    the scale, since what a model does with a pixel that is all but always empty means nothing.
-    Raises ValueError for other shapes.
+    `inked` (H, W) bool marks the pixels that images ink; the others are gray and do not set the
+    scale: images that leave a pixel empty are no evidence about it. Raises ValueError for other
+    shapes.
     """
     heat = as_array(heat)
     pixels = PatternPainter(heat.shape, inked).paint(heat, k)
@@ -1259,22 +1131,15 @@ def visualize_feature_pattern(
 
 
 def write_feature_pictures(
-    folder: str | Path,
-    features: Iterable[int],
-    bank: FeatureBank,
-    images,
-    heats,
-    inked=None,
-    classes: Sequence[str] = (),
+    folder: str | Path, features: Iterable, bank: FeatureBank, images, heats, inked=None, classes=()
 ) -> None:
-    """feature_{k}_gallery.png, feature_{k}_pattern.png and feature_{k}_pattern.npy of `features`.
+    """Write feature_{k}_gallery.png, _pattern.png and _pattern.npy for every k of `features`.
 
-    `heats` (d_sae, H, W) from `feature_input_patterns`; the .npy holds the raw gradient. Raises
-    like the functions that show one picture, and OSError when a file cannot be written.
+    `heats` (d_sae, H, W) come from `feature_input_patterns`; the .npy holds the raw gradient.
+    Raises like the functions that show one picture, and OSError when a file cannot be written.
     """
     heats = as_patterns(heats)
-    gallery = GalleryPainter(images, classes)
-    pattern = PatternPainter(heats.shape[1:], inked)
+    gallery, pattern = GalleryPainter(images, classes), PatternPainter(heats.shape[1:], inked)
     for k in features:
         name = f"{folder}/feature_{k}"
         save_pixels(gallery.paint(k, bank), f"{name}_gallery.png")

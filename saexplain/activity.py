@@ -1,12 +1,12 @@
 """Which images activate which features, and what does each feature do there?
 
-    activity = collect_activity(layer, raw, labels)      # every pair of a feature and an active image
-    removed = removal_effects(layer, raw, activity)      # what removing each feature does to the logits
+    activity = collect_activity(layer, raw, labels)      # pairs of a feature and an active image
+    removed = removal_effects(layer, raw, activity)      # the logits without each feature
     added, logits = contributions(layer, raw, activity)  # what each pair adds to its image's logits
-    others, r = coactivation_neighbors(activity, 4)      # features that are active on the same images
+    others, r = coactivation_neighbors(activity, 4)      # features active on the same images
 
-Takes an `ExplainedLayer`, its output on some images and their labels; gives tables of numbers. It makes
-no claim about what a feature means, and imports only feature_analysis.
+Takes an `ExplainedLayer`, its output raw (N, d_in) on some images and their labels (N,); gives
+tables of numbers. It does not interpret features, and imports only feature_analysis.
 
 Key: N images, C classes, d_sae features, P pairs of a feature and an image that activates it.
 """
@@ -27,7 +27,7 @@ PAIRS_AT_ONCE = 2**18  # pairs of features counted at once: few enough for the p
 
 
 class Activity(NamedTuple):
-    """Every pair of a feature and an image with a positive activation, features in order, on the CPU."""
+    """Every pair of a feature and an image that activates it, features in order, on the CPU."""
 
     start: Tensor  # (d_sae + 1,) int64; the pairs of feature k are start[k] .. start[k + 1] - 1
     image: Tensor  # (P,) int64, ascending within a feature
@@ -58,17 +58,15 @@ class Activity(NamedTuple):
 
 def check_activity(activity: Activity, layer: fa.ExplainedLayer, raw: Tensor) -> None:
     """Raise ValueError unless the activity is of as many images as raw (N, d_in), and features."""
-    found = len(activity.labels), len(activity.n_active)
-    if found != (len(raw), layer.d_sae):
-        expected = len(raw), layer.d_sae
-        raise ValueError(f"the activity must be of (images, features) {expected}, got {found}")
+    met, expected = (len(activity.labels), len(activity.n_active)), (len(raw), layer.d_sae)
+    if met != expected:
+        raise ValueError(f"the activity must be of (images, features) {expected}, got {met}")
 
 
 def _append(column: Tensor, new: Tensor, n: int) -> Tensor:
-    """A column (capacity,) with `new` (m,) after its first n values; twice as large when full.
+    """A column (capacity,) with `new` (m,) after its first n values, twice as large when full.
 
-    Pieces kept in a list would lie between the large arrays that come and go, and memory with such
-    holes grows without end.
+    Many pieces in a list would fragment memory, which the large arrays between them then outgrow.
     """
     if n + len(new) > len(column):
         column = torch.cat([column, column.new_empty(len(column) + len(new))])
@@ -90,7 +88,7 @@ def collect_activity(layer: fa.ExplainedLayer, raw: Tensor, labels: Tensor) -> A
         fa.check_nonnegative(acts)
         image, feature = (acts > 0).nonzero().unbind(1)
         new = (feature, number * at_once + image, acts[image, feature])
-        columns = columns or [column[:0] for column in new]
+        columns = columns or [column[:0] for column in new]  # empty, of the same dtypes
         columns = [_append(*given, n_pairs) for given in zip(columns, new, strict=True)]
         n_pairs += len(feature)
     feature, image, activation = (column[:n_pairs] for column in columns)
@@ -108,8 +106,7 @@ def collect_activity(layer: fa.ExplainedLayer, raw: Tensor, labels: Tensor) -> A
 def _logits_without(
     layer: fa.ExplainedLayer, raw: Tensor, activity: Activity
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Pair by pair, in blocks: features (n,), images (n,), and the logits (n, C) of these images
-    without these features."""
+    """Features (n,), images (n,), and the logits (n, C) without the feature, in blocks of pairs."""
     columns = (activity.feature, activity.image, activity.activation)
     for part in zip(*(column.split(fa.HEAD_ROWS) for column in columns), strict=True):
         k, image, acts = (column.to(raw.device) for column in part)
@@ -127,7 +124,7 @@ class Removals(NamedTuple):
     @property
     def influence(self) -> Tensor:
         """(d_sae,) share of the total logit effect of single ablations; they sum to 1."""
-        return self.size / self.size.sum().clamp(min=1e-300)
+        return self.size / self.size.sum().clamp(min=1e-300)  # all 0 where nothing is active
 
     @property
     def changes(self) -> Tensor:
@@ -139,9 +136,9 @@ class Removals(NamedTuple):
 def removal_effects(layer: fa.ExplainedLayer, raw: Tensor, activity: Activity) -> Removals:
     """What removing each feature does to the logits of raw (N, d_in), whose `activity` is given.
 
-    Only the feature's own contribution is subtracted. Centered logits have their mean over classes
-    taken away, which no prediction depends on. Raises ValueError for an activity of another number
-    of images or features.
+    Only the feature's own contribution is subtracted. Centered logits are less their mean over
+    classes, on which no prediction depends. Raises ValueError for an activity of another number of
+    images or features.
     """
     check_activity(activity, layer, raw)
     base = layer.logits(raw)
@@ -151,7 +148,7 @@ def removal_effects(layer: fa.ExplainedLayer, raw: Tensor, activity: Activity) -
     for k, image, logits in _logits_without(layer, raw, activity):
         delta = logits - base[image]
         sums.index_add_(0, k, delta.double())
-        centered = delta - delta.mean(1, keepdim=True)
+        centered = delta - delta.mean(1, keepdim=True)  # (n, C)
         size.index_add_(0, k, centered.norm(dim=1).double())
         changed.index_add_(0, k, (logits.argmax(1) != predicted[image]).double())
     n = activity.n_active
@@ -182,45 +179,40 @@ def contributions(
 # --------------------------------------------------------------------------------------------------
 
 
-class _ByImage(NamedTuple):
-    """The pairs of an Activity in the order of their images."""
-
-    start: Tensor  # (N + 1,) int64; the pairs of image i are start[i] .. start[i + 1] - 1
-    feature: Tensor  # (P,) int32
-
-    @classmethod
-    def of(cls, activity: Activity) -> _ByImage:
-        counts = torch.bincount(activity.image, minlength=len(activity.labels))
-        start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        order = torch.argsort(activity.image, stable=True)
-        return cls(start, activity.feature.int()[order])
+def _features_by_image(activity: Activity) -> tuple[Tensor, Tensor]:
+    """The features (P,) int32 image by image, and how many each image activates, (N,)."""
+    order = torch.argsort(activity.image, stable=True)
+    counts = torch.bincount(activity.image, minlength=len(activity.labels))
+    return activity.feature.int()[order], counts
 
 
-def _images_in_common(activity: Activity, by_image: _ByImage, first: int, last: int) -> Tensor:
-    """(last - first, d_sae) int32, number of images that activate both, for the features first .. last - 1.
+def _images_in_common(
+    activity: Activity, by_image: tuple[Tensor, Tensor], first: int, last: int
+) -> Tensor:
+    """Number of images that activate both, (n, d_sae) int32, of the n features first .. last - 1.
 
-    Sparse: each pair of such a feature and an image counts the features that are active on the image.
+    Sparse: for each of their pairs, the features that its image activates are counted once.
+    `by_image` comes from `_features_by_image`.
     """
+    features, active = by_image
+    end_of = active.cumsum(0)  # (N,) where the features of each image end
     d_sae = len(activity.n_active)
     common = torch.zeros((last - first) * d_sae, dtype=torch.int32)
     pairs = slice(int(activity.start[first]), int(activity.start[last]))
     row = torch.repeat_interleave(torch.arange(last - first), activity.n_active[first:last])
-    active = by_image.start.diff()  # (N,) features of each image
     at_once = max(1, PAIRS_AT_ONCE // max(1, int(active.max())))
     for image, own in zip(activity.image[pairs].split(at_once), row.split(at_once), strict=True):
         n = active[image]
-        end = n.cumsum(0)
         repeated = functools.partial(torch.repeat_interleave, repeats=n, output_size=int(n.sum()))
-        place = torch.arange(int(n.sum()))
-        place += repeated(by_image.start[image] - end + n)
-        both = repeated(own * d_sae) + by_image.feature[place]
+        place = torch.arange(int(n.sum())) + repeated(end_of[image] - n.cumsum(0))
+        both = repeated(own * d_sae) + features[place]
         common.index_add_(0, both, torch.ones_like(both, dtype=torch.int32))
     return common.view(-1, d_sae)
 
 
 def top_similar(similarity: Tensor, own: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n largest of each row (F, d_sae) but column own (F,): columns, values (F, n)."""
-    others = similarity.scatter(1, own[:, None], -2.0)
+    """The n largest of each row (F, d_sae), column own (F,) left out: columns, values (F, n)."""
+    others = similarity.scatter(1, own[:, None], -2.0)  # below any cosine or correlation
     best = others.topk(min(n, similarity.shape[1] - 1), dim=1)
     return best.indices, best.values
 
@@ -233,22 +225,21 @@ def top_similar_rows(unit: Tensor, own: Tensor, n: int) -> tuple[Tensor, Tensor]
 
 
 def coactivation_neighbors(activity: Activity, n: int) -> tuple[Tensor, Tensor]:
-    """For every feature the n others whose activity, 0 or 1, correlates most with its own.
+    """The n others most often active with each feature, and the correlations, (d_sae, n) each.
 
-    Where p and q of the images activate two features, and r activate both, Pearson's correlation is
-    (r - p q) / sqrt(p (1 - p) q (1 - q)). It counts as 0 for an inactive feature.
-
-    Returns the others, best first, and the correlations, (d_sae, n) each.
+    The most correlated comes first. Activity counts as 0 or 1: where shares p and q of the images
+    activate two features, and r both, it is (r - p q) / sqrt(p (1 - p) q (1 - q)), Pearson's. It is
+    0 for an inactive feature.
     """
     n_images = len(activity.labels)
     share = activity.n_active.float() / n_images
     spread = (share * (1 - share)).sqrt()
 
-    by_image, found = _ByImage.of(activity), []
+    by_image, found = _features_by_image(activity), []
     for some in torch.arange(len(share)).split(fa.ROWS):  # (ROWS, d_sae) at a time
         common = _images_in_common(activity, by_image, int(some[0]), int(some[-1]) + 1)
         covariance = common.float() / n_images - torch.outer(share[some], share)
-        correlation = covariance / torch.outer(spread[some], spread).clamp(min=1e-9)
+        correlation = covariance / torch.outer(spread[some], spread).clamp(min=1e-9)  # not 0 / 0
         found.append(top_similar(correlation, some, n))
     others, correlations = zip(*found, strict=True)
     return torch.cat(others), torch.cat(correlations)

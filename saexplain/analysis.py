@@ -1,10 +1,12 @@
 """What is known about every feature from the validation images? One table, before any hypothesis.
 
-    analysis = analyze(layer, topk=20)       # bank, patterns, effects, activity, influence
+    analysis = analyze(layer, topk=20, n_eval=2000, alpha=1.0, clock=Stopwatch())
     record = feature_record(k, analysis)     # a record of feature_report.json
 
-Takes an `ExplainedLayer` with an SAE and the splits "train" and "val"; gives numbers. It looks at no
+Takes an `ExplainedLayer` with an SAE and the splits "train" and "val"; gives numbers. It reads no
 test image, and draws and writes nothing.
+
+Key: N images, C classes, d_sae features, H x W pixels of an image or a pattern.
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ from saexplain.activity import Activity, Removals, collect_activity, removal_eff
 from saexplain.images import as_ink
 from saexplain.parallel import Stopwatch
 
-GRADIENT_IMAGES = 128  # over which gradients are averaged that differ from image to image
-INKED_SHARE = 0.01  # pixels inked in fewer training images are drawn grey: no evidence about them
+GRADIENT_IMAGES = 128  # over which gradients that differ from image to image are averaged
+INKED_SHARE = 0.01  # pixels inked in a smaller share of the training images count as never inked
 
 
 class Analysis(NamedTuple):
-    """All that is known about the features, from the validation images."""
+    """All results about the features, from the validation images."""
 
     bank: fa.FeatureBank
     heats: Tensor  # (d_sae, H, W) input patterns; of a color image, summed over channels
@@ -38,8 +40,10 @@ class Analysis(NamedTuple):
 
 
 def gradient_images(layer: fa.ExplainedLayer, images: Tensor) -> dict:
-    """Where input patterns are taken, as arguments of `feature_input_pattern`: anywhere if the layer
-    is linear in the pixels, otherwise at some of images (N, ...)."""
+    """The arguments of `feature_input_pattern` that name the images to average over.
+
+    None if the layer is linear in the pixels, otherwise some of images (N, ...).
+    """
     shape = tuple(images.shape[1:])
     linear = fa.is_linear(layer, shape, images)
     return {"images": None if linear else images[:GRADIENT_IMAGES], "image_shape": shape}
@@ -55,8 +59,11 @@ def input_patterns(layer: fa.ExplainedLayer, images: Tensor) -> Tensor:
 def analyze(
     layer: fa.ExplainedLayer, topk: int, n_eval: int, alpha: float, clock: Stopwatch
 ) -> Analysis:
-    """Images, pixels and classes of all features. Arguments are those of the functions of
-    feature_analysis; `clock` counts the seconds of the parts."""
+    """The analysis of all features of the layer's SAE, on its split "val".
+
+    `topk` strongest images are kept of each feature; `n_eval` images and `alpha` are those of
+    `feature_logit_effect`. `clock` counts the seconds of "bank", "patterns" and "effects".
+    """
     images, labels, raw = layer.splits["val"]
     every = torch.arange(layer.d_sae)
     with clock("bank"):
@@ -82,16 +89,13 @@ def analyze(
 
 
 def by_influence(analysis: Analysis, limit: int = 0) -> list[int]:
-    """Features by falling influence, ties by number; the first `limit`, or all when it is 0."""
+    """The `limit` features of most influence, ties by number; all of them when it is 0."""
     order = torch.argsort(analysis.removed.influence, descending=True, stable=True).tolist()
     return order[: limit or None]
 
 
 def feature_record(k: int, analysis: Analysis) -> dict:
-    """What is known about feature k, plain values: a record of feature_report.json.
-
-    Raises IndexError for a k out of range.
-    """
+    """The results about feature k, as JSON values. Raises IndexError for a k out of range."""
     bank, logit, ablation = analysis.bank, analysis.logit, analysis.ablation
     histogram = bank.label_histogram[fa.check_feature(k, len(bank.label_histogram))]
     top = bank.top.of(k)

@@ -1,7 +1,11 @@
-"""Does the SAE suffer from one of the usual complaints? Each measured, with its limit and what to change.
+"""Does the SAE have one of the usual defects? Each is measured, with a limit and what to change.
 
-To add a diagnosis, append one to the list in `diagnose`: what is measured from the record of
-summary.json or the analysis, the limit from which it deserves attention, and the advice.
+    for d in diagnose(record, analysis, features, seconds):
+        print(d.complaint, d.value, d.limit, "fine" if d.fine else d.advice)
+
+Takes results, and gives numbers and advice; it changes nothing. To add a diagnosis, append one to
+the list in `diagnose`: what is measured from the record of summary.json or the analysis, the limit
+above which it deserves attention, and the advice.
 """
 
 from __future__ import annotations
@@ -14,10 +18,10 @@ from saexplain.analysis import Analysis
 
 
 class Diagnosis(NamedTuple):
-    """One usual complaint about SAEs, measured."""
+    """One usual defect of SAEs, measured."""
 
-    complaint: str
-    value: float | None  # None: there is nothing to measure; `advice` says why
+    complaint: str  # name of the defect
+    value: float | None  # None: there is nothing to measure; `advice` gives the cause
     limit: float  # above which it deserves attention
     what: str  # is measured
     advice: str  # what to change
@@ -27,20 +31,22 @@ class Diagnosis(NamedTuple):
         return self.value is not None and self.value <= self.limit
 
     def as_record(self) -> dict:
+        """The diagnosis as JSON values, with `fine`."""
         return {**self._asdict(), "fine": self.fine}
 
 
 def diagnose(
     record: dict, analysis: Analysis, features: Sequence[int], seconds: dict[str, float]
 ) -> list[Diagnosis]:
-    """The usual complaints, measured.
+    """The usual defects, measured.
 
-    `record` is the SAE's record of summary.json; `features` are those reported; `seconds` those of
-    the stages "bank", "patterns", "effects" and "pictures".
+    `record` is the SAE's record of summary.json, `features` are those reported, and `seconds` holds
+    those of the stages "bank", "patterns", "effects" and "pictures".
     """
     roughness = fa.pattern_roughness(analysis.heats[features]).median().item()
     redundant = (analysis.nearest.cosine > 0.9).float().mean().item()
     of_all = seconds["bank"] + seconds["patterns"] + seconds["effects"]
+    # Pictures are drawn only of the features reported, the rest is computed for every latent.
     per_feature = of_all / record["sae_latents"] + seconds["pictures"] / len(features)
     dense = record["dense_share_of_l0"]
     found = [
@@ -83,7 +89,7 @@ def diagnose(
         ),
         Diagnosis(
             "slow analysis",
-            1000 * per_feature,
+            1000 * per_feature,  # milliseconds
             100.0,
             "milliseconds per feature, pictures included",
             "set FEATURES",

@@ -1,4 +1,14 @@
-"""TODO"""
+"""What does one feature look like? A panel with all about it, and a sketch of its hypothesis.
+
+    show_feature_panel(k, bank, images, heat, logit_delta, ablation_delta)    # a matplotlib Figure
+    write_feature_panels(folder, {k: PanelNotes(caption)}, analysis, images)  # PNG files
+    visualize_sketch(Sketch(mean_image, with_ink, without_ink), k)            # a matplotlib Figure
+
+Takes results of feature_analysis and saexplain.analysis; gives pictures. It computes no results.
+
+Key: H x W pixels of an image or a pattern, C classes. Numbers in capitals are screen pixels, unless
+their comment names another unit.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +27,18 @@ if TYPE_CHECKING:
 
     from saexplain.analysis import Analysis
 
-
 # --------------------------------------------------------------------------------------------------
-# Sketches: where ink is claimed to be, and where none
+# Sketches: where a hypothesis predicts ink, and where none
 # --------------------------------------------------------------------------------------------------
 
-SKETCH_RED, SKETCH_BLUE = (178, 24, 43), (33, 102, 172)
-EDGE, TINT = 2, 0.3  # screen pixels of an outline, and how much colour is inside
+SKETCH_RED, SKETCH_BLUE = (178, 24, 43), (33, 102, 172)  # RGB, as the bars of charts
+EDGE, TINT = 2, 0.3  # width of an outline, and the share of its color inside
+SKETCH_LETTERS, SKETCH_WIDTH = 60, 400  # letters in a line below a sketch, and its least width
+CAPTION_LINE = 17  # from one line of a caption to the next
 
 
 class Sketch(NamedTuple):
-    """Places over a picture."""
+    """Places with and without ink, over a picture."""
 
     background: np.ndarray  # (H, W) ink from 0 to 1
     there: np.ndarray  # (n, H, W) bool, places with ink
@@ -35,105 +46,116 @@ class Sketch(NamedTuple):
 
 
 def _paint_sketch(sketch: Sketch, width: int) -> np.ndarray:
-    """(height, about width, 3) uint8: ink in grey, places outlined in red, or blue where empty."""
+    """(height, about width, 3) uint8: ink in gray, places outlined in red, or blue where empty."""
     zoom = fa.zoom_factor(sketch.background.shape, width)
     strongest = max(float(sketch.background.max()), 1e-9)
-    grey = 255 * (1 - 0.75 * fa.enlarged(sketch.background / strongest, zoom))
-    page = np.repeat(grey[:, :, None], 3, 2)
-    for masks, colour in ((sketch.absent, SKETCH_BLUE), (sketch.there, SKETCH_RED)):
+    gray = 255 * (1 - 0.75 * fa.enlarged(sketch.background / strongest, zoom))  # never black
+    page = np.repeat(gray[:, :, None], 3, 2)
+    for masks, color in ((sketch.absent, SKETCH_BLUE), (sketch.there, SKETCH_RED)):
         for mask in masks:
             inside = fa.enlarged(mask, zoom)
-            core = inside.copy()
+            core = inside.copy()  # without the outline
             for shift in (-EDGE, EDGE):
                 for axis in (0, 1):
                     core &= np.roll(inside, shift, axis)
-            page[inside] += TINT * (np.array(colour) - page[inside])
-            page[inside & ~core] = colour
+            page[inside] += TINT * (np.array(color) - page[inside])
+            page[inside & ~core] = color
     return page.round().astype(np.uint8)
 
 
 def visualize_sketch(
     sketch: Sketch, k: int, caption: str = "", save_path: str | Path | None = None
 ) -> Figure:
-    """The places of a claim about feature k, red where it wants ink and blue where it wants none,
-    over the mean of the images that fire it; the statement is written below, as what is said in
-    words: the drawing is a search of its own.
+    """The places of a hypothesis about feature k, over the mean of the images that activate it.
 
-    Raises ValueError unless the places have the background's shape.
+    Red places predict ink, blue ones none. The caption is written below; it was found separately,
+    and may name other places. Raises ValueError unless the places have the background's shape.
     """
+    shape = sketch.background.shape
     for masks in (sketch.there, sketch.absent):
-        if masks.shape[1:] != sketch.background.shape:
-            shapes = f"{masks.shape[1:]}, the background {sketch.background.shape}"
-            raise ValueError(f"places have shape {shapes}")
+        if masks.shape[1:] != shape:
+            raise ValueError(f"places must have the background's {shape}, got {masks.shape[1:]}")
     picture = _paint_sketch(sketch, fa.PATTERN)
-    lines = textwrap.wrap(f"Said in words: {caption}", SKETCH_LETTERS) if caption else []
+    lines = textwrap.wrap(f"Caption: {caption}", SKETCH_LETTERS) if caption else []
     top = 2 * fa.TITLE + 4
     width = max(picture.shape[1], SKETCH_WIDTH) + 2 * fa.MARGIN
     height = top + len(picture) + CAPTION_LINE * len(lines) + 2 * fa.MARGIN
     page = np.full((height, width, 3), fa.WHITE, np.uint8)
-    fa.paste(
-        page, fa.text_pixels(f"Feature {k}: ink in red, none in blue", 14, fa.BOLD), 6, fa.MARGIN
-    )
+    title = f"Feature {k}: ink in red, none in blue"
+    fa.paste(page, fa.text_pixels(title, 14, fa.BOLD), 6, fa.MARGIN)
     note = "places that predict it, over the mean of its images"
     fa.paste(page, fa.text_pixels(note, 11, fa.MONO), fa.TITLE, fa.MARGIN)
     fa.paste(page, picture, top, fa.MARGIN)
-    for row, line in enumerate(lines):
-        below = top + len(picture) + fa.MARGIN + CAPTION_LINE * row
-        fa.paste(page, fa.text_pixels(line), below, fa.MARGIN)
+    _paste_lines(page, lines, top + len(picture) + fa.MARGIN)
     return fa.figure_of(page, save_path)
 
 
-SKETCH_LETTERS, SKETCH_WIDTH = 60, 400  # letters in a line below a sketch, screen pixels
-PANEL_PATTERN = 150  # and across the pattern of a panel
+def _paste_lines(page: np.ndarray, lines: Sequence[str], top: int) -> None:
+    """Write lines of a caption below each other, at the left margin."""
+    for row, line in enumerate(lines):
+        fa.paste(page, fa.text_pixels(line), top + CAPTION_LINE * row, fa.MARGIN)
+
+
+# --------------------------------------------------------------------------------------------------
+# Charts: one bar per class
+# --------------------------------------------------------------------------------------------------
+
+CHART_WIDTH, CHART_HEIGHT = 320, 58  # of a chart's bars
+CHART_TITLE, CHART_PITCH = 24, 108  # above a chart, and from one to the next
+CLASS_NUMBERS, CLASS_NAMES = 20, 10  # labels that fit below a chart, if numbers or names
+NAME_LETTERS = 5  # letters of a class's name below a bar
+NUMBERS = 70  # left of a chart, for the numbers of its axis
+BLUE, RED, GRAY = "#2166ac", "#b2182b", "#666666"  # of bars; blue and red are RdBu_r's
+
+
+def _draw_chart(axes, title: str, values: np.ndarray, colors: tuple, classes: Sequence) -> None:
+    """Bars of values (C,) into matplotlib axes, in the first color above 0, the other below."""
+    axes.tick_params(labelsize=8)
+    axes.bar(range(len(values)), values, color=np.where(values > 0, *colors))
+    axes.axhline(0, color="black", linewidth=0.8, clip_on=False)
+    axes.set_xlim(-0.5, len(values) - 0.5)
+    axes.set_title(title, fontsize=9.5, loc="left", y=1.03)  # to place it is slow without a y
+    axes.set_xticks([])  # ticks are slow: plain text takes half the time
+    below_axes = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top"}
+    named = max(map(len, classes), default=0) > fa.SHORT_NAME
+    n_shown = CLASS_NAMES if named else CLASS_NUMBERS
+    for c in range(0, len(values), math.ceil(len(values) / n_shown)):
+        text = fa.shortened(fa.class_name(classes, c), NAME_LETTERS)
+        axes.text(c, -0.12, text, fontsize=7 if named else 8, **below_axes)
+    counts = not np.issubdtype(values.dtype, np.floating)  # images, not logits
+    axes.locator_params(axis="y", nbins=3, integer=counts)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    if not values.any():
+        axes.set_yticks([0])
+        axes.text(0.5, 0.6, "none", transform=axes.transAxes, ha="center", color=GRAY)
+
+
+def _draw_charts(histogram, logit_delta, ablation_delta, classes: Sequence[str] = ()) -> np.ndarray:
+    """Three charts with one bar per class, from (C,) each: (height, width, 3) uint8."""
+    charts = (
+        ("active images, by label", histogram, (GRAY, GRAY)),
+        ("change of each logit when it is added", logit_delta, (RED, BLUE)),
+        ("change of each logit when it is removed", ablation_delta, (RED, BLUE)),
+    )
+    width, height = NUMBERS + CHART_WIDTH + fa.MARGIN, CHART_PITCH * len(charts)
+    figure = fa.new_figure(width, height)
+    for row, (title, values, colors) in enumerate(charts):
+        bottom = height - CHART_PITCH * row - CHART_TITLE - CHART_HEIGHT
+        box = NUMBERS / width, bottom / height, CHART_WIDTH / width, CHART_HEIGHT / height
+        _draw_chart(figure.add_axes(box), title, fa.as_array(values), colors, classes)
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[:, :, :3]
 
 
 # --------------------------------------------------------------------------------------------------
 # Panels: everything about a feature in one picture
 # --------------------------------------------------------------------------------------------------
 
-CHART_WIDTH, CHART_HEIGHT = 320, 58  # screen pixels of a chart's bars
-CHART_TITLE, CHART_PITCH = 24, 108  # screen pixels above a chart, and from one to the next
-CLASS_NUMBERS, CLASS_NAMES = 20, 10  # a chart has room for about as many
-NAME_LETTERS = 5  # of a class's name below a bar
-NUMBERS = 70  # screen pixels at the left of a chart, for its numbers
-CAPTION_LETTERS, CAPTION_LINE = 100, 17  # letters in a line of a panel's caption, and its height
-BLUE, RED, GREY = "#2166ac", "#b2182b", "#666666"  # of bars; blue and red are RdBu_r's
-
-
-def _draw_charts(histogram, logit_delta, ablation_delta, classes: Sequence[str] = ()) -> np.ndarray:
-    """Three charts with one bar per class, from (C,) each: (height, width, 3) uint8."""
-    charts = (
-        ("images that fire it, by label", histogram, GREY, GREY),
-        ("change of each logit when it is added", logit_delta, RED, BLUE),
-        ("change of each logit when it is removed", ablation_delta, RED, BLUE),
-    )
-    width, height = NUMBERS + CHART_WIDTH + fa.MARGIN, CHART_PITCH * len(charts)
-    figure = fa.new_figure(width, height)
-    named = max(map(len, classes), default=0) > fa.SHORT_NAME
-    for row, (title, values, above, below) in enumerate(charts):
-        values = fa.as_array(values)
-        bottom = height - CHART_PITCH * row - CHART_TITLE - CHART_HEIGHT
-        size = CHART_WIDTH / width, CHART_HEIGHT / height
-        axes = figure.add_axes((NUMBERS / width, bottom / height, *size))
-        axes.tick_params(labelsize=8)
-        axes.bar(range(len(values)), values, color=np.where(values > 0, above, below))
-        axes.axhline(0, color="black", linewidth=0.8, clip_on=False)
-        axes.set_xlim(-0.5, len(values) - 0.5)
-        axes.set_title(title, fontsize=9.5, loc="left", y=1.03)  # not to be placed, which is slow
-        axes.set_xticks([])  # ticks are slow: plain text takes half the time
-        below_axes = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top"}
-        n_shown = CLASS_NAMES if named else CLASS_NUMBERS
-        for c in range(0, len(values), math.ceil(len(values) / n_shown)):
-            text = fa.shortened(fa.class_name(classes, c), NAME_LETTERS)
-            axes.text(c, -0.12, text, fontsize=7 if named else 8, **below_axes)
-        axes.locator_params(axis="y", nbins=3, integer=row == 0)
-        axes.spines[["top", "right", "bottom"]].set_visible(False)
-        if not values.any():
-            axes.set_yticks([0])
-            axes.text(0.5, 0.6, "none", transform=axes.transAxes, ha="center", color=GREY)
-
-    figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())[:, :, :3]
+PANEL_PATTERN = 150  # across the pattern of a panel
+CAPTION_LETTERS = 100  # letters in a line of a panel's caption
+COUNTERPARTS = 4  # patterns of other SAEs that fit into a panel, two in a row
+COUNTERPART_PITCH = 84  # from one to the next, across and down
+SMALL_LINE = 12  # from one line of small letters to the next
 
 
 class PanelNotes(NamedTuple):
@@ -145,18 +167,26 @@ class PanelNotes(NamedTuple):
     sketch: Sketch | None = None
 
 
-COUNTERPARTS = 4  # a panel has room for so many, two in a row
-COUNTERPART_WIDTH, COUNTERPART_HEIGHT = 84, 84  # screen pixels from one to the next
-SMALL_LINE = 12  # screen pixels from one line of small letters to the next
+def _paint_pattern(heat: np.ndarray, mask: np.ndarray | None, width: int) -> np.ndarray:
+    """A pattern (H, W) in color, (height, about width, 3) uint8."""
+    colors = fa.pattern_colors(heat, fa.display_scale(heat, mask), mask)
+    return fa.pattern_palette()[fa.enlarged(colors, fa.zoom_factor(heat.shape, width))]
 
 
-def _paint_counterpart(page: np.ndarray, words: str, heat: np.ndarray, mask) -> None:
-    """A pattern into the upper left corner of a page, its words, in lines, below it."""
-    colours = fa.pattern_colors(heat, fa.display_scale(heat, mask), mask)
-    pattern = fa.pattern_palette()[fa.enlarged(colours, fa.zoom_factor(heat.shape, fa.TILE))]
-    fa.paste(page, pattern, 0, 0)
-    for line, text in enumerate(words.splitlines()):
-        fa.paste(page, fa.text_pixels(text, 10), len(pattern) + line * SMALL_LINE, 0)
+def _paint_counterparts(notes: PanelNotes, mask: np.ndarray | None) -> np.ndarray:
+    """The patterns most like the feature's in other SAEs, with words below, two in a row."""
+    shown = notes.counterparts[:COUNTERPARTS]
+    rows = math.ceil(len(shown) / 2)
+    size = COUNTERPART_PITCH * rows, 2 * COUNTERPART_PITCH + fa.MARGIN, 3  # long words may overhang
+    page = np.full(size, fa.WHITE, np.uint8)
+    for number, (words, heat) in enumerate(shown):
+        row, column = divmod(number, 2)
+        cell = page[row * COUNTERPART_PITCH :, column * COUNTERPART_PITCH :]
+        pattern = _paint_pattern(heat, mask, fa.TILE)
+        fa.paste(cell, pattern, 0, 0)
+        for line, text in enumerate(words.splitlines()):
+            fa.paste(cell, fa.text_pixels(text, 10), len(pattern) + line * SMALL_LINE, 0)
+    return page
 
 
 def _paint_panel(
@@ -169,44 +199,34 @@ def _paint_panel(
 ) -> np.ndarray:
     """The panel of feature k, (height, width, 3) uint8; `effects` are logit and ablation delta."""
     mask = fa.as_mask(notes.inked, heat.shape)
-    zoom = fa.zoom_factor(heat.shape, PANEL_PATTERN)
     images = gallery.paint(k, bank)
-    numbers = fa.pattern_colors(heat, fa.display_scale(heat, mask), mask)
-    pattern = fa.pattern_palette()[fa.enlarged(numbers, zoom)]
     charts = _draw_charts(bank.label_histogram[k], *effects, gallery.classes)
     lines = []
     for paragraph in notes.caption.splitlines():
         lines += textwrap.wrap(paragraph, CAPTION_LETTERS)
 
-    sketch = _paint_sketch(notes.sketch, PANEL_PATTERN) if notes.sketch else pattern[:, :0]
+    beside = [("red raises, blue lowers", _paint_pattern(heat, mask, PANEL_PATTERN))]
+    if notes.sketch is not None:
+        beside.append(("ink in red, none in blue", _paint_sketch(notes.sketch, PANEL_PATTERN)))
+    if notes.counterparts:
+        beside.append(("nearest in other SAEs", _paint_counterparts(notes, mask)))
+
     left, top = images.shape[1] + NUMBERS, fa.HEADER + fa.MARGIN  # of the pattern
-    counterparts = notes.counterparts[:COUNTERPARTS]
-    rows_of_counterparts = math.ceil(len(counterparts) / 2)
-    charts_top = top + max(len(pattern), COUNTERPART_HEIGHT * rows_of_counterparts) + fa.MARGIN
+    across = NUMBERS + sum(picture.shape[1] + 2 * fa.MARGIN for _, picture in beside)
+    across -= 2 * fa.MARGIN if notes.counterparts else fa.MARGIN  # these bring their own margin
+    charts_top = top + max(len(picture) for _, picture in beside) + fa.MARGIN
     caption_end = len(images) + CAPTION_LINE * len(lines) + fa.MARGIN
     height = max(caption_end, charts_top + len(charts))
-    across = NUMBERS + pattern.shape[1] + 2 * fa.MARGIN + sketch.shape[1]
-    across += 2 * fa.MARGIN + 2 * COUNTERPART_WIDTH if counterparts else 0
-    width = images.shape[1] + max(charts.shape[1], across + fa.MARGIN)
+    width = images.shape[1] + max(charts.shape[1], across)
 
     page = np.full((height, width, 3), fa.WHITE, np.uint8)
     fa.paste(page, images, 0, 0)
-    for row, line in enumerate(lines):
-        fa.paste(page, fa.text_pixels(line), len(images) + CAPTION_LINE * row, fa.MARGIN)
-    fa.paste(page, fa.text_pixels("red raises, blue lowers", 13), fa.MARGIN, left)
-    fa.paste(page, pattern, top, left)
-    beside = left + pattern.shape[1] + 2 * fa.MARGIN
-    if notes.sketch is not None:
-        fa.paste(page, fa.text_pixels("ink in red, none in blue", 13), fa.MARGIN, beside)
-        fa.paste(page, sketch, top, beside)
-        beside += sketch.shape[1] + 2 * fa.MARGIN
-    if counterparts:
-        fa.paste(page, fa.text_pixels("nearest in other SAEs", 13), fa.MARGIN, beside)
-    for number, (words, other) in enumerate(counterparts):
-        row, column = divmod(number, 2)
-        at = top + row * COUNTERPART_HEIGHT, beside + column * COUNTERPART_WIDTH
-        _paint_counterpart(page[at[0] :, at[1] :], words, other, mask)
     fa.paste(page, charts, charts_top, images.shape[1])
+    _paste_lines(page, lines, len(images))
+    for words, picture in beside:
+        fa.paste(page, fa.text_pixels(words, 13), fa.MARGIN, left)
+        fa.paste(page, picture, top, left)
+        left += picture.shape[1] + 2 * fa.MARGIN
     return page
 
 
@@ -226,9 +246,8 @@ def show_feature_panel(
     `heat` (H, W) comes from `feature_input_pattern`, `logit_delta` and `ablation_delta` (C,) from
     `feature_logit_effect` and `feature_ablation_effect`; the rest is as in `show_feature_gallery`.
     """
-    effects = logit_delta, ablation_delta
-    gallery, notes = fa.GalleryPainter(images, classes), notes or PanelNotes()
-    pixels = _paint_panel(gallery, k, bank, fa.as_array(heat), effects, notes)
+    gallery, effects = fa.GalleryPainter(images, classes), (logit_delta, ablation_delta)
+    pixels = _paint_panel(gallery, k, bank, fa.as_array(heat), effects, notes or PanelNotes())
     return fa.figure_of(pixels, save_path)
 
 
@@ -239,9 +258,9 @@ def write_feature_panels(
     images,
     classes: Sequence[str] = (),
 ) -> None:
-    """feature_{k}_panel.png of each feature k of `notes`.
+    """Write feature_{k}_panel.png of each feature k of `notes`.
 
-    `images` are those the bank was collected on. Raises like `feature_analysis.write_feature_pictures`.
+    `images` are those the bank was collected on. Raises like `fa.write_feature_pictures`.
     """
     heats = fa.as_patterns(analysis.heats)
     gallery = fa.GalleryPainter(images, classes)
