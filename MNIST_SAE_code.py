@@ -181,8 +181,8 @@ class Settings:
             accepted = (int, float) if kind is float else kind
             if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
                 raise InputError(f"{flag_name(f.name)} must be {kind.__name__}, got {value!r}")
-            if kind in (int, float) and not math.isfinite(value):
-                raise InputError(f"{flag_name(f.name)} must be finite, got {value}")
+            if kind in (int, float) and not abs(value) < 1e300:  # nan is not, either
+                raise InputError(f"{flag_name(f.name)} must be finite, got {str(value)[:40]}")
             if least is not None and value < least:
                 raise InputError(f"{flag_name(f.name)} must be at least {least:g}, got {value}")
         targets = self.target_actives
@@ -921,24 +921,6 @@ class Run(NamedTuple):
         return {name: TensorLoader(getattr(self.data, name)) for name in self.layer.splits}
 
 
-def read_manifest(root: Path) -> tuple[dict, Settings]:
-    """settings.json of a finished run, and its settings. Raises InputError without such a run."""
-    manifest = read_json(root / "settings.json")
-    try:
-        stored, network = manifest["settings"], manifest["network"]
-        settings = Settings(**{**stored, "target_actives": tuple(stored["target_actives"])})
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            f"{root}/settings.json is of another version ({error}); run again"
-        ) from error
-    if network != OWN_NETWORK:
-        raise InputError(
-            f"{root} explains {network}, which is not stored there: call explain() again with the "
-            f"same network, images and settings; it reuses the SAE"
-        )
-    return manifest, settings
-
-
 def load_run(
     folder: str | Path,
     target: int | None = None,
@@ -952,7 +934,24 @@ def load_run(
     the images are others than those it was trained on.
     """
     root = Path(folder)
-    manifest, settings = read_manifest(root)
+    manifest = read_json(root / "settings.json")
+    try:
+        return open_run(root, manifest, target, data_dir, device)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{root} holds a damaged run ({error!r}); run it again") from error
+
+
+def open_run(
+    root: Path, manifest: dict, target: int | None, data_dir: str | None, device: str
+) -> Run:
+    """`load_run` of the run whose settings.json holds the manifest."""
+    if manifest["network"] != OWN_NETWORK:
+        raise InputError(
+            f"{root} explains {manifest['network']}, which is not stored there: call explain() "
+            f"again with the same network, images and settings; it reuses the SAE"
+        )
+    stored = manifest["settings"]
+    settings = Settings(**{**stored, "target_actives": tuple(stored["target_actives"])})
     if target is None and len(settings.target_actives) == 1:
         (target,) = settings.target_actives
     if target not in settings.target_actives:
@@ -1016,9 +1015,9 @@ def explain(
         classes: names of the logits.
         target: mean number of active features per image.
         pool: for a layer with positions, as in `saexplain.layers.AtLayer`.
-        settings: any other of `Settings`, by name: out, sae_latents, hypotheses, fresh, ... Without,
-            there are twice as many latents as the layer has outputs, or as the target if that is
-            more, and no worker processes.
+        settings: any other of `Settings`, by name: out, sae_latents, hypotheses, fresh, ... By
+            default there are twice as many latents as the layer has outputs, or as the target if
+            that is more, and no worker processes.
 
     Returns the run as `load_run` does; its files are in `out`. A second call with the same network
     and images reuses the SAE. Raises InputError for what cannot be used, ValueError for a layer

@@ -123,7 +123,7 @@ class ExplainedLayer:
         Raises ValueError without images, for labels that are no class indices, and for a model that
         is not deterministic.
         """
-        if len(images) == 0:
+        if images.dim() and len(images) == 0:
             raise ValueError("images is empty: give at least one")
         check_deterministic(self, images)
         raw = torch.cat([self.raw(some) for some in images.split(ROWS)])
@@ -644,7 +644,7 @@ def logit_effects(
 ) -> LogitEffects:
     """What adding alpha times each of `features` (n,), by default all, does to raw (N, d_in)."""
     features = torch.arange(layer.d_sae) if features is None else features
-    if not math.isfinite(alpha):
+    if not abs(alpha) < 1e300:  # nan is not, either
         raise ValueError(f"alpha must be finite, got {alpha}")
     base = layer.logits(raw).sum(0, dtype=torch.float64)
     sums = torch.zeros(len(features), len(base), dtype=torch.float64, device=raw.device)
