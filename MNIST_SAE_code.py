@@ -81,7 +81,7 @@ from saexplain.optimization import (
     ramp,
     scaled_epochs,
 )
-from saexplain.parallel import Stopwatch, Workers, torch_threads, worker_count
+from saexplain.parallel import Stopwatch, WorkerError, Workers, torch_threads, worker_count
 from saexplain.report import (
     Draft,
     Options,
@@ -870,7 +870,7 @@ def write_summary(
     """frontier.png, summary.json, and settings.json, which makes the folder a finished run."""
     root = Path(settings.out)
     if len(records) > 1:
-        figures.draw_frontier(records, root / "frontier.png")
+        fa.save_figure(figures.draw_frontier(records), root / "frontier.png")
     fa.write_whole(root / "summary.json", to_json(records))
     hypotheses = {str(r["target_actives"]): r.get("hypotheses_sha256") for r in records}
     kept = {k: v for k, v in asdict(settings).items() if k not in ("fresh", "wait", "workers")}
@@ -951,7 +951,11 @@ def open_run(
             f"again with the same network, images and settings; it reuses the SAE"
         )
     stored = manifest["settings"]
-    settings = Settings(**{**stored, "target_actives": tuple(stored["target_actives"])})
+    here = {
+        "target_actives": tuple(stored["target_actives"]),
+        "out": str(root),
+    }  # it may have moved
+    settings = Settings(**{**stored, **here})
     if target is None and len(settings.target_actives) == 1:
         (target,) = settings.target_actives
     if target not in settings.target_actives:
@@ -1106,7 +1110,7 @@ def run_script() -> int:
     try:
         main()
         return 0
-    except (InputError, TrainingError) as error:
+    except (InputError, TrainingError, WorkerError) as error:
         words = str(error)
     except BusyError as error:
         words = f"{error}; give --wait to wait for it, or another --out"

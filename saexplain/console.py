@@ -1,7 +1,10 @@
-"""What does the terminal show? Tables and lines of text about finished records; details are in files.
+"""What does the terminal show? Tables and lines of text about finished records.
 
-Takes records of summary.json and feature_report.json; gives text, and prints warnings. It computes
-nothing.
+    print(results_table(records))  # records of summary.json, a column for each
+
+Takes records of summary.json and feature_report.json; gives text, about 50 lines for a run of one
+target: its most influential features, its diagnoses, its results, where to look. All else is in the
+files that it names. It computes nothing.
 """
 
 from __future__ import annotations
@@ -15,33 +18,32 @@ from saexplain.hypotheses import Hypothesis
 from saexplain.text import headline
 
 NOT_COMPUTED = "not computed"  # a ratio whose denominator is 0
+WIDTH = 110  # characters of a line of words
 
 
 def warn_no_strokes(hypotheses: Sequence[Hypothesis]) -> None:
-    """Print once why no hypothesis names strokes, where none can."""
+    """Print the one reason for which no hypothesis names strokes, if there is one."""
     reasons = {h.skip_reasons.get("ink") for h in hypotheses if h.threshold is not None}
     if len(reasons) == 1 and None not in reasons and not any(any(h.ink) for h in hypotheses):
         print(
-            f"no strokes are named: {reasons.pop()}; hypotheses name labels and effects, and no "
-            f"feature counts as explained"
+            f"no strokes are named: {reasons.pop()}; hypotheses name labels and effects only, and "
+            f"no feature counts as explained"
         )
 
 
 class Result(NamedTuple):
-    """A number of summary.json as people see it."""
+    """A number of summary.json with its titles."""
 
-    title: str
-    key: str
-    form: str
-    on_page: str = ""  # its words on the page, if it is shown there
+    title: str  # in the terminal's table
+    key: str  # in the record
+    form: str  # a format
+    on_page: str = ""  # its title on the page; empty: not shown there
 
 
 RESULTS = (
-    Result("L0 before thresholds are adjusted", "achieved_actives_before_shift", "{:.2f}"),
     Result("L0, validation", "achieved_actives_val", "{:.4f}"),
     Result("L0, test", "achieved_actives_test", "{:.2f}", "features active per image (L0)"),
     Result("lambda", "lambda", "{:.4f}"),
-    Result("threshold shift", "threshold_shift", "{:+.5f}"),
     Result("accuracy, network", "baseline_acc", "{:.2%}", "accuracy of the network"),
     Result(
         "  SAE spliced in",
@@ -56,7 +58,6 @@ RESULTS = (
     Result("FVU", "fvu", "{:.4f}", "fraction of variance unexplained (FVU)"),
     Result("  of as many PCs", "fvu_pca", "{:.4f}", "... by as many principal components"),
     Result("  relative to PCs", "fvu_to_pca", "{:.3f}"),
-    Result("disagreement relative to PCs", "disagreement_to_pca", "{:.3f}"),
     Result("cross entropy recovered", "ce_recovered", "{:.4f}"),
     Result("KL", "kl", "{:.5f}"),
     Result("dead features", "dead_features", "{}", "features that are never active (dead)"),
@@ -66,13 +67,13 @@ RESULTS = (
 
 
 def shown_result(result: Result, record: Mapping) -> str:
-    """The number as people see it."""
+    """The number in its format."""
     value = record.get(result.key)
     return NOT_COMPUTED if value is None else result.form.format(value)
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in columns, the first aligned left, the others right."""
+    """The rows as lines of text in columns, the first aligned left, the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for first, *others in rows:
@@ -82,7 +83,7 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def results_table(records: Sequence[dict]) -> str:
-    """One column per SAE."""
+    """The numbers of summary.json that matter most, a column for each SAE."""
     rows = [["target", *(str(r["target_actives"]) for r in records)]]
     for result in RESULTS:
         rows.append([result.title, *(shown_result(result, r) for r in records)])
@@ -93,13 +94,12 @@ def results_table(records: Sequence[dict]) -> str:
 
 
 def reproducibility_rows(records: Sequence[dict]) -> list[list[str]]:
-    """How much of an SAE is found again with another seed, with the standard deviation over pairs of
-    SAEs where there are several; and the same for directions that were not trained."""
+    """Rows of the results: how much of an SAE is reproduced with another seed, ± the standard
+    deviation over pairs of SAEs if there are several, and the same for untrained directions."""
     rows = []
     titles = {
         "features": "features reproduced across seeds",
         "variance": "variance reproduced across seeds",
-        "similarity": "similarity of nearest features",
     }
     for name, title in titles.items():
         cells, untrained = [], []
@@ -112,7 +112,7 @@ def reproducibility_rows(records: Sequence[dict]) -> list[list[str]]:
 
 
 def hypothesis_lines(record: dict) -> list[str]:
-    """Hypothesis, evidence and confidence of a feature, if there are any."""
+    """Hypothesis, evidence and confidence of a record of feature_report.json, if it has them."""
     if "caption" not in record:
         return []
     marked = f"; {record['mark']}" if "mark" in record else ""
@@ -124,19 +124,21 @@ def hypothesis_lines(record: dict) -> list[str]:
 
 
 def features_text(record: dict, report: Sequence[dict]) -> str:
-    """A line about each of the most influential features of an SAE."""
+    """One or two lines about each of the most influential features of an SAE, and a summary."""
     lines = [f"Target {record['target_actives']}: the most influential features"]
     for entry in report[: len(record["top_features"])]:
         words = f"{entry['feature']:>5}  {entry['influence']:5.1%}  "
         words += entry.get("caption", f"active on {entry['mean_active']:.1%} of the images")
-        lines += textwrap.wrap(words, 110, initial_indent="", subsequent_indent=" " * 14)
+        lines += textwrap.wrap(
+            words, WIDTH, subsequent_indent=" " * 14, max_lines=2, placeholder=" ..."
+        )
     if "hypotheses" in record:
-        lines += textwrap.wrap(headline(record["hypotheses"]), 110)
+        lines += textwrap.wrap(headline(record["hypotheses"]), WIDTH)
     return "\n".join(lines)
 
 
 def diagnoses_text(record: dict) -> str:
-    """The diagnoses that deserve attention, each with its number and what to change."""
+    """The diagnoses beyond their limits, each with its number and what to change."""
     lines = []
     for d in record["diagnoses"]:
         if not d["fine"]:
@@ -148,16 +150,17 @@ def diagnoses_text(record: dict) -> str:
 
 
 def places_to_look(root: Path, folders: Mapping[Path, dict]) -> str:
-    """The last lines of a run; `folders` are those of its SAEs, with their records."""
+    """The last lines of a run: its files, of which `folders` are those of its SAEs with their
+    records."""
     lines = ["Where to look next"]
     for folder, record in folders.items():
         top = record["top_features"]
         places = {
-            "feature_report.html": "a page to open: the network, its features, its errors",
+            "feature_report.html": "open it in a browser: the network, its features, its errors",
             f"feature_{top[0]}_panel.png": f"one feature on one page ({len(top)} such pages)",
-            "hypotheses.md": "what each feature may mean, and how that was tested",
-            "influence.png": "which features make up the logit effects, and how far they are explained",
-            "training.png": "the course of training; run.log.jsonl holds the numbers",
+            "hypotheses.md": "a hypothesis about each feature, and its tests",
+            "influence.png": "each feature's share of the logit effects, and its confidence",
+            "training.png": "the course of training; its numbers are in run.log.jsonl",
             "feature_report.json": "every feature as a table (pandas.read_json)",
         }
         lines += [

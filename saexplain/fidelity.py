@@ -2,8 +2,9 @@
 
     record = measure_fidelity(layer, target=20)  # accuracy, agreement, cross entropy, FVU, L0, ...
 
-Takes an `ExplainedLayer` with its SAE and the splits "train", "val" and "test"; gives plain numbers,
-measured on the test images, beside those of as many principal components. It draws and writes nothing.
+Takes an `ExplainedLayer` with its SAE and the splits "train", "val" and "test"; gives plain
+numbers, measured on the test images, with those of as many principal components to compare. It
+draws and writes nothing.
 
 Dimension key: N images, d_in units of the layer, d_sae features. z are standardized activations.
 """
@@ -21,20 +22,20 @@ import feature_analysis as fa
 MODES = ("jumprelu", "boolean", "boolean_scaled")  # ways to count an active feature
 DENSE_FROM = 0.1  # a feature that is active on a larger share of the images is dense
 RARE_BELOW = 0.001  # share of images below which a feature is rare
-EVAL_ROWS = 4096  # rows evaluated at once: bounds the memory
+EVAL_ROWS = 4096  # rows encoded at once: bounds the memory
 EVAL_ENTRIES = 2**21  # activations at once: larger arrays are slow to allocate
 
 
 def row_chunks(sae, z: Tensor) -> tuple[Tensor, ...]:
-    """z (N, d_in) in pieces that an SAE of so many latents encodes at once."""
+    """z (N, d_in) in pieces of EVAL_ROWS rows, or fewer for an SAE with many latents."""
     return z.split(max(1, min(EVAL_ROWS, EVAL_ENTRIES // sae.W_enc.shape[1])))
 
 
 class FeatureStats(NamedTuple):
-    """How the features are used on some images, (d_sae,) each."""
+    """How often and how strongly features are active on some images, (d_sae,) each."""
 
     feature_density: Tensor  # share of images on which a feature is active
-    mean_activation: Tensor  # where it is active; 0 for one that never is
+    mean_activation: Tensor  # where the feature is active; 0 for one that never is
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def feature_stats(sae, z: Tensor) -> FeatureStats:
     """Density and mean activation of each feature over z (N, d_in)."""
     d_sae = sae.W_enc.shape[1]
     counts = torch.zeros(d_sae, dtype=torch.int64, device=z.device)
-    sums = torch.zeros(d_sae, dtype=torch.float64, device=z.device)
+    sums = torch.zeros(d_sae, dtype=torch.float64, device=z.device)  # float32 loses digits
     for chunk in row_chunks(sae, z):
         feature_acts = sae.encode(chunk)
         counts += (feature_acts > 0).sum(0)
@@ -65,8 +66,8 @@ def mean_l0(sae, z: Tensor) -> float:
 def reconstruct(sae, z: Tensor, mode: str, mean_activation: Tensor) -> Tensor:
     """The SAE's reconstruction (N, d_in) of z (N, d_in).
 
-    `jumprelu`: as it is. `boolean`: an active feature counts 1. `boolean_scaled`: it counts its
-    mean activation, (d_sae,).
+    Mode `jumprelu` decodes the activations as they are, `boolean` 1 for each active feature,
+    `boolean_scaled` the feature's mean activation, of `mean_activation` (d_sae,).
     """
     parts = []
     for chunk in row_chunks(sae, z):
@@ -85,7 +86,7 @@ class Fidelity(NamedTuple):
     accuracy: float
     agreement: float  # share of images on which the prediction stays the network's own
     cross_entropy: float
-    ce_recovered: float | None  # 1: nothing of what mean ablation costs is lost; None: it costs 0
+    ce_recovered: float | None  # 1: as without the SAE, 0: as mean ablation; None: those are equal
     kl: float  # mean KL(network || network with the reconstruction)
     fvu: float  # sum ||z - z_hat||^2 / sum ||z - mean(z)||^2, the mean over these same images
 
@@ -94,9 +95,10 @@ class Fidelity(NamedTuple):
 def fidelity(
     layer: fa.ExplainedLayer, z: Tensor, z_hat: Tensor, labels: Tensor, z_mean: Tensor
 ) -> Fidelity:
-    """The network with z_hat (N, d_in) in place of z; mean ablation puts `z_mean` (d_in,) there.
+    """Fidelity of the network with z_hat (N, d_in) in place of z (N, d_in).
 
-    ce_recovered = (CE(mean) - CE(z_hat)) / (CE(mean) - CE(z)), as in Bricken et al. 2023.
+    ce_recovered = (CE(mean) - CE(z_hat)) / (CE(mean) - CE(z)), as in Bricken et al. 2023, where
+    mean ablation puts `z_mean` (d_in,) in place of z.
     """
     logits, logits_hat = layer.logits_of_z(z), layer.logits_of_z(z_hat)
     logits_mean = layer.logits_of_z(z_mean[None]).expand_as(logits)
@@ -115,34 +117,27 @@ def fidelity(
     )
 
 
-def principal_axes(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (d_in,) of z (N, d_in), and its principal directions as columns (d_in, d_in), the
-    strongest last."""
-    center = z.mean(0)
-    centered = z - center
-    _, basis = torch.linalg.eigh(centered.T @ centered)
-    return center, basis
-
-
 def pca_reconstruction(z_train: Tensor, z: Tensor, n: int) -> Tensor:
-    """z (N, d_in) through the n strongest principal directions of z_train about its mean: the
-    plainest alternative to an SAE with n active features."""
-    center, basis = principal_axes(z_train)
-    strongest = basis[:, -n:]
+    """z (N, d_in) projected on the n strongest principal directions of z_train, about its mean: the
+    simplest alternative to an SAE with n active features."""
+    center = z_train.mean(0)
+    centered = z_train - center
+    _, basis = torch.linalg.eigh(centered.T @ centered)
+    strongest = basis[:, -n:]  # eigenvalues ascend
     return center + (z - center) @ strongest @ strongest.T
 
 
 def _ratio(value: float, other: float, meaningful: bool = True) -> float | None:
-    """value / other; None where that says nothing."""
+    """value / other; None where other is 0 or the ratio is not meaningful."""
     return value / other if meaningful and other else None
 
 
 @torch.no_grad()
 def measure_fidelity(layer: fa.ExplainedLayer, target: int | None = None) -> dict:
-    """What summary.json says about the SAE's fidelity, measured on the split "test".
+    """The fidelity part of a record of summary.json, measured on the split "test".
 
-    It stands beside the fidelity of `target` principal components, by default as many as features
-    are active on average. Densities are those of the training images.
+    The SAE is compared with `target` principal components, by default as many as features are
+    active on average. Densities are those of the training images.
     """
     sae, splits = layer.sae, layer.splits
     z_train, z_val, z = (layer.standardize(splits[name].raw) for name in ("train", "val", "test"))
@@ -150,7 +145,7 @@ def measure_fidelity(layer: fa.ExplainedLayer, target: int | None = None) -> dic
     stats, z_mean, l0 = feature_stats(sae, z_train), z_train.mean(0), l0_per_image(sae, z)
     target = target or max(1, round(l0.mean().item()))
 
-    spliced = {}
+    spliced = {}  # Fidelity by mode
     for mode in MODES:
         z_hat = reconstruct(sae, z, mode, stats.mean_activation)
         spliced[mode] = fidelity(layer, z, z_hat, labels, z_mean)

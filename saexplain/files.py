@@ -1,11 +1,11 @@
-"""What is on disk whole, written by one process, and made from what it says? Files of a run.
+"""Can a saved file be trusted? Locks, strict JSON, and trained stages with their inputs.
 
-    with folder_lock(folder): ...                             # one process writes to a folder
-    stage = load_cached(folder, "sae", inputs)                # a trained stage, if its inputs are equal
-    stage = save_stage(folder, "sae", tensors, inputs, info)  # name.safetensors with name.json
+    with folder_lock(folder):  # no other process writes there
+        stage = load_cached(folder, "sae", inputs)  # None unless it was made from equal inputs
+        stage = stage or save_stage(folder, "sae", tensors, inputs, info)
 
-Takes bytes, tensors and records; gives files. It knows nothing of features or images, and imports only
-feature_analysis.
+Takes tensors and records; gives name.safetensors with name.json, or one error that says what is
+wrong with them. It knows nothing of features or images, and imports only feature_analysis.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from torch import Tensor
 
 import feature_analysis as fa
 
-LOCK, WRITER = ".lock", ".writer"  # files of a folder: what is locked, and who holds it
+LOCK, WRITER = ".lock", ".writer"  # files of a folder: its lock, and which process has it
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message says what, and what to do."""
+    """Something that the user gave cannot be used; the message says what, and what to do."""
 
 
 class BusyError(Exception):
@@ -39,27 +39,28 @@ class BusyError(Exception):
 
 
 def to_json(record: object) -> bytes:
-    """Strict JSON: a NaN is an error here rather than for the reader of the file."""
+    """The record as strict JSON. Raises ValueError for a NaN, which other readers reject."""
     return (json.dumps(record, indent=2, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
-    """What the JSON file holds. Raises InputError when it cannot be read."""
+    """The content of a JSON file. Raises InputError when it cannot be read."""
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); move it away, or run again") from error
 
 
 def sha256_of(content: bytes) -> str:
+    """The SHA-256 in hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder and make sure that files can be written there. Raises InputError."""
+    """Make the folder. Raises InputError where no file can be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not show it
             pass
     except OSError as error:
         raise InputError(
@@ -69,24 +70,25 @@ def prepare_folder(folder: Path) -> None:
 
 @contextmanager
 def folder_lock(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Be the only process that writes to the folder, which is made if need be.
+    """Make the folder and be the only process that writes to it.
 
-    Raises BusyError, or waits for the other process. The lock ends with the process, however it
-    ends. What killed processes were writing there is removed.
+    Where another process has the lock, raises BusyError, or waits with `wait`. A lock ends with its
+    process, even with one that is killed; files that such a process had not finished are removed,
+    in the folder and in its subfolders.
     """
     prepare_folder(folder)
-    lock = filelock.FileLock(folder / LOCK, fallback_to_soft=False)
+    lock = filelock.FileLock(folder / LOCK)
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
         writer = "another process"
-        with suppress(OSError, ValueError):
+        with suppress(OSError):  # it may end at this moment
             writer = (folder / WRITER).read_text() or writer
         busy = f"{folder} is being written to by {writer}"
         if not wait:
             raise BusyError(busy) from None
         print(f"waiting: {busy}", flush=True)
-        lock.acquire(poll_interval=0.2)
+        lock.acquire(poll_interval=0.2)  # seconds
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         (folder / WRITER).write_text(f"process {os.getpid()} since {since}")
@@ -112,48 +114,58 @@ class Stage(NamedTuple):
 
     @property
     def inputs(self) -> dict:
-        """What the stage was made from: settings, digest of the data, digest of the stage before."""
+        """Everything that decides the tensors: settings, digests of the data and of the stage
+        before, kind of device, version of torch."""
         return self.record["inputs"]
 
 
 def save_stage(
     folder: Path, name: str, tensors: dict[str, Tensor], inputs: dict, info: dict
 ) -> Stage:
-    """Write name.safetensors, then name.json with its SHA-256, so that halves never match."""
+    """The stage, written to name.safetensors with name.json; `info` is added to its record."""
     on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     stored = safetensors.torch.save(on_cpu)
     record = {"sha256": sha256_of(stored), "inputs": inputs, **info}
+    # Each is written whole. Interrupted in between, the new tensors lie beside the old record,
+    # whose SHA-256 is not theirs.
     fa.write_whole(folder / f"{name}.safetensors", stored)
     fa.write_whole(folder / f"{name}.json", to_json(record))
     return Stage(on_cpu, record, record["sha256"])
 
 
 def load_stage(folder: Path, name: str) -> Stage:
-    """What `save_stage` wrote. Raises InputError when it is missing, damaged or half of another."""
+    """The stage that `save_stage` wrote.
+
+    Raises InputError when a file is missing or damaged, or the two do not belong together.
+    """
     try:
         record = json.loads((folder / f"{name}.json").read_bytes())
         stored = (folder / f"{name}.safetensors").read_bytes()
-        if record["sha256"] != sha256_of(stored):
+        if not isinstance(record["inputs"], dict) or record["sha256"] != sha256_of(stored):
             raise ValueError("its two files do not belong together")
         return Stage(safetensors.torch.load(stored), record, record["sha256"])
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise InputError(
-            f"{folder / name}.safetensors with its .json is damaged or incomplete ({error})"
+            f"{folder / name}.safetensors with its .json is damaged or incomplete "
+            f"({type(error).__name__}: {error}); delete both, or run again"
         ) from error
 
 
 def load_cached(folder: Path, name: str, inputs: dict, fresh: bool = False) -> Stage | None:
-    """The saved stage when it was made from equal inputs; otherwise None, and a line saying why."""
+    """The saved stage if it was made from equal inputs; otherwise None, after printing why.
+
+    With `fresh` it is always None.
+    """
     if fresh or not (folder / f"{name}.json").exists():
         return None
     try:
         stage = load_stage(folder, name)
-        changed = [key for key in inputs if stage.inputs.get(key) != inputs[key]]
-    except (InputError, KeyError, AttributeError) as error:
+    except InputError as error:
         print(f"{name}: trained again, because {error}")
         return None
+    changed = [key for key in inputs if stage.inputs.get(key) != inputs[key]]
     if changed:
-        print(f"{name}: trained again in place of the old one: other {', '.join(changed)}")
+        print(f"{name}: trained again, because of another {', '.join(changed)}")
         return None
     print(f"{name}: reused, made from equal settings and data (--fresh trains again)")
     return stage

@@ -6,12 +6,13 @@ Takes tensors and numbers; draws and writes nothing. The losses are in MNIST_SAE
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from saexplain.parallel import in_worker
 
 FULL_TRAIN_IMAGES = 48_000  # of MNIST, in passes over which epochs are counted
 
@@ -46,8 +47,9 @@ def ramp(progress: float, rise_until: float, fall_from: float) -> float:
 
 def progress_bar(plan: Iterable, what: str, steps: int) -> Iterable:
     """`plan` with a progress bar in a terminal; none in worker processes, whose bars would mix."""
-    disable = True if "SAEXPLAIN_WORKER" in os.environ else None  # None: only in a terminal
-    return tqdm(plan, what, steps, leave=False, disable=disable)
+    if in_worker():
+        return plan
+    return tqdm(plan, what, steps, leave=False, disable=None)  # None: only in a terminal
 
 
 class Adam:

@@ -310,7 +310,8 @@ def write_history(
     fa.write_whole(folder / "run.log.jsonl", content.encode())
     from_step = logits_from and logits_from * (sae_history[-1]["step"] + 1)
     given = (classifier_history, sae_history, target, from_step, dead_below)
-    figures.draw_training(figures.training_curves(*given), folder / "training.png")
+    figure = figures.draw_training(figures.training_curves(*given))
+    fa.save_figure(figure, folder / "training.png")
 
 
 def frontier_of(records: Sequence[dict]) -> list[dict]:

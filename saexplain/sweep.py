@@ -1,9 +1,9 @@
-"""How do fidelity and sparsity trade off over seeds, numbers of latents and targets? Many SAEs, one table.
+"""How do fidelity and sparsity trade off over seeds, numbers of latents and targets?
 
-    records = run_sweep(combinations, train_one, root, workers, command)
+    records = run_sweep(combinations, train_one, Path("out"), n_workers=1)
 
-Takes combinations and a function that trains and measures one of them; gives their records, sweep.json
-and sweep.png. Under torchrun, rank i does every combination whose number is i modulo the number of ranks.
+Takes combinations and a function that trains and measures one of them; gives their records,
+sweep.json and sweep.png. Under torchrun, rank i of n takes the combinations i, i + n, i + 2n, ...
 It knows nothing of how an SAE is trained.
 """
 
@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -25,8 +25,14 @@ from saexplain.files import folder_lock, prepare_folder, to_json
 from saexplain.parallel import Workers, gather_from_ranks, ranks
 from saexplain.reproducibility import mean_and_std
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Combination = TypeVar("Combination")  # of a seed, a number of latents and a target
+
+L0 = "achieved_actives_test"  # the panels' horizontal axis
 SWEEP_TABLE = (  # what is shown of a combination: title, key of its record, format
-    ("L0, test", "achieved_actives_test", "{:.2f}"),
+    ("L0, test", L0, "{:.2f}"),
     ("FVU", "fvu", "{:.4f}"),
     ("FVU to PCs", "fvu_to_pca", "{:.3f}"),
     ("agreement", "agreement_jumprelu", "{:.2%}"),
@@ -34,12 +40,12 @@ SWEEP_TABLE = (  # what is shown of a combination: title, key of its record, for
     ("dead", "dead_features", "{:.1f}"),
     ("L0 by dense", "dense_share_of_l0", "{:.1%}"),
 )
-ON_AXIS = ("achieved_actives_test", "agreement_jumprelu")  # no panels: the axis; seen as accuracy
+NO_PANEL = (L0, "agreement_jumprelu")  # the axis itself; close to the accuracy lost
 
 
 def run_sweep(
-    combinations: Sequence[Any],
-    train_one: Callable[[Any], dict],
+    combinations: Sequence[Combination],
+    train_one: Callable[[Combination], dict],
     root: Path,
     n_workers: int,
     wait: bool = False,
@@ -47,7 +53,7 @@ def run_sweep(
     """The records of all combinations, in their order, each made by train_one(combination).
 
     Records have seed, sae_latents, target_actives and the keys of SWEEP_TABLE. The first rank
-    writes sweep.json and sweep.png to `root` and prints the table; others return nothing.
+    writes sweep.json and sweep.png to `root` and prints the table; the others return no records.
     """
     prepare_folder(root)
     with ranks() as (rank, n_ranks), Workers(n_workers) as workers:
@@ -58,16 +64,17 @@ def run_sweep(
         return []
     records: list = [None] * len(combinations)
     for i, part in enumerate(parts):
-        records[i::n_ranks] = part
+        records[i::n_ranks] = part  # those of rank i, where the combinations were
     with folder_lock(root, wait):
         fa.write_whole(root / "sweep.json", to_json(records))
-        draw_sweep(records, root / "sweep.png")
+        fa.save_figure(draw_sweep(records), root / "sweep.png")
     print(sweep_table(records))
     return records
 
 
 def over_seeds(records: Sequence[dict], latents: int, target: int, key: str) -> dict:
-    """Mean and standard deviation of a measurement over the seeds of one combination."""
+    """Mean and standard deviation of a measurement over the seeds of one size and target; NaN where
+    it could not be computed for one of them."""
     found = []
     for r in records:
         if (r["sae_latents"], r["target_actives"]) == (latents, target):
@@ -76,7 +83,7 @@ def over_seeds(records: Sequence[dict], latents: int, target: int, key: str) -> 
 
 
 def sizes_and_targets(records: Sequence[dict]) -> tuple[list[int], list[int]]:
-    """The numbers of latents and the targets that there are, ascending."""
+    """The numbers of latents and the targets of the records, ascending."""
     latents = sorted({r["sae_latents"] for r in records})
     return latents, sorted({r["target_actives"] for r in records})
 
@@ -98,25 +105,31 @@ def sweep_table(records: Sequence[dict]) -> str:
     return f"Mean ± standard deviation over {n_seeds} seeds\n" + text_table(rows)
 
 
-def draw_sweep(records: Sequence[dict], path: Path) -> None:
-    """The frontier of each number of latents, with the standard deviation over seeds."""
+def sweep_panels(records: Sequence[dict]) -> dict[str, dict[str, Curve]]:
+    """By measurement and number of latents, its curve over the targets."""
     sizes, targets = sizes_and_targets(records)
     panels: dict[str, dict[str, Curve]] = {}
     for title, key, _ in SWEEP_TABLE:
-        if key in ON_AXIS:
+        if key in NO_PANEL:
             continue
         panels[title] = {}
         for latents in sizes:
+            l0 = [over_seeds(records, latents, target, L0)["mean"] for target in targets]
             found = [over_seeds(records, latents, target, key) for target in targets]
-            l0 = [over_seeds(records, latents, t, ON_AXIS[0])["mean"] for t in targets]
-            values = [f["mean"] for f in found]
-            spread = [f["std"] or 0.0 for f in found]
-            panels[title][f"{latents} latents"] = Curve(l0, values, spread)
-    title = "What the number of active features changes (bars: standard deviation over seeds)"
-    draw_curves(path, title, targets, panels)
+            spread = [f["std"] or 0.0 for f in found]  # None: a single seed
+            curve = Curve(l0, [f["mean"] for f in found], spread)
+            panels[title][f"{latents} latents"] = curve
+    return panels
 
 
-def combinations(runs: Sequence[Any]) -> list[Any]:
+def draw_sweep(records: Sequence[dict]) -> Figure:
+    """The frontier of each number of latents, with the standard deviation over seeds."""
+    title = "Fidelity and sparsity (bars: standard deviation over seeds)"
+    _, targets = sizes_and_targets(records)
+    return draw_curves(title, targets, sweep_panels(records))
+
+
+def combinations(runs: Sequence) -> list:
     """One settings dataclass for each SAE of a sweep, with a folder of its own, from those of runs
     with fields seed, sae_latents, target_actives and out."""
     singles = []

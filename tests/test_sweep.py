@@ -1,0 +1,72 @@
+"""Many SAEs, in one process and on two ranks: saexplain.sweep."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import BARE, contents_of
+
+import MNIST_SAE_code as driver
+from saexplain import sweep
+from saexplain.files import load_stage
+
+SWEEP = [*BARE, "--seeds", "0", "1"]
+
+
+def record(seed: int, latents: int, target: int, **more) -> dict:
+    """A record with every measurement of SWEEP_TABLE equal to seed + target."""
+    found = {key: float(seed + target) for _, key, _ in sweep.SWEEP_TABLE}
+    return {"seed": seed, "sae_latents": latents, "target_actives": target, **found, **more}
+
+
+RECORDS = [record(s, n, t) for s in (0, 2) for n in (32, 64) for t in (4, 8)]
+
+
+def test_means_and_deviations_over_seeds_are_those_of_each_size_and_target():
+    found = sweep.over_seeds(RECORDS, 32, 8, "fvu")
+    assert found == {"mean": 9.0, "std": pytest.approx(math.sqrt(2))}
+    panels = sweep.sweep_panels(RECORDS)
+    curve = panels["FVU"]["64 latents"]
+    assert (curve.l0, curve.values) == ([5, 9], [5, 9])
+    row = sweep.sweep_table(RECORDS).splitlines()[-1]
+    assert row.split()[:2] == ["64", "8"]
+    assert "9.0000 ± 1.4142" in row
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory) -> tuple[Path, list[dict]]:
+    folder = tmp_path_factory.mktemp("sweep")
+    return folder, driver.main([*SWEEP, "--out", str(folder)])
+
+
+def test_every_combination_is_trained_in_a_folder_of_its_own(swept):
+    folder, records = swept
+    assert [(r["seed"], r["target_actives"]) for r in records] == [(0, 4), (1, 4)]
+    for r in records:
+        stage = load_stage(folder / f"seed_{r['seed']}_latents_32_target_4", "sae")
+        assert stage.tensors["W_enc"].shape == (128, 32)
+        assert stage.inputs["seed"] == r["seed"]
+        assert r["achieved_actives_val"] == pytest.approx(4, abs=2 / 500)
+
+
+def test_a_sweep_has_the_saes_of_single_runs_and_continues_where_it_stopped(swept, finished):
+    folder, records = swept
+    alone = load_stage(finished, "sae")
+    assert load_stage(folder / "seed_0_latents_32_target_4", "sae").digest == alone.digest
+    before = contents_of(folder)
+    (folder / "seed_1_latents_32_target_4" / "sae.json").unlink()
+    assert driver.main([*SWEEP, "--out", str(folder)]) == records
+    assert contents_of(folder) == before
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_same_files(swept, tmp_path):
+    script = str(Path(driver.__file__))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", script, *SWEEP, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert contents_of(tmp_path) == contents_of(swept[0])
+    assert done.stdout.count("over 2 seeds") == 1  # the first rank prints for all
