@@ -149,8 +149,8 @@ class ExplainedLayer:
         if shape[1:] != expected:
             raise ValueError(f"preactivations have shape {shape}, but mu has shape {expected}")
         if not raw.isfinite().all():
-            cause = "the model's weights" if images.isfinite().all() else "the images"
-            raise ValueError(f"preactivations are not finite, because {cause} are not")
+            given = "finite" if images.isfinite().all() else "not finite"
+            raise ValueError(f"preactivations are not finite, for images that are {given}")
         return raw
 
     def standardize(self, raw: Tensor) -> Tensor:
@@ -268,6 +268,14 @@ def class_name(classes: Sequence[str], c: int) -> str:
     return classes[c] if classes else str(c)
 
 
+def check_pair(found: object, what: str) -> Sequence:
+    """`found` itself. Raises ValueError unless it is (images, labels): no tensor or dict of two."""
+    if not isinstance(found, (tuple, list)) or len(found) != 2:
+        keys = f" with {', '.join(map(str, found))}" if isinstance(found, Mapping) else ""
+        raise ValueError(f"{what} must be (images, labels), got a {type(found).__name__}{keys}")
+    return found
+
+
 def fixed_order_batches(loader: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
     """The loader's batches.
 
@@ -277,9 +285,11 @@ def fixed_order_batches(loader: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
     if iter(loader) is loader:
         raise ValueError("the loader can be read only once: give a list, or a DataLoader")
     seen = []  # before the second pass begins: it may be by the same iterator, reset
-    for images, _ in itertools.islice(loader, BATCHES_COMPARED):
+    for batch in itertools.islice(loader, BATCHES_COMPARED):
+        images, _ = check_pair(batch, "each batch")
         seen.append((images[:PROBED] if seen else images).clone())
-    for number, (images, labels) in enumerate(loader):
+    for number, batch in enumerate(loader):
+        images, labels = check_pair(batch, "each batch")
         again = images[:PROBED] if number else images
         if number < len(seen) and not _same_images(again, seen[number]):
             raise ValueError("the loader must not shuffle or augment: each pass has other images")
@@ -736,7 +746,7 @@ def feature_ablation_effect(
 
 
 # --------------------------------------------------------------------------------------------------
-# Which features are alike, and how readable are their patterns?
+# Which features are alike?
 # --------------------------------------------------------------------------------------------------
 
 
@@ -761,22 +771,6 @@ def nearest_features(W_dec: Tensor) -> NearestFeatures:
         cosines.append(cosine)
         features.append(feature)
     return NearestFeatures(torch.cat(features).cpu(), torch.cat(cosines).cpu())
-
-
-def pattern_roughness(heats: Tensor) -> Tensor:
-    """How noisy each pattern (n, H, W) is, (n,).
-
-    The mean squared difference of neighboring pixels over twice the mean square: 0 for a constant
-    picture, 1 for white noise of mean zero, up to 2 for a chessboard; 0 for an empty one. Raises
-    ValueError for patterns without neighboring pixels.
-    """
-    if min(heats.shape[1:]) < 2:
-        raise ValueError(f"patterns need 2 x 2 pixels or more, got {tuple(heats.shape)}")
-    down = heats.diff(dim=1).square().mean((1, 2))
-    across = heats.diff(dim=2).square().mean((1, 2))
-    power = heats.square().mean((1, 2))
-    ratio = (down + across) / 4 / power.clamp(min=torch.finfo(heats.dtype).tiny)
-    return torch.where(power > 0, ratio, 0.0)
 
 
 # --------------------------------------------------------------------------------------------------

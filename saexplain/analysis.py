@@ -88,6 +88,22 @@ def analyze(
     )
 
 
+def pattern_roughness(heats: Tensor) -> Tensor:
+    """How noisy each pattern (n, H, W) is, (n,).
+
+    The mean squared difference of neighboring pixels over twice the mean square: 0 for a constant
+    picture, 1 for white noise of mean zero, up to 2 for a chessboard; 0 for an empty one. Raises
+    ValueError for patterns without neighboring pixels.
+    """
+    if min(heats.shape[1:]) < 2:
+        raise ValueError(f"patterns need 2 x 2 pixels or more, got {tuple(heats.shape)}")
+    down = heats.diff(dim=1).square().mean((1, 2))
+    across = heats.diff(dim=2).square().mean((1, 2))
+    power = heats.square().mean((1, 2))
+    ratio = (down + across) / 4 / power.clamp(min=torch.finfo(heats.dtype).tiny)
+    return torch.where(power > 0, ratio, 0.0)
+
+
 def by_influence(analysis: Analysis, limit: int = 0) -> list[int]:
     """The `limit` features of most influence, ties by number; all of them when it is 0."""
     order = torch.argsort(analysis.removed.influence, descending=True, stable=True).tolist()
@@ -116,7 +132,7 @@ def feature_record(k: int, analysis: Analysis) -> dict:
         "ablation_images": int(ablation.n_images[k]),
         "nearest_feature": int(analysis.nearest.feature[k]),
         "nearest_cosine": float(analysis.nearest.cosine[k]),
-        "pattern_roughness": float(fa.pattern_roughness(analysis.heats[k : k + 1])[0]),
+        "pattern_roughness": float(pattern_roughness(analysis.heats[k : k + 1])[0]),
         "influence": float(analysis.removed.influence[k]),
         "predictions_changed": float(analysis.removed.changes[k]),
     }

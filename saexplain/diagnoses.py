@@ -13,8 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import feature_analysis as fa
-from saexplain.analysis import Analysis
+from saexplain.analysis import Analysis, pattern_roughness
 
 
 class Diagnosis(NamedTuple):
@@ -43,7 +42,7 @@ def diagnose(
     `record` is the SAE's record of summary.json, `features` are those reported, and `seconds` holds
     those of the stages "bank", "patterns", "effects" and "pictures".
     """
-    roughness = fa.pattern_roughness(analysis.heats[features]).median().item()
+    roughness = pattern_roughness(analysis.heats[features]).median().item()
     redundant = (analysis.nearest.cosine > 0.9).float().mean().item()
     of_all = seconds["bank"] + seconds["patterns"] + seconds["effects"]
     # Pictures are drawn only of the features reported, the rest is computed for every latent.

@@ -1,8 +1,8 @@
-"""How is a layer of a network read and replaced? Activations in, logits out, computed once per split.
+"""How is a layer of a network read and replaced? Activations in, logits out, once per split.
 
     net = AtLayer(model, "features.7")               # any torch.nn.Module, by a forward hook
     layer = collect_activations(net, data)           # one pass over each split; mu, std
-    layer.splits["val"].raw, layer.with_sae(sae)     # what all analysis reads
+    layer.splits["val"].raw, layer.with_sae(sae)     # all that the analysis reads
 
 Takes a network and images; gives a `feature_analysis.ExplainedLayer`. It knows nothing of SAEs, and
 draws and writes nothing.
@@ -22,9 +22,10 @@ import feature_analysis as fa
 from saexplain.files import InputError
 from saexplain.images import SPLIT_NAMES, Data, TensorLoader
 
-SCALE_SHIFT = (
-    1.0  # standard deviations that units may lie off on average: one class alone stays below
-)
+METHODS = ("preactivations", "logits_from_preactivations")  # of a model that needs no hook
+POOLS = ("mean", "max", "flatten")  # ways to make (B, d_in) of an output with positions
+LOW_PRECISION = 1e-2  # relative difference of equal results on GPUs, which may round to 10 bits
+SCALE_SHIFT = 1.0  # standard deviations that units may lie off on average; one class stays below
 SCALE_RATIO = 3.0  # times that they may spread further, or less far
 
 
@@ -34,7 +35,7 @@ def collect_activations(model, data: Data, normalize: bool = True) -> fa.Explain
 
     mu and std (d_in,) are those of the training images; 0 and 1 without `normalize`. A unit that
     never varies gets std 1: it carries nothing, and dividing by zero would spread NaN. Raises
-    InputError where no unit varies.
+    InputError where no unit varies, and for a network that returns probabilities.
     """
     splits = {}
     for name in SPLIT_NAMES:
@@ -48,10 +49,23 @@ def collect_activations(model, data: Data, normalize: bool = True) -> fa.Explain
             f"the layer must give different outputs for different images, but it gives the same "
             f"for all {len(train):,} training images; are they blank, or all alike?"
         )
+    check_logits(model, train)
     mu, std = torch.zeros_like(train[0]), torch.ones_like(train[0])
     if normalize:
         mu, std = train.mean(0), usable_std(train.std(0))
     return fa.ExplainedLayer(model, None, mu, std, splits)
+
+
+def check_logits(model, raw: Tensor) -> None:
+    """Raise InputError where the outputs for raw (N, d_in) are probabilities: softmax of them, for
+    cross entropy and KL, would be another distribution than the network's."""
+    some = raw[: fa.PROBED]
+    found = model.logits_from_preactivations(torch.cat([some, 2 * some + 1]))  # also far off
+    if (found >= 0).all() and ((found.sum(1) - 1).abs() < LOW_PRECISION).all():
+        raise InputError(
+            "the network must return logits, but it returns probabilities, which are positive and "
+            "sum to 1; leave out the softmax at its end, or return the logarithm of its result"
+        )
 
 
 def usable_std(std: Tensor) -> Tensor:
@@ -60,8 +74,8 @@ def usable_std(std: Tensor) -> Tensor:
 
 
 def warn_scale_shift(layer: fa.ExplainedLayer) -> None:
-    """Print a line for validation or test images on which the layer's output looks otherwise scaled
-    than on training images: some are normalized and others not, or so it seems."""
+    """Print a line for validation or test images on which the layer's output is scaled otherwise
+    than on training images, as where some are normalized and others not."""
     train = layer.splits["train"].raw
     mean, std = train.mean(0), usable_std(train.std(0))
     for name in ("val", "test"):
@@ -69,9 +83,9 @@ def warn_scale_shift(layer: fa.ExplainedLayer) -> None:
         off, spread = z.mean(0).abs().mean().item(), z.std(0).median().item()
         if off > SCALE_SHIFT or not 1 / SCALE_RATIO < spread < SCALE_RATIO:
             print(
-                f"warning: the layer's outputs on {SPLIT_NAMES[name]} images lie {off:.1f} standard "
-                f"deviations off those on training images and spread {spread:.2g} times as far; "
-                f"are all images scaled alike?"
+                f"warning: the layer's outputs on {SPLIT_NAMES[name]} images lie {off:.1f} "
+                f"standard deviations off those on training images and spread {spread:.2g} times "
+                f"as far; are all images scaled alike?"
             )
 
 
@@ -92,12 +106,10 @@ def default_torch_state() -> Iterator[None]:
 
 
 def open_layer(model: object, layer: str | None, pool: str | None = None) -> AtLayer | EvalMode:
-    """The network with the two methods `preactivations` and `logits_from_preactivations`.
+    """The network with the two METHODS; layer None for a model that has them itself.
 
-    Raises ValueError for an unknown layer, InputError for what is no module, or has no such methods
-    where no layer is named.
+    Raises ValueError for an unknown layer, InputError for a model that cannot be used.
     """
-    methods = ("preactivations", "logits_from_preactivations")
     if isinstance(model, (AtLayer, EvalMode)) and layer is None:
         return model
     if not isinstance(model, nn.Module):
@@ -109,40 +121,24 @@ def open_layer(model: object, layer: str | None, pool: str | None = None) -> AtL
         )
     if layer is not None:
         return AtLayer(model, layer, pool)
-    if not all(callable(getattr(model, name, None)) for name in methods):
+    if not all(callable(getattr(model, name, None)) for name in METHODS):
         raise InputError(
-            f"{type(model).__name__} has no methods {' and '.join(methods)}; name one of its layers"
+            f"{type(model).__name__} has no methods {' and '.join(METHODS)}; name one of its layers"
         )
     return EvalMode(model)
-
-
-def layer_sizes(net: AtLayer | EvalMode, images: Tensor) -> tuple[int, int]:
-    """Number of outputs of the layer, and of classes of the network.
-
-    Raises ValueError where no gradient leads from the layer to the pixels, before anything is
-    trained.
-    """
-    with torch.no_grad():
-        raw = net.preactivations(images[: fa.PROBED])
-        n_classes = net.logits_from_preactivations(raw).shape[1]
-    fa.check_gradients(net, images)
-    return raw.shape[1], n_classes
 
 
 # --------------------------------------------------------------------------------------------------
 # A layer of any network
 # --------------------------------------------------------------------------------------------------
 
-POOLS = ("mean", "max", "flatten")  # what to make of a layer's output that has positions
-SAME_IN_ANY_BATCH = 1e-2  # in batches of other sizes, for which GPUs may round to 10 bits
-
 
 class StopForward(Exception):  # noqa: N818
-    """The layer's output is there; the rest of the network need not run."""
+    """Ends a forward pass once the layer's output is there."""
 
 
 @contextmanager
-def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, and each of its modules in its own mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -158,52 +154,55 @@ def gradients_if_asked(given: Tensor) -> torch.set_grad_enabled:
     return torch.set_grad_enabled(torch.is_grad_enabled() and given.requires_grad)
 
 
+def parameter_like(model: nn.Module) -> Tensor:
+    """A parameter with the device and dtype that the model's images must have."""
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+
+
 class AtLayer:
-    """The output of one layer of any network as preactivations, and the rest of it as a head.
+    """The output of one layer of any network as activations, and the rest of the network as a head.
 
         net = AtLayer(model, "features.7")
         raw = net.preactivations(images)           # (B, d_in), by a forward hook
         logits = net.logits_from_preactivations(raw)  # (B, C), the layer's output replaced
 
-    Nothing of the model is changed: it runs in evaluation mode, which is undone afterwards. What
-    comes before the layer is run on one image to get to what comes after.
+    Nothing of the model is changed: it runs in evaluation mode, which is undone afterwards. For the
+    head, the model runs on one image, and a hook replaces the layer's output.
 
     Args:
         model: maps images (B, ...) to logits (B, C).
         name: of the layer, as in `model.named_modules()`.
-        pool: of an output with positions (B, C, H, W), "mean" or "max" over them, which serves
-            where the rest reads no more than that, or "flatten" for all of it.
-        images: (N, ...), one or more that the network can take; up to PROBED are tried. Without,
-            those serve that `preactivations` is given first.
+        pool: of an output with positions, "mean" or "max" over them, which serves where the head
+            reads no more than that, or "flatten" for all of it. Positions may come after the
+            channels, (B, C, H, W), or before, (B, tokens, C): whichever gives the logits.
+        images: (N, ...), one or more that the network can take; up to PROBED are used. Without,
+            the first that `preactivations` is given.
 
-    Raises ValueError for an unknown layer; with the first images, for a layer without one tensor as
-    its output, or one with positions and no pool, and where the logits depend on more than this
-    layer: a connection around it, positions that the pool has lost, or the other images of a batch.
+    Raises ValueError for an unknown layer; with the first images, for a layer whose output is not
+    one tensor, or has positions and no pool, and where the logits depend on more than this layer: a
+    connection around it, positions that the pool has lost, or the other images of a batch.
     """
 
-    runs_in_eval_mode = True  # by itself
+    runs_in_eval_mode = True  # by itself, so callers need not check
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        name: str,
-        pool: str | None = None,
-        images: Tensor | None = None,
+        self, model: nn.Module, name: str, pool: str | None = None, images: Tensor | None = None
     ):
         modules = dict(model.named_modules())
         if name not in modules or not name:
             near = difflib.get_close_matches(name, modules, 5, 0) if name else list(modules)[1:6]
             raise ValueError(f"the model has no layer {name!r}; it has {', '.join(near)}, ...")
         if pool is not None and pool not in POOLS:
-            raise ValueError(f"pool is {pool!r}; use one of {', '.join(POOLS)}")
+            raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
         self.model, self.name, self.pool = model, name, pool
         self.title = f"layer {name} of {type(model).__name__}"
         self.layer = modules[name]
-        like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+        like = parameter_like(model)
         self.device, self.dtype = like.device, like.dtype
-        self.shape: tuple[int, ...] | None = None  # of the layer's output for one image
-        self.before: Tensor | None = None  # images that lead to the layer, where only it counts
-        self.one_serves = True  # whether one such image leads many replaced outputs to the head
+        self.output: Tensor | None = None  # (0, ...) with the shape, dtype and device of outputs
+        self.before: Tensor | None = None  # (1, ...) an image that leads to the layer
+        self.one_image = True  # whether one image is enough to run the head on many outputs
+        self.channels = 1  # the dimension of pooled outputs that is no position
         if images is not None:
             self._probe(images)
 
@@ -211,7 +210,7 @@ class AtLayer:
         """images (B, ...) -> (B, d_in) float32; gradients flow to images that ask for them"""
         if self.before is None:
             self._probe(images)
-        if len(images) == 0:  # which many a network cannot take
+        if len(images) == 0:  # many networks cannot take an empty batch
             return self._rows(self._output(self.before))[:0]
         return self._rows(self._output(images))
 
@@ -219,10 +218,15 @@ class AtLayer:
         """raw (B, d_in) -> logits (B, C) float32; gradients flow to a raw that asks for them"""
         if self.before is None:
             raise ValueError(f"{self.name}: give `images` first, or call `preactivations`")
-        return self._logits(raw)
+        if len(raw) == 0:
+            return self.logits_from_preactivations(raw.new_zeros(1, raw.shape[1]))[:0]
+        replaced, before = self._as_output(raw), self.before
+        if not self.one_image:
+            before = before.expand(len(raw), *before.shape[1:])
+        return self._run(before, lambda *_: replaced, raw).float()
 
     def _run(self, images: Tensor, hook: Callable, of: Tensor) -> Tensor:
-        """The model on images, with a hook on the layer, and the gradients of `of`."""
+        """The model's result for images, with a hook on the layer, and gradients if `of` asks."""
         handle = self.layer.register_forward_hook(hook)
         try:
             with eval_mode(self.model), gradients_if_asked(of):
@@ -231,7 +235,7 @@ class AtLayer:
             handle.remove()
 
     def _output(self, images: Tensor) -> Tensor:
-        """What the layer gives: (B, ...), a copy, since what follows may work in place."""
+        """The layer's output (B, ...), a copy, since it may be a view of the images."""
         found = []
 
         def keep(_module, _given, output) -> None:
@@ -245,46 +249,37 @@ class AtLayer:
         if not found:
             raise ValueError(f"layer {self.name!r} does not run when the model is given images")
         if not isinstance(found[0], Tensor) or found[0].dim() < 2:
-            what = type(found[0]).__name__
-            raise ValueError(f"layer {self.name!r} gives no tensor (B, d_in) but a {what}")
+            met = type(found[0]).__name__
+            raise ValueError(f"layer {self.name!r} must give a tensor (B, d_in), but gives a {met}")
         return found[0].clone()
 
     def _rows(self, output: Tensor) -> Tensor:
         """The layer's output (B, ...) as (B, d_in)."""
         shape = tuple(output.shape)
-        if len(shape) > 2 and math.prod(shape[2:]) > 1 and self.pool is None:
+        if math.prod(shape[2:]) > 1 and self.pool is None:
             raise ValueError(
-                f"layer {self.name!r} gives {shape}, outputs with positions: say pool='mean' or "
+                f"layer {self.name!r} gives {shape}, outputs with positions: use pool='mean' or "
                 f"'max' where the rest reads no more, or pool='flatten' for {math.prod(shape[1:])} "
                 f"numbers"
             )
-        if self.pool == "mean":
-            output = output.flatten(2).mean(2) if len(shape) > 2 else output
-        elif self.pool == "max":
-            output = output.flatten(2).amax(2) if len(shape) > 2 else output
+        if self.pool in ("mean", "max") and len(shape) > 2:
+            positions = output.movedim(self.channels, 1).flatten(2)  # (B, d_in, positions)
+            output = positions.mean(2) if self.pool == "mean" else positions.amax(2)
         return output.flatten(1).float()
 
     def _as_output(self, raw: Tensor) -> Tensor:
         """raw (B, d_in) as the layer would give it: the same at every position where pooled."""
-        shape = self.shape
-        if self.pool in ("mean", "max") and len(shape) > 1:
-            ones = (1,) * (len(shape) - 1)
-            return raw.reshape(len(raw), shape[0], *ones).expand(-1, *shape).clone()
-        return raw.reshape(len(raw), *shape).clone()
-
-    def _logits(self, raw: Tensor) -> Tensor:
-        if len(raw) == 0:
-            return self._logits(raw.new_zeros(1, raw.shape[1]))[:0]
-        replaced = self._as_output(raw.to(self.device, self.dtype))
-        before = self.before
-        if not self.one_serves:
-            before = before.expand(len(raw), *before.shape[1:])
-        logits = self._run(before, lambda *_: replaced, raw)
-        return logits.float()
+        shape = (len(raw), *self.output.shape[1:])
+        raw = raw.to(self.output.device, self.output.dtype)
+        if self.pool in ("mean", "max"):
+            one_position = [1] * len(shape)
+            one_position[0], one_position[self.channels] = raw.shape
+            return raw.reshape(one_position).expand(shape).clone()
+        return raw.reshape(shape).clone()
 
     @torch.no_grad()
     def _probe(self, images: Tensor) -> None:
-        """Learn the shape of the layer's output, and see that the logits depend on it alone.
+        """Learn the shape of the layer's output, and check that the logits depend on it alone.
 
         The first image leads to the layer, and the output for others, and for all with noise, is
         put in there: the logits must be those of the others. And they must not depend on the images
@@ -294,74 +289,96 @@ class AtLayer:
         some = images[places.to(images.device)].detach().float()
         noise = torch.rand(some.shape, generator=torch.Generator().manual_seed(0))
         noisy = some + (some.std() + 1) * noise.to(some)  # unlike the first, whatever that is
-        tried, first = torch.cat([some, noisy]), some[:1]
+        tried = torch.cat([some, noisy])
         output = self._output(tried)
-        raw = self._rows(output)
-        runs = []
-        expected = self._run(tried, lambda *_: runs.append(1), tried)
-        if not isinstance(expected, Tensor) or expected.dim() != 2:
-            what = tuple(expected.shape) if isinstance(expected, Tensor) else type(expected)
-            raise ValueError(f"the model gives {what} instead of logits (B, C)")
-        if len(runs) > 1:
-            raise ValueError(f"layer {self.name!r} runs {len(runs)} times; name one that runs once")
-
-        if len(some) > 1:  # not every network takes a single one
+        self._rows(output)  # raises where it has positions and no pool
+        logits = self._probe_logits(tried)
+        if len(some) > 1:  # not every network takes a single image
             halves = torch.cat([self._run(half, lambda *_: None, half) for half in tried.chunk(2)])
-            rounded = max(SAME_IN_ANY_BATCH, 16 * torch.finfo(expected.dtype).eps)
-            if _distance(halves.float(), expected.float()) > rounded:
+            rounding = max(LOW_PRECISION, 16 * torch.finfo(logits.dtype).eps)
+            if _distance(halves, logits) > rounding:
                 raise ValueError(
                     "the model's logits for an image depend on the others of its batch"
                 )
-
-        self.shape, self.before = tuple(output.shape[1:]), first.detach().clone()
-        off = self._furthest(raw, expected.float())
-        if off > fa.ROUNDING:  # a network may ask its input how many images there are
-            self.one_serves = False
-            off = self._furthest(raw, expected.float())
-        if off > fa.ROUNDING:
-            self.before = None
-            lost = f"or reads more of it than pool={self.pool!r} keeps" if self.pool else ""
-            raise ValueError(
-                f"what comes after layer {self.name!r} does not depend on it alone {lost}: with "
-                f"its output for an image but the input of another the logits are off by "
-                f"{off:.2g} of the largest; name a layer that everything passes through"
-            )
-
-    def _furthest(self, raw: Tensor, expected: Tensor) -> float:
-        """How far the logits are from those expected, relative to the largest of these."""
+        self.output, self.before = output[:0].clone(), some[:1].clone()
         try:
-            logits = self._logits(raw)
-        except (RuntimeError, IndexError):
-            return math.inf
-        return _distance(logits, expected)
+            self._find_layout(output, logits)
+        except ValueError:
+            self.before = None
+            raise
+
+    def _probe_logits(self, tried: Tensor) -> Tensor:
+        """The model's logits. Raises ValueError unless they are (B, C), and the layer ran once."""
+        runs = []
+        logits = self._run(tried, lambda *_: runs.append(1), tried)
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            met = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"the model must give logits (B, C), but gives {met}")
+        if len(runs) > 1:
+            raise ValueError(f"layer {self.name!r} runs {len(runs)} times; name one that runs once")
+        return logits
+
+    def _find_layout(self, output: Tensor, expected: Tensor) -> None:
+        """Set `channels` and `one_image` so that the output (B, ...), put in again, gives the
+        logits expected (B, C). Raises ValueError where nothing does."""
+        pooled = self.pool in ("mean", "max") and output.dim() > 2
+        least, failure = math.inf, None
+        for self.channels in (1, output.dim() - 1) if pooled else (1,):
+            for self.one_image in (True, False):  # a network may ask how many images there are
+                try:
+                    logits = self.logits_from_preactivations(self._rows(output))
+                except (RuntimeError, IndexError) as error:
+                    if fa.is_out_of_memory(error):
+                        raise
+                    failure = failure if self.one_image else error
+                    continue
+                off = _distance(logits, expected)
+                if not off > fa.ROUNDING:
+                    return
+                least = min(least, off)
+        if failure is not None and least == math.inf:
+            raise ValueError(
+                f"the model does not run with the output of layer {self.name!r} put in again "
+                f"({failure}); name another layer"
+            ) from failure
+        lost = f", or reads more of it than pool={self.pool!r} keeps" if self.pool else ""
+        raise ValueError(
+            f"the logits must depend on layer {self.name!r} alone, but a connection goes around it"
+            f"{lost}: with its output for an image but the input of another they are off by "
+            f"{least:.2g} of the largest; name a layer that everything passes through"
+        )
 
 
 def _distance(logits: Tensor, expected: Tensor) -> float:
-    """Between logits (B, C), relative to the largest of those expected."""
+    """Between logits (B, C), relative to the largest of those expected; inf for other shapes."""
     if logits.shape != expected.shape:
         return math.inf
+    logits, expected = logits.float(), expected.float()
     return float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
 
 
 class EvalMode:
-    """A module that has the two methods itself, in evaluation mode while they run, and as it was
+    """A module that has the two METHODS itself, in evaluation mode while they run, and as it was
     afterwards; images on its device and of its dtype, results float32."""
 
-    runs_in_eval_mode = True  # by itself
+    runs_in_eval_mode = True  # by itself, so callers need not check
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: nn.Module):
         self.model = model
         self.title = f"a layer of {type(model).__name__}"
-        like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+        like = parameter_like(model)
         self.device, self.dtype = like.device, like.dtype
+        self.output = like  # has the device and dtype of the layer's output, once that is known
 
     def preactivations(self, images: Tensor) -> Tensor:
         """images (B, ...) -> (B, d_in)"""
         with eval_mode(self.model), gradients_if_asked(images):
-            return self.model.preactivations(images.to(self.device, self.dtype)).float()
+            raw = self.model.preactivations(images.to(self.device, self.dtype))
+        self.output = raw.detach()[:0].clone()
+        return raw.float()
 
     def logits_from_preactivations(self, raw: Tensor) -> Tensor:
         """raw (B, d_in) -> logits (B, C)"""
+        given = raw.to(self.output.device, self.output.dtype)
         with eval_mode(self.model), gradients_if_asked(raw):
-            logits = self.model.logits_from_preactivations(raw.to(self.device, self.dtype))
-        return logits.float()
+            return self.model.logits_from_preactivations(given).float()

@@ -1,7 +1,10 @@
-"""Sparse autoencoders: the JumpReLU SAE that this project trains, and the TopK SAE that it can read.
+"""What does an SAE compute? The JumpReLU SAE of this project, and the TopK SAE that it can load.
 
-Both map standardized activations z (B, d_in) to feature activations (B, d_sae) and back; all analysis
-uses only `encode`, `decode`, `W_enc` and `W_dec`. Training is in MNIST_SAE_code.py.
+    sae = JumpReLUSAE.from_weights(safetensors.torch.load_file("sae.safetensors"))
+    feature_acts = sae.encode(z)   # (B, d_sae); sae.decode(feature_acts) is z_hat (B, d_in)
+
+Both map standardized activations z (B, d_in) to feature activations (B, d_sae) and back; the
+analysis uses only `encode`, `decode`, `W_enc` and `W_dec`. Training is in MNIST_SAE_code.py.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ class JumpReLUSAE(nn.Module):
     def from_weights(
         cls, weights: dict[str, Tensor], device: torch.device | None = None
     ) -> JumpReLUSAE:
-        """The SAE with these tensors, by the names above; others in `weights` are ignored.
+        """The frozen SAE with these tensors, by the names above; others in `weights` are ignored.
 
         It is on `device`, by default that of the tensors. Raises KeyError for a missing name,
         RuntimeError for a shape that does not fit.
@@ -64,6 +67,7 @@ class JumpReLUSAE(nn.Module):
         return torch.addmm(self.b_dec, feature_acts, self.W_dec)
 
     def forward(self, z: Tensor) -> Tensor:
+        """Reconstruction z_hat (B, d_in) of z (B, d_in)."""
         return self.decode(self.encode(z))
 
 
@@ -75,6 +79,7 @@ class TopKSAE(JumpReLUSAE):
         self.k = k
 
     def jump(self, pre: Tensor) -> Tensor:
+        """Feature activations (B, d_sae), at most k a row, of pre (B, d_sae)."""
         largest, place = pre.topk(self.k, dim=1)
         return torch.zeros_like(pre).scatter(1, place, largest.relu())
 

@@ -1,4 +1,13 @@
-"""TODO"""
+"""How are SAEs exchanged with SAELens 6 (decoderesearch/SAELens)? A folder with its two files.
+
+    save_saelens(layer, "saelens")                # SAE.load_from_disk("saelens") reads it
+    sae, mu, std = load_saelens(folder)           # JumpReLU, standard (ReLU) or TopK
+    fa.collect_feature_bank(model, loader, sae, mu, std)
+
+Takes an `ExplainedLayer` with its SAE, or a folder with cfg.json and sae_weights.safetensors. Both
+SAEs read raw activations, so standardization is folded into the weights. What an SAE does besides
+its two linear maps is folded in as well, or raises InputError: nothing is ignored.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +22,24 @@ import feature_analysis as fa
 from saexplain.files import InputError, prepare_folder, read_json, to_json
 from saexplain.sae import JumpReLUSAE, TopKSAE
 
-# --------------------------------------------------------------------------------------------------
-# The layout of SAELens 6 (decoderesearch/SAELens), in which the tools of the field exchange SAEs
-# --------------------------------------------------------------------------------------------------
-
-SAELENS_WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-SAELENS_DONE = ("normalize_activations", "reshape_activations")
-SAELENS_LOADED = ("jumprelu", "standard", "topk")  # architectures that the analysis can take
+WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+ARCHITECTURES = ("jumprelu", "standard", "topk")  # that can be loaded
+INPUT_OPTIONS = ("normalize_activations", "reshape_activations")  # only "none" can be loaded
+PLAIN = {"dtype": "float32", "device": "cpu", "apply_b_dec_to_input": False}
+PLAIN |= dict.fromkeys(INPUT_OPTIONS, "none")
+CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 
 
 @torch.no_grad()
 def on_raw(sae: JumpReLUSAE, mu: Tensor, std: Tensor) -> dict[str, Tensor]:
-    """The weights of an SAE that reads raw preactivations, and gives the same activations.
+    """The weights of an SAE that reads raw activations, and has the same feature activations.
 
     With z = (raw - mu) / std:  W_enc / std,  b_enc - (mu / std) W_enc,  W_dec * std,
-    b_dec * std + mu; in float64, rounded once.
+    b_dec * std + mu.
     """
+    # In float64, so that each weight is rounded once.
     W_enc, b_enc, W_dec, b_dec = (
-        getattr(sae, name).detach().cpu().double() for name in SAELENS_WEIGHTS[:4]
+        getattr(sae, name).detach().cpu().double() for name in WEIGHTS[:4]
     )
     mu, std = mu.cpu().double(), std.cpu().double()
     weights = {
@@ -46,8 +55,7 @@ def on_raw(sae: JumpReLUSAE, mu: Tensor, std: Tensor) -> dict[str, Tensor]:
 def save_saelens(layer: fa.ExplainedLayer, folder: str | Path) -> None:
     """Write cfg.json and sae_weights.safetensors, which `SAE.load_from_disk` of SAELens 6 reads.
 
-    `layer` is anything with sae, mu and std. What is written reads raw preactivations. Raises
-    InputError for an SAE without thresholds, or with some below 0: then activations may be
+    Raises InputError for an SAE without thresholds, or with some below 0: its activations may be
     negative, which those of SAELens never are.
     """
     if isinstance(layer.sae, TopKSAE):
@@ -55,67 +63,65 @@ def save_saelens(layer: fa.ExplainedLayer, folder: str | Path) -> None:
     if (layer.sae.threshold < 0).any():
         lowest = layer.sae.threshold.min().item()
         raise InputError(f"thresholds go down to {lowest:g}; SAELens has none below 0: raise them")
-    folder = Path(folder)
-    prepare_folder(folder)
+    weights = on_raw(layer.sae, layer.mu, layer.std)
+    check_finite(weights)
+    prepare_folder(Path(folder))
     d_in, d_sae = layer.sae.W_enc.shape
-    config = {
-        "architecture": "jumprelu",
-        "d_in": d_in,
-        "d_sae": d_sae,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": False,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": {"sae_lens_version": "6.0.0"},  # of the layout
-    }
-    weights = safetensors.torch.save(on_raw(layer.sae, layer.mu, layer.std))
-    fa.write_whole(folder / "sae_weights.safetensors", weights)
-    fa.write_whole(folder / "cfg.json", to_json(config))
+    config = {"architecture": "jumprelu", "d_in": d_in, "d_sae": d_sae, **PLAIN}
+    config["metadata"] = {"sae_lens_version": "6.0.0"}  # of the layout
+    fa.write_whole(Path(folder) / WEIGHTS_FILE, safetensors.torch.save(weights))
+    fa.write_whole(Path(folder) / CONFIG_FILE, to_json(config))
 
 
 def load_saelens(folder: str | Path) -> tuple[JumpReLUSAE, Tensor, Tensor]:
-    """An SAE that SAELens 6 saved, JumpReLU, standard (ReLU) or TopK, for the analysis.
+    """(sae, mu, std) of an SAE that SAELens 6 saved; it reads raw activations: mu is 0, std is 1.
 
-        fa.collect_feature_bank(model, loader, *load_saelens(folder))
-
-    It reads raw preactivations: mu is 0 and std is 1. Raises InputError for a folder without such
-    an SAE, and for one that does more to its input than subtracting b_dec, has an activation
-    function of another kind, or tensors that its architecture does not know.
+    Raises InputError for a folder without an SAE, and for one that does more to its input than
+    subtracting b_dec, has another activation function, or tensors that its architecture lacks.
     """
     folder = Path(folder)
     try:
-        config = read_json(folder / "cfg.json")
-        weights = safetensors.torch.load((folder / "sae_weights.safetensors").read_bytes())
-        kind, d_in, d_sae = (config[name] for name in ("architecture", "d_in", "d_sae"))
-        done = {config.get(name, "none") for name in SAELENS_DONE}  # to its input
-        if kind not in SAELENS_LOADED or done != {"none"}:
-            taken = ", ".join(SAELENS_LOADED)
-            raise ValueError(f"it is {kind} with input {done}; {taken} on plain input are taken")
-        refuse_other_tensors(weights, kind)
-        if tuple(weights["W_enc"].shape) != (d_in, d_sae):
-            raise ValueError(f"size mismatch: W_enc is {tuple(weights['W_enc'].shape)}")
-        k = topk_of(config, kind)
-        if k is not None and not 0 < k <= d_sae:
-            raise ValueError(f"k is {k}; it must be from 1 to {d_sae}")
-        sae = JumpReLUSAE(d_in, d_sae) if k is None else TopKSAE(d_in, d_sae, k)
-        weights = {"threshold": torch.zeros(d_sae), **weights}
-        sae.load_state_dict({name: weights[name].float() for name in SAELENS_WEIGHTS})
-        if not all(bool(weights[name].isfinite().all()) for name in SAELENS_WEIGHTS):
-            raise ValueError("its weights are not finite")
+        config = read_json(folder / CONFIG_FILE)
+        weights = safetensors.torch.load((folder / WEIGHTS_FILE).read_bytes())
+        sae = build_sae(config, weights)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())  # in one line
         raise InputError(f"{folder} holds no SAE of SAELens that can be used ({reason})") from error
     except safetensors.SafetensorError as error:
-        raise InputError(f"{folder}/sae_weights.safetensors is damaged ({error})") from error
-    sae = as_plain(sae.requires_grad_(False), config)
+        raise InputError(f"{folder / WEIGHTS_FILE} is damaged ({error})") from error
+    d_in = sae.W_enc.shape[0]
     return sae, torch.zeros(d_in), torch.ones(d_in)
 
 
-def topk_of(config: dict, kind: str) -> int | None:
-    """How many features an SAE keeps; None where that is not fixed. In the layouts before 6 the
-    activation function has a name of its own, and k is among its arguments.
+def build_sae(config: dict, weights: dict[str, Tensor]) -> JumpReLUSAE:
+    """The SAE of the contents of the two files. Raises ValueError for what cannot be used."""
+    kind, d_in, d_sae = (config[name] for name in ("architecture", "d_in", "d_sae"))
+    done = {config.get(name, "none") for name in INPUT_OPTIONS}
+    if kind not in ARCHITECTURES or done != {"none"}:
+        taken = ", ".join(ARCHITECTURES)
+        raise ValueError(f"it is {kind} with input {done}; {taken} on plain input can be loaded")
+    needed = set(WEIGHTS[: 5 if kind == "jumprelu" else 4])
+    if set(weights) != needed:
+        met, expected = ", ".join(sorted(weights)), ", ".join(sorted(needed))
+        raise ValueError(f"its tensors are {met}; {kind} has {expected}")
+    whole = [name for name, weight in weights.items() if not weight.is_floating_point()]
+    if whole:
+        raise ValueError(f"{', '.join(whole)} must be floats, not whole numbers")
+    k = topk_of(config, kind)
+    if k is not None and not 0 < k <= d_sae:
+        raise ValueError(f"k is {k}; it must be from 1 to {d_sae}")
+    sae = JumpReLUSAE(d_in, d_sae) if k is None else TopKSAE(d_in, d_sae, k)
+    weights = {"threshold": torch.zeros(d_sae), **weights}
+    sae.load_state_dict({name: weights[name].float() for name in WEIGHTS})
+    fold_in(sae.requires_grad_(False), config)
+    check_finite(sae.state_dict())
+    return sae
 
+
+def topk_of(config: dict, kind: str) -> int | None:
+    """The number of features that an SAE keeps; None where it is not fixed.
+
+    Before layout 6, the activation function has a name of its own, and k is among its arguments.
     Raises ValueError for what is neither a ReLU nor TopK, and for activations that are scaled.
     """
     if config.get("finetuning_scaling_factor"):
@@ -125,35 +131,29 @@ def topk_of(config: dict, kind: str) -> int | None:
     known = {"topk": ("topk",), "jumprelu": ("relu",), "standard": ("relu", "topk")}[kind]
     if function not in known:
         raise ValueError(f"its activation function is {function!r}, not {' or '.join(known)}")
-    if function == "relu":
-        if config.get("rescale_acts_by_decoder_norm"):
-            raise ValueError("it rescales its activations (rescale_acts_by_decoder_norm)")
-        return None
-    k = config["k"] if "k" in config else config["activation_fn_kwargs"]["k"]
-    return int(k)
-
-
-def refuse_other_tensors(weights: dict[str, Tensor], kind: str) -> None:
-    """Raise ValueError unless these are just the tensors of an SAE of this kind, in floats."""
-    needed = set(SAELENS_WEIGHTS[: 5 if kind == "jumprelu" else 4])
-    if set(weights) != needed:
-        met, expected = ", ".join(sorted(weights)), ", ".join(sorted(needed))
-        raise ValueError(f"its tensors are {met}; {kind} has {expected}")
-    for name, weight in weights.items():
-        if not weight.is_floating_point():
-            raise ValueError(f"{name} has numbers of {weight.dtype}, not floats")
+    if function == "topk":
+        return int(config["k"] if "k" in config else config["activation_fn_kwargs"]["k"])
+    if config.get("rescale_acts_by_decoder_norm"):
+        raise ValueError("it rescales its activations (rescale_acts_by_decoder_norm)")
+    return None
 
 
 @torch.no_grad()
-def as_plain(sae: JumpReLUSAE, config: dict) -> JumpReLUSAE:
-    """What SAELens does besides, written into the weights: the input less b_dec, activations in
-    units of their decoder rows; a threshold below 0 is 0, since f is a ReLU as well."""
+def fold_in(sae: JumpReLUSAE, config: dict) -> None:
+    """Fold into the weights what SAELens does besides: it subtracts b_dec from the input, and gives
+    activations in units of their decoder rows."""
     if config.get("apply_b_dec_to_input", True):
         sae.b_enc.sub_(sae.b_dec @ sae.W_enc)
     if config.get("rescale_acts_by_decoder_norm", False):
         length = sae.W_dec.norm(dim=1)
         sae.W_enc.mul_(length)
         sae.b_enc.mul_(length)
-        sae.W_dec.div_(length[:, None])
-    sae.threshold.clamp_(min=0)
-    return sae
+        sae.W_dec.div_(torch.where(length > 0, length, 1.0)[:, None])  # dead rows stay 0
+    sae.threshold.clamp_(min=0)  # below 0 it changes nothing, since SAELens applies a ReLU as well
+
+
+def check_finite(weights: dict[str, Tensor]) -> None:
+    """Raise InputError unless all weights are finite."""
+    wrong = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    if wrong:
+        raise InputError(f"weights must be finite float32, but some of {', '.join(wrong)} are not")

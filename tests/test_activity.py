@@ -12,7 +12,7 @@ from torch.testing import assert_close
 import feature_analysis as fa
 from saexplain import activity as act
 from saexplain.activity import Activity, coactivation_neighbors, collect_activity, contributions
-from saexplain.analysis import by_influence, feature_record
+from saexplain.analysis import by_influence, feature_record, pattern_roughness
 from saexplain.diagnoses import diagnose
 
 N, D_SAE, C = sm.N, sm.D_SAE, sm.C
@@ -192,6 +192,6 @@ def test_diagnoses_compare_results_with_limits(dense):
     assert found["dense features"].fine == (dense == 0.5)
     assert found["seed-specific features"].value == pytest.approx(0.4)
     assert found["slow analysis"].value == pytest.approx(1000 * (6 / D_SAE + 4 / 2))
-    rough = fa.pattern_roughness(analysis.heats[1:3]).median().item()
+    rough = pattern_roughness(analysis.heats[1:3]).median().item()
     assert found["noisy patterns"].as_record()["value"] == rough
     json.dumps([d.as_record() for d in found.values()])

@@ -17,6 +17,7 @@ from small_models import SAE, Model, Scene, bank_of, cells, drawn, exactly, make
 from torch.testing import assert_close
 
 import feature_analysis as fa
+from saexplain.analysis import pattern_roughness
 
 ALWAYS, RARE, DEAD, TOPK = sm.ALWAYS, sm.RARE, sm.DEAD, 7
 N, SIDE, D_IN, D_SAE, C = sm.N, sm.SIDE, sm.D_IN, sm.D_SAE, sm.C
@@ -102,7 +103,7 @@ def test_layer_checks_that_the_model_is_in_evaluation_mode(module):
         (np.zeros((3, 144)), "images must be a tensor"),
         (torch.zeros(3), "images must be a tensor"),
         (torch.zeros(3, 1, 5, 5), r"images of shape \(3, 1, 5, 5\)"),
-        (torch.full((3, 1, SIDE, SIDE), torch.nan), "because the images are not"),
+        (torch.full((3, 1, SIDE, SIDE), torch.nan), "for images that are not finite"),
     ],
 )
 def test_layer_checks_images(images, message):
@@ -452,11 +453,11 @@ def test_roughness():
     chessboard = 1.0 - 2 * (torch.arange(8)[:, None] + torch.arange(8)).remainder(2)
     stripes = chessboard[:1].expand(8, 8)  # neighbors differ to the side, not above and below
     pictures = torch.stack([torch.full((8, 8), 0.3), torch.zeros(8, 8), 5 * chessboard, stripes])
-    assert_close(fa.pattern_roughness(pictures), torch.tensor([0.0, 0.0, 2.0, 1.0]))
+    assert_close(pattern_roughness(pictures), torch.tensor([0.0, 0.0, 2.0, 1.0]))
     noise = torch.randn(1, 100, 100, generator=torch.Generator().manual_seed(0))
-    assert fa.pattern_roughness(noise).item() == pytest.approx(1, abs=0.05)
+    assert pattern_roughness(noise).item() == pytest.approx(1, abs=0.05)
     with pytest.raises(ValueError, match="patterns need 2 x 2 pixels"):
-        fa.pattern_roughness(torch.ones(2, 1, 5))
+        pattern_roughness(torch.ones(2, 1, 5))
 
 
 @pytest.mark.parametrize("kind", ["bytes", "pixels", "figure"])
@@ -615,7 +616,7 @@ def calls_of(scene: Scene, bank: fa.FeatureBank, heats: torch.Tensor, k: int, pa
         partial(fa.feature_logit_effects, *args),
         partial(fa.feature_ablation_effects, *args),
         partial(fa.nearest_features, scene.sae.W_dec),
-        partial(fa.pattern_roughness, heats),
+        partial(pattern_roughness, heats),
         partial(fa.visualize_feature_pattern, heats[0], k),
     ]
 

@@ -1,0 +1,168 @@
+"""explain() and explain_sae(), from a network and images to the finished folder."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import MNIST_SAE_code as driver
+from saexplain.files import InputError
+from saexplain.report import explain_sae
+from saexplain.saelens import load_saelens
+
+NAMES = ("sky", "sea", "sand")
+SIZES = (300, 80, 90)  # of the three splits
+FAST = {"target": 3, "sae_latents": 32, "epochs_sae_final": 1, "stability_seeds": 0}
+FAST |= {"hypotheses": False, "features": 2}
+
+
+def pictures(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Color images (n, 3, 8, 8); the channel of their label is brighter."""
+    labels = torch.arange(n) % 3
+    images = 0.3 * torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    images[torch.arange(n), labels] += 1.0
+    return images, labels
+
+
+def splits() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [pictures(n, seed) for seed, n in enumerate(SIZES)]
+
+
+def network() -> nn.Sequential:
+    """Linear up to the layer "1", whose first three units measure the channels' brightness."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        body = nn.Linear(192, 6)
+    net = nn.Sequential(nn.Flatten(), body, nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(6, 3))
+    with torch.no_grad():
+        body.weight[:3] = 0.02 * torch.eye(3).repeat_interleave(64, 1)
+        net[4].weight.copy_(4 * torch.eye(3, 6))
+        net[4].bias.zero_()
+    return net
+
+
+@pytest.fixture(scope="module")
+def explained(tmp_path_factory):
+    """A network, the run that explains it, and how many images its layer was given in each call."""
+    net, seen, out = network(), [], tmp_path_factory.mktemp("own")
+    hook = net[1].register_forward_hook(lambda _module, given, _output: seen.append(len(given[0])))
+    run = driver.explain(net, "1", *splits(), classes=NAMES, out=str(out), **FAST)
+    hook.remove()
+    return net, run, seen
+
+
+def test_a_run_describes_the_layer_and_leaves_the_network_alone(explained):
+    net, run, _ = explained
+    raw = splits()[1][0].flatten(1) @ net[1].weight.T + net[1].bias
+    acts = run.layer.feature_acts(raw.detach())
+    assert acts.shape == (SIZES[1], 32)
+    assert (acts > 0).sum(1).double().mean() == pytest.approx(3, abs=2 / SIZES[1])
+    assert len(run.report) == 2
+    for record in run.report:
+        density = (acts[:, record["feature"]] > 0).double().mean()
+        assert record["mean_active"] == pytest.approx(float(density), abs=1.1 / SIZES[1])
+    for name in ("settings.json", "feature_report.html", "sae.safetensors", "saelens/cfg.json"):
+        assert (run.folder / name).stat().st_size > 100, name
+    (summary,) = json.loads((run.folder / "summary.json").read_text())
+    assert summary["baseline_acc"] > 0.95
+    assert net.training
+    for found, kept in zip(net.parameters(), network().parameters(), strict=True):
+        assert torch.equal(found, kept)
+
+
+def test_each_split_goes_through_the_network_once(explained):
+    _, _, seen = explained
+    assert [seen.count(n) for n in SIZES] == [1, 1, 1]
+    # A single image leads each batch of replaced outputs past the layer.
+    probes = [n for n in seen if n > 1 and n not in SIZES]
+    assert max(probes) < 40
+    assert sum(probes) < 200
+
+
+def test_equal_inputs_reuse_the_sae_and_others_do_not(explained, tmp_path, capsys):
+    net, run, _ = explained
+    own = {"classes": NAMES, "out": str(shutil.copytree(run.folder, tmp_path / "copy")), **FAST}
+    again = driver.explain(net, "1", *splits(), **own)
+    assert "sae: reused" in capsys.readouterr().out
+    assert torch.equal(again.layer.sae.W_enc, run.layer.sae.W_enc)
+    other = network()
+    with torch.no_grad():
+        other[4].weight[0, 0] += 0.5  # what comes after the layer counts as well
+    driver.explain(other, "1", *splits(), **own)
+    assert "sae: trained again" in capsys.readouterr().out
+    with pytest.raises(InputError, match="explains layer 1 of Sequential, which is not stored"):
+        driver.load_run(own["out"])
+
+
+def test_a_saelens_folder_is_explained(explained, tmp_path):
+    net, run, _ = explained
+    given = load_saelens(run.folder / "saelens")
+    records = explain_sae(net, "1", *given, *splits(), tmp_path, classes=NAMES)
+    influence = [record["influence"] for record in records]
+    assert influence == sorted(influence, reverse=True)
+    assert influence[0] == pytest.approx(run.report[0]["influence"], abs=1e-4)
+    assert records[0]["feature"] == run.report[0]["feature"]
+    assert json.loads((tmp_path / "hypotheses.json").read_text())["classes"] == list(NAMES)
+    for name in ("feature_report.html", "hypotheses.md", "summary.json"):
+        assert (tmp_path / name).stat().st_size > 100, name
+
+
+def test_the_callers_torch_state_makes_no_difference(explained, tmp_path):
+    net, run, _ = explained
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu"):
+            data = [(images.float().clone(), labels.clone()) for images, labels in DATA]
+            own = driver.explain(net, "1", *data, classes=NAMES, out=str(tmp_path), **FAST)
+            assert torch.is_inference_mode_enabled()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in ("sae.safetensors", "feature_report.json"):
+        assert (own.folder / name).read_bytes() == (run.folder / name).read_bytes()
+
+
+AROUND, NO_GRAD = network(), network()
+AROUND.register_forward_hook(lambda _net, given, logits: logits + given[0].flatten(1)[:, :3])
+NO_GRAD[0].register_forward_hook(lambda _module, _given, flat: flat.detach())
+DATA = TRAIN, VAL, TEST = splits()
+PART = tuple(part[5:12] for part in TRAIN)
+POSITIONS = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer": "11"}, "no layer '11'; it has 1, "),
+        ({"model": AROUND}, "a connection goes around it"),
+        ({"model": NO_GRAD}, "no gradient leads from the layer"),
+        ({"model": POSITIONS, "layer": "0"}, "outputs with positions: use pool"),
+        ({"model": network(), "layer": None}, "has no methods preactivations"),
+        ({"model": nn.Sequential(*network(), nn.Softmax(1))}, "must return logits"),
+        ({"classes": ("a", "b")}, "classes has 2 different names; the network has 3 logits"),
+        ({"classes": ("a", "b", "b")}, "classes has 2 different names"),
+        ({"layers": 3}, r"explain\(\) has no setting 'layers'"),
+        ({"val": (VAL[0], VAL[1] + 1)}, "labels of val run from 1 to 3"),
+        ({"val": DataLoader(TensorDataset(*VAL), 8, shuffle=True)}, "val, .*must not shuffle"),
+        ({"val": PART}, "all 7 images of val are in train, too"),
+        ({"test": PART}, "all 7 images of test are in train, too"),
+        ({"test": VAL}, "all 80 images of test are in val, too"),
+    ],
+)
+def test_what_cannot_be_explained_is_named_before_training(tmp_path, change, message):
+    given = {"model": network(), "layer": "1", "train": TRAIN, "val": VAL, "test": TEST}
+    with pytest.raises(ValueError, match=message):
+        driver.explain(out=str(tmp_path), **{**given, **change})
+    assert not (tmp_path / "sae.json").exists()
+
+
+def test_images_in_two_splits_and_other_scales_are_reported(tmp_path, capsys):
+    more = tuple(torch.cat([a, b[:3]]) for a, b in zip(TEST, TRAIN, strict=True))
+    driver.explain(network(), "1", TRAIN, (255 * VAL[0], VAL[1]), more, out=str(tmp_path), **FAST)
+    printed = capsys.readouterr().out
+    assert "3 of 93 test images are also training images" in printed
+    assert "the layer's outputs on validation images lie" in printed
+    assert "the layer's outputs on test images lie" not in printed
