@@ -1,11 +1,14 @@
-"""Do directions that training did not find do as well? The same tests for other features.
+"""Do directions that training did not find do as well? The same tests for baselines.
 
     directions = default_directions(z, seed)                  # "random directions", "neurons"
     features = match_rates(directions["neurons"], z, density, mean_activation)
     comparison = evaluate_directions(directions["neurons"], layer, ...)
 
-Takes directions in the space of standardized activations; gives features active as often and as
-strongly as the SAE's, and what the same path from proposal to test says about them.
+Takes directions in the space of standardized activations; gives features that are active as often
+and as strongly as the SAE's, and the results of the same path from proposal to test. It trains
+nothing.
+
+Key: N images, n directions, d_in units, d_sae features of the SAE.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torch import Tensor
 
 import feature_analysis as fa
 from saexplain.activity import collect_activity
-from saexplain.edits import spread
+from saexplain.edits import evenly_spaced
 from saexplain.evaluation import (
     Comparison,
     clears_bars,
@@ -24,17 +27,17 @@ from saexplain.evaluation import (
     decide_hypotheses,
     discriminate,
     evaluate_hypotheses,
-    score_claims,
+    score_hypotheses,
 )
 from saexplain.fidelity import feature_stats
 from saexplain.hypotheses import Rule, propose_hypotheses
 from saexplain.sae import JumpReLUSAE
 
-MAX_BASELINE_FEATURES = 512  # at most so many features of each other kind
+MAX_BASELINE_FEATURES = 512  # of each kind, at most
 
 
-def _cut_at(values: np.ndarray, n_above: int) -> float:
-    """A cut between the n_above largest of `values` (N,) and the others, but never below 0."""
+def _threshold_for(values: np.ndarray, n_above: int) -> float:
+    """The threshold between the n_above largest of `values` (N,) and the others, but at least 0."""
     rank = int(np.clip(len(values) - n_above, 1, len(values) - 1))
     last_below, first_above = np.partition(values, (rank - 1, rank))[rank - 1 : rank + 1]
     # Not at a value itself, where rounding would decide.
@@ -44,18 +47,17 @@ def _cut_at(values: np.ndarray, n_above: int) -> float:
 def matched_directions(
     directions: Tensor, z: Tensor, density: Tensor, mean_activation: Tensor
 ) -> JumpReLUSAE:
-    """Features along `directions` (n, d_in) that fire on a share `density` (n,) of z (N, d_in), or
-    wherever z points along them if that is less, with `mean_activation` (n,) where they do."""
+    """Features along `directions` (n, d_in) that are active on a share `density` (n,) of z (N,
+    d_in), with `mean_activation` (n,) there; on fewer where z seldom points along them."""
     unit = torch.nn.functional.normalize(directions.to(z), dim=1)
     projected = (z @ unit.T).T.cpu().numpy()  # (n, N)
-    n_above = (density * len(z)).round().long().tolist()
-    cuts = [_cut_at(values, n) for values, n in zip(projected, n_above, strict=True)]
-    means = []
-    for values, cut in zip(projected, cuts, strict=True):
-        above = values[values > cut]
+    thresholds, means = [], []
+    for values, n_above in zip(projected, (density * len(z)).round().long().tolist(), strict=True):
+        thresholds.append(_threshold_for(values, n_above))
+        above = values[values > thresholds[-1]]
         means.append(float(above.mean()) if len(above) else 1.0)
     scale = mean_activation.to(z) / torch.tensor(means).to(z)
-    threshold = torch.tensor(cuts).to(z) * scale
+    threshold = torch.tensor(thresholds).to(z) * scale
     return JumpReLUSAE.from_weights(
         {
             "W_enc": unit.T * scale,
@@ -82,16 +84,15 @@ def default_directions(z: Tensor, seed: int) -> dict[str, Tensor]:
 def match_rates(
     directions: Tensor, z: Tensor, density: Tensor, mean_activation: Tensor
 ) -> JumpReLUSAE:
-    """Features along the first of `directions` (n, d_in), COMPARED at most, that fire on z
-    (N, d_in) as often and as strongly as features of the SAE, of which density and
-    mean_activation (d_sae,) are: as many of all firing rates, the most active first.
+    """Features along the first of `directions` (n, d_in) that are active on z (N, d_in) as often
+    and as strongly as features of the SAE, whose density and mean_activation (d_sae,) are given.
 
-    How often a feature fires decides how easily a statement about it is confirmed, so that only
-    features of the same rates can be compared.
+    At most MAX_BASELINE_FEATURES, evenly spaced over the SAE's densities, the most active first.
     """
+    # Density decides how easily a hypothesis is confirmed, so only equal densities compare.
     n = min(len(directions), len(density), MAX_BASELINE_FEATURES)
     falling = torch.argsort(density, descending=True, stable=True)
-    some = spread(falling, n)
+    some = evenly_spaced(falling, n)
     return matched_directions(directions[:n], z, density[some], mean_activation[some])
 
 
@@ -104,19 +105,19 @@ def evaluate_directions(
     seed: int,
     strokes: bool = True,
 ) -> Comparison:
-    """The SAE's path, from proposals to tests on unseen images, for features along directions
-    (n, d_in) that are active as often and as strongly as the features of the layer's SAE.
+    """The summary of hypotheses about features along directions (n, d_in) that are active as often
+    and as strongly as those of the layer's SAE, proposed and tested like the SAE's.
 
-    `strokes` as in `propose_hypotheses`: only what may say the same can be compared.
+    `strokes` as in `propose_hypotheses`, the same as for the SAE. There are no drawings.
     """
     z, rule = layer.standardize(val.raw), Rule()
     other = layer.with_sae(match_rates(directions, z, *feature_stats(layer.sae, z)))
-    claims = propose_hypotheses(other, val, rule, drawings=False, strokes=strokes)
+    hypotheses = propose_hypotheses(other, val, rule, drawings=False, strokes=strokes)
     activity = collect_activity(other, test_half.raw, test_half.labels)
-    scored = score_claims(claims, test_half.images, test_half.labels)
-    evidence = evaluate_hypotheses(claims, other, test_half, activity, seed, rule, scored)
-    decisions = decide_hypotheses(claims, evidence, rule)
-    repeated = evaluate_hypotheses(claims, other, replication_half, None, seed + 1, rule)
+    scores = score_hypotheses(hypotheses, test_half.images, test_half.labels)
+    evidence = evaluate_hypotheses(hypotheses, other, test_half, activity, seed, rule, scores)
+    decisions = decide_hypotheses(hypotheses, evidence, rule)
+    repeated = evaluate_hypotheses(hypotheses, other, replication_half, None, seed + 1, rule)
     again = [clears_bars(e, rule) for e in repeated]
-    discriminated = discriminate(evidence, scored, other, activity)
+    discriminated = discriminate(evidence, scores, other, activity)
     return comparison_of(evidence, decisions, discriminated, again, rule)

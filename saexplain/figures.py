@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 import feature_analysis as fa
-from saexplain.evaluation import BANDS, Comparison, Evaluation, all_shares, influence_course
+from saexplain.evaluation import BANDS, Comparison, Evaluation, all_shares, features_of_influence
 from saexplain.statistics import wilson_interval
 
 if TYPE_CHECKING:  # matplotlib takes half a second, which only drawing needs
@@ -268,7 +268,7 @@ def draw_influence(evaluation: Evaluation) -> Figure:
 
     total = axes.twinx()
     total.plot(ranks, 100 * influence.cumsum(), color="0.2", linewidth=1.5)
-    for share, n in influence_course(evaluation).items():
+    for share, n in features_of_influence(evaluation).items():
         at = (n, float(share.rstrip("%")))
         total.plot(*at, "o", color="0.2", markersize=4)
         given = {"fontsize": SMALL, "textcoords": "offset points"}

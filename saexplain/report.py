@@ -36,7 +36,7 @@ from saexplain.evaluation import (
     evaluate_hypotheses,
     evaluation_record,
     make_evaluation,
-    score_claims,
+    score_hypotheses,
     split_test_images,
 )
 from saexplain.fidelity import measure_fidelity
@@ -153,11 +153,11 @@ def evaluate_draft(
 
     with draft.clock("test"):
         activity = collect_activity(layer, test_half.raw, test_half.labels)
-        scored = score_claims(hypotheses, test_half.images, test_half.labels)
+        scores = score_hypotheses(hypotheses, test_half.images, test_half.labels)
         evidence = evaluate_hypotheses(
-            hypotheses, layer, test_half, activity, options.seed, rule, scored
+            hypotheses, layer, test_half, activity, options.seed, rule, scores
         )
-        discriminated = discriminate(evidence, scored, layer, activity)
+        discriminated = discriminate(evidence, scores, layer, activity)
     with draft.clock("baselines, waited for"):
         *comparisons, again = workers.results(tasks)
     evaluation = make_evaluation(hypotheses, rule, evidence, again, activity, discriminated)

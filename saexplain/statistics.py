@@ -1,4 +1,16 @@
-"""TODO"""
+"""How well does a score predict which images are active? Intervals and p-values.
+
+    r = ranks_of(scores, at)                 # scores (N,), indices (m,) of the active images
+    r.auroc, average_precision(r), rank_sum_p(r)
+    low, high = auroc_interval([r])          # 95%, one value for each Ranks
+    score_detections([scores], [at])         # all of these at once: a list of Detection
+    benjamini_hochberg(p_values, 0.01)       # which of them are significant
+
+Takes numpy arrays and counts; gives numbers. It knows nothing of features, images or hypotheses,
+and imports nothing of this package.
+
+Key: N images, m of them active, n = N - m inactive; K scores.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +21,73 @@ from typing import NamedTuple
 import numpy as np
 
 Z_95 = 1.959964  # standard errors to either end of a 95% interval
-
+BISECTIONS = 50  # halvings of [0, 1]: to 1e-15
 
 # --------------------------------------------------------------------------------------------------
 # How well do scores predict activity?
 # --------------------------------------------------------------------------------------------------
 
 
+class Ranks(NamedTuple):
+    """Positions of the scores of m active images, ascending, among all scores: (m,) each."""
+
+    own_less: np.ndarray  # active images with a smaller score
+    own_up_to: np.ndarray  # ... with one at most as large
+    less: np.ndarray  # inactive images with a smaller score
+    up_to: np.ndarray  # ... with one at most as large
+    ranked: np.ndarray  # (m + n,) all scores, ascending
+    m: int
+    n: int
+
+    @property
+    def auroc(self) -> float:
+        """Share of (active, inactive) pairs with the larger score on the active image; a tie counts
+        one half."""
+        return int((self.less + self.up_to).sum()) / (2 * self.m * self.n)
+
+
+def ranks_of(scores: np.ndarray, at: np.ndarray) -> Ranks:
+    """The ranks of scores (N,) of which those at the indices `at` (m,) are of active images.
+
+    Raises ValueError unless at least one image is active and one is not.
+    """
+    m, n = len(at), len(scores) - len(at)
+    if m == 0 or n == 0:
+        raise ValueError(
+            f"at least one image must be active and one inactive, but {m} of {len(scores)} are "
+            f"active"
+        )
+    own, ranked = np.sort(scores[at]), np.sort(scores)
+    own_less, own_up_to = (np.searchsorted(own, own, side) for side in ("left", "right"))
+    all_less, all_up_to = (np.searchsorted(ranked, own, side) for side in ("left", "right"))
+    return Ranks(own_less, own_up_to, all_less - own_less, all_up_to - own_up_to, ranked, m, n)
+
+
+def midranks(scores: np.ndarray) -> np.ndarray:
+    """(N,) ranks of scores (N,), 1 for the smallest; equal scores share their mean rank."""
+    # scipy.stats.rankdata gives the same, at the price of importing scipy.stats (half a second)
+    ranked = np.sort(scores)
+    left, right = (np.searchsorted(ranked, scores, side) for side in ("left", "right"))
+    return (left + right + 1) / 2
+
+
+def auroc_of_ranks(ranks: np.ndarray, at: np.ndarray) -> float:
+    """AUROC of scores with these midranks (N,) when the images `at` (m,) are the active ones."""
+    m = len(at)
+    return (ranks[at].sum() - m * (m + 1) / 2) / (m * (len(ranks) - m))
+
+
 def average_precision(r: Ranks) -> float:
-    """Mean over active images of the share of active ones among all with at least its score."""
+    """Mean over active images of the share of active ones among all with at least their score."""
     hits, misses = r.m - r.own_less, r.n - r.less
     return float((hits / (hits + misses)).mean())
 
 
 def rank_sum_p(r: Ranks) -> float:
-    """One-sided p-value that active images have larger scores, when activity is shuffled.
+    """One-sided p-value of larger scores on active images, under shuffled activity.
 
-    Wilcoxon, Mann and Whitney's test in its normal approximation, variance corrected for ties,
-    continuity by one half (Lehmann 1975, section 1.4). 1 when all scores are equal.
+    Wilcoxon-Mann-Whitney test, normal approximation with the variance corrected for ties and a
+    continuity correction of one half (Lehmann 1975, section 1.4). 1 when all scores are equal.
     """
     ends = np.flatnonzero(r.ranked[1:] != r.ranked[:-1]) + 1
     tied = np.diff(ends, prepend=0, append=len(r.ranked)).astype(np.float64)
@@ -38,16 +99,17 @@ def rank_sum_p(r: Ranks) -> float:
 
 
 def delong_variance(r: Ranks) -> tuple[float, float]:
-    """Variance of the AUROC (DeLong, DeLong & Clarke-Pearson 1988) from ranks (as Sun & Xu 2014),
-    and its degrees of freedom (Brunner & Munzel 2000), which few active images make few.
+    """Variance of the AUROC (DeLong, DeLong & Clarke-Pearson 1988) and its degrees of freedom
+    (Brunner & Munzel 2000).
 
-    It is S10 / m + S01 / n, the sample variances of V10, the share of others below an active image,
-    and of V01, the share of active images above another, ties one half. V10 is read off the ranks.
-    The squares of V01 are summed over pairs of active images, without a look at the others: how
-    many others lie below both is decided by the lower one of the pair.
+    The variance is S10 / m + S01 / n, the sample variances of V10, the share of inactive images
+    below an active one, and of V01, the share of active images above an inactive one; ties count
+    one half. V10 follows from the ranks (Sun & Xu 2014).
     """
     below = (r.less + r.up_to) / (2 * r.n)
     s10 = float(((below - r.auroc) ** 2).sum()) / max(1, r.m - 1) / r.m
+    # The squares of V01 are summed over pairs of active images instead of over the many inactive
+    # ones: how many inactive images lie below both is decided by the lower image of the pair.
     higher, equal = r.m - r.own_up_to, r.own_up_to - r.own_less
     fourfold = 4 * higher * (r.less + r.up_to) + equal * (3 * r.less + r.up_to)
     squares = int(fourfold.sum()) / 4 / r.m**2
@@ -56,32 +118,22 @@ def delong_variance(r: Ranks) -> tuple[float, float]:
     return s10 + s01, (s10 + s01) ** 2 / terms if terms else math.inf
 
 
-def student_quantile(freedom: np.ndarray) -> np.ndarray:
-    """97.5% quantile of Student's t, (K,): the expansion of Fisher & Cornish (1960), right to 0.2%
-    from 5 degrees of freedom on."""
-    z, v = Z_95, np.maximum(freedom, 1.0)
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / v + second / v**2 + third / v**3
-
-
 def newcombe_interval(
     auroc: np.ndarray, m: np.ndarray, n: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson-type 95% intervals (low, high) of AUROCs found on m active images and n others, (K,)
+    """Wilson-type 95% intervals (low, high) of AUROCs found on m active and n inactive images, (K,)
     each: method 5 of Newcombe (2006, Statistics in Medicine 25:559-573).
 
-    They hold all t with |auroc - t| <= NEAR sqrt(V(t)), where V is Hanley & McNeil's variance with
-    the mean number of images on both sides. Their width is never 0.
+    They contain all t with |auroc - t| <= Z_95 sqrt(V(t)), where V is Hanley & McNeil's variance
+    with the mean number of images on both sides. Their width is never 0.
     """
 
     def end(outside: float) -> np.ndarray:  # bisection between a value outside and the AUROC
         inside, out = auroc.copy(), np.full_like(auroc, outside)
-        for _ in range(50):
+        for _ in range(BISECTIONS):
             t = (out + inside) / 2
-            spread = ((m + n) / 2 - 1) * ((1 - t) / (2 - t) + t / (1 + t))
-            variance = t * (1 - t) * (1 + spread) / (m * n)
+            inflation = ((m + n) / 2 - 1) * ((1 - t) / (2 - t) + t / (1 + t))
+            variance = t * (1 - t) * (1 + inflation) / (m * n)
             far = (auroc - t) ** 2 > Z_95**2 * variance
             out, inside = np.where(far, t, out), np.where(far, inside, t)
         return (out + inside) / 2
@@ -93,16 +145,19 @@ def auroc_interval(ranks: Sequence[Ranks]) -> tuple[np.ndarray, np.ndarray]:
     """95% intervals (low, high) of AUROCs, (K,) each: from DeLong's variance on the logit scale, as
     Perme & Manevski (2018, Statistical Methods in Medical Research) recommend.
 
-    DeLong's variance is 0 where no image is out of order, and far too small where a single one is:
-    there Newcombe's interval stands, and no ranking may claim more than a perfect one can.
+    DeLong's variance is 0 where no pair is out of order, and far too small where a single one is:
+    there Newcombe's interval is used, and no ranking gets a better bound than a perfect one.
     """
+    from scipy.special import stdtrit  # takes 0.25 s to import, and only tests need it
+
     auroc = np.array([r.auroc for r in ranks])
     m, n = np.array([[r.m, r.n] for r in ranks], dtype=np.float64).reshape(-1, 2).T
     variance, freedom = np.array([delong_variance(r) for r in ranks]).reshape(-1, 2).T
     found = (variance > 0) & (auroc > 0) & (auroc < 1)
     safe = np.where(found, auroc, 0.5)
     logit = np.log(safe / (1 - safe))
-    reach = student_quantile(freedom) * np.sqrt(variance) / (safe * (1 - safe))
+    quantile = stdtrit(np.where(found, freedom, 1.0), 0.975)  # of Student's t
+    reach = quantile * np.sqrt(variance) / (safe * (1 - safe))
     perfect, _ = newcombe_interval(np.ones_like(auroc), m, n)
     low = np.minimum(1 / (1 + np.exp(reach - logit)), perfect)
     high = np.maximum(1 / (1 + np.exp(-reach - logit)), 1 - perfect)
@@ -111,64 +166,51 @@ def auroc_interval(ranks: Sequence[Ranks]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Detection(NamedTuple):
-    """How well a part predicts activity."""
+    """How well a score predicts activity."""
 
     auroc: float
     auroc_low: float  # 95% interval
     auroc_high: float
     average_precision: float
-    p: float  # against chance: activity shuffled over images
+    p: float  # against activity shuffled over images
 
 
-def detected(scores: Sequence[np.ndarray], active: Sequence[np.ndarray]) -> list[Detection]:
-    """How well each of the scores (N,) predicts which images, at the indices `active` (m,), are
-    active."""
+def score_detections(scores: Sequence[np.ndarray], active: Sequence[np.ndarray]) -> list[Detection]:
+    """How well each of the scores (N,) predicts the active images, whose indices are `active` (m,).
+
+    Raises ValueError like `ranks_of`.
+    """
     ranks, p = [], []
     for values, at in zip(scores, active, strict=True):
         r = ranks_of(values, at)
         p.append(rank_sum_p(r))
-        ranks.append(r._replace(ranked=r.ranked[:0]))  # what is kept does not grow with N
-    ends = zip(*(end.tolist() for end in auroc_interval(ranks)), strict=True)
-    found = []
-    for r, (low, high), chance in zip(ranks, ends, p, strict=True):
-        found.append(Detection(r.auroc, low, high, average_precision(r), chance))
-    return found
-
-
-def midranks(scores: np.ndarray) -> np.ndarray:
-    """(N,) 1 for the smallest of scores (N,); equal ones share their mean rank."""
-    ranked = np.sort(scores)
-    left, right = (np.searchsorted(ranked, scores, side) for side in ("left", "right"))
-    return (left + right + 1) / 2
-
-
-def auroc_of_ranks(ranks: np.ndarray, at: np.ndarray) -> float:
-    """AUROC of scores with these midranks (N,), when the images `at` (m,) are the active ones."""
-    m = len(at)
-    return (ranks[at].sum() - m * (m + 1) / 2) / (m * (len(ranks) - m))
+        ranks.append(r._replace(ranked=r.ranked[:0]))  # what is kept must not grow with N
+    low, high = auroc_interval(ranks)
+    columns = zip(ranks, low.tolist(), high.tolist(), p, strict=True)
+    return [Detection(r.auroc, a, b, average_precision(r), chance) for r, a, b, chance in columns]
 
 
 # --------------------------------------------------------------------------------------------------
-# Do edits of the ink that is named turn the feature off and on?
+# Counts
 # --------------------------------------------------------------------------------------------------
 
 
 def wilson_interval(count: int, n: int) -> tuple[float, float]:
     """95% interval of a share, count of n (Wilson 1927). Its width is never 0."""
     share, z2 = count / n, Z_95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    center = (share + z2 / (2 * n)) / (1 + z2 / n)
     reach = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
-    return max(0.0, centre - reach), min(1.0, centre + reach)
+    return max(0.0, center - reach), min(1.0, center + reach)
 
 
 def sign_test_p(wins: int, losses: int) -> float:
-    """One-sided exact p-value of so many wins or more when a win and a loss are equally likely."""
+    """One-sided exact p-value of at least so many wins when wins and losses are equally likely."""
     n = wins + losses
     return sum(math.comb(n, k) for k in range(wins, n + 1)) / 2**n
 
 
 def benjamini_hochberg(p: Sequence[float], q: float) -> np.ndarray:
-    """(m,) bool: which p-values are significant at a false discovery rate of q (Benjamini &
+    """(m,) bool, which p-values (m,) are significant at a false discovery rate of q (Benjamini &
     Hochberg 1995)."""
     p = np.asarray(p, dtype=float)
     order = np.argsort(p, kind="stable")
@@ -177,36 +219,3 @@ def benjamini_hochberg(p: Sequence[float], q: float) -> np.ndarray:
     if len(passed):
         significant[order[: passed[-1] + 1]] = True
     return significant
-
-
-class Ranks(NamedTuple):
-    """Where the scores of m active images, ascending, stand among those of n others: (m,) each."""
-
-    own_less: np.ndarray  # active images with a smaller score
-    own_up_to: np.ndarray  # ... with one at most as large
-    less: np.ndarray  # others with a smaller score
-    up_to: np.ndarray  # ... with one at most as large
-    ranked: np.ndarray  # (m + n,) all scores, ascending
-    m: int
-    n: int
-
-    @property
-    def auroc(self) -> float:
-        """Share of (active, other) pairs in which the active image has the larger score, a tie
-        counting one half."""
-        return int((self.less + self.up_to).sum()) / (2 * self.m * self.n)
-
-
-def ranks_of(scores: np.ndarray, at: np.ndarray) -> Ranks:
-    """Of scores (N,), of which those at the indices `at` (m,) are of active images.
-
-    Raises ValueError unless some images are active and some are not.
-    """
-    m, n = len(at), len(scores) - len(at)
-    if m == 0 or n == 0:
-        counts = f"{m} of {len(scores)} images are active"
-        raise ValueError(f"{counts}: at least one must be, and one must not")
-    own, ranked = np.sort(scores[at]), np.sort(scores)
-    own_less, own_up_to = (np.searchsorted(own, own, side) for side in ("left", "right"))
-    all_less, all_up_to = (np.searchsorted(ranked, own, side) for side in ("left", "right"))
-    return Ranks(own_less, own_up_to, all_less - own_less, all_up_to - own_up_to, ranked, m, n)

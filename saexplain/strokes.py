@@ -1,4 +1,14 @@
-"""TODO"""
+"""Which pen strokes are on an image, and what are they called?
+
+    inks = place_inks(images)       # (M, N) how much a stroke each exact place is, 0 to 1
+    word_inks(inks)                 # (W, N) the same for words such as "long slash upper left"
+    why_no_strokes(images)          # a reason, or None where strokes can be named
+
+Takes grey images of 28 x 28 pixels with ink from 0 to 1; gives a fixed vocabulary and its inks. It
+reads no model, and proposes and tests nothing.
+
+Key: N images, M places, W words.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +28,7 @@ from saexplain.captions import percent
 # Places: exact pieces of pen stroke on a 28 x 28 image
 # --------------------------------------------------------------------------------------------------
 
-SIDE = 28  # the vocabulary is made for images of this height and width
+SIDE = 28  # height and width in pixels of the images that the vocabulary is made for
 DIRECTIONS = {  # steps (down, right)
     "horizontal": (0, 1),
     "vertical": (1, 0),
@@ -26,24 +36,24 @@ DIRECTIONS = {  # steps (down, right)
     "falling": (1, 1),
 }
 LENGTHS = (7, 13)  # of a short and of a long piece of stroke, in pixels
-GRID = range(3, 26, 2)  # rows and columns on which pieces are centred
+GRID = range(3, 26, 2)  # rows and columns on which pieces are centered
 HALF_WIDTH = 1.5  # of a stroke, in pixels
 BESIDE = (2.0, 4.0)  # the two bands beside a stroke, in pixels from its middle line
-DOT_RADIUS = 2.6
+DOT_RADIUS = 2.6  # pixels
 DOT_LENGTH = 5  # pixels across
 
 
 class Place(NamedTuple):
-    """A piece of pen stroke."""
+    """A piece of pen stroke at an exact position."""
 
-    row: int  # of its centre, in pixels
+    row: int  # of its center, in pixels
     col: int
     shape: str  # one of DIRECTIONS, or "dot"
     length: int  # pixels
 
 
-def _pixels_of(place: Place) -> tuple[np.ndarray, np.ndarray]:
-    """(28, 28) bool each: the pixels of a place, and those beside it (of a dot: none)."""
+def _place_pixels(place: Place) -> tuple[np.ndarray, np.ndarray]:
+    """(28, 28) bool each: the pixels of a place, and those beside it (none for a dot)."""
     rows, cols = np.mgrid[:SIDE, :SIDE]
     down, right = rows - place.row, cols - place.col
     if place.shape == "dot":
@@ -56,23 +66,20 @@ def _pixels_of(place: Place) -> tuple[np.ndarray, np.ndarray]:
 
 def place_masks(places: Sequence[Place]) -> Tensor:
     """(n, 28, 28) bool, the pixels of each place."""
-    masks = [_pixels_of(place)[0] for place in places]
+    masks = [_place_pixels(place)[0] for place in places]
     return torch.from_numpy(np.array(masks, dtype=bool).reshape(-1, SIDE, SIDE))
 
 
 def _fits(row: int, col: int, shape: str, length: int) -> bool:
     """Whether both ends of a stroke lie on the image."""
     direction = DIRECTIONS[shape]
-    for at, step in zip((row, col), direction, strict=True):
-        reach = abs(step) / math.hypot(*direction) * (length - 1) / 2
-        if at < reach or at + reach > SIDE - 1:
-            return False
-    return True
+    reach = [abs(step) / math.hypot(*direction) * (length - 1) / 2 for step in direction]
+    return all(r <= at <= SIDE - 1 - r for at, r in zip((row, col), reach, strict=True))
 
 
 @functools.cache
 def stroke_vocabulary() -> tuple[Place, ...]:
-    """All M places that a drawing may show: those whose ends lie on the image."""
+    """All M places that a drawing may contain: those whose ends lie on the image."""
     places = []
     for row, col in itertools.product(GRID, GRID):
         places.append(Place(row, col, "dot", DOT_LENGTH))
@@ -86,17 +93,18 @@ def stroke_vocabulary() -> tuple[Place, ...]:
 # Words: regions that a person can picture without a ruler
 # --------------------------------------------------------------------------------------------------
 
-CELLS = 5  # the middle 20 rows and columns, where the digits stand, are cut into so many each
+CELLS = 5  # rows, and columns, of cells
+MARGIN, MIDDLE = 4, 20  # pixels: the cells divide the middle 20 x 20, where MNIST's digits are
 CELL_ROWS = ("top", "upper", "", "lower", "bottom")
 CELL_COLUMNS = ("far left", "left", "", "right", "far right")
-MIDDLE = {  # where only the row, or only the column, is off the middle
-    "upper": "above centre",
-    "lower": "below centre",
-    "left": "left of centre",
-    "right": "right of centre",
-    "": "in centre",
+NEAR_CENTER = {  # where only the row, or only the column, is off the middle
+    "upper": "above center",
+    "lower": "below center",
+    "left": "left of center",
+    "right": "right of center",
+    "": "in center",
 }
-NOUNS = {  # what a stroke is called: - | / \\ or, of any shape, ink
+NOUNS = {  # names of strokes: - | / \\ or, of any shape, ink
     "horizontal": "bar",
     "vertical": "stem",
     "rising": "slash",
@@ -109,9 +117,8 @@ SIDES_COUNT = 0.5  # ink beside a stroke counts against it, by so much of the in
 class Word(NamedTuple):
     """A kind of stroke somewhere in a cell of the image.
 
-    "Stem far left" is as true of an image as any short vertical stroke centred in that cell is
-    inked with its sides blank: the largest of their mean inks, less SIDES_COUNT of that beside
-    them, but not below 0.
+    The ink of "stem far left" on an image is the largest over all short vertical strokes centered
+    in that cell: mean ink of its pixels, less SIDES_COUNT of that beside it, but not below 0.
     """
 
     shape: str  # one of DIRECTIONS, or "dot"
@@ -120,18 +127,14 @@ class Word(NamedTuple):
     col: int
 
     def words(self) -> str:
-        """As in "long slash upper left"."""
-        return f"{'long ' if self.long else ''}{NOUNS[self.shape]} {_where(self.row, self.col)}"
-
-
-def _where(row: int, col: int) -> str:
-    """As in "upper far left", of a cell."""
-    where = f"{CELL_ROWS[row]} {CELL_COLUMNS[col]}".strip()
-    return MIDDLE.get(where, where)
+        """The name, as in "long slash upper left"."""
+        cell = f"{CELL_ROWS[self.row]} {CELL_COLUMNS[self.col]}".strip()
+        noun = f"{'long ' if self.long else ''}{NOUNS[self.shape]}"
+        return f"{noun} {NEAR_CENTER.get(cell, cell)}"
 
 
 def _cell(at: int) -> int:
-    return min(CELLS - 1, max(0, (at - 4) * CELLS // 20))
+    return min(CELLS - 1, max(0, (at - MARGIN) * CELLS // MIDDLE))
 
 
 def word_of(place: Place) -> Word:
@@ -140,7 +143,7 @@ def word_of(place: Place) -> Word:
 
 
 class _Vocabulary(NamedTuple):
-    """Places, those of a word side by side: it has those from start[w] to start[w + 1]."""
+    """All places in the order of their words: word w has those from start[w] to start[w + 1]."""
 
     places: tuple[Place, ...]
     masks: Tensor  # (M, 784) 1 on the pixels of each place, else 0
@@ -153,8 +156,9 @@ class _Vocabulary(NamedTuple):
 
 @functools.cache
 def vocabulary() -> _Vocabulary:
+    """The places and words, with the pixels of each place."""
     places = sorted(stroke_vocabulary(), key=word_of)
-    along, beside = torch.from_numpy(np.array([_pixels_of(place) for place in places])).unbind(1)
+    along, beside = torch.from_numpy(np.array([_place_pixels(p) for p in places])).unbind(1)
     along, beside = along.flatten(1).float(), beside.flatten(1).float()
     of_sides = beside / beside.sum(1, keepdim=True).clamp(min=1)
     weights = along / along.sum(1, keepdim=True) - SIDES_COUNT * of_sides
@@ -167,29 +171,38 @@ def vocabulary() -> _Vocabulary:
 
 
 def word_vocabulary() -> tuple[Word, ...]:
-    """All W words that a claim may use."""
+    """All W words that a hypothesis may use."""
     return vocabulary().words
 
 
 def number_of(stroke: Word | Place) -> int:
-    try:
-        return vocabulary().number[stroke]
-    except KeyError:
-        raise ValueError(f"{stroke} is not in word_vocabulary() or stroke_vocabulary()") from None
+    """The index of a stroke among the words, or among the places, of `vocabulary`."""
+    return vocabulary().number[stroke]
 
 
 def places_of(stroke: Word | Place) -> slice:
-    """The numbers of the places that a stroke may mean."""
+    """The indices of the places that a stroke may mean."""
     n, start = number_of(stroke), vocabulary().start
     return slice(start[n], start[n + 1]) if isinstance(stroke, Word) else slice(n, n + 1)
 
 
-IMAGES_AT_ONCE = 2048  # whose products are made at a time
+class Strokes(NamedTuple):
+    """Strokes of a hypothesis, as words, or of its drawing, as places."""
+
+    there: tuple[Word | Place, ...] = ()
+    absent: tuple[Word | Place, ...] = ()
+
+
+# --------------------------------------------------------------------------------------------------
+# The ink of strokes on images
+# --------------------------------------------------------------------------------------------------
+
+IMAGES_AT_ONCE = 2048  # in one matrix product: bounds the memory
 
 
 @torch.no_grad()
 def place_inks(images: Tensor) -> Tensor:
-    """(M, N) float32, how much a stroke each place is on images (N, 28, 28) or (N, 1, 28, 28): 0 to
+    """(M, N) float32, how much a stroke each place is on images (N, 28, 28) or (N, 1, 28, 28), 0 to
     1."""
     weights, pixels = vocabulary().weights, images.flatten(1).float().cpu()
     inks = torch.empty(len(weights), len(pixels), dtype=torch.float32)
@@ -199,49 +212,36 @@ def place_inks(images: Tensor) -> Tensor:
 
 
 def word_inks(of_places: Tensor) -> Tensor:
-    """(W, N), how true each word is of images of which `place_inks` (M, N) are given."""
+    """(W, N) the ink of each word on images with `place_inks` of_places (M, N)."""
     pairs = itertools.pairwise(vocabulary().start)
     return torch.stack([of_places[first:last].amax(0) for first, last in pairs])
 
 
-class Strokes(NamedTuple):
-    """What is said, as words, or drawn, as places."""
-
-    there: tuple[Word | Place, ...] = ()
-    absent: tuple[Word | Place, ...] = ()
-
-
-LOOKED_AT = 2000  # images
-BLANK_BELOW = 0.1
-THICK, MOST_THICK = 5, 0.1  # of MNIST's ink 1% is so thick, of Fashion-MNIST's 34%
+N_CHECKED = 2000  # images of which strokes are checked
+BLANK_BELOW = 0.1  # ink
+THICK, MAX_THICK_SHARE = 5, 0.1  # pixels; of MNIST's ink 1% is so thick, of Fashion-MNIST's 34%
 
 
 def why_no_strokes(images: Tensor) -> str | None:
-    """Why strokes cannot be named on such images; None when they can."""
+    """The reason why strokes cannot be measured on images (N, ...), or None."""
     shape = tuple(images.shape[1:])
     if shape not in ((1, SIDE, SIDE), (SIDE, SIDE)):
-        return (
-            f"images have shape {shape}; strokes are described on grey {SIDE} x {SIDE} images only"
-        )
+        return f"images have shape {shape}; strokes need grey images of {SIDE} x {SIDE} pixels"
     low, high = float(images.min()), float(images.max())
     if low < 0 or high > 1:
-        return (
-            f"pixels run from {low:g} to {high:g}; strokes are described where ink runs from 0 to 1"
-        )
+        return f"pixels run from {low:g} to {high:g}; strokes need ink from 0 to 1"
     return None
 
 
 def why_unlike_strokes(images: Tensor) -> str | None:
-    """Why images (N, 28, 28) or (N, 1, 28, 28) are no pen strokes on a blank ground; None: they
-    are."""
-    some = images.reshape(-1, 1, SIDE, SIDE)[:LOOKED_AT]
+    """The reason why images (N, 28, 28) or (N, 1, 28, 28) are no pen strokes on a blank ground, or
+    None."""
+    some = images.reshape(-1, 1, SIDE, SIDE)[:N_CHECKED]
     blank = float((some < BLANK_BELOW).float().mean())
     if blank < 0.5:
-        return f"{percent(blank)} of the pixels are blank; strokes are described on a blank ground"
+        return f"{percent(blank)} of the pixels are blank; strokes need a blank ground"
     core = -torch.nn.functional.max_pool2d(-some, THICK, stride=1)  # ink with as much all around
     thick = float(core.sum() / some.sum().clamp(min=1e-9))
-    if thick > MOST_THICK:
-        return (
-            f"{percent(thick)} of the ink lies {THICK} x {THICK} pixels thick; strokes are thinner"
-        )
+    if thick > MAX_THICK_SHARE:
+        return f"{percent(thick)} of the ink is {THICK} x {THICK} pixels thick; strokes are thinner"
     return None
