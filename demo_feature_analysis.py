@@ -11,7 +11,7 @@ Exit status: 0; 1 when a check failed; 2 when the pictures cannot be written.
 Nothing is trained and no data are read. PLANTED lists pen strokes; images of them are drawn at
 random from a seed. The weights of a classifier and of a JumpReLU SAE are set by hand so that each
 feature is one stroke. Its presence p is the mean ink of its own pixels, those of no other stroke,
-or 1 minus that for a feature that stands for the absence of a stroke. It moves one unit:
+or 1 minus that for a feature that means the absence of a stroke. It moves one unit:
 
     z = strength (p - CUT)       relu(z) is added to the logit of one class, subtracted from another
 
@@ -50,7 +50,7 @@ Columns = dict[str, tuple[list, np.ndarray]]  # title: values found, (d_sae,) bo
 
 
 class Planted(NamedTuple):
-    """One feature of the SAE and the stroke it stands for."""
+    """One feature of the SAE and the stroke that it means."""
 
     name: str
     mask: np.ndarray  # (28, 28) bool, pixels of the stroke; some must belong to no other stroke
@@ -58,7 +58,7 @@ class Planted(NamedTuple):
     against: int  # class whose logit it lowers
     strength: float  # how far a full stroke moves z
     threshold: float = 0.3  # presence above which it is active; ink is 0, 0.45-0.65 or 0.8-1
-    sign: int = 1  # -1: it stands for the absence of the stroke
+    sign: int = 1  # -1: it means the absence of the stroke
     twin_of: str = ""  # name of the feature whose stroke it reads too
     tilt: float = 0.0  # what f = 1 adds to the spare unit
 

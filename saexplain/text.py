@@ -1,7 +1,7 @@
 """How are hypotheses and their evidence put into words? Records of files, and hypotheses.md.
 
     evaluated_record(k, evaluation)                         # an entry of feature_report.json
-    headline(record)                                        # the result in two sentences
+    headline(record)                                        # the result in short
     hypotheses_markdown(evaluation, record, title, marks)   # hypotheses.md
 
 Takes an `Evaluation` and its `evaluation_record`; gives text and JSON objects. It tests nothing.
@@ -317,7 +317,7 @@ def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def headline(record: dict) -> str:
-    """The result in two sentences; `record` is the `evaluation_record`."""
+    """The result in short; `record` is the `evaluation_record`."""
     shares = dict(record["shares"])
     own = shares.pop("SAE")
     text = (
