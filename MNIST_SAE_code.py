@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import itertools
 import math
 import os
@@ -40,6 +41,7 @@ import platform
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple, get_type_hints
@@ -951,11 +953,8 @@ def open_run(
             f"again with the same network, images and settings; it reuses the SAE"
         )
     stored = manifest["settings"]
-    here = {
-        "target_actives": tuple(stored["target_actives"]),
-        "out": str(root),
-    }  # it may have moved
-    settings = Settings(**{**stored, **here})
+    targets = tuple(stored["target_actives"])  # JSON has no tuples
+    settings = Settings(**{**stored, "target_actives": targets, "out": str(root)})  # it may move
     if target is None and len(settings.target_actives) == 1:
         (target,) = settings.target_actives
     if target not in settings.target_actives:
@@ -1080,7 +1079,8 @@ def train_combination(settings: Settings) -> dict:
     shared = folder.parent / f"seed_{settings.seed}_classifier"
     with torch_threads(1):
         data = load_images(settings.data, settings.seed, pick_device(settings.device))
-        with folder_lock(shared, wait=True):  # the first one trains it, the others reuse it
+        # The first combination trains it, the others reuse it without a line about it.
+        with folder_lock(shared, wait=True), redirect_stdout(io.StringIO()):
             model, classifier = classifier_stage(settings, data, shared)
         layer = collect_activations(model, data, settings.normalize_z)
         z = tuple(layer.standardize(layer.splits[name].raw) for name in ("train", "val"))
@@ -1098,7 +1098,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     """
     runs = parse_runs(argv)
     if len(runs) == 1:
-        return run_once(runs[0])
+        is_first_rank = os.environ.get("RANK", "0") == "0"  # torchrun's others share sweeps only
+        return run_once(runs[0]) if is_first_rank else []
     first = runs[0]
     workers = worker_count(first.workers) if pick_device(first.device).type == "cpu" else 0
     return run_sweep(combinations(runs), train_combination, Path(first.out), workers, first.wait)
