@@ -70,7 +70,13 @@ from saexplain.files import (
 )
 from saexplain.hypotheses import read_hypotheses
 from saexplain.images import Data, Split, TensorLoader, check_split_leakage, digest_of, load_images
-from saexplain.layers import collect_activations, default_torch_state, open_layer, warn_scale_shift
+from saexplain.layers import (
+    collect_activations,
+    default_torch_state,
+    make_deterministic,
+    open_layer,
+    warn_scale_shift,
+)
 from saexplain.optimization import (
     Adam,
     TrainingError,
@@ -83,7 +89,7 @@ from saexplain.optimization import (
     ramp,
     scaled_epochs,
 )
-from saexplain.parallel import Stopwatch, WorkerError, Workers, torch_threads, worker_count
+from saexplain.parallel import Stopwatch, WorkerError, Workers, torch_threads
 from saexplain.report import (
     Draft,
     Options,
@@ -97,6 +103,7 @@ from saexplain.report import (
 )
 from saexplain.reproducibility import compare_seeds
 from saexplain.sae import JumpReLUSAE, PCACoordinates
+from saexplain.saelens import save_saelens
 from saexplain.sweep import combinations, run_sweep
 
 # --------------------------------------------------------------------------------------------------
@@ -105,13 +112,13 @@ from saexplain.sweep import combinations, run_sweep
 
 TARGET_ACTIVES = [20]  # mean number of active features per image; each target gets its own SAE
 SAE_LATENTS = 512  # four per hidden unit
-EPOCHS_SAE_FINAL = 5  # passes over the training images; more lowers FVU slowly
+EPOCHS_SAE_FINAL = 5  # passes over the full set, or as many steps on a smaller one
 BATCH_SAE = 128  # many small steps beat few large ones: 256 is faster, FVU a tenth worse
 LR_SAE = 1.3e-2  # peak Adam rate; 1e-3 trebles FVU in so few epochs
 HEAD_KL = 0.25  # weight of the classifier's logits in the SAE loss; 0 ignores what z is used for
 NORMALIZE_Z = True  # standardize each hidden unit first, so that loud ones do not own the SAE
 HIDDEN_UNITS = 128  # width of the classifier's hidden layer, d_in of the SAE
-EPOCHS_FFN = 3  # passes over the training images for the classifier
+EPOCHS_FFN = 3  # the same for the classifier
 BATCH_FFN = 256  # images per classifier step
 LR_FFN = 2e-2  # peak AdamW rate of one cycle; reaches in 3 epochs what 1e-3 needs 12 for
 WEIGHT_DECAY_FFN = 0.4  # pixels without evidence lose their weight; more costs accuracy
@@ -120,9 +127,7 @@ N_EVAL = 2000  # images over which an effect on the logits is averaged
 ALPHA = 1.0  # how much of a feature is added when its logit effect is measured
 STROKES = True  # name strokes of ink, where images are pen strokes on a blank ground
 HYPOTHESES = True  # propose a hypothesis about every feature, freeze it, test it on the test images
-STABILITY_SEEDS = (
-    1  # train so many more SAEs from other seeds, to see which features are reproduced
-)
+STABILITY_SEEDS = 1  # further SAEs from other seeds, to see which features are reproduced
 FEATURES = 0  # report only this many of the most influential features; 0 reports all
 SEED = 0  # same seed and device: the same artifacts
 DATA = "auto"  # folder of images in MNIST's format; "sample": 5,000 digits; "auto": find MNIST
@@ -185,6 +190,8 @@ class Settings:
                 raise InputError(f"{flag_name(f.name)} must be {kind.__name__}, got {value!r}")
             if kind in (int, float) and not abs(value) < 1e300:  # nan is not, either
                 raise InputError(f"{flag_name(f.name)} must be finite, got {str(value)[:40]}")
+            if kind is int and value >= 2**31:
+                raise InputError(f"{flag_name(f.name)} must be below 2**31, got {str(value)[:40]}")
             if least is not None and value < least:
                 raise InputError(f"{flag_name(f.name)} must be at least {least:g}, got {value}")
         targets = self.target_actives
@@ -243,6 +250,9 @@ def parse_runs(argv: Sequence[str] | None = None) -> list[Settings]:
     seeds = given.pop("seeds") or [given.pop("seed")]
     latents = given.pop("sae_latents")
     sizes = latents if isinstance(latents, list) else [latents]
+    for name, values in (("--seeds", seeds), ("--sae-latents", sizes)):
+        if len(set(values)) < len(values):
+            raise InputError(f"{name} must be different numbers, got {values}")
     pairs = itertools.product(seeds, sizes)
     return [Settings(**{**given, "seed": seed, "sae_latents": n}) for seed, n in pairs]
 
@@ -253,9 +263,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda":
             torch.cuda.get_device_properties(device)
-            # CUDA's results repeat themselves only with these two.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
+            make_deterministic(device)
         return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -301,9 +309,8 @@ class Classifier(nn.Module):
 
 def new_classifier(sizes: tuple[int, int, int], seed: int, device: torch.device) -> Classifier:
     """An untrained classifier; `sizes` are its numbers of pixels, hidden units and classes."""
-    devices = (
-        [device] if device.type == "cuda" else []
-    )  # nn.Linear draws from torch's own generator
+    devices = [device] if device.type == "cuda" else []
+    # nn.Linear draws from torch's own generator, which is left as it was.
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         return Classifier(*sizes).to(device)
@@ -564,6 +571,7 @@ def train_sae(
     steps = n_steps(len(z), settings.batch_sae, epochs)
     flag = (f"SAE training for {target} actives", "--lr-sae", settings.lr_sae)
 
+    # Adam scales each coordinate by itself, so training is better in principal components x.
     coordinates = PCACoordinates.fit(z)
     x_all = coordinates.transform(z)  # (N, d_in)
     with torch.no_grad():  # the classifier may ask for gradients of its weights
@@ -645,9 +653,8 @@ def threshold_shift(sae: JumpReLUSAE, z: Tensor, target: float) -> float:
     excess = torch.cat(excesses)  # (n,)
     if len(excess) <= wanted:
         return -math.inf
-    last_active, first_inactive = excess.topk(wanted + 1).values[-2:].tolist()  # float64: their
-    # mean must not round onto one of them
-    return (last_active + first_inactive) / 2
+    last_active, first_inactive = excess.topk(wanted + 1).values[-2:].tolist()
+    return (last_active + first_inactive) / 2  # in float64: it must not round onto one of them
 
 
 @torch.no_grad()
@@ -808,8 +815,9 @@ def explain_activations(
 def replace_results(settings: Settings) -> None:
     """Delete the results of an earlier run, before its networks are replaced and before new results
     are written, so that files of two runs are never paired."""
-    for folder in {Path(settings.out), *map(settings.folder_of, settings.target_actives)}:
-        if folder.exists() and remove_results(folder):
+    root = Path(settings.out)
+    for folder in [root, *sorted(root.glob("target_*"))]:  # settings.json of the root goes first
+        if folder.is_dir() and remove_results(folder):
             print(f"{folder}: the results of an earlier run are replaced")
 
 
@@ -834,10 +842,12 @@ def finish_target(
             seed: JumpReLUSAE.from_weights(stage.tensors, layer.device)
             for seed, stage in others.items()
         }
+        # Those of the other seed: it starts from other images, as the other SAE does.
         untrained = starting_rows(z, settings.sae_latents, settings.seed + 1)
         replicates = compare_seeds(layer, settings.seed, saes, untrained)
     directions = {"untrained SAE": starting_rows(z, settings.sae_latents, settings.seed)}
     directions |= default_directions(z, settings.seed)
+    save_saelens(layer, draft.folder / "saelens")
     return finish_report(draft, record, replicates, directions, workers)
 
 
@@ -936,6 +946,8 @@ def load_run(
     the images are others than those it was trained on.
     """
     root = Path(folder)
+    if not (root / "settings.json").exists():
+        raise InputError(f"{root} holds no finished run; run MNIST_SAE_code.py --out {root} first")
     manifest = read_json(root / "settings.json")
     try:
         return open_run(root, manifest, target, data_dir, device)
@@ -982,12 +994,14 @@ def open_run(
 
 def explain_settings(target: int, d_in: int, device: torch.device, given: dict) -> Settings:
     """Settings of a call of explain(). Raises InputError for a name that is none."""
-    decided = ("target_actives", "data", "device", "hidden_units")  # by explain's own arguments
+    decided = ["target_actives", "data", "device", "hidden_units"]  # by explain's own arguments
+    decided += [f.name for f in fields(Settings) if f.name.endswith("_ffn")]  # of the classifier
     known = [f.name for f in fields(Settings) if f.name not in decided]
     for name in given:
         if name not in known:
             raise InputError(f"explain() has no setting {name!r}; it has {', '.join(known)}")
-    usual = {"sae_latents": 2 * max(d_in, target), "workers": 0}
+    usual = {"sae_latents": 2 * max(d_in, target), "workers": 0, "out": "explained"}
+    given = {**given, "out": str(given.get("out", usual["out"]))}
     return Settings(target_actives=(target,), device=str(device), **{**usual, **given})
 
 
@@ -1019,8 +1033,8 @@ def explain(
         target: mean number of active features per image.
         pool: for a layer with positions, as in `saexplain.layers.AtLayer`.
         settings: any other of `Settings`, by name: out, sae_latents, hypotheses, fresh, ... By
-            default there are twice as many latents as the layer has outputs, or as the target if
-            that is more, and no worker processes.
+            default out is "explained", there are twice as many latents as the layer has outputs,
+            or as the target if that is more, and no worker processes.
 
     Returns the run as `load_run` does; its files are in `out`. A second call with the same network
     and images reuses the SAE. Raises InputError for what cannot be used, ValueError for a layer
@@ -1031,7 +1045,7 @@ def explain(
     with torch.no_grad():
         d_in = net.preactivations(data.train.images[: fa.PROBED]).shape[1]
     own = explain_settings(target, d_in, net.device, settings)
-    pick_device(own.device)  # CUDA made deterministic
+    make_deterministic(net.device)
     with folder_lock(Path(own.out), own.wait), torch_threads(1), Workers(own.workers) as workers:
         with clock("activations"):
             activations = collect_activations(net, data, own.normalize_z)
@@ -1055,8 +1069,7 @@ def explain(
 def run_once(settings: Settings) -> list[dict]:
     """Data, classifier, SAEs, reports; the records of summary.json."""
     clock, root = Stopwatch(), Path(settings.out)
-    workers = Workers(worker_count(settings.workers))
-    with folder_lock(root, settings.wait), torch_threads(1), workers:
+    with folder_lock(root, settings.wait), torch_threads(1), Workers(settings.workers) as workers:
         with clock("data"):
             data = load_images(settings.data, settings.seed, pick_device(settings.device))
         print(f"data: {data.in_words()}; device {settings.device}, seed {settings.seed}")
@@ -1081,7 +1094,8 @@ def train_combination(settings: Settings) -> dict:
         data = load_images(settings.data, settings.seed, pick_device(settings.device))
         # The first combination trains it, the others reuse it without a line about it.
         with folder_lock(shared, wait=True), redirect_stdout(io.StringIO()):
-            model, classifier = classifier_stage(settings, data, shared)
+            reusing = replace(settings, fresh=False)  # --fresh is for the SAEs: this one is shared
+            model, classifier = classifier_stage(reusing, data, shared)
         layer = collect_activations(model, data, settings.normalize_z)
         z = tuple(layer.standardize(layer.splits[name].raw) for name in ("train", "val"))
         made_from = {"data_digest": data.digest, "network_sha256": classifier.digest}
@@ -1101,7 +1115,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         is_first_rank = os.environ.get("RANK", "0") == "0"  # torchrun's others share sweeps only
         return run_once(runs[0]) if is_first_rank else []
     first = runs[0]
-    workers = worker_count(first.workers) if pick_device(first.device).type == "cpu" else 0
+    workers = first.workers if pick_device(first.device).type == "cpu" else 0
     return run_sweep(combinations(runs), train_combination, Path(first.out), workers, first.wait)
 
 

@@ -143,7 +143,7 @@ def diagnoses_text(record: dict) -> str:
     for d in record["diagnoses"]:
         if not d["fine"]:
             value = NOT_COMPUTED if d["value"] is None else f"{d['value']:.3g}"
-            measured = f"{d['what']} is {value}, limit {d['limit']:g}"
+            measured = f"{value}, limit {d['limit']:g} ({d['what']})"
             lines.append(f"  {d['complaint']}: {measured}; {d['advice']}")
     fine = len(record["diagnoses"]) - len(lines)
     return "\n".join([f"Diagnoses: {fine} of {len(record['diagnoses'])} fine", *lines])

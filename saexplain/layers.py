@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -71,6 +72,13 @@ def check_logits(model, raw: Tensor) -> None:
 def usable_std(std: Tensor) -> Tensor:
     """std (d_in,) with 1 for units that never vary."""
     return torch.where(std > 1e-6 * std.max(), std, torch.ones_like(std))
+
+
+def make_deterministic(device: torch.device) -> None:
+    """On a GPU, have torch use only algorithms that repeat their results."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # matrix products need it
+        torch.use_deterministic_algorithms(True)
 
 
 def warn_scale_shift(layer: fa.ExplainedLayer) -> None:

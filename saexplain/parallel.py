@@ -145,6 +145,7 @@ class Task:
     function: Callable
     args: tuple
     future: Future | None = None  # of `_run_pickled`; None: it runs in this process
+    seconds: float = 0.0  # that it took, once its result is there
 
 
 class Workers:
@@ -155,6 +156,7 @@ class Workers:
     """
 
     def __init__(self, n: int):
+        n = worker_count(n)
         self.seconds: dict[str, float] = {}  # by name of the tasks, wherever they ran
         self.processes = self.threads = None
         if n:
@@ -206,7 +208,8 @@ class Workers:
                         f"a worker process ended early, while it ran {task.name!r}, perhaps for "
                         f"lack of memory; use fewer --workers, or --workers 0"
                     ) from error
-            self.seconds[task.name] = self.seconds.get(task.name, 0.0) + found[task][1]
+            task.seconds = found[task][1]
+            self.seconds[task.name] = self.seconds.get(task.name, 0.0) + task.seconds
         return [found[task][0] for task in tasks]
 
 

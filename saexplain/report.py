@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,14 +40,18 @@ from saexplain.evaluation import (
     split_test_images,
 )
 from saexplain.fidelity import measure_fidelity
-from saexplain.files import folder_lock, to_json
+from saexplain.files import InputError, folder_lock, to_json
 from saexplain.hypotheses import freeze_hypotheses, propose_hypotheses, read_hypotheses
 from saexplain.images import Data, as_ink, as_split, check_split_leakage, data_from_splits
-from saexplain.layers import collect_activations, open_layer
+from saexplain.layers import (
+    collect_activations,
+    default_torch_state,
+    make_deterministic,
+    open_layer,
+)
 from saexplain.panels import PanelNotes, Sketch, visualize_sketch, write_feature_panels
-from saexplain.parallel import Stopwatch, Task, Workers
+from saexplain.parallel import Stopwatch, Task, Workers, torch_threads
 from saexplain.reproducibility import Replicates
-from saexplain.saelens import save_saelens
 from saexplain.strokes import place_masks
 
 N_PANELS = 5  # features, the most influential, that get a panel and a line on the terminal
@@ -60,7 +64,10 @@ NO_DRAWING = "This page cannot compute the network, so you cannot draw for it; a
 
 @dataclass(frozen=True)
 class Options:
-    """What a report contains, and what things are called in it."""
+    """What a report contains, and what things are called in it.
+
+    Raises ValueError for numbers that cannot be used.
+    """
 
     classes: tuple[str, ...] = ()  # names of the logits; empty: their numbers
     network: str = "a network"  # in words
@@ -72,6 +79,10 @@ class Options:
     hypotheses: bool = True  # propose, freeze and test a hypothesis about each feature
     features: int = 0  # report so many of the most influential features; 0: all
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("topk", 1), ("n_eval", 1), ("features", 0), ("seed", 0)):
+            fa.check_whole(name, getattr(self, name), least)
 
 
 class Draft(NamedTuple):
@@ -208,10 +219,10 @@ def finish_report(
                 path = folder / f"feature_{k}_hypothesis.png"
                 visualize_sketch(note.sketch, k, caption(evaluation.hypotheses[k]), path)
     fa.write_whole(folder / "feature_report.json", to_json(report))
-    save_saelens(draft.layer, folder / "saelens")
     with draft.clock("pictures, waited for"):
         workers.results(tasks)
-    seconds = {**draft.clock.seconds, "pictures": workers.seconds.get("pictures", 0.0)}
+    drawn = sum(task.seconds for task in draft.pictures)
+    seconds = {**draft.clock.seconds, "pictures": drawn}
     diagnoses = diagnose(record, draft.analysis, draft.features, seconds)
     record["diagnoses"] = [d.as_record() for d in diagnoses]
     return record, report
@@ -308,7 +319,8 @@ def write_history(
     rows += [{"stage": "sae", **row} for row in sae_history]
     content = "".join(f"{json.dumps(row)}\n" for row in rows)
     fa.write_whole(folder / "run.log.jsonl", content.encode())
-    from_step = logits_from and logits_from * (sae_history[-1]["step"] + 1)
+    last = sae_history[-1]["step"] + 1
+    from_step = None if logits_from is None else logits_from * last
     given = (classifier_history, sae_history, target, from_step, dead_below)
     figure = figures.draw_training(figures.training_curves(*given))
     fa.save_figure(figure, folder / "training.png")
@@ -341,6 +353,7 @@ def load_splits(net, classes: Sequence[str], train, val, test) -> Data:
     return data
 
 
+@default_torch_state()
 def explain_sae(
     model: object,
     layer: str | None,
@@ -375,13 +388,21 @@ def explain_sae(
     alone, or an SAE that does not fit.
     """
     net, clock, folder = open_layer(model, layer, pool), Stopwatch(), Path(out)
+    known = {f.name for f in fields(Options)} - {"network", "source"}
+    if unknown := sorted(options.keys() - known):
+        raise InputError(f"explain_sae() has no option {unknown[0]!r}; it has {sorted(known)}")
     data = load_splits(net, options.pop("classes", ()), train, val, test)
     given = Options(classes=data.classes, source=data.source, network=net.title, **options)
-    with folder_lock(folder, wait), Workers(workers) as pool_of_workers:
+    sae = sae.to(net.device) if isinstance(sae, torch.nn.Module) else sae
+    explained = fa.ExplainedLayer(net, sae, mu.to(net.device), std.to(net.device))
+    with torch.no_grad():  # an SAE that does not fit is an error before anything is deleted
+        explained.feature_acts(explained.raw(data.val.images[: fa.PROBED]))
+    make_deterministic(net.device)
+    with folder_lock(folder, wait), torch_threads(1), Workers(workers) as pool_of_workers:
         remove_results(folder)
         with clock("activations"):
             plain = collect_activations(net, data, normalize=False)
-        explained = replace(plain, sae=sae, mu=mu.to(net.device), std=std.to(net.device))
+        explained = replace(explained, splits=plain.splits)
         draft = prepare_report(explained, folder, given, clock, pool_of_workers)
         record = {
             "target_actives": None,
@@ -394,6 +415,7 @@ def explain_sae(
         directions = default_directions(z, given.seed)
         record, report = finish_report(draft, record, None, directions, pool_of_workers)
         write_page(draft, record, report, frontier_of([record]))
-        record["seconds"] = {**clock.seconds, **pool_of_workers.seconds}
+        seconds = {**clock.seconds, **pool_of_workers.seconds}
+        record["seconds"] = {**seconds, "whole run": clock.total()}
         fa.write_whole(folder / "summary.json", to_json([record]))
     return report

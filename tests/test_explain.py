@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import MNIST_SAE_code as driver
 from saexplain.files import InputError
 from saexplain.report import explain_sae
+from saexplain.sae import TopKSAE
 from saexplain.saelens import load_saelens
 
 NAMES = ("sky", "sea", "sand")
@@ -166,3 +167,45 @@ def test_images_in_two_splits_and_other_scales_are_reported(tmp_path, capsys):
     assert "3 of 93 test images are also training images" in printed
     assert "the layer's outputs on validation images lie" in printed
     assert "the layer's outputs on test images lie" not in printed
+
+
+class PlainReLU:
+    """An SAE with no more than `explain_sae` asks for."""
+
+    def __init__(self, sae):
+        self.W_enc, self.W_dec, self.sae = sae.W_enc, sae.W_dec, sae
+
+    def encode(self, z):
+        return (z @ self.sae.W_enc + self.sae.b_enc).relu()
+
+    def decode(self, feature_acts):
+        return feature_acts @ self.sae.W_dec + self.sae.b_dec
+
+
+def top_k_of(sae) -> TopKSAE:
+    top_k = TopKSAE(*sae.W_enc.shape, k=3)
+    top_k.load_state_dict(sae.state_dict())
+    return top_k.requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", [PlainReLU, top_k_of])
+def test_saes_without_thresholds_are_explained_as_well(explained, tmp_path, kind):
+    net, run, _ = explained
+    given = kind(run.layer.sae), run.layer.mu, run.layer.std
+    records = explain_sae(net, "1", *given, *splits(), tmp_path, hypotheses=False, features=2)
+    assert len(records) == 2
+    assert (tmp_path / "feature_report.html").exists()
+
+
+def test_what_does_not_fit_is_an_error_before_anything_is_deleted(explained, tmp_path):
+    net, run, _ = explained
+    (tmp_path / "summary.json").write_text("[]")
+    sae, long = run.layer.sae, torch.ones(7)
+    for mu, std, options in (
+        (long, long, {}),
+        (run.layer.mu, run.layer.std, {"n_eval": 0}),
+        (run.layer.mu, run.layer.std, {"no_such_option": 1}),
+    ):
+        with pytest.raises(ValueError, match=r"mu|n_eval|no_such_option"):
+            explain_sae(net, "1", sae, mu, std, *splits(), tmp_path, **options)
+    assert (tmp_path / "summary.json").read_text() == "[]"

@@ -60,12 +60,12 @@ function pictures(f, i) {
   const both = "the pattern over the mean of its images";
   const figure = (title, image, words) => el("figure", {}, el("h3", {}, title), image,
     el("figcaption", { class: "small soft" }, words));
-  const places = f.drawing ? "full outline: ink, dashed: none; over the mean of its images"
-    : "the hypothesis names no places";
+  const places = f.drawing ? "places that predict it, fitted apart from the words; full outline: ink, dashed: none"
+    : "no places predict it";
   return el("div", { class: "row" },
     figure("Input pattern", pattern(i, 200),
       "red: ink raises its activation, blue: lowers it, gray: hardly ever inked"),
-    figure(f.drawing ? "Places of the hypothesis" : "Its images", sketch(i, 200), places),
+    figure(f.drawing ? "Drawing" : "Its images", sketch(i, 200), places),
     figure("Both", portrait(i, 200, both), both));
 }
 function positionOf(k) { /* undefined, and a message, without such a feature */
