@@ -279,6 +279,7 @@ def draw_influence(evaluation: Evaluation) -> Figure:
         one.tick_params(labelsize=SMALL)
         one.spines["top"].set_visible(False)
     figure.suptitle(
-        "Influence: share of the total logit effect of single ablations", fontsize=LARGE
+        "Influence: share of the total logit effect of single ablations, on the test images",
+        fontsize=LARGE,
     )
     return figure

@@ -25,7 +25,7 @@ from torch import Tensor
 import feature_analysis as fa
 from saexplain import console, figures, page, text
 from saexplain.activity import collect_activity
-from saexplain.analysis import Analysis, analyze, by_influence, feature_record, input_patterns
+from saexplain.analysis import Analysis, analyze, by_influence, feature_record, gradient_images
 from saexplain.baselines import default_directions, evaluate_directions
 from saexplain.captions import caption
 from saexplain.diagnoses import diagnose
@@ -251,10 +251,12 @@ def panel_notes(
     counterparts = []
     for found in entry.get("counterparts", []):
         sae = replicates.saes[replicates.seeds.index(found["seed"])]
-        heats = input_patterns(draft.layer.with_sae(sae), draft.layer.splits["val"].images)
+        at = gradient_images(draft.layer, draft.layer.splits["val"].images)
+        given = (draft.layer.model, sae, draft.layer.mu, draft.layer.std, found["feature"])
+        heat = fa.feature_input_pattern(*given, **at).cpu()  # one direction, not d_in of them
         similarity = min(found["cosine"], found["correlation"])
         words = f"seed {found['seed']}, no. {found['feature']}\nsimilarity {similarity:.2f}"
-        counterparts.append((words, heats[found["feature"]].numpy()))
+        counterparts.append((words, (heat.sum(0) if heat.dim() == 3 else heat).numpy()))
     sketch = None
     if evaluation and any(evaluation.hypotheses[entry["feature"]].drawing):
         at, _ = draft.analysis.activity.of(entry["feature"])
