@@ -53,8 +53,8 @@ from torch import Tensor, nn
 
 import feature_analysis as fa
 from saexplain import console, figures, page
-from saexplain.baselines import default_directions
-from saexplain.fidelity import EVAL_ROWS, mean_l0, measure_fidelity, row_chunks
+from saexplain.baselines import features_along
+from saexplain.fidelity import EVAL_ROWS, feature_stats, mean_l0, measure_fidelity, row_chunks
 from saexplain.files import (
     BusyError,
     InputError,
@@ -68,7 +68,7 @@ from saexplain.files import (
     save_stage,
     to_json,
 )
-from saexplain.hypotheses import read_hypotheses
+from saexplain.hypotheses import hypothesis_record, load_frozen
 from saexplain.images import Data, Split, TensorLoader, check_split_leakage, digest_of, load_images
 from saexplain.layers import (
     collect_activations,
@@ -89,10 +89,12 @@ from saexplain.optimization import (
     ramp,
     scaled_epochs,
 )
-from saexplain.parallel import Stopwatch, WorkerError, Workers, torch_threads
+from saexplain.own import evaluate_own, read_hypotheses, results_text, write_report
+from saexplain.parallel import Stopwatch, Task, WorkerError, Workers, torch_threads
 from saexplain.report import (
     Draft,
     Options,
+    default_baselines,
     finish_report,
     frontier_of,
     load_splits,
@@ -125,7 +127,6 @@ WEIGHT_DECAY_FFN = 0.4  # pixels without evidence lose their weight; more costs 
 TOPK = 20  # strongest images kept per feature
 N_EVAL = 2000  # images over which an effect on the logits is averaged
 ALPHA = 1.0  # how much of a feature is added when its logit effect is measured
-STROKES = True  # name strokes of ink, where images are pen strokes on a blank ground
 HYPOTHESES = True  # propose a hypothesis about every feature, freeze it, test it on the test images
 STABILITY_SEEDS = 1  # further SAEs from other seeds, to see which features are reproduced
 FEATURES = 0  # report only this many of the most influential features; 0 reports all
@@ -136,6 +137,7 @@ DEVICE = "auto"  # auto takes a CUDA GPU when there is one
 WORKERS = -1  # processes beside this one; -1 takes one for each further core
 FRESH = False  # train again although finished stages could be reused
 WAIT = False  # wait for another run that writes to the same folder
+MY_HYPOTHESES = ""  # a file of your own hypotheses, to be tested on the finished run in OUT
 
 
 def setting(default, what: str, least: float | None = None):
@@ -166,7 +168,6 @@ class Settings:
     topk: int = setting(TOPK, "strongest images kept per feature", 1)
     n_eval: int = setting(N_EVAL, "images over which an effect is averaged", 1)
     alpha: float = setting(ALPHA, "how much of a feature is added to measure its logit effect")
-    strokes: bool = setting(STROKES, "name strokes of ink, where images are drawn with a pen")
     hypotheses: bool = setting(HYPOTHESES, "propose, freeze and test a hypothesis per feature")
     stability_seeds: int = setting(STABILITY_SEEDS, "further SAEs, to see what is reproduced", 0)
     features: int = setting(FEATURES, "report so many of the most influential features; 0: all", 0)
@@ -179,6 +180,7 @@ class Settings:
     workers: int = setting(WORKERS, "processes beside this one; -1: one for each further core", -1)
     fresh: bool = setting(FRESH, "train again instead of reusing finished stages")
     wait: bool = setting(WAIT, "wait while another run writes to the same folder")
+    my_hypotheses: str = setting(MY_HYPOTHESES, "test hypotheses of your own on a finished run")
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -215,6 +217,7 @@ class Settings:
 
 
 KINDS = get_type_hints(Settings)
+NO_RESULTS = ("fresh", "wait", "workers", "my_hypotheses")  # settings that change no result
 CLASSIFIER_SETTINGS = "hidden_units epochs_ffn batch_ffn lr_ffn weight_decay_ffn seed"
 SAE_SETTINGS = "sae_latents epochs_sae_final batch_sae lr_sae head_kl normalize_z seed"
 
@@ -555,15 +558,20 @@ DEAD_BELOW = 1e-5  # density; with 128 images in a batch: inactive for the last 
 
 
 def train_sae(
-    z: Tensor, logits_of: Callable[[Tensor], Tensor], target: float, settings: Settings
+    z: Tensor,
+    logits_of: Callable[[Tensor], Tensor],
+    target: float,
+    settings: Settings,
+    freeze_decoder: bool = False,
 ) -> tuple[JumpReLUSAE, list[dict]]:
     """An SAE of z (N, d_in) with `target` active features per image on average, and its history.
 
     The history has a row for each of the `logged_steps`: loss (share of the variance), l0 of the
     batch, lambda (in units of z squared), dead latents.
 
-    `logits_of` maps standardized preactivations (B, d_in) to the classifier's logits (B, C).
-    Raises TrainingError on divergence.
+    `logits_of` maps standardized preactivations (B, d_in) to the classifier's logits (B, C). With
+    `freeze_decoder` W_dec keeps its initial rows, a baseline after Korznikov et al. 2026 (arXiv
+    2602.14111). Raises TrainingError on divergence.
     """
     device, d_sae = z.device, settings.sae_latents
     generator = torch.Generator(device).manual_seed(settings.seed)
@@ -583,7 +591,7 @@ def train_sae(
     start_l0 = l0_target_at(0, target, d_sae)
     rows = initial_rows(x_all, d_sae, generator)
     sae = initial_sae(rows, x_all[: 16 * settings.batch_sae], start_l0)
-    weights = [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec]
+    weights = [sae.W_enc, sae.b_enc, sae.b_dec] + ([] if freeze_decoder else [sae.W_dec])
     optimizer = Adam(weights)
     controller = LambdaController(start_l0, sae.threshold.mean())
     density = torch.full((d_sae,), start_l0 / d_sae, device=device)  # moving average
@@ -610,8 +618,9 @@ def train_sae(
         gradients = torch.autograd.grad(losses.total, weights)
         rate = ramp(progress, SCHEDULE.warmup, SCHEDULE.decay_from)
         optimizer.step(gradients, settings.lr_sae * rate)
-        with torch.no_grad():
-            sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
+        if not freeze_decoder:
+            with torch.no_grad():
+                sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
 
         # Sparsity
         batch_density = losses.active.mean(0)  # (d_sae,)
@@ -699,20 +708,22 @@ def sae_stage(
     settings: Settings,
     made_from: dict[str, str],
     folder: Path,
+    freeze_decoder: bool = False,
 ) -> Stage:
     """The SAE of one target, trained on z[0] and calibrated on z[1], or reused.
 
     z are the standardized training and validation activations (N, d_in); `made_from` holds the
-    digests of the data and of the stage before.
+    digests of the data and of the stage before, `freeze_decoder` is that of `train_sae`.
     """
     prepare_folder(folder)
     inputs = {"target_actives": target, **settings.chosen(SAE_SETTINGS), **made_from}
     inputs |= {"device": layer.device.type, "torch": torch.__version__}
+    inputs["freeze_decoder"] = freeze_decoder
     stage = load_cached(folder, "sae", inputs, settings.fresh)
     if stage is not None:
         return stage
     with torch_threads(1):
-        before, history = train_sae(z[0], layer.logits_of_z, target, settings)
+        before, history = train_sae(z[0], layer.logits_of_z, target, settings, freeze_decoder)
     sae, shift = adjust_thresholds(before, z[1], target)
     if shift == -math.inf and not mean_l0(sae, z[0]):
         raise TrainingError(
@@ -727,8 +738,28 @@ def sae_stage(
         "l0_before_shift": mean_l0(before, z[1]),
         "history": history,
     }
-    replace_results(settings)
+    if not freeze_decoder:  # a baseline, trained while the new results are made
+        replace_results(settings)
     return save_stage(folder, "sae", tensors, inputs, info)
+
+
+FROZEN_EPOCHS = 2  # 5 take 2.4 times as long, and lower FVU by 6%
+
+
+def start_frozen_decoders(
+    layer: fa.ExplainedLayer, settings: Settings, made_from: dict[str, str], workers: Workers
+) -> dict[int, Task]:
+    """By target, the task that trains a baseline, an SAE whose decoder stays as it starts: it runs
+    beside the analysis."""
+    z = tuple(layer.standardize(layer.splits[name].raw) for name in ("train", "val"))
+    settings = replace(settings, epochs_sae_final=min(FROZEN_EPOCHS, settings.epochs_sae_final))
+    tasks = {}
+    for target in settings.target_actives:
+        folder = settings.folder_of(target) / "frozen_decoder"
+        given = (replace(layer, splits={}), z, target, settings, made_from, folder, True)
+        here = layer.device.type != "cpu"
+        tasks[target] = workers.start("frozen decoder", sae_stage, *given, here=here)
+    return tasks
 
 
 def train_saes(
@@ -779,11 +810,14 @@ def explain_activations(
     with clock("sae"):
         trained = train_saes(layer, settings, made_from, workers)
     replace_results(settings)
+    frozen = {}
+    if settings.hypotheses:
+        frozen = start_frozen_decoders(layer, settings, made_from, workers)
     options = Options(
         classes=data.classes,
         network=network.title,
         source=data.source,
-        **settings.chosen("topk n_eval alpha strokes hypotheses features seed"),
+        **settings.chosen("topk n_eval alpha hypotheses features seed"),
     )
     drafts, records, reports = {}, {}, {}
     for target, stages in trained.items():
@@ -793,7 +827,7 @@ def explain_activations(
         folder = settings.folder_of(target)
         drafts[target] = prepare_report(explained, folder, options, Stopwatch(), workers)
     for target, draft in drafts.items():
-        given = (target, trained[target], data, settings, workers)
+        given = (target, trained[target], frozen.get(target), data, settings, workers)
         records[target], reports[target] = finish_target(draft, *given)
         stage = trained[target][settings.seed]
         logits_from = SCHEDULE.logit_kl_from if settings.head_kl else None
@@ -825,30 +859,37 @@ def finish_target(
     draft: Draft,
     target: int,
     stages: dict[int, Stage],
+    frozen: Task | None,
     data: Data,
     settings: Settings,
     workers: Workers,
 ) -> tuple[dict, list[dict]]:
-    """`finish_report` with what only the trainer knows: the SAEs of other seeds, and as a baseline
-    the untrained directions that training starts from."""
+    """`finish_report` with what only the trainer knows: the SAEs of other seeds, and as baselines
+    the directions that training starts from, untrained and with a trained encoder, `frozen`."""
     layer = draft.layer
     with draft.clock("fidelity"):
         record = sae_record(layer, target, stages[settings.seed], data, settings)
     z = layer.standardize(layer.splits["val"].raw)
     others = dict(stages)
     del others[settings.seed]
+    baselines = {}
+    if others or frozen:
+        # Those of another seed: the SAE's own started from the rows of its seed.
+        rows = starting_rows(z, settings.sae_latents, settings.seed + 1)
+        baselines["untrained SAE"] = features_along(rows, z, *feature_stats(layer.sae, z))
+        baselines |= default_baselines(layer, settings.seed)
+    if frozen:
+        with draft.clock("frozen decoder, waited for"):
+            (stage,) = workers.results([frozen])
+        baselines["frozen decoder"] = JumpReLUSAE.from_weights(stage.tensors, layer.device)
     with draft.clock("reproducibility"):
         saes = {
             seed: JumpReLUSAE.from_weights(stage.tensors, layer.device)
             for seed, stage in others.items()
         }
-        # Those of the other seed: it starts from other images, as the other SAE does.
-        untrained = starting_rows(z, settings.sae_latents, settings.seed + 1)
-        replicates = compare_seeds(layer, settings.seed, saes, untrained)
-    directions = {"untrained SAE": starting_rows(z, settings.sae_latents, settings.seed)}
-    directions |= default_directions(z, settings.seed)
+        replicates = compare_seeds(layer, settings.seed, saes, baselines)
     save_saelens(layer, draft.folder / "saelens")
-    return finish_report(draft, record, replicates, directions, workers)
+    return finish_report(draft, record, replicates, baselines, workers)
 
 
 def sae_record(
@@ -885,7 +926,7 @@ def write_summary(
         fa.save_figure(figures.draw_frontier(records), root / "frontier.png")
     fa.write_whole(root / "summary.json", to_json(records))
     hypotheses = {str(r["target_actives"]): r.get("hypotheses_sha256") for r in records}
-    kept = {k: v for k, v in asdict(settings).items() if k not in ("fresh", "wait", "workers")}
+    kept = {k: v for k, v in asdict(settings).items() if k not in NO_RESULTS}
     manifest = {
         "settings": kept,
         "data": data.source,
@@ -983,7 +1024,7 @@ def open_run(
     check_chain(root, manifest, target, classifier, sae)
     if frozen := manifest["hypotheses_sha256"][str(target)]:
         try:
-            read_hypotheses(place / "hypotheses.json", frozen)
+            load_frozen(place / "hypotheses.json", frozen)
         except (OSError, ValueError) as error:
             raise InputError(f"{error}; run it again") from error
     model = restore_classifier(classifier.tensors).to(data.train.labels.device)
@@ -1105,12 +1146,27 @@ def train_combination(settings: Settings) -> dict:
     return sae_record(layer.with_sae(sae), target, stage, data, settings)
 
 
+def test_my_hypotheses(settings: Settings) -> list[dict]:
+    """The records of hypotheses of one's own, tested on the finished run in the folder `out`, which
+    gets my_hypotheses.md and a picture of each."""
+    given = read_hypotheses(settings.my_hypotheses)
+    moved = None if settings.data == DATA else settings.data  # by default where they were
+    run = load_run(settings.out, data_dir=moved, device=settings.device)
+    with folder_lock(run.folder, settings.wait), torch_threads(1):
+        results = evaluate_own(given, run.layer, run.folder)
+        write_report(results, run.layer, run.folder, run.report, run.data.classes)
+    print(f"{results_text(results)}\n{run.folder / 'my_hypotheses.md'}   the tests, with pictures")
+    return [hypothesis_record(r.hypothesis) for r in results]
+
+
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     """One run, or a sweep; the records of summary.json or sweep.json.
 
     Raises InputError, BusyError or TrainingError.
     """
     runs = parse_runs(argv)
+    if runs[0].my_hypotheses:
+        return test_my_hypotheses(runs[0])
     if len(runs) == 1:
         is_first_rank = os.environ.get("RANK", "0") == "0"  # torchrun's others share sweeps only
         return run_once(runs[0]) if is_first_rank else []

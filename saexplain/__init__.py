@@ -10,8 +10,10 @@ Where to look:
     how is a layer read and replaced?          layers.py
     where do images come from?                 images.py, and idx.py for MNIST's file format
     what is known about every feature?         analysis.py, activity.py
-    what may a feature mean?                   hypotheses.py, strokes.py, captions.py
+    what may a feature mean?                   ink.py, regions.py, hypotheses.py, captions.py
     where is an image edited?                  edits.py
+    is the network explained?                  substitution.py
+    what do you think a feature means?         own.py
     what is tested on which images?            evaluation.py, statistics.py, baselines.py
     what is lost with the SAE spliced in?      fidelity.py
     does another seed find the same features?  reproducibility.py
@@ -30,11 +32,15 @@ import importlib
 
 _HOME = {  # of the names that can be imported from saexplain itself
     "AtLayer": "layers",
+    "Hypothesis": "hypotheses",
     "JumpReLUSAE": "sae",
+    "evaluate_hypotheses": "evaluation",
     "explain_sae": "report",
     "load_images": "images",
     "load_saelens": "saelens",
+    "read_hypotheses": "own",
     "save_saelens": "saelens",
+    "write_hypotheses": "own",
 }
 __all__ = sorted(_HOME)
 

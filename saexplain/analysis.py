@@ -21,8 +21,14 @@ import feature_analysis as fa
 from saexplain.activity import Activity, Removals, collect_activity, removal_effects
 from saexplain.images import as_ink
 from saexplain.parallel import Stopwatch
+from saexplain.patterns import (
+    feature_patterns,
+    pattern_correlations,
+    pattern_roughness,
+    unit_patterns,
+)
 
-GRADIENT_IMAGES = 128  # over which gradients that differ from image to image are averaged
+N_CORRELATED = 2000  # images over which patterns are compared with pre-activations
 INKED_SHARE = 0.01  # pixels inked in a smaller share of the training images count as never inked
 
 
@@ -31,29 +37,14 @@ class Analysis(NamedTuple):
 
     bank: fa.FeatureBank
     heats: Tensor  # (d_sae, H, W) input patterns; of a color image, summed over channels
+    unit_heats: Tensor  # (d_in, H, W) the same of the layer's standardized units
+    pattern_correlation: Tensor  # (d_sae,) of a pattern's sum over an image with the pre-activation
     logit: fa.LogitEffects
     ablation: fa.LogitEffects
     nearest: fa.NearestFeatures
     inked: np.ndarray  # (H, W) bool, the pixels that images ink
     activity: Activity
     removed: Removals
-
-
-def gradient_images(layer: fa.ExplainedLayer, images: Tensor) -> dict:
-    """The arguments of `feature_input_pattern` that name the images to average over.
-
-    None if the layer is linear in the pixels, otherwise some of images (N, ...).
-    """
-    shape = tuple(images.shape[1:])
-    linear = fa.is_linear(layer, shape, images)
-    return {"images": None if linear else images[:GRADIENT_IMAGES], "image_shape": shape}
-
-
-def input_patterns(layer: fa.ExplainedLayer, images: Tensor) -> Tensor:
-    """Input pattern of every feature, (d_sae, H, W) on the CPU, channels summed."""
-    parts = (layer.model, layer.sae, layer.mu, layer.std)
-    heats = fa.feature_input_patterns(*parts, **gradient_images(layer, images)).cpu()
-    return heats.sum(1) if heats.dim() == 4 else heats
 
 
 def analyze(
@@ -70,7 +61,10 @@ def analyze(
         bank = fa.feature_bank(layer, raw, labels, topk)
         activity = collect_activity(layer, raw, labels)
     with clock("patterns"):
-        heats = input_patterns(layer, images)
+        unit_heats = unit_patterns(layer, images)
+        heats = feature_patterns(layer, unit_heats)
+        some = fa.Activations(images[:N_CORRELATED], labels[:N_CORRELATED], raw[:N_CORRELATED])
+        correlation = pattern_correlations(layer, heats, some)
         inked = (as_ink(layer.splits["train"].images) > 0).float().mean(0)[0] >= INKED_SHARE
     with clock("effects"):
         logit = fa.logit_effects(layer, raw[:n_eval], alpha)
@@ -79,6 +73,8 @@ def analyze(
     return Analysis(
         bank,
         heats,
+        unit_heats,
+        correlation,
         fa.LogitEffects(*(tensor.cpu() for tensor in logit)),
         fa.LogitEffects(*(tensor.cpu() for tensor in ablation)),
         fa.nearest_features(layer.sae.W_dec),
@@ -86,22 +82,6 @@ def analyze(
         activity,
         removed,
     )
-
-
-def pattern_roughness(heats: Tensor) -> Tensor:
-    """How noisy each pattern (n, H, W) is, (n,).
-
-    The mean squared difference of neighboring pixels over twice the mean square: 0 for a constant
-    picture, 1 for white noise of mean zero, up to 2 for a chessboard; 0 for an empty one. Raises
-    ValueError for patterns without neighboring pixels.
-    """
-    if min(heats.shape[1:]) < 2:
-        raise ValueError(f"patterns need 2 x 2 pixels or more, got {tuple(heats.shape)}")
-    down = heats.diff(dim=1).square().mean((1, 2))
-    across = heats.diff(dim=2).square().mean((1, 2))
-    power = heats.square().mean((1, 2))
-    ratio = (down + across) / 4 / power.clamp(min=torch.finfo(heats.dtype).tiny)
-    return torch.where(power > 0, ratio, 0.0)
 
 
 def by_influence(analysis: Analysis, limit: int = 0) -> list[int]:
@@ -132,6 +112,7 @@ def feature_record(k: int, analysis: Analysis) -> dict:
         "ablation_images": int(ablation.n_images[k]),
         "nearest_feature": int(analysis.nearest.feature[k]),
         "nearest_cosine": float(analysis.nearest.cosine[k]),
+        "pattern_correlation": float(analysis.pattern_correlation[k]),
         "pattern_roughness": float(pattern_roughness(analysis.heats[k : k + 1])[0]),
         "influence": float(analysis.removed.influence[k]),
         "predictions_changed": float(analysis.removed.changes[k]),

@@ -1,8 +1,8 @@
 """Do directions that training did not find do as well? The same tests for baselines.
 
-    directions = default_directions(z, seed)                  # "random directions", "neurons"
-    features = match_rates(directions["neurons"], z, density, mean_activation)
-    comparison = evaluate_directions(directions["neurons"], layer, ...)
+    directions = default_directions(layer, seed)              # "random directions", "neurons"
+    other = features_along(directions["neurons"], z, density, mean_activation)
+    summary = evaluate_baseline(other, layer, discovery, test_half, replication_half)
 
 Takes directions in the space of standardized activations; gives features that are active as often
 and as strongly as the SAE's, and the results of the same path from proposal to test. It trains
@@ -19,21 +19,14 @@ from torch import Tensor
 
 import feature_analysis as fa
 from saexplain.activity import collect_activity
-from saexplain.edits import evenly_spaced
-from saexplain.evaluation import (
-    Comparison,
-    clears_bars,
-    comparison_of,
-    decide_hypotheses,
-    discriminate,
-    evaluate_hypotheses,
-    score_hypotheses,
-)
+from saexplain.evaluation import Row, Summary, collect_evidence, prepare_drawings, summarize
 from saexplain.fidelity import feature_stats
-from saexplain.hypotheses import Rule, propose_hypotheses
+from saexplain.hypotheses import Discovery, Rule, evenly_spaced, propose_hypotheses
 from saexplain.sae import JumpReLUSAE
+from saexplain.substitution import fit_stand_ins, measure_agreement, predict_acts
 
 MAX_BASELINE_FEATURES = 512  # of each kind, at most
+RIDGE = 1e-3  # of the mean square of an activation, so that a decoder exists for any features
 
 
 def _threshold_for(values: np.ndarray, n_above: int) -> float:
@@ -69,16 +62,50 @@ def matched_directions(
     )
 
 
-def default_directions(z: Tensor, seed: int) -> dict[str, Tensor]:
-    """Directions (n, d_in) by name: MAX_BASELINE_FEATURES at random, and the units of z (N, d_in),
-    up and down, in random order."""
-    d_in = z.shape[1]
+def directions_of_variance(z: Tensor, variance: Tensor, seed: int) -> Tensor:
+    """Random unit directions (n, d_in) along which z (N, d_in) has a `variance` (n,).
+
+    A Gaussian direction's coordinates in principal components are multiplied by their standard
+    deviations to a power, the same for all coordinates of a direction, found by bisection. Without
+    it random directions lie along the strongest components, which are easier to describe.
+    """
+    centered = z - z.mean(0)
+    spectrum, components = torch.linalg.eigh((centered.T @ centered).double().cpu() / len(z))
+    log_std = spectrum.clamp(min=1e-9 * float(spectrum.max())).log() / 2
     generator = torch.Generator().manual_seed(seed)
-    random = torch.randn(MAX_BASELINE_FEATURES, d_in, generator=generator, dtype=torch.float32)
-    up = torch.eye(d_in, dtype=torch.float32)
+    noise = torch.randn(len(variance), z.shape[1], generator=generator, dtype=torch.float64)
+    wanted = variance.double().cpu().clamp(min=1e-12).log()[:, None]
+
+    def coordinates(power: Tensor) -> Tensor:  # (n, d_in), unit, of powers (n, 1)
+        exponent = power * log_std
+        scaled = noise * (exponent - exponent.amax(1, keepdim=True)).exp()
+        return torch.nn.functional.normalize(scaled, dim=1)
+
+    low, high = torch.full_like(wanted, -20.0), torch.full_like(wanted, 20.0)
+    for _ in range(50):
+        middle = (low + high) / 2
+        found = (coordinates(middle).square() * (2 * log_std).exp()).sum(1, keepdim=True).log()
+        low = torch.where(found < wanted, middle, low)
+        high = torch.where(found < wanted, high, middle)
+    return (coordinates((low + high) / 2) @ components.T).to(z)
+
+
+def default_directions(layer: fa.ExplainedLayer, seed: int) -> dict[str, Tensor]:
+    """Directions (n, d_in) by name: random ones along which the validation activations vary as
+    along the SAE's encoder, and the units, up and down, in random order."""
+    z = layer.standardize(layer.splits["val"].raw)
+    n, d_in = min(layer.d_sae, MAX_BASELINE_FEATURES), z.shape[1]
+    density, _ = feature_stats(layer.sae, z)
+    falling = torch.argsort(density, descending=True, stable=True)
+    encoder = layer.sae.W_enc.detach()[:, evenly_spaced(falling, n)]
+    variance = (z @ torch.nn.functional.normalize(encoder, dim=0)).var(0)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(2 * d_in, generator=generator)
-    return {"random directions": random, "neurons": torch.cat([up, -up])[order]}
+    up = torch.eye(d_in, dtype=torch.float32)
+    return {
+        "random directions": directions_of_variance(z, variance, seed),
+        "neurons": torch.cat([up, -up])[order],
+    }
 
 
 def match_rates(
@@ -89,35 +116,56 @@ def match_rates(
 
     At most MAX_BASELINE_FEATURES, evenly spaced over the SAE's densities, the most active first.
     """
-    # Density decides how easily a hypothesis is confirmed, so only equal densities compare.
+    # The rate decides how high an F1 is, so only equal rates compare.
     n = min(len(directions), len(density), MAX_BASELINE_FEATURES)
     falling = torch.argsort(density, descending=True, stable=True)
     some = evenly_spaced(falling, n)
     return matched_directions(directions[:n], z, density[some], mean_activation[some])
 
 
-def evaluate_directions(
-    directions: Tensor,
+@torch.no_grad()
+def fit_decoder(sae: JumpReLUSAE, z: Tensor) -> JumpReLUSAE:
+    """The SAE with the decoder of least squared error on z (N, d_in), ridge regression: the most
+    that can be reconstructed from its features."""
+    acts = sae.encode(z)
+    mean_acts, mean_z = acts.mean(0), z.mean(0)
+    centered = acts - mean_acts
+    gram = centered.T @ centered
+    gram.diagonal().add_(RIDGE * float(gram.diagonal().mean()) + 1e-6)
+    W_dec = torch.linalg.solve(gram, centered.T @ (z - mean_z))
+    weights = {**sae.state_dict(), "W_dec": W_dec, "b_dec": mean_z - mean_acts @ W_dec}
+    return JumpReLUSAE.from_weights(weights)
+
+
+def features_along(
+    directions: Tensor, z: Tensor, density: Tensor, mean_activation: Tensor
+) -> JumpReLUSAE:
+    """The features of `match_rates` with the decoder of `fit_decoder`."""
+    return fit_decoder(match_rates(directions, z, density, mean_activation), z)
+
+
+def evaluate_baseline(
+    sae: JumpReLUSAE,
     layer: fa.ExplainedLayer,
-    val: fa.Activations,
+    discovery: Discovery,
     test_half: fa.Activations,
     replication_half: fa.Activations,
-    seed: int,
-    strokes: bool = True,
-) -> Comparison:
-    """The summary of hypotheses about features along directions (n, d_in) that are active as often
-    and as strongly as those of the layer's SAE, proposed and tested like the SAE's.
-
-    `strokes` as in `propose_hypotheses`, the same as for the SAE. There are no drawings.
-    """
-    z, rule = layer.standardize(val.raw), Rule()
-    other = layer.with_sae(match_rates(directions, z, *feature_stats(layer.sae, z)))
-    hypotheses = propose_hypotheses(other, val, rule, drawings=False, strokes=strokes)
-    activity = collect_activity(other, test_half.raw, test_half.labels)
-    scores = score_hypotheses(hypotheses, test_half.images, test_half.labels)
-    evidence = evaluate_hypotheses(hypotheses, other, test_half, activity, seed, rule, scores)
-    decisions = decide_hypotheses(hypotheses, evidence, rule)
-    repeated = evaluate_hypotheses(hypotheses, other, replication_half, None, seed + 1, rule)
-    again = [clears_bars(e, rule) for e in repeated]
-    discriminated = discriminate(evidence, scores, other, activity)
-    return comparison_of(evidence, decisions, discriminated, again, rule)
+) -> Summary:
+    """The summary of hypotheses about the features of another SAE of the layer, proposed and tested
+    like those of its own."""
+    rule, other = Rule(), layer.with_sae(sae)
+    activity = collect_activity(other, discovery.raw, discovery.labels)
+    hypotheses = propose_hypotheses(other, discovery, rule, activity, effects=False)
+    stand_ins = fit_stand_ins(hypotheses, discovery, activity)
+    # Every other feature is tested, as edits take most of the time; the agreement is of all.
+    falling = torch.argsort(activity.n_active, descending=True, stable=True)
+    tested = [hypotheses[k] for k in falling[::2].tolist()]
+    drawn, found = prepare_drawings(tested, discovery.canvas), []
+    for half in (test_half, replication_half):
+        given = (tested, other, half, discovery.canvas, rule)
+        found.append(collect_evidence(*given, in_full=half is test_half, drawn=drawn))
+    rows = [Row.of(*both, rule) for both in zip(*found, strict=True)]
+    acts = other.feature_acts(test_half.raw)
+    predicted = predict_acts(stand_ins, discovery.canvas.levels(test_half.images))
+    agreements = [measure_agreement(other, test_half.raw, a) for a in (acts, predicted)]
+    return summarize(rows, *agreements)

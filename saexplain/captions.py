@@ -1,20 +1,219 @@
-"""What does a hypothesis say in plain English?
+"""What does a drawing show, in plain English? And how are classes and shares written?
 
-    caption(hypothesis)     # "Stem upper left, no ink in center; 80% are 6s; little effect"
-    images_of(classes, 6)   # "6s", "trousers"
+    caption_of(weights)         # "Bar at the top right, blank just below it"
+    images_of(classes, 6)       # "6s", "trousers"
 
-Takes a `Hypothesis` and the names of the classes; gives text. It computes no statistics.
+Takes a drawing (h, w), positive where ink is wanted and negative where it is not; gives words from
+its geometry alone. It computes no statistics, and a caption decides nothing.
+
+Key: h x w cells of the canvas, n cells of a region. Places and directions (2,) are down and right.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
 
 import feature_analysis as fa
 
-if TYPE_CHECKING:  # hypotheses.py imports this module
-    from saexplain.hypotheses import Hypothesis
+# --------------------------------------------------------------------------------------------------
+# Regions, their shapes and places. Cells are those of a canvas whose longer side has 28.
+# --------------------------------------------------------------------------------------------------
+
+SLIGHT = 0.12  # share of the strongest region's strength below which one is not named
+ELONGATED = 1.9  # length over width from which a region is a piece of stroke
+BENT = 1.5  # length along a region over its extent, from which it is bent
+CURVED = 0.4  # squared correlation from which a piece of stroke is an arc, and so a hook
+LONG = 3.4  # length along a region over its width, from which it may be a hook or a ring
+OPENING = 90  # degrees, the widest opening of an open ring
+HOLE = 4  # empty cells inside a region that make it a ring
+SMALL = 20  # cells below which a compact region is a spot
+STROKES = ("bar", "slash", "stem", "backslash")  # by angle: 0, 45, 90, 135 degrees
+PLACES = (
+    ("at the top left", "at the top", "at the top right"),
+    ("in the upper left", "above the center", "in the upper right"),
+    ("on the left", "in the center", "on the right"),
+    ("in the lower left", "below the center", "in the lower right"),
+    ("at the bottom left", "at the bottom", "at the bottom right"),
+)
+
+
+class Region(NamedTuple):
+    """A connected region of a drawing, in words and numbers."""
+
+    wanted: bool
+    strength: float  # how much it matters, against other regions of the drawing
+    shape: str  # see `shape_of`
+    place: str  # one of PLACES
+    center: np.ndarray  # (2,)
+    edge: np.ndarray  # (n, 2) cells at its edge
+
+    @property
+    def noun(self) -> str:
+        """What a caption calls it."""
+        return self.shape if self.wanted else "blank"
+
+    def __str__(self) -> str:
+        return f"{self.noun} {self.place}"
+
+
+def opening_of(cells: np.ndarray, center: np.ndarray) -> float:
+    """The widest angle in degrees without any of the cells (n, 2), seen from the center (2,)."""
+    angle = np.sort(np.degrees(np.arctan2(*(cells - center).T)))
+    return float(np.diff(angle, append=angle[0] + 360).max())
+
+
+def shape_of(cells: np.ndarray, depth: np.ndarray, scale: float) -> str:
+    """The shape of a region (h, w) bool: "bar", "stem", "slash", "backslash", "hook", "ring", "open
+    ring", "patch" or "spot". `depth` (h, w) is each cell's distance to the outside, `scale` the
+    canvas's longer side over 28."""
+    points = np.argwhere(cells)
+    offset = points - points.mean(0)
+    values, vectors = np.linalg.eigh(offset.T @ offset / len(points))
+    width, length = np.sqrt(12 * values.clip(1 / 12))  # sides of a rectangle of this spread
+    # The mean distance to the outside is a quarter of a stroke's width, and half a cell.
+    thickness = max(1.0, 4 * depth.sum() / len(points) - 2)
+    along = len(points) / thickness
+    is_long = along > LONG * thickness
+    if is_long and ndimage.binary_fill_holes(cells).sum() - len(points) >= HOLE * scale**2:
+        return "ring"
+    # In an arc the places across the region go with the squares of those along it.
+    across, squared = offset @ vectors[:, 0], (offset @ vectors[:, 1]) ** 2
+    squared -= squared.mean()
+    is_arc = (across @ squared) ** 2 > CURVED * (across @ across) * (squared @ squared)
+    if length >= ELONGATED * width and along <= BENT * length and not is_arc:
+        down, right = vectors[:, 1]
+        return STROKES[round(math.degrees(math.atan2(-down, right)) / 45) % 4]
+    if not is_long:
+        return "spot" if len(points) < SMALL * scale**2 else "patch"
+    middle = (np.array(cells.shape) - 1) / 2
+    is_empty = np.hypot(*(points - middle).T).min() >= 1
+    return "open ring" if is_empty and opening_of(points, middle) <= OPENING else "hook"
+
+
+def place_of(center: np.ndarray, canvas_shape: tuple[int, int]) -> str:
+    """The place of a point (2,) of a canvas (h, w), one of PLACES. The middle two thirds are
+    divided evenly, as ink mostly is there."""
+    inside = ((center + 0.5) / canvas_shape - 1 / 6) * 1.5
+    down, across = (inside * (5, 3)).clip(0, (4, 2)).astype(int)
+    return PLACES[down][across]
+
+
+def regions_of_drawing(weights: np.ndarray, strength: np.ndarray | float = 1.0) -> list[Region]:
+    """The 4-connected regions of a drawing (h, w), the one that matters most first, by the sum over
+    its cells of |weight| times `strength` (h, w); without SLIGHT ones."""
+    matter, parts, found = np.abs(weights) * strength, [], []
+    for wanted, of_sign in ((True, weights > 0), (False, weights < 0)):
+        label, _ = ndimage.label(of_sign)
+        for number, box in enumerate(ndimage.find_objects(label), 1):
+            cells = label[box] == number  # cropped, to be fast
+            parts.append((float(matter[box][cells].sum()), wanted, box, cells))
+    parts.sort(key=lambda part: -part[0])
+    for own, wanted, box, cells in parts:
+        if own < SLIGHT * parts[0][0]:
+            break
+        corner = (box[0].start, box[1].start)
+        center = np.argwhere(cells).mean(0) + corner
+        depth = ndimage.distance_transform_edt(np.pad(cells, 1))[1:-1, 1:-1]
+        edge = np.argwhere(depth == 1) + corner
+        shape = shape_of(cells, depth, max(weights.shape) / 28)
+        found.append(Region(wanted, own, shape, place_of(center, weights.shape), center, edge))
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# Captions
+# --------------------------------------------------------------------------------------------------
+
+MOST_THINGS = 3  # regions that a caption names
+INK_LEADS = 0.7  # share of the strongest region's strength from which ink is named before it
+NEAR = 3.0  # cells within which two regions are beside each other
+OPPOSITE = -0.5  # cosine up to which two directions are opposite
+
+
+def way_to(region: Region, other: Region, near: float) -> np.ndarray | None:
+    """The direction (2,), of length 1, from a region to one of the other sign, where they face each
+    other most; None where they are of one sign, or more than `near` cells apart."""
+    if region.wanted == other.wanted:
+        return None
+    way = other.edge - region.edge[:, None]
+    distance = np.hypot(way[..., 0], way[..., 1])
+    if distance.min() > near:
+        return None
+    mean = way[distance <= distance.min() + near / 2].mean(0)
+    return mean / max(math.hypot(*mean), 1e-9)
+
+
+def is_inside(region: Region, other: Region) -> bool:
+    """Whether the other region is a ring, open or not, around the center of this one."""
+    return "ring" in other.shape and opening_of(other.edge, region.center) <= OPENING
+
+
+def words_beside(region: Region, other: Region, way: np.ndarray) -> str:
+    """Where a region is, seen from another one, from which it lies that `way`."""
+    if is_inside(region, other):
+        return "inside it"
+    if is_inside(other, region):
+        return "around it"
+    down, right = way
+    if abs(down) >= abs(right):
+        return "just below it" if down > 0 else "just above it"
+    return "just right of it" if right > 0 else "just left of it"
+
+
+def clauses_of_row(regions: list[Region], near: float) -> list[str]:
+    """The clauses for three regions where two lie on opposite sides of one; else none."""
+    for middle in regions if len(regions) == 3 else []:
+        a, b = (region for region in regions if region is not middle)
+        way, other_way = way_to(middle, a, near), way_to(middle, b, near)
+        if way is None or other_way is None or way @ other_way > OPPOSITE:
+            continue
+        if a.wanted and middle is not regions[0]:
+            return [str(a), str(b), "blank between them"]
+        noun = "ink" if a.noun != b.noun else plural(a.noun) if a.wanted else "blank"
+        down, right = np.abs(way - other_way)
+        return [str(middle), f"{noun} {'above and below it' if down >= right else 'on both sides'}"]
+    return []
+
+
+def caption_of(weights: np.ndarray, strength: np.ndarray | float = 1.0) -> str:
+    """The drawing (h, w) in words: at most MOST_THINGS regions, the one that matters most first.
+
+    Ink nearly as strong as the strongest blank, or inside it, comes before it. A region of the
+    other sign beside one just named is put into relation with it. `strength` (h, w) is how much
+    each cell matters; by default all matter alike.
+    """
+    regions = regions_of_drawing(weights, strength)
+    if not regions:
+        return "nothing drawn"
+    first, near = regions[0], NEAR * max(weights.shape) / 28
+    ink = next((region for region in regions if region.wanted), first)
+    it = ink if ink.strength >= INK_LEADS * first.strength or is_inside(ink, first) else first
+    others = [region for region in regions if region is not it][: MOST_THINGS - 1]
+    others.sort(key=lambda region: way_to(it, region, near) is None)  # those beside it first
+    clauses = clauses_of_row([it, *others], near)
+    if not clauses:
+        clauses, used = [str(it)], set()
+        for other in others:
+            way = way_to(it, other, near)
+            where = "" if way is None else words_beside(other, it, way)
+            if way is None or where in used:
+                clauses.append(str(other))
+                it = other
+            else:
+                clauses.append(f"{other.noun} {where}")
+                used.add(where)
+    text = ", ".join(dict.fromkeys(clauses))
+    return text[:1].upper() + text[1:]
+
+
+# --------------------------------------------------------------------------------------------------
+# Words for classes and shares
+# --------------------------------------------------------------------------------------------------
 
 
 def listed(words: Sequence[str], last: str = "and") -> str:
@@ -50,37 +249,3 @@ def images_of(classes: Sequence[str], c: int) -> str:
     name = fa.class_name(classes, c)
     is_word = name[:1].isupper() and name.split()[0][1:].isalpha() and name[1:].islower()
     return plural(name[0].lower() + name[1:] if is_word else name)
-
-
-def _label_words(h: Hypothesis) -> str:
-    """As in "80% are 6s, 12% 0s", of the images that activate the feature."""
-    words = []
-    for c in h.enriched:
-        share, verb = percent(h.label_histogram[c] / h.n_active), "" if words else "are "
-        words.append(f"{share} {verb}{images_of(h.classes, c)}")
-    return ", ".join(words)
-
-
-def _effect_words(h: Hypothesis) -> str:
-    """As in "without it 6 loses 0.30 logits, 2% of predictions change"."""
-    if h.effect is None:
-        random = "effect no larger than a random direction's"
-        return "little effect" if h.claims_no_effect else random
-    changes = []
-    for c, verb, by in zip(h.effect[::2], ("loses", "gains"), h.effect[1::2], strict=True):
-        if c is not None:
-            changes.append(f"{fa.class_name(h.classes, c)} {verb} {by:.2f}")
-    return f"without it {listed(changes)} logits, {percent(h.changes)} of predictions change"
-
-
-def caption(h: Hypothesis) -> str:
-    """The hypothesis in plain English: ink, labels, effect."""
-    if not h.parts:
-        return "no hypothesis"
-    there = listed([word.words() for word in h.ink.there])
-    absent = listed([f"no {word.words()}" for word in h.ink.absent])
-    rare = listed([images_of(h.classes, c) for c in h.depleted], "or")
-    ink = ", ".join(filter(None, (there, absent)))
-    clauses = (ink, _label_words(h), f"hardly any {rare}" if rare else "", _effect_words(h))
-    text = "; ".join(filter(None, clauses))
-    return text[:1].upper() + text[1:]

@@ -14,21 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from saexplain.hypotheses import Hypothesis
-from saexplain.text import headline
+from saexplain.text import confidence_words, headline
 
 NOT_COMPUTED = "not computed"  # a ratio whose denominator is 0
 WIDTH = 110  # characters of a line of words
-
-
-def warn_no_strokes(hypotheses: Sequence[Hypothesis]) -> None:
-    """Print the one reason for which no hypothesis names strokes, if there is one."""
-    reasons = {h.skip_reasons.get("ink") for h in hypotheses if h.threshold is not None}
-    if len(reasons) == 1 and None not in reasons and not any(any(h.ink) for h in hypotheses):
-        print(
-            f"no strokes are named: {reasons.pop()}; hypotheses name labels and effects only, and "
-            f"no feature counts as explained"
-        )
 
 
 class Result(NamedTuple):
@@ -55,6 +44,9 @@ RESULTS = (
     Result("  boolean, scaled", "recon_acc_boolean_scaled", "{:.2%}"),
     Result("agreement", "agreement_jumprelu", "{:.2%}", "predictions kept with the SAE"),
     Result("  of as many PCs", "agreement_pca", "{:.2%}", "... with as many principal components"),
+    Result("  hypotheses in place of features", "agreement_hypotheses", "{:.2%}"),
+    Result("F1 of hypotheses, by influence", "f1_by_influence", "{:.3f}"),
+    Result("  mean", "f1_mean", "{:.3f}"),
     Result("FVU", "fvu", "{:.4f}", "fraction of variance unexplained (FVU)"),
     Result("  of as many PCs", "fvu_pca", "{:.4f}", "... by as many principal components"),
     Result("  relative to PCs", "fvu_to_pca", "{:.3f}"),
@@ -95,19 +87,20 @@ def results_table(records: Sequence[dict]) -> str:
 
 def reproducibility_rows(records: Sequence[dict]) -> list[list[str]]:
     """Rows of the results: how much of an SAE is reproduced with another seed, ± the standard
-    deviation over pairs of SAEs if there are several, and the same for untrained directions."""
+    deviation over pairs of SAEs if there are several, and the most in one of the baselines."""
     rows = []
     titles = {
         "features": "features reproduced across seeds",
         "variance": "variance reproduced across seeds",
+        "pw_mcc": "PW-MCC across seeds",
     }
     for name, title in titles.items():
-        cells, untrained = [], []
-        for r in records:
-            mean, std = r["reproducibility"][name]["mean"], r["reproducibility"][name]["std"]
+        cells, nulls = [], []
+        for r in (r["reproducibility"] for r in records):
+            mean, std = r[name]["mean"], r[name]["std"]
             cells.append(f"{mean:.3f}" if std is None else f"{mean:.3f} ± {std:.3f}")
-            untrained.append(f"{r['reproducibility']['untrained'][name]:.3f}")
-        rows += [[title, *cells], ["  by untrained directions", *untrained]]
+            nulls.append(f"{max(null[name] for null in r['baselines'].values()):.3f}")
+        rows += [[title, *cells], ["  in the best baseline", *nulls]]
     return rows
 
 
@@ -119,7 +112,7 @@ def hypothesis_lines(record: dict) -> list[str]:
     return [
         f'  hypothesis  "{record["caption"]}"',
         f"  evidence    {record['evidence']['text']}",
-        f"  confidence  {record['confidence']} ({record['outcome']}{marked})",
+        f"  confidence  {confidence_words(record['confidence'], record['replicated'])}{marked}",
     ]
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from saexplain.analysis import Analysis, pattern_roughness
+from saexplain.analysis import Analysis
+from saexplain.patterns import pattern_roughness
 
 
 class Diagnosis(NamedTuple):
@@ -43,6 +44,7 @@ def diagnose(
     those of the stages "bank", "patterns", "effects" and "pictures".
     """
     roughness = pattern_roughness(analysis.heats[features]).median().item()
+    correlation = analysis.pattern_correlation[features].median().item()
     redundant = (analysis.nearest.cosine > 0.9).float().mean().item()
     of_all = seconds["bank"] + seconds["patterns"] + seconds["effects"]
     # Pictures are drawn only of the features reported, the rest is computed for every latent.
@@ -55,6 +57,13 @@ def diagnose(
             0.5,
             "median roughness, 1 for white noise",
             "train the network with more weight decay (WEIGHT_DECAY_FFN)",
+        ),
+        Diagnosis(
+            "unfaithful patterns",
+            1 - correlation,
+            0.5,
+            "1 - correlation of a pattern's sum over an image with the pre-activation (median)",
+            "the network is not linear up to this layer: trust images more than patterns",
         ),
         Diagnosis(
             "redundant features",

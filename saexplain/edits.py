@@ -1,205 +1,265 @@
-"""How is an image edited at a named stroke, and equally elsewhere for comparison?
+"""What does a feature do when an image is edited as its hypothesis says, and equally elsewhere?
 
-    images = EditableImages.of(pixels, seed=0)
-    on, off = edited_images(hypothesis, activity)          # active and inactive images to edit
-    editor = Editor(hypothesis.ink, images, feature)
-    named, elsewhere = editor.erase(images.pixels[on], hypothesis.ink.there)
+    free = free_cells(weights, canvas)
+    tests = edit_tests(hypothesis, layer, images, activity, canvas)   # {"erasing": EditTest(...)}
 
-Takes images of 28 x 28 pixels and strokes; gives pairs of edited images that differ from the
-original by the same amount of ink. It does not decide what an edit shows.
+Takes a drawing and images; edits the ink in the drawn cells, and for comparison the ink of as many
+cells of the same shapes elsewhere, by the same amount. It proposes nothing, and does not decide
+what a test shows.
 
-Key: B images in a batch, N images in all.
+Key: B images in a batch, h x w = P cells of the canvas, R regions, S places of a shape.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 import feature_analysis as fa
 from saexplain.activity import Activity
-from saexplain.strokes import SIDE, Place, Strokes, Word, places_of, vocabulary, word_of
+from saexplain.hypotheses import Hypothesis, evenly_spaced
+from saexplain.ink import FULL_INK, Canvas
+from saexplain.statistics import sign_test_p, wilson_interval
 
-if TYPE_CHECKING:  # hypotheses.py imports this module
-    from saexplain.hypotheses import Hypothesis
-
-N_EDIT = 48  # active images, and as many inactive ones, that are edited for a feature
-EVER_INKED = 0.01  # a pixel inked on fewer images is left alone: blank margins would be too easy
-PATCH_PIXELS = 256  # nearest pixels tried first for a patch; most need no more
-DRAWS = 8  # random numbers that the edits of an image may use
-
-Pair = tuple[Tensor, Tensor]  # images (B, 784) edited as named, and elsewhere
+EDITS = ("erasing", "filling", "painting")
+N_EDIT = 32  # active images, and as many inactive ones, that are edited for a feature
+FILL_LEVEL = 64  # a quarter of full ink: at full ink nearly anything deactivates a feature
+N_PLACES = 8  # to which a region is moved; each image takes the one with most ink to change
+STEP = 3  # pixels of MNIST between two such places
 
 
-def evenly_spaced(indices: Tensor, n: int) -> Tensor:
-    """At most n of the indices, evenly spaced, the first and the last among them."""
-    places = torch.linspace(0, len(indices) - 1, min(n, len(indices)), dtype=torch.float32)
-    return indices[places.round().long()]
+class EditTest(NamedTuple):
+    """On how many of n images the feature's activity changed: by the edit as named, and by the same
+    edit elsewhere."""
+
+    n: int
+    named: int
+    elsewhere: int
+    only_named: int
+    only_elsewhere: int
+
+    @classmethod
+    def of(cls, named: np.ndarray, elsewhere: np.ndarray) -> EditTest:
+        """From whether activity changed on each image, (n,) bool each."""
+        cells = np.bincount(2 * named + elsewhere, minlength=4).tolist()
+        _, only_elsewhere, only_named, both = cells
+        n_named, n_elsewhere = only_named + both, only_elsewhere + both
+        return cls(len(named), n_named, n_elsewhere, only_named, only_elsewhere)
+
+    @property
+    def p(self) -> float:
+        """Sign test: p-value when both edits are equally likely to change the activity."""
+        return sign_test_p(self.only_named, self.only_elsewhere)
+
+    @property
+    def phi(self) -> float:
+        """Correlation of the two edits over images; in a positive one the numerator is reduced by
+        n / 2, as in Newcombe's method 10."""
+        both, neither = self.named - self.only_named, self.n - self.named - self.only_elsewhere
+        cross = both * neither - self.only_named * self.only_elsewhere
+        if cross > 0:
+            cross = max(0, cross - self.n / 2)
+        unchanged = (self.n - self.named) * (self.n - self.elsewhere)
+        return cross / math.sqrt(self.named * self.elsewhere * unchanged or 1)
+
+    def difference(self) -> tuple[float, float, float]:
+        """Share changed by the named edit less that changed elsewhere, and its 95% interval: method
+        10 of Newcombe (1998, Statistics in Medicine 17:2635-2650), for pairs."""
+        named, elsewhere = self.named / self.n, self.elsewhere / self.n
+        low, high = wilson_interval(self.named, self.n)
+        other_low, other_high = wilson_interval(self.elsewhere, self.n)
+
+        def reach(a: float, b: float) -> float:
+            return math.sqrt(max(0.0, a * a - 2 * self.phi * a * b + b * b))
+
+        value = named - elsewhere
+        down = reach(named - low, other_high - elsewhere)
+        up = reach(high - named, elsewhere - other_low)
+        return value, value - down, value + up
 
 
-def edited_images(h: Hypothesis, activity: Activity) -> tuple[Tensor, Tensor]:
-    """The active and the inactive images that tests of a hypothesis edit, at most N_EDIT each; the
-    inactive ones are of the labels that it names, where there are such."""
-    labels, inactive = activity.labels.numpy(), ~activity.is_active(h.feature)
-    fitting = inactive & ~np.isin(labels, h.depleted)
-    if h.enriched:
-        fitting &= np.isin(labels, h.enriched)
-    if not fitting.any():
-        fitting = inactive
+# --------------------------------------------------------------------------------------------------
+# Where else could a shape be?
+# --------------------------------------------------------------------------------------------------
+
+
+def regions_of(cells: np.ndarray) -> np.ndarray:
+    """(R, h, w) bool, the 4-connected regions of cells (h, w) bool, in reading order."""
+    label, n = ndimage.label(cells)
+    return label == np.arange(1, n + 1)[:, None, None]
+
+
+def places_elsewhere(region: np.ndarray, free: np.ndarray, step: int) -> np.ndarray:
+    """(S, P) float32 0 or 1, at most N_PLACES, the region (h, w) moved by multiples of `step` to
+    where most of its cells are `free` (h, w), without those that are not; the nearest first where
+    equally many are.
+
+    Empty where no move leaves any.
+    """
+    height, width = region.shape
+    row, column = region.nonzero()
+    down, right = moves(height, width, step)
+    # A frame of cells that are not free, as wide as the farthest move, around the canvas.
+    framed = np.pad(free, ((height, height), (width, width)))
+    at = (row + height) * 3 * width + column + width  # in the framed canvas
+    fits = framed.ravel()[at + (down * 3 * width + right)[:, None]]  # (moves, cells)
+    # Sorted by distance already, and the sort is stable.
+    order = np.argsort(-fits.sum(1), kind="stable")[:N_PLACES]
+    order = order[fits[order].any(1)]
+    places = np.zeros((len(order), height * width), dtype=np.float32)
+    for place, move in zip(places, order, strict=True):
+        fitting = fits[move]
+        place[(row + down[move])[fitting] * width + (column + right[move])[fitting]] = 1.0
+    return places
+
+
+@functools.cache
+def moves(height: int, width: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (down, right) by multiples of `step` within a canvas, the shortest first, then by down
+    and right."""
+    down, right = np.meshgrid(
+        np.arange(-((height - 1) // step), (height - 1) // step + 1) * step,
+        np.arange(-((width - 1) // step), (width - 1) // step + 1) * step,
+        indexing="ij",
+    )
+    down, right = down.ravel(), right.ravel()
+    order = np.lexsort((right, down, abs(down) + abs(right)))
+    return down[order], right[order]
+
+
+class Shapes(NamedTuple):
+    """The cells of one sign of a drawing, and where their regions could be instead."""
+
+    cells: Tensor  # (P,) 0 or 1
+    elsewhere: list[Tensor]  # (S, P) 0 or 1 for each region
+
+    @classmethod
+    def of(cls, cells: np.ndarray, free: np.ndarray, step: int) -> Shapes:
+        """From cells (h, w) bool and the cells that are free (h, w) bool."""
+        moved = [torch.from_numpy(places_elsewhere(r, free, step)) for r in regions_of(cells)]
+        return cls(torch.from_numpy(cells.reshape(-1)).float(), moved)
+
+    def other(self, available: Tensor) -> Tensor:
+        """(B, P) 0 or 1, each region at the place that has most of what is `available` (B, P)."""
+        found = torch.zeros_like(available)
+        for places in self.elsewhere:
+            if len(places):
+                torch.maximum(found, places[(available @ places.T).argmax(1)], out=found)
+        return found
+
+
+class Drawn(NamedTuple):
+    """A drawing, prepared for edits."""
+
+    wanted: Shapes
+    unwanted: Shapes
+
+    @classmethod
+    def of(cls, weights: np.ndarray, canvas: Canvas) -> Drawn:
+        """From a drawing (h, w)."""
+        free = canvas.inked.numpy().reshape(weights.shape) & (weights == 0)
+        step = max(1, round(STEP * canvas.scale))
+        return cls(Shapes.of(weights > 0, free, step), Shapes.of(weights < 0, free, step))
+
+
+# --------------------------------------------------------------------------------------------------
+# Edits
+# --------------------------------------------------------------------------------------------------
+
+Pair = tuple[Tensor, Tensor]  # changes of levels (B, P), as named and elsewhere
+
+
+def _equal_amounts(named: Tensor, elsewhere: Tensor) -> Pair:
+    """Both changes (B, P), of one sign each, the larger of the two scaled down to the smaller."""
+    of_named, of_other = named.abs().sum(1, keepdim=True), elsewhere.abs().sum(1, keepdim=True)
+    amount = torch.minimum(of_named, of_other)
+    return named * (amount / of_named.clamp(min=1)), elsewhere * (amount / of_other.clamp(min=1))
+
+
+def erase(levels: Tensor, shapes: Shapes) -> Pair:
+    """The changes that take away the ink of levels (B, P) in the shapes."""
+    return _equal_amounts(-levels * shapes.cells, -levels * shapes.other(levels))
+
+
+def paint(levels: Tensor, shapes: Shapes, up_to: int) -> Pair:
+    """The changes that bring the shapes to the level `up_to`, where they have less."""
+    missing = (up_to - levels).clamp(min=0)
+    return _equal_amounts(missing * shapes.cells, missing * shapes.other(missing))
+
+
+def edited_images(k: int, activity: Activity) -> tuple[Tensor, Tensor]:
+    """The active and the inactive images that tests of feature k edit, at most N_EDIT each."""
+    inactive = np.flatnonzero(~activity.is_active(k))
     return (
-        evenly_spaced(activity.of(h.feature)[0], N_EDIT),
-        evenly_spaced(torch.from_numpy(np.flatnonzero(fitting)), N_EDIT),
+        evenly_spaced(activity.of(k)[0], N_EDIT),
+        evenly_spaced(torch.from_numpy(inactive), N_EDIT),
     )
 
 
-def stroke_pixels(strokes: Sequence[Word | Place], x: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 784) 0 or 1 each: the pixels of strokes on each of x (B, 784), and those beside them; a
-    word is where its ink on the image is largest."""
-    v = vocabulary()
-    along, beside = torch.zeros_like(x), torch.zeros_like(x)
-    for stroke in strokes:
-        some = places_of(stroke)
-        chosen = (x @ v.weights[some].T).argmax(1) + some.start
-        torch.maximum(along, v.masks.index_select(0, chosen), out=along)
-        torch.maximum(beside, v.sides.index_select(0, chosen), out=beside)
-    return along, beside * (1 - along)
+def make_edits(drawn: Drawn, active: Tensor, inactive: Tensor) -> dict[str, Pair]:
+    """The changes of each of EDITS that the drawing allows, of levels (B, P).
 
-
-@functools.cache
-def _region(stroke: Word | Place) -> Tensor:
-    """(784,) 1 on all pixels that a stroke may mean, else 0."""
-    return vocabulary().masks[places_of(stroke)].amax(0)
-
-
-@functools.cache
-def _places_like(shape: str, long: bool) -> Tensor:
-    """(n, 784) 0 or 1, all places of a shape and length."""
-    v = vocabulary()
-    like = [(word_of(p).shape, word_of(p).long) == (shape, long) for p in v.places]
-    return v.masks[torch.tensor(like)]
-
-
-class EditableImages(NamedTuple):
-    """Images that may be edited."""
-
-    pixels: Tensor  # (N, 784) on the CPU, where sums are the same in every run
-    shape: tuple[int, ...]  # of an image, as the model takes it
-    allowed: Tensor  # (784,) 1 where edits may go, else 0
-    seed: int  # of the positions elsewhere
-
-    @classmethod
-    def of(cls, images: Tensor, seed: int) -> EditableImages:
-        """From images (N, 28, 28) or (N, 1, 28, 28)."""
-        pixels = images.flatten(1).float().cpu()
-        allowed = ((pixels > 0).float().mean(0) > EVER_INKED).float()
-        return cls(pixels, tuple(images.shape[1:]), allowed, seed)
-
-    def feature_acts(self, layer: fa.ExplainedLayer, x: Tensor, k: int) -> Tensor:
-        """(B,) activations of feature k on edited images x (B, 784)."""
-        return layer.feature_acts(layer.raw(x.unflatten(1, self.shape)))[:, k].cpu()
-
-
-class Editor:
-    """Edits some of the strokes that a hypothesis names.
-
-    Each edit is made once as named and once elsewhere, away from all named strokes, with the same
-    amount of ink: where one of the two has less ink to change, both change by that much.
+    erasing   ink is taken from the wanted cells of active images: does the feature turn inactive?
+    filling   the unwanted cells of active images are painted: does it turn inactive?
+    painting  inactive images are made as drawn: does it turn active?
     """
-
-    def __init__(self, named: Strokes, images: EditableImages, feature: int):
-        regions = [_region(stroke) for stroke in (*named.there, *named.absent)]
-        self.elsewhere = images.allowed * (1 - torch.stack(regions).amax(0))
-        # A seed of its own for each feature: its edits must not depend on which others are tested.
-        generator = torch.Generator().manual_seed((images.seed * 1_000_003 + feature) % 2**63)
-        self.draws = torch.rand(DRAWS, N_EDIT, generator=generator, dtype=torch.float32)
-
-    def erase(
-        self,
-        x: Tensor,
-        strokes: Sequence[Word | Place],
-        pair: Pair | None = None,
-        spared: Sequence[Word | Place] = (),
-    ) -> Pair:
-        """x (B, 784) without the ink of `strokes`, but for that of those `spared`; `pair` are its
-        edits so far."""
-        along, _ = stroke_pixels(strokes, x)
-        if spared:
-            along = along * (1 - stroke_pixels(spared, x)[0])
-        return self._take(along, x, pair or (x, x))
-
-    def paint(self, x: Tensor, strokes: Sequence[Word | Place], pair: Pair | None = None) -> Pair:
-        """x (B, 784) with `strokes` inked and their sides blank; elsewhere, strokes of the same
-        shapes are inked; `pair` are its edits so far."""
-        along, beside = stroke_pixels(strokes, x)
-        named, elsewhere = self._take(beside, x, pair or (x, x))
-        other = torch.zeros_like(x)
-        for stroke, draw in zip(strokes, self.draws[1:, : len(x)], strict=False):
-            other = torch.maximum(other, self._same_elsewhere(stroke, draw))
-        ink, ink_there = (1 - named) * along, (1 - elsewhere) * other
-        of_named, of_other = ink.sum(1, keepdim=True), ink_there.sum(1, keepdim=True)
-        amount = torch.minimum(of_named, of_other)
-        named = named + amount / of_named.clamp(min=1e-9) * ink
-        return named, elsewhere + amount / of_other.clamp(min=1e-9) * ink_there
-
-    def _take(self, mask: Tensor, x: Tensor, pair: Pair) -> Pair:
-        """The pair without what is left of the ink of x (B, 784) on a mask (B, 784); elsewhere as
-        much is taken from a patch that grows around a pixel drawn in proportion to its ink."""
-        named, elsewhere = pair
-        ink, other = torch.minimum(x, named) * mask, torch.minimum(x, elsewhere) * self.elsewhere
-        total = other.cumsum(1)
-        of_named, everything = ink.sum(1), total[:, -1]
-        amount = torch.minimum(of_named, everything)
-        named = named - (amount / of_named.clamp(min=1e-9))[:, None] * ink
-
-        target = (self.draws[0, : len(x)] * everything)[:, None]
-        center = torch.searchsorted(total, target, right=True)[:, 0].clamp(max=SIDE**2 - 1)
-        elsewhere = elsewhere.clone()
-        _remove_patch(elsewhere, other, amount, center)
-        return named, elsewhere
-
-    def _same_elsewhere(self, stroke: Word | Place, draw: Tensor) -> Tensor:
-        """(B, 784) 0 or 1, a place of the same shape and length for each of draw (B,) in [0, 1),
-        with the fewest pixels where edits must not go."""
-        word = stroke if isinstance(stroke, Word) else word_of(stroke)
-        like = _places_like(word.shape, word.long)
-        unfit = like @ (1 - self.elsewhere)
-        fit = like[unfit == unfit.min()]
-        return fit[(draw * len(fit)).long()]
+    edits = {}
+    wanted, unwanted = bool(drawn.wanted.elsewhere), bool(drawn.unwanted.elsewhere)
+    if wanted:
+        edits["erasing"] = erase(active, drawn.wanted)
+    if unwanted:
+        edits["filling"] = paint(active, drawn.unwanted, FILL_LEVEL)
+    if wanted or unwanted:
+        removed, removed_elsewhere = erase(inactive, drawn.unwanted)
+        added, added_elsewhere = paint(inactive, drawn.wanted, FULL_INK)
+        elsewhere = (removed_elsewhere + added_elsewhere).clamp(-inactive, FULL_INK - inactive)
+        edits["painting"] = (removed + added, elsewhere)
+    return edits
 
 
-@functools.cache
-def _nearest_first() -> tuple[Tensor, Tensor]:
-    """Indices of all 784 pixels by their distance from each: the PATCH_PIXELS nearest
-    (784, PATCH_PIXELS), and the rest (784, 784 - PATCH_PIXELS)."""
-    row, col = np.divmod(np.arange(SIDE**2), SIDE)
-    squared = (row[:, None] - row) ** 2 + (col[:, None] - col) ** 2
-    order = torch.from_numpy(squared.astype(np.int16).argsort(axis=1, kind="stable"))
-    return order[:, :PATCH_PIXELS].contiguous(), order[:, PATCH_PIXELS:].contiguous()
+def acts_of_feature(layer: fa.ExplainedLayer, k: int, images: Tensor) -> Tensor:
+    """(B,) activations of feature k on images (B, C, H, W)."""
+    z = layer.standardize(layer.raw(images))
+    encode_feature = getattr(layer.sae, "encode_feature", None)  # an SAE of one's own has none
+    return encode_feature(z, k) if encode_feature else layer.sae.encode(z)[:, k]
 
 
-def _remove_patch(x: Tensor, available: Tensor, amount: Tensor, center: Tensor) -> None:
-    """Take `amount` (B,) of the `available` ink (B, 784) off x (B, 784) in place, pixel by pixel by
-    their distance from `center` (B,)."""
-    near, far = _nearest_first()
-    missing = _remove_in_order(x, available, amount, near.index_select(0, center))
-    # Indexing copies, so what the near pixels lack is taken from a copy and written back.
-    rows = (missing > 0).nonzero()[:, 0]
-    if len(rows):
-        some = x[rows]
-        _remove_in_order(some, available[rows], missing[rows], far.index_select(0, center[rows]))
-        x[rows] = some
-
-
-def _remove_in_order(x: Tensor, available: Tensor, amount: Tensor, order: Tensor) -> Tensor:
-    """What is still missing of `amount` (B,) after ink is taken off x at the pixels in `order`
-    (B, pixels), in place; (B,)."""
-    there = available.gather(1, order)
-    missing = amount[:, None] - there.cumsum(1)
-    taken = torch.minimum(there, (missing + there).clamp_(min=0))
-    x.scatter_(1, order, x.gather(1, order).sub_(taken))
-    return missing[:, -1]
+@torch.no_grad()
+def edit_tests(
+    h: Hypothesis,
+    layer: fa.ExplainedLayer,
+    images: Tensor,
+    activity: Activity,
+    canvas: Canvas,
+    drawn: Drawn | None = None,
+) -> dict[str, EditTest]:
+    """The tests of a hypothesis by those of EDITS that its drawing allows, on images (N, C, H, W)
+    of which at least one is active and one is not; `activity` is theirs, and `drawn` the prepared
+    drawing, where it is at hand."""
+    if not h.is_drawn:
+        return {}
+    on, off = edited_images(h.feature, activity)
+    chosen = images[torch.cat([on, off]).to(images.device)]
+    levels = canvas.levels(chosen)
+    drawn = drawn or Drawn.of(h.weights, canvas)
+    edits = make_edits(drawn, levels[: len(on)], levels[len(on) :])
+    rows, changes = [], []
+    for name, pair in edits.items():
+        own = chosen[len(on) :] if name == "painting" else chosen[: len(on)]
+        rows += [own, own]
+        changes += pair
+    edited = canvas.add_ink(torch.cat(rows), torch.cat(changes) / FULL_INK)
+    active = (acts_of_feature(layer, h.feature, edited) > 0).cpu().numpy()
+    tests, start = {}, 0
+    for name, (named, _) in edits.items():
+        n = len(named)
+        turned = active[start : start + 2 * n] == (name == "painting")
+        tests[name] = EditTest.of(turned[:n], turned[n:])
+        start += 2 * n
+    return tests

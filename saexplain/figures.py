@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 import feature_analysis as fa
-from saexplain.evaluation import BANDS, Comparison, Evaluation, all_shares, features_of_influence
-from saexplain.statistics import wilson_interval
+from saexplain.evaluation import BANDS, Evaluation, Summary, features_of_influence
 
 if TYPE_CHECKING:  # matplotlib takes half a second, which only drawing needs
     from matplotlib.axes import Axes
@@ -31,7 +30,7 @@ if TYPE_CHECKING:  # matplotlib takes half a second, which only drawing needs
 COLORS = ("#2166ac", "#b2182b", "#4d9221", "#e08214", "#666666")
 CONFIDENCE_COLORS = {"High": "#1b7837", "Medium": "#a6dba0", "Low": "#bfbfbf"}
 PANEL_WIDTH = 250  # screen pixels of one panel in a row of them
-SMALL, NORMAL, LARGE = 8.5, 9.5, 11  # points of type: ticks, titles of panels, of the figure
+TINY, SMALL, NORMAL, LARGE = 7, 8.5, 9.5, 11  # points: numbers, ticks, titles of panels, of all
 
 
 def _row_of_panels(n: int, height: float, title: str) -> tuple[Figure, Sequence[Axes]]:
@@ -189,56 +188,46 @@ def draw_frontier(records: Sequence[dict]) -> Figure:
 # --------------------------------------------------------------------------------------------------
 
 
-def _draw_aurocs(axes: Axes, everything: dict[str, Comparison], bar: float) -> None:
-    """Of each set of features, the share whose hypothesis reaches an AUROC, over that AUROC."""
-    for color, (name, c) in zip(itertools.cycle(COLORS), everything.items(), strict=False):
-        ranked = np.sort(c.aurocs)
-        at_least = 1 - np.arange(len(ranked)) / max(1, len(ranked))
-        axes.step([*ranked, 1.0], [*at_least, 0.0], color=color, label=name)
-    axes.axvline(bar, color="0.6", linestyle=":")
-    axes.text(bar - 0.01, 0.03, f"bar {bar:g}", ha="right", fontsize=SMALL, color="0.4")
-    axes.set_xlim(0.5, 1)
-    axes.set_ylim(0, 1.02)
-    axes.set_xlabel("AUROC on test images (0 without a hypothesis)", fontsize=SMALL)
-    axes.set_title("share of features predicted at least so well", fontsize=NORMAL, loc="left")
-    axes.legend(fontsize=SMALL, loc="lower left")
+def _draw_agreements(axes: Axes, summaries: dict[str, Summary]) -> None:
+    """Of each set of features, the predictions kept with its activations, and with hypotheses."""
+    for x, (color, s) in enumerate(zip(itertools.cycle(COLORS), summaries.values(), strict=False)):
+        for dx, value, alpha in ((-0.2, s.agreement, 0.4), (0.2, s.agreement_hypotheses, 1.0)):
+            axes.bar(x + dx, value, 0.38, color=color, alpha=alpha)
+            axes.text(x + dx, value + 0.01, f"{value:.1%}", ha="center", fontsize=TINY)
+    names = [name.replace(" ", "\n", 1) for name in summaries]
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylim(0, 1.1)
+    axes.set_ylabel("share of test images", fontsize=SMALL)
+    title = "predictions kept: with the features (pale), with hypotheses in their place"
+    axes.set_title(title, fontsize=NORMAL, loc="left")
 
 
-def _draw_bands(axes: Axes, everything: dict[str, Comparison]) -> None:
-    """Explained shares by density, with 95% intervals over features."""
-    width = 0.8 / len(everything)  # of a bar; the groups are 1 apart
-    colored = zip(itertools.cycle(COLORS), everything.items(), strict=False)
-    for i, (color, (name, c)) in enumerate(colored):
-        for x, band in enumerate(c.shares.bands):
-            n = max(1, band["features"])
-            share, (low, high) = band["explained"] / n, wilson_interval(band["explained"], n)
+def _draw_bands(axes: Axes, summaries: dict[str, Summary]) -> None:
+    """Mean F1 of the hypotheses of each set, by the rate at which features are active."""
+    width = 0.8 / len(summaries)  # of a bar; the groups are 1 apart
+    colored = zip(itertools.cycle(COLORS), summaries.items(), strict=False)
+    for i, (color, (name, s)) in enumerate(colored):
+        for x, band in enumerate(s.bands):
             center = x - 0.4 + (i + 0.5) * width
-            axes.bar(center, share, width, color=color, label=name if x == 0 else None)
-            if band["features"]:
-                ends = [[max(0.0, share - low)], [max(0.0, high - share)]]
-                axes.errorbar(center, share, ends, color="0.2", linewidth=1, capsize=2)
-    edges = [f"up to {edge:.1%}" for edge in BANDS] + ["more"]
-    counts = [band["features"] for band in everything["SAE"].shares.bands]
+            axes.bar(center, band["f1"] or 0, width, color=color, label=None if x else name)
+    edges = [f"up to {edge:.0%}" for edge in BANDS] + ["more"]
+    counts = [band["features"] for band in summaries["SAE"].bands]
     names = [f"{edge}\n({n} of the SAE)" for edge, n in zip(edges, counts, strict=True)]
     axes.set_xticks(range(len(names)), names)
-    axes.set_ylim(0, 1.02)
+    axes.set_ylim(0, 1.25)  # space for the legend
     axes.set_xlabel("share of images on which the feature is active", fontsize=SMALL)
-    if not any(c.shares.explained for c in everything.values()):
-        axes.text(0.5, 0.5, "none is", ha="center", color="0.4", transform=axes.transAxes)
-    title = "share of features explained: every part of the hypothesis is confirmed"
-    axes.set_title(title, fontsize=NORMAL, loc="left")
-    axes.legend(fontsize=SMALL)
+    axes.set_title("mean F1 of the drawings", fontsize=NORMAL, loc="left")
+    axes.legend(fontsize=SMALL, loc="upper left", ncols=3)
 
 
-def draw_explained(evaluation: Evaluation, comparisons: dict[str, Comparison]) -> Figure:
-    """How well hypotheses about several sets of features predict, and what share of the features is
-    explained in each band of densities."""
-    everything = all_shares(evaluation, comparisons)
+def draw_explained(summaries: dict[str, Summary]) -> Figure:
+    """How well hypotheses about several sets of features, by name, stand in for them, and how well
+    they predict activity in each band of rates; "SAE" is among them."""
     figure = fa.new_figure(1050, 400)
-    left = figure.add_axes((0.06, 0.17, 0.4, 0.65))
-    right = figure.add_axes((0.53, 0.17, 0.45, 0.65))
-    _draw_aurocs(left, everything, evaluation.rule.both_auroc)
-    _draw_bands(right, everything)
+    left = figure.add_axes((0.06, 0.17, 0.42, 0.65))
+    right = figure.add_axes((0.55, 0.17, 0.43, 0.65))
+    _draw_agreements(left, summaries)
+    _draw_bands(right, summaries)
     for axes in (left, right):
         axes.tick_params(labelsize=SMALL)
         axes.spines[["top", "right"]].set_visible(False)
@@ -250,9 +239,9 @@ def draw_explained(evaluation: Evaluation, comparisons: dict[str, Comparison]) -
 def draw_influence(evaluation: Evaluation) -> Figure:
     """The influence of each feature, the largest first, in the color of its hypothesis' confidence,
     with the running total."""
-    order = sorted(range(len(evaluation.evidence)), key=lambda i: -evaluation.evidence[i].influence)
-    influence = np.array([evaluation.evidence[i].influence for i in order])
-    confidences = np.array([evaluation.decisions[i].confidence for i in order])
+    order = sorted(evaluation.rows, key=lambda row: -row.evidence.influence)
+    influence = np.array([row.evidence.influence for row in order])
+    confidences = np.array([row.decision.confidence for row in order])
     ranks = np.arange(1, len(order) + 1)
 
     figure = fa.new_figure(1050, 400)

@@ -5,15 +5,18 @@
 Takes the records of feature_report.json, an `ExplainedLayer` with the split "val" and, for views of
 errors and the guided tour, "test". Given the weights of a small network as well (`Network`), the
 page computes it, so that one can draw an image and remove features. The file holds its data, styles
-and scripts, fetches nothing, and is the same byte for byte for the same input. It draws no
-conclusions: hypotheses and their outcomes come with the records. The scripts are in templates/.
+and scripts, fetches nothing, and is the same byte for byte for the same input. Hypotheses and what
+their tests found come with the records; those that a reader draws are tested by the page, on the
+images of `images_on_page`. The scripts are in templates/.
 
-Key: N validation images, C classes, d_in units, d_sae features, F of them shown, H x W pixels.
+Key: N validation images, C classes, d_in units, d_sae features, F of them shown, H x W pixels,
+h x w = P cells of the canvas.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 import zlib
@@ -26,23 +29,38 @@ import torch
 from torch import Tensor
 
 import feature_analysis as fa
-from saexplain.activity import Activity, coactivation_neighbors, contributions, top_similar_rows
+from saexplain.activity import (
+    Activity,
+    coactivation_neighbors,
+    collect_activity,
+    contributions,
+    top_similar_rows,
+)
 from saexplain.captions import images_of
 from saexplain.counterfactuals import TestReview, class_effects, review_tests
+from saexplain.edits import FILL_LEVEL, N_EDIT, N_PLACES, STEP
+from saexplain.evaluation import DOSES, EFFECT_IMAGES, format_rule
+from saexplain.hypotheses import MIN_ACTIVE, Rule, evenly_spaced, weights_of_rows
 from saexplain.images import as_ink
+from saexplain.ink import Canvas
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 # files of templates/, joined in this order: later ones use what earlier ones define
-SCRIPTS = "core dom parts story class pair errors features feature draw main".split()
+SCRIPTS = """core dom parts story class pair errors features feature draw score store write yours
+main""".split()
 TOP_SHOWN = 12  # strongest images of a feature
 BAND_SHOWN = 3  # images from each quarter of its active range
 HISTOGRAM_BINS = 24
 NEIGHBORS = 4  # similar features listed with a feature, by direction and by coactivation
 MAP_NEIGHBORS = 5  # features that the map tries to keep near a feature
 SAE_WEIGHTS = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")  # with which the page computes
+MAX_IMAGES = 2000  # of each of SPLITS, on which a reader's hypotheses are measured
+MAX_LEVELS = 5_000_000  # bytes of all their ink: of larger images there are fewer
+SPLITS = ("val", "test_half", "replication_half")
 ARRAY_KINDS = {
     "uint8": "u1",
     "int8": "i1",
+    "uint16": "u2",
     "int32": "i4",
     "float32": "f4",
 }  # their names in core.js
@@ -55,6 +73,7 @@ class Shown(NamedTuple):
     activity: Activity
     heats: Tensor  # (d_sae, H, W), input patterns
     inked: np.ndarray | None = None  # (H, W) bool, pixels that images ink; None: all
+    canvas: Canvas | None = None  # of drawings; None: fitted to the images of the split "val"
 
 
 class Overview(NamedTuple):
@@ -163,40 +182,29 @@ def _examples(bank: fa.FeatureBank, k: int, slots: dict[int, int]) -> dict:
     }
 
 
-def _dose_response(hypothesis: dict, effect: dict) -> dict:
-    """The change of each logit in the hypothesis, at each dose, measured and linear."""
-    curves = []
-    for name in ("raises", "lowers"):
-        if hypothesis.get(name) is not None:
-            measured = _rounded(effect[f"dose_{name}"])
-            linear = _rounded(effect[f"linear_{name}"])
-            curves.append([hypothesis[name], measured, linear])
-    return {"at": list(effect["doses"]), "curves": curves}
-
-
-def _drawing(strokes: dict | None) -> dict | None:
-    """The places of a drawing as [row, column, shape, length]; None where nothing is drawn."""
-    if not strokes or not any(strokes.values()):
-        return None
-    fields = ("row", "col", "shape", "length")
-    return {name: [[p[f] for f in fields] for p in places] for name, places in strokes.items()}
+def _dose_response(effects: dict) -> dict | None:
+    """The change of each named logit at each dose, measured and linear."""
+    curves = [
+        [e["logit"], _rounded(e["at_doses"]), _rounded(e["linear"])] for e in effects.values()
+    ]
+    return {"at": list(DOSES), "curves": curves} if curves else None
 
 
 def _hypothesis_fields(record: dict) -> dict:
     """The hypothesis about a feature and the evidence for it; None where there is none."""
     hypothesis, evidence = record.get("hypothesis") or {}, record.get("evidence") or {}
-    detected, effect = evidence.get("detected") or {}, evidence.get("effect")
+    named = ("classes", "raises", "lowers", "threshold")
+    found = ("chance_f1", "picked", "detection", "classes", "effects", "results", "n_images")
     return {
         "caption": record.get("caption"),
-        "evidence": evidence.get("text"),
         "lines": record.get("measured", []),
         "confidence": record.get("confidence"),
-        "outcome": record.get("outcome"),
-        "explained": record.get("explained", False),
+        "replicated": record.get("replicated"),
         "mark": record.get("mark"),
-        "drawing": _drawing(hypothesis.get("drawing")),
-        "auroc": _rounded([detected["both"]["auroc"]])[0] if "both" in detected else None,
-        "dose": _dose_response(hypothesis.get("effect") or {}, effect) if effect else None,
+        "f1": record.get("f1"),
+        "hypothesis": {name: hypothesis.get(name) for name in named},
+        "found": {name: evidence.get(name) for name in found},
+        "dose": _dose_response(evidence.get("effects") or {}),
     }
 
 
@@ -286,6 +294,56 @@ def _mean_arrays(
     return pictures
 
 
+def _images_of_splits(layer: fa.ExplainedLayer) -> dict[str, Tensor]:
+    """All images of each of SPLITS that there are, as indices into "val" or "test"."""
+    of_split = {"val": torch.arange(len(layer.splits["val"].labels))}
+    if "test" in layer.splits:  # its halves are those of `evaluation.split_test_images`
+        every = torch.arange(len(layer.splits["test"].labels))
+        of_split |= {"test_half": every[0::2], "replication_half": every[1::2]}
+    return {split: of for split, of in of_split.items() if len(of)}
+
+
+def images_on_page(layer: fa.ExplainedLayer, canvas: Canvas | None = None) -> dict[str, Tensor]:
+    """The images on which the page measures hypotheses, evenly spaced, at most MAX_IMAGES of each
+    of SPLITS: indices into "val", and, for both halves of the test images, into "test"."""
+    canvas = canvas or Canvas.fit(layer.splits["val"].images)
+    most = min(MAX_IMAGES, max(1, MAX_LEVELS // (len(SPLITS) * math.prod(canvas.shape))))
+    return {split: evenly_spaced(of, most) for split, of in _images_of_splits(layer).items()}
+
+
+def _split_arrays(
+    layer: fa.ExplainedLayer, canvas: Canvas, features: Sequence[int], largest: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The images of `images_on_page`, their labels, and which of them activate each feature, from 1
+    to 255 by its `largest` activation (d_sae,)."""
+    arrays = {}
+    for split, some in images_on_page(layer, canvas).items():
+        whole = layer.splits["val" if split == "val" else "test"]
+        images, labels, raw = (values[some.to(values.device)] for values in whole)
+        activity = collect_activity(layer, raw, labels)
+        own = [activity.of(k) for k in features]
+        at, acts = (torch.cat(column).numpy() for column in zip(*own, strict=True))
+        counts = activity.n_active[features]
+        scale = np.repeat(largest[features], counts).clip(1e-12)
+        arrays |= {
+            f"{split}_levels": canvas.levels(images).byte().numpy(),
+            f"{split}_labels": labels.cpu().numpy().astype(np.uint16),
+            f"{split}_start": np.append(0, counts.cumsum(0)).astype(np.int32),
+            f"{split}_image": at.astype(np.uint16),
+            f"{split}_activation": (255 * acts / scale).round().clip(1, 255).astype(np.uint8),
+        }
+    return arrays
+
+
+def _drawing_array(records: Sequence[dict], canvas: Canvas) -> np.ndarray:
+    """(F, h, w) int8 drawings of the hypotheses, blank where there is none."""
+    drawings = np.zeros((len(records), *canvas.shape), np.int8)
+    for drawing, record in zip(drawings, records, strict=True):
+        if rows := (record.get("hypothesis") or {}).get("drawing"):
+            drawing[:] = weights_of_rows(rows)
+    return drawings
+
+
 def _test_arrays(review: TestReview, test: fa.Activations) -> dict[str, np.ndarray]:
     """The test images shown, and the features active on each, its pairs from `pair_start` on."""
     activity = review.activity
@@ -351,6 +409,31 @@ def _pack(arrays: dict[str, np.ndarray]) -> tuple[dict[str, dict], str]:
     return places, base64.b64encode(packed).decode("ascii")
 
 
+def _testing_fields(
+    layer: fa.ExplainedLayer, canvas: Canvas, network: Network | None
+) -> dict[str, object]:
+    """What the page needs to measure and test the hypotheses of its reader."""
+    plain = canvas.cell == canvas.sign == 1 and not canvas.low.any() and (canvas.span == 1).all()
+    weights = layer.sae.W_enc.detach().cpu().float().contiguous().numpy()
+    return {
+        "sae": hashlib.sha256(weights.tobytes()).hexdigest()[:16],
+        "canvas": canvas.shape,
+        "cell": canvas.cell,
+        "rule": Rule()._asdict(),
+        "confidence_rule": format_rule(Rule()),
+        "of_split": {split: len(of) for split, of in _images_of_splits(layer).items()},
+        "min_active": MIN_ACTIVE,
+        "effect_images": EFFECT_IMAGES,
+        "edits": {
+            "can": bool(network is not None and plain),  # ink is the pixels that it reads
+            "n": N_EDIT,
+            "fill": FILL_LEVEL,
+            "places": N_PLACES,
+            "step": max(1, round(STEP * canvas.scale)),
+        },
+    }
+
+
 # --------------------------------------------------------------------------------------------------
 # The file
 # --------------------------------------------------------------------------------------------------
@@ -410,10 +493,14 @@ def write_dashboard(
     counts, largest = activation_histograms(shown.activity)
     entries, pictured = _entries(records, layer.sae, shown, largest)
     added, _ = contributions(layer, val.raw, shown.activity)
+    canvas = shown.canvas or Canvas.fit(val.images)
 
     arrays = {"images": _as_bytes(images[pictured])}
     arrays |= _pattern_arrays(shown, features)
     arrays |= _mean_arrays(shown, images, features, n_classes)
+    arrays |= _split_arrays(layer, canvas, features, largest)
+    arrays["drawings"] = _drawing_array(records, canvas)
+    arrays["canvas_inked"] = canvas.inked.numpy().astype(np.uint8)
     arrays["histograms"] = counts[features].astype(np.float32)
     arrays["class_adds"] = class_effects(shown.activity, added)[:, features]
     if network is not None:
@@ -435,6 +522,7 @@ def write_dashboard(
         "classes": names,
         "plurals": [images_of(names, c) for c in range(n_classes)],  # as in "6s", "trousers"
         "of_class": torch.bincount(shown.activity.labels, minlength=n_classes).tolist(),
+        "testing": _testing_fields(layer, canvas, network),
         "bins": HISTOGRAM_BINS,
         "d_sae": layer.d_sae,
         "features": entries,

@@ -2,7 +2,7 @@
 
     show_feature_panel(k, bank, images, heat, logit_delta, ablation_delta)    # a matplotlib Figure
     write_feature_panels(folder, {k: PanelNotes(caption)}, analysis, images)  # PNG files
-    visualize_sketch(Sketch(mean_image, with_ink, without_ink), k)            # a matplotlib Figure
+    visualize_sketch(Sketch(mean_image, weights), k)                          # a matplotlib Figure
 
 Takes results of feature_analysis and saexplain.analysis; gives pictures. It computes no results.
 
@@ -28,62 +28,57 @@ if TYPE_CHECKING:
     from saexplain.analysis import Analysis
 
 # --------------------------------------------------------------------------------------------------
-# Sketches: where a hypothesis predicts ink, and where none
+# Sketches: where a hypothesis wants ink, and where none
 # --------------------------------------------------------------------------------------------------
 
 SKETCH_RED, SKETCH_BLUE = (178, 24, 43), (33, 102, 172)  # RGB, as the bars of charts
-EDGE, TINT = 2, 0.3  # width of an outline, and the share of its color inside
+TINTS = {1: 0.4, 2: 0.75}  # share of its color in a cell, by tone
 SKETCH_LETTERS, SKETCH_WIDTH = 60, 400  # letters in a line below a sketch, and its least width
 CAPTION_LINE = 17  # from one line of a caption to the next
 
 
 class Sketch(NamedTuple):
-    """Places with and without ink, over a picture."""
+    """A drawing over a picture."""
 
-    background: np.ndarray  # (H, W) ink from 0 to 1
-    there: np.ndarray  # (n, H, W) bool, places with ink
-    absent: np.ndarray  # (m, H, W) bool, places without
+    background: np.ndarray  # (h, w) ink from 0 to 1
+    weights: np.ndarray  # (h, w) from -2, strongly unwanted, to 2, strongly wanted
 
 
 def _paint_sketch(sketch: Sketch, width: int) -> np.ndarray:
-    """(height, about width, 3) uint8: ink in gray, places outlined in red, or blue where empty."""
+    """(height, about width, 3) uint8: ink in gray, wanted cells in red, unwanted ones in blue."""
     zoom = fa.zoom_factor(sketch.background.shape, width)
     strongest = max(float(sketch.background.max()), 1e-9)
     gray = 255 * (1 - 0.75 * fa.enlarged(sketch.background / strongest, zoom))  # never black
     page = np.repeat(gray[:, :, None], 3, 2)
-    for masks, color in ((sketch.absent, SKETCH_BLUE), (sketch.there, SKETCH_RED)):
-        for mask in masks:
-            inside = fa.enlarged(mask, zoom)
-            core = inside.copy()  # without the outline
-            for shift in (-EDGE, EDGE):
-                for axis in (0, 1):
-                    core &= np.roll(inside, shift, axis)
-            page[inside] += TINT * (np.array(color) - page[inside])
-            page[inside & ~core] = color
+    for sign, color in ((-1, SKETCH_BLUE), (1, SKETCH_RED)):
+        for tone, tint in TINTS.items():
+            cells = fa.enlarged(sketch.weights == sign * tone, zoom)
+            page[cells] += tint * (np.array(color) - page[cells])
     return page.round().astype(np.uint8)
 
 
 def visualize_sketch(
     sketch: Sketch, k: int, caption: str = "", save_path: str | Path | None = None
 ) -> Figure:
-    """The places of a hypothesis about feature k, over the mean of the images that activate it.
+    """The drawing of a hypothesis about feature k, over the mean of the images that activate it.
 
-    Red places predict ink, blue ones none. The caption is written below; it was found separately,
-    and may name other places. Raises ValueError unless the places have the background's shape.
+    Ink is wanted in red cells, and unwanted in blue ones. Raises ValueError unless the drawing has
+    the background's shape.
     """
     shape = sketch.background.shape
-    for masks in (sketch.there, sketch.absent):
-        if masks.shape[1:] != shape:
-            raise ValueError(f"places must have the background's {shape}, got {masks.shape[1:]}")
+    if sketch.weights.shape != shape:
+        raise ValueError(
+            f"a drawing must have the background's {shape}, got {sketch.weights.shape}"
+        )
     picture = _paint_sketch(sketch, fa.PATTERN)
     lines = textwrap.wrap(f"Caption: {caption}", SKETCH_LETTERS) if caption else []
     top = 2 * fa.TITLE + 4
     width = max(picture.shape[1], SKETCH_WIDTH) + 2 * fa.MARGIN
     height = top + len(picture) + CAPTION_LINE * len(lines) + 2 * fa.MARGIN
     page = np.full((height, width, 3), fa.WHITE, np.uint8)
-    title = f"Feature {k}: ink in red, none in blue"
+    title = f"Feature {k}: its hypothesis"
     fa.paste(page, fa.text_pixels(title, 14, fa.BOLD), 6, fa.MARGIN)
-    note = "places that predict it, over the mean of its images"
+    note = "ink wanted: red, unwanted: blue; over its mean image"
     fa.paste(page, fa.text_pixels(note, 11, fa.MONO), fa.TITLE, fa.MARGIN)
     fa.paste(page, picture, top, fa.MARGIN)
     _paste_lines(page, lines, top + len(picture) + fa.MARGIN)
@@ -207,7 +202,7 @@ def _paint_panel(
 
     beside = [("red raises, blue lowers", _paint_pattern(heat, mask, PANEL_PATTERN))]
     if notes.sketch is not None:
-        beside.append(("ink in red, none in blue", _paint_sketch(notes.sketch, PANEL_PATTERN)))
+        beside.append(("its hypothesis", _paint_sketch(notes.sketch, PANEL_PATTERN)))
     if notes.counterparts:
         beside.append(("nearest in other SAEs", _paint_counterparts(notes, mask)))
 

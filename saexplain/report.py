@@ -25,24 +25,29 @@ from torch import Tensor
 import feature_analysis as fa
 from saexplain import console, figures, page, text
 from saexplain.activity import collect_activity
-from saexplain.analysis import Analysis, analyze, by_influence, feature_record, gradient_images
-from saexplain.baselines import default_directions, evaluate_directions
-from saexplain.captions import caption
+from saexplain.analysis import Analysis, analyze, by_influence, feature_record
+from saexplain.baselines import default_directions, evaluate_baseline, features_along
 from saexplain.diagnoses import diagnose
 from saexplain.evaluation import (
-    Comparison,
     Evaluation,
-    discriminate,
-    evaluate_hypotheses,
+    Summary,
+    collect_evidence,
     evaluation_record,
     make_evaluation,
-    score_hypotheses,
+    prepare_drawings,
     split_test_images,
 )
-from saexplain.fidelity import measure_fidelity
+from saexplain.fidelity import feature_stats, measure_fidelity
 from saexplain.files import InputError, folder_lock, to_json
-from saexplain.hypotheses import freeze_hypotheses, propose_hypotheses, read_hypotheses
+from saexplain.hypotheses import (
+    Discovery,
+    discover,
+    freeze_hypotheses,
+    load_frozen,
+    propose_hypotheses,
+)
 from saexplain.images import Data, as_ink, as_split, check_split_leakage, data_from_splits
+from saexplain.ink import FULL_INK
 from saexplain.layers import (
     collect_activations,
     default_torch_state,
@@ -51,8 +56,10 @@ from saexplain.layers import (
 )
 from saexplain.panels import PanelNotes, Sketch, visualize_sketch, write_feature_panels
 from saexplain.parallel import Stopwatch, Task, Workers, torch_threads
+from saexplain.patterns import gradient_images
 from saexplain.reproducibility import Replicates
-from saexplain.strokes import place_masks
+from saexplain.sae import JumpReLUSAE
+from saexplain.substitution import fit_stand_ins, measure_agreement, predict_acts
 
 N_PANELS = 5  # features, the most influential, that get a panel and a line on the terminal
 PICTURE_TASKS = 2  # each is sent all images, so not more than keep two cores busy
@@ -75,7 +82,6 @@ class Options:
     topk: int = 20  # strongest images kept per feature
     n_eval: int = 2000  # images over which an effect is averaged
     alpha: float = 1.0  # how much of a feature is added when its logit effect is measured
-    strokes: bool = True  # name pen strokes, where images are such
     hypotheses: bool = True  # propose, freeze and test a hypothesis about each feature
     features: int = 0  # report so many of the most influential features; 0: all
     seed: int = 0
@@ -93,6 +99,7 @@ class Draft(NamedTuple):
     options: Options
     analysis: Analysis
     features: list[int]  # those that are reported, the most influential first
+    discovery: Discovery | None  # the validation images, if there are hypotheses
     frozen: str | None  # the SHA-256 of hypotheses.json, if there are hypotheses
     pictures: list[Task]
     clock: Stopwatch
@@ -123,63 +130,69 @@ def prepare_report(
         own = features[part::PICTURE_TASKS]
         given = (folder, own, analysis.bank, shown, analysis.heats, analysis.inked, options.classes)
         pictures.append(workers.start("pictures", fa.write_feature_pictures, *given))
-    frozen = None
+    discovery = frozen = None
     if options.hypotheses:
         with clock("propose and freeze"):
-            hypotheses = propose_hypotheses(
-                layer,
-                layer.splits["val"],
-                activity=analysis.activity,
-                removed=analysis.removed,
-                strokes=options.strokes,
-                classes=options.classes,
-            )
+            discovery = discover(layer, analysis.unit_heats)
+            given = (analysis.activity, analysis.removed)
+            hypotheses = propose_hypotheses(layer, discovery, None, *given)
             frozen = freeze_hypotheses(hypotheses, folder / "hypotheses.json")
-        console.warn_no_strokes(hypotheses)
-    return Draft(layer, folder, options, analysis, features, frozen, pictures, clock, shown)
+    known = (analysis, features, discovery, frozen)
+    return Draft(layer, folder, options, *known, pictures, clock, shown)
 
 
 def evaluate_draft(
-    draft: Draft, directions: Mapping[str, Tensor], workers: Workers
-) -> tuple[Evaluation, dict[str, Comparison]]:
+    draft: Draft, baselines: Mapping[str, JumpReLUSAE], workers: Workers
+) -> tuple[Evaluation, dict[str, Summary]]:
     """The frozen hypotheses tested on one half of the test images, the other half being kept for
-    replication, beside hypotheses about `directions` (n, d_in) by name.
+    replication, beside hypotheses about the features of `baselines`, by name.
 
     Raises ValueError when hypotheses.json is not the file that was frozen.
     """
-    layer, options = draft.layer, draft.options
-    hypotheses, rule = read_hypotheses(draft.folder / "hypotheses.json", draft.frozen)
-    val, (test_half, replication_half) = (
-        layer.splits["val"],
-        split_test_images(layer.splits["test"]),
-    )
+    layer, discovery = draft.layer, draft.discovery
+    hypotheses, rule = load_frozen(draft.folder / "hypotheses.json", draft.frozen)
+    halves = split_test_images(layer.splits["test"])
     alone = replace(layer, splits={})  # for workers, which are sent only the images they need
     on_gpu = layer.device.type != "cpu"
     tasks = []
-    for rows in directions.values():
-        given = (rows, alone, val, test_half, replication_half, options.seed, options.strokes)
-        tasks.append(workers.start("baselines", evaluate_directions, *given, here=on_gpu))
-    given = (hypotheses, alone, replication_half, None, options.seed + 1, rule)
-    tasks.append(workers.start("replication", evaluate_hypotheses, *given, here=on_gpu))
+    for sae in baselines.values():
+        given = (sae, alone, discovery, *halves)
+        tasks.append(workers.start("baselines", evaluate_baseline, *given, here=on_gpu))
 
     with draft.clock("test"):
-        activity = collect_activity(layer, test_half.raw, test_half.labels)
-        scores = score_hypotheses(hypotheses, test_half.images, test_half.labels)
-        evidence = evaluate_hypotheses(
-            hypotheses, layer, test_half, activity, options.seed, rule, scores
-        )
-        discriminated = discriminate(evidence, scores, layer, activity)
+        canvas = discovery.canvas
+        activity = collect_activity(layer, halves[0].raw, halves[0].labels)
+        drawn = prepare_drawings(hypotheses, canvas)
+        given = (hypotheses, layer, halves[0], canvas, rule, activity)
+        evidence = collect_evidence(*given, drawn=drawn)
+        given = (hypotheses, layer, halves[1], canvas, rule)
+        again = collect_evidence(*given, in_full=False, drawn=drawn)
+        stand_ins = fit_stand_ins(hypotheses, discovery, draft.analysis.activity)
+        predicted = predict_acts(stand_ins, canvas.levels(halves[0].images))
+        acts = layer.feature_acts(halves[0].raw)
+        agreements = tuple(measure_agreement(layer, halves[0].raw, a) for a in (acts, predicted))
+    n_discovery = len(discovery.labels)
+    given = (hypotheses, rule, n_discovery, evidence, again, activity, agreements)
+    evaluation = make_evaluation(*given)
     with draft.clock("baselines, waited for"):
-        *comparisons, again = workers.results(tasks)
-    evaluation = make_evaluation(hypotheses, rule, evidence, again, activity, discriminated)
-    return evaluation, dict(zip(directions, comparisons, strict=True))
+        summaries = workers.results(tasks)
+    return evaluation, dict(zip(baselines, summaries, strict=True))
+
+
+def default_baselines(layer: fa.ExplainedLayer, seed: int) -> dict[str, JumpReLUSAE]:
+    """The baselines that need no training: "random directions" and "neurons", with features that
+    are active as often and as strongly as the SAE's."""
+    z = layer.standardize(layer.splits["val"].raw)
+    stats = feature_stats(layer.sae, z)
+    directions = default_directions(layer, seed)
+    return {name: features_along(rows, z, *stats) for name, rows in directions.items()}
 
 
 def finish_report(
     draft: Draft,
     record: dict,
     replicates: Replicates | None,
-    directions: Mapping[str, Tensor],
+    baselines: Mapping[str, JumpReLUSAE],
     workers: Workers,
 ) -> tuple[dict, list[dict]]:
     """Test on the test images and write the files of one SAE but for the page.
@@ -188,16 +201,16 @@ def finish_report(
     summary.json, and the records of feature_report.json.
     """
     options, folder = draft.options, draft.folder
-    evaluation, comparisons = None, {}
+    evaluation, summaries = None, {}
     if draft.frozen:
-        evaluation, comparisons = evaluate_draft(draft, directions, workers)
+        evaluation, summaries = evaluate_draft(draft, baselines, workers)
     report = []
     for k in draft.features:
         entry = feature_record(k, draft.analysis)
         if replicates:
             entry |= {"counterparts": replicates.counterparts(k), "mark": replicates.mark(k)}
         if evaluation:
-            entry |= text.evaluated_record(k, evaluation)
+            entry |= text.evaluated_record(k, evaluation, options.classes)
         report.append(entry)
 
     top = report[:N_PANELS]
@@ -209,15 +222,19 @@ def finish_report(
         record["reproducibility"] = replicates.record
     if evaluation:
         record["hypotheses_sha256"] = draft.frozen
-        record["hypotheses"] = evaluation_record(evaluation, comparisons, draft.frozen)
+        own = evaluation.summary
+        record["agreement_hypotheses"] = own.agreement_hypotheses
+        record["f1_by_influence"], record["f1_mean"] = own.f1_by_influence, own.f1_mean
+        record["hypotheses"] = evaluation_record(evaluation, summaries, draft.frozen)
         title = f"{len(evaluation.hypotheses)} features of {options.network} ({options.source})"
         marks = {k: replicates.mark(k) for k in range(draft.layer.d_sae)} if replicates else {}
-        given = (folder, evaluation, comparisons, record["hypotheses"], title, marks)
+        given = (folder, evaluation, summaries, record["hypotheses"], title, marks)
+        given += (options.classes,)
         tasks.append(workers.start("hypotheses", write_hypotheses, *given))
         for k, note in notes.items():
             if note.sketch is not None:
                 path = folder / f"feature_{k}_hypothesis.png"
-                visualize_sketch(note.sketch, k, caption(evaluation.hypotheses[k]), path)
+                visualize_sketch(note.sketch, k, evaluation.hypotheses[k].caption, path)
     fa.write_whole(folder / "feature_report.json", to_json(report))
     with draft.clock("pictures, waited for"):
         workers.results(tasks)
@@ -231,15 +248,17 @@ def finish_report(
 def write_hypotheses(
     folder: Path,
     evaluation: Evaluation,
-    comparisons: dict[str, Comparison],
+    summaries: dict[str, Summary],
     record: dict,
     title: str,
     marks: dict[int, str],
+    classes: Sequence[str],
 ) -> None:
     """hypotheses.md and its two pictures; `record` is that of `evaluation_record`."""
-    content = text.hypotheses_markdown(evaluation, record, title, marks)
+    content = text.hypotheses_markdown(evaluation, record, title, marks, classes)
     fa.write_whole(folder / "hypotheses.md", content.encode())
-    fa.save_figure(figures.draw_explained(evaluation, comparisons), folder / "explained.png")
+    summaries = {"SAE": evaluation.summary, **summaries}
+    fa.save_figure(figures.draw_explained(summaries), folder / "explained.png")
     fa.save_figure(figures.draw_influence(evaluation), folder / "influence.png")
 
 
@@ -258,11 +277,11 @@ def panel_notes(
         words = f"seed {found['seed']}, no. {found['feature']}\nsimilarity {similarity:.2f}"
         counterparts.append((words, (heat.sum(0) if heat.dim() == 3 else heat).numpy()))
     sketch = None
-    if evaluation and any(evaluation.hypotheses[entry["feature"]].drawing):
+    if evaluation and evaluation.hypotheses[entry["feature"]].is_drawn:
         at, _ = draft.analysis.activity.of(entry["feature"])
-        mean = draft.shown[at, 0].mean(0).numpy()
-        masks = (place_masks(p).numpy() for p in evaluation.hypotheses[entry["feature"]].drawing)
-        sketch = Sketch(mean, *masks)
+        weights = evaluation.hypotheses[entry["feature"]].weights
+        mean = draft.discovery.levels[at].float().mean(0).view(weights.shape)
+        sketch = Sketch(mean.numpy() / FULL_INK, weights)
     caption = "\n".join(line.strip() for line in console.hypothesis_lines(entry))
     return PanelNotes(caption, draft.analysis.inked, tuple(counterparts), sketch)
 
@@ -280,17 +299,19 @@ def write_page(
     that the page can compute.
     """
     layer, options, a = draft.layer, draft.options, draft.analysis
+    canvas = draft.discovery.canvas if draft.discovery else None
     results = [(r.on_page, console.shown_result(r, record)) for r in console.RESULTS if r.on_page]
-    if record.get("hypotheses", {}).get("median_words") is not None:  # where strokes are named
-        own = record["hypotheses"]["shares"]["SAE"]
-        results.append(("influence of explained features", f"{own['influence_explained']:.0%}"))
-        results.append(("features explained", f"{own['explained']:.0%}"))
+    if "hypotheses" in record:
+        own = record["hypotheses"]["summaries"]["SAE"]
+        kept = "predictions kept with hypotheses in place of all features"
+        results.append((kept, f"{own['agreement_hypotheses']:.2%}"))
+        results.append(("F1 of hypotheses, by influence", f"{own['f1_by_influence']:.2f}"))
     title = f"{layer.d_sae} features of {options.network} ({options.source})"
     page.write_dashboard(
         draft.folder / "feature_report.html",
         report,
         layer,
-        page.Shown(a.bank, a.activity, a.heats, a.inked),
+        page.Shown(a.bank, a.activity, a.heats, a.inked, canvas),
         page.Overview(
             title,
             results,
@@ -413,9 +434,8 @@ def explain_sae(
             "data": data.source,
             **measure_fidelity(explained),
         }
-        z = explained.standardize(explained.splits["val"].raw)
-        directions = default_directions(z, given.seed)
-        record, report = finish_report(draft, record, None, directions, pool_of_workers)
+        baselines = default_baselines(explained, given.seed)
+        record, report = finish_report(draft, record, None, baselines, pool_of_workers)
         write_page(draft, record, report, frontier_of([record]))
         seconds = {**clock.seconds, **pool_of_workers.seconds}
         record["seconds"] = {**seconds, "whole run": clock.total()}

@@ -1,7 +1,7 @@
 """Is a feature found again by an SAE of another seed?
 
     matches = match_features(layer, raw, other_sae)  # each feature's counterpart
-    replicates = compare_seeds(layer, 0, {1: sae_of_seed_1}, untrained=None)
+    replicates = compare_seeds(layer, 0, {1: sae_of_seed_1}, baselines={})
 
 Takes an `ExplainedLayer` with an SAE, and SAEs of the same activations; gives numbers. It trains,
 draws and writes nothing.
@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 import feature_analysis as fa
-from saexplain.baselines import match_rates
 from saexplain.fidelity import FeatureStats, feature_stats
 
 MIN_SIMILARITY = 0.7  # cosine and correlation from which two features are the same
@@ -128,9 +128,27 @@ def compute_reproducibility(
     )
 
 
+def compute_pw_mcc(rows: Tensor, other_rows: Tensor) -> float:
+    """The pairwise dictionary mean correlation coefficient (PW-MCC) of two dictionaries (d_sae,
+    d_in) and (d_other, d_in): the mean cosine of rows matched one to one, so that it is largest.
+
+    After Song et al. 2025, arXiv 2505.20254. Cosines keep their sign, as in the authors' code:
+    activations are not negative, so opposite rows are different features. Each row of the smaller
+    dictionary has a partner; one of norm 0 adds 0.
+    """
+    unit, other_unit = (
+        torch.nn.functional.normalize(w.detach().cpu().double(), dim=1) for w in (rows, other_rows)
+    )
+    cosine = (unit @ other_unit.T).numpy()
+    return float(cosine[linear_sum_assignment(cosine, maximize=True)].mean())
+
+
 # --------------------------------------------------------------------------------------------------
 # SAEs of several seeds
 # --------------------------------------------------------------------------------------------------
+
+
+MEASURES = (*Reproducibility._fields, "pw_mcc")  # of a pair of SAEs, in a record
 
 
 class Replicates(NamedTuple):
@@ -171,14 +189,17 @@ def _look_for(
 
 @torch.no_grad()
 def compare_seeds(
-    layer: fa.ExplainedLayer, seed: int, others: Mapping[int, object], untrained: Tensor | None
+    layer: fa.ExplainedLayer,
+    seed: int,
+    others: Mapping[int, object],
+    baselines: Mapping[str, object],
 ) -> Replicates | None:
     """How much of the layer's SAE, of `seed`, is found in the SAEs `others` by seed, on the split
     "val"; None where there are no others.
 
-    The two directions of a pair of SAEs are averaged; means and deviations are over all pairs. As a
-    null effect, the SAE's features are also looked for among `untrained` directions (n, d_in), made
-    to be active as often and as strongly as its features.
+    The two directions of a pair of SAEs are averaged; means and deviations are over all pairs. As
+    null effects, the layer's features are also looked for in the `baselines`, SAEs by name, such as
+    those that `match_rates` makes of untrained directions.
     """
     if not others:
         return None
@@ -192,13 +213,15 @@ def compare_seeds(
         found[i, j] = _look_for(layer.with_sae(saes[i]), raw, stats[i], saes[j])
     pairs = []
     for i, j in itertools.combinations(range(len(saes)), 2):
-        pairs.append(np.mean([found[i, j][1], found[j, i][1]], axis=0))
+        both_ways = np.mean([found[i, j][1], found[j, i][1]], axis=0)
+        pairs.append([*both_ways, compute_pw_mcc(saes[i].W_dec, saes[j].W_dec)])
 
-    record = {"seeds": [seed, *others], "pairs": len(pairs)}
-    if untrained is not None:
-        _, null_effect = _look_for(layer, raw, stats[0], match_rates(untrained, z, *stats[0]))
-        record["untrained"] = null_effect._asdict()
-    for name, values in zip(Reproducibility._fields, np.transpose(pairs), strict=True):
+    record = {"seeds": [seed, *others], "pairs": len(pairs), "baselines": {}}
+    for name, other in baselines.items():
+        _, null_effect = _look_for(layer, raw, stats[0], other)
+        pw_mcc = compute_pw_mcc(layer.sae.W_dec, other.W_dec)
+        record["baselines"][name] = {**null_effect._asdict(), "pw_mcc": pw_mcc}
+    for name, values in zip(MEASURES, np.transpose(pairs), strict=True):
         record[name] = mean_and_std(values)
     matches = [found[0, j][0] for j in range(1, len(saes))]
     return Replicates(list(others), saes[1:], matches, record)

@@ -62,6 +62,11 @@ class JumpReLUSAE(nn.Module):
         """Feature activations (B, d_sae) of z (B, d_in)."""
         return self.jump(self.pre_activations(z))
 
+    def encode_feature(self, z: Tensor, k: int) -> Tensor:
+        """Activations (B,) of feature k alone, of z (B, d_in)."""
+        pre = z @ self.W_enc[:, k] + self.b_enc[k]
+        return pre * (pre > self.threshold[k])
+
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Reconstruction z_hat (B, d_in) of feature_acts (B, d_sae)."""
         return torch.addmm(self.b_dec, feature_acts, self.W_dec)
@@ -82,6 +87,10 @@ class TopKSAE(JumpReLUSAE):
         """Feature activations (B, d_sae), at most k a row, of pre (B, d_sae)."""
         largest, place = pre.topk(self.k, dim=1)
         return torch.zeros_like(pre).scatter(1, place, largest.relu())
+
+    def encode_feature(self, z: Tensor, k: int) -> Tensor:
+        """Activations (B,) of feature k of z (B, d_in): whether it is active depends on all."""
+        return self.encode(z)[:, k]
 
 
 class PCACoordinates(NamedTuple):

@@ -16,8 +16,11 @@ from torch import Tensor
 import feature_analysis as fa
 from saexplain import page
 from saexplain.activity import collect_activity, removal_effects
+from saexplain.evaluation import collect_evidence, decide, split_test_images
+from saexplain.hypotheses import Rule, discover, hypothesis_record, propose_hypotheses
 from saexplain.images import SAMPLE_FILE
 from saexplain.sae import JumpReLUSAE
+from saexplain.text import evidence_record
 
 NASTY = "</script><script>alert(1)</script> \"'& <b> line\u2028separator \ud800 lone"
 D_IN, N_CLASSES = 16, 10
@@ -39,13 +42,16 @@ class World(NamedTuple):
     shown: page.Shown
 
 
-def small_layer(d_sae: int) -> fa.ExplainedLayer:
-    """A layer with 200 of the bundled digits as val and as test; about 60% are read correctly."""
+def small_layer(d_sae: int, zoom: int = 1) -> fa.ExplainedLayer:
+    """A layer with 200 of the bundled digits as val and as test, each pixel `zoom` x `zoom` pixels;
+    about 60% are read correctly."""
     with np.load(SAMPLE_FILE) as stored:
         images = torch.from_numpy(stored["images"][::25])[:, None].float() / 255
         labels = torch.from_numpy(stored["labels"][::25].astype(np.int64))
+    images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     normal = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    W1, flat = normal(D_IN, 784) / 28, images.flatten(1)
+    flat = images.flatten(1)
+    W1 = normal(D_IN, flat.shape[1]) / flat.shape[1] ** 0.5
     b1, b2 = -W1 @ flat.mean(0), 0.1 * normal(N_CLASSES)
     raw = flat @ W1.T + b1
     hot = torch.eye(N_CLASSES).double()[labels]
@@ -60,28 +66,39 @@ def small_layer(d_sae: int) -> fa.ExplainedLayer:
     return replace(layer, splits=dict.fromkeys(("val", "test"), layer.activations(images, labels)))
 
 
-def hypothesis_fields(k: int) -> dict:
-    shapes = {"dot": 5, "vertical": 7, "rising": 13}
-    places = [{"row": 5 + k % 9, "col": 8, "shape": s, "length": n} for s, n in shapes.items()]
+def planted_fields(k: int) -> dict:
+    """What tests of sorting and searching look for."""
     return {
-        "caption": f"Stroke number {k}; active on {k % 10}s",
-        "explained": k % 3 == 0,
+        "caption": f"Stroke number {k}, active on {k % 10}s",
+        "replicated": (True, False, None)[k % 3],
         "mark": "reproducible" if k % 2 else "seed-specific",
-        "hypothesis": {"drawing": {"there": places[: k % 3], "absent": places[2:] * (k % 2)}},
         "confidence": ("High", "Medium", "Low")[k % 3],
-        "outcome": ("confirmed", "inconclusive", "refuted")[k % 3],
+        "f1": 0.3 + k / 1000,
         "measured": ["a line"],
-        "evidence": {"text": "evidence", "detected": {"both": {"auroc": 0.6 + k / 100}}},
     }
 
 
-def small_world(d_sae: int = 24) -> World:
+def propose(layer: fa.ExplainedLayer, unit_heats: Tensor) -> list[dict]:
+    """Hypotheses of every feature, with their evidence from the even test images."""
+    discovery = discover(layer, unit_heats)
+    hypotheses, rule = propose_hypotheses(layer, discovery), Rule()
+    half, _ = split_test_images(layer.splits["test"])
+    found = collect_evidence(hypotheses, layer, half, discovery.canvas, rule)
+    return [
+        {"hypothesis": hypothesis_record(h), "evidence": evidence_record(e, decide(e).results)}
+        for h, e in zip(hypotheses, found, strict=True)
+    ]
+
+
+def small_world(d_sae: int = 24, zoom: int = 1) -> World:
     """All that a page needs; the last feature is inactive where there are several."""
-    layer = small_layer(d_sae)
+    layer = small_layer(d_sae, zoom)
     images, labels, raw = layer.splits["val"]
     bank, activity = fa.feature_bank(layer, raw, labels, 20), collect_activity(layer, raw, labels)
     removed, pushes = removal_effects(layer, raw, activity), fa.logit_effects(layer, raw, 1.0)
-    records = [hypothesis_fields(k) for k in range(d_sae)]
+    unit_heats = layer.model.W1.unflatten(1, images.shape[2:]) / layer.std[:, None, None]
+    proposed = propose(layer, unit_heats)
+    records = [planted_fields(k) | own for k, own in enumerate(proposed)]
     for k, histogram in enumerate(bank.label_histogram):
         records[k] |= {
             "feature": k,
@@ -93,7 +110,7 @@ def small_world(d_sae: int = 24) -> World:
             "ablation_delta_vector": removed.mean_delta[k].tolist(),
             "logit_delta_vector": pushes.mean_delta[k].tolist(),
         }
-    heats = ((layer.sae.W_enc.T / layer.std) @ layer.model.W1).reshape(d_sae, *images.shape[2:])
+    heats = torch.tensordot(layer.sae.W_enc.T, unit_heats, dims=1)
     return World(layer, records, page.Shown(bank, activity, heats))
 
 

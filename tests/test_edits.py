@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from planted_strokes import activity_of, blank
+from saexplain.strokes import Place, Strokes, Word, place_inks, place_masks, word_of
 
 import feature_analysis as fa
 from saexplain import edits, strokes
 from saexplain.edits import EditableImages, Editor, edited_images, evenly_spaced
 from saexplain.evaluation import EditTest, evaluate_hypotheses
-from saexplain.strokes import Place, Strokes, Word, place_inks, place_masks, word_of
 
 TURNS = {"horizontal": 0, "vertical": 1 / 2, "rising": 1 / 4, "falling": -1 / 4}  # of pi
 STEM_AT = Place(9, 7, "vertical", 7)

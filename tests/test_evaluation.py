@@ -11,6 +11,7 @@ import scipy.stats
 import sklearn.metrics
 import torch
 from planted_strokes import activity_of, blank, draw_labelled, paired, plant, stroke_table
+from saexplain.strokes import Strokes, Word, place_inks, word_inks
 
 import feature_analysis as fa
 from saexplain import evaluation as ev
@@ -20,7 +21,6 @@ from saexplain.activity import Activity, collect_activity
 from saexplain.captions import caption
 from saexplain.hypotheses import PARTS, Effect, Hypothesis, Rule
 from saexplain.statistics import Detection
-from saexplain.strokes import Strokes, Word, place_inks, word_inks
 
 
 class World(NamedTuple):

@@ -9,6 +9,7 @@ import pytest
 import sklearn.metrics
 import torch
 from planted_strokes import blank, draw_labelled, plant, stroke_table
+from saexplain.strokes import Place, Strokes, Word, place_inks, place_masks, word_inks
 
 import feature_analysis as fa
 from saexplain import hypotheses as hy
@@ -16,7 +17,6 @@ from saexplain import strokes
 from saexplain.activity import collect_activity, removal_effects
 from saexplain.captions import caption, percent, plural
 from saexplain.hypotheses import PARTS, Effect, Rule, propose_hypotheses
-from saexplain.strokes import Place, Strokes, Word, place_inks, place_masks, word_inks
 
 STEM_AT, BAR_AT = Place(9, 7, "vertical", 7), Place(21, 19, "horizontal", 7)
 STEM, BAR = Word("vertical", False, 1, 0), Word("horizontal", False, 4, 3)

@@ -68,8 +68,8 @@ def test_page_without_test_images_and_network(world, tmp_path):
     val_only = replace(world.layer, splits={"val": world.layer.splits["val"]})
     path = write(tmp_path / "page.html", world._replace(layer=val_only), network=None)
     meta = meta_of(path)
-    assert (meta["tests"], meta["network"]) == (None, None)
-    assert not {"tests", "W1", "W_enc"} & set(meta["arrays"])
+    assert (meta["tests"], meta["network"], meta["testing"]["edits"]["can"]) == (None, None, False)
+    assert not {"tests", "W1", "W_enc", "test_half_levels"} & set(meta["arrays"])
 
 
 def test_numbers_of_a_feature_are_those_of_its_activations(world, written):
@@ -93,7 +93,7 @@ def test_numbers_of_a_feature_are_those_of_its_activations(world, written):
 
 def test_fields_of_a_record_reach_the_page(world, written):
     entries = meta_of(written)["features"]
-    same = {name: name for name in "feature caption confidence outcome explained mark".split()}
+    same = {name: name for name in "feature caption confidence replicated f1 mark".split()}
     same |= {"lines": "measured", "labels": "label_histogram", "mode": "label_mode_when_active"}
     for entry, record in zip(entries, world.records, strict=True):
         assert {key: entry[key] for key in same} == {key: record[same[key]] for key in same}
@@ -102,10 +102,17 @@ def test_fields_of_a_record_reach_the_page(world, written):
         assert [entry["influence"], entry["changes"]] == pytest.approx(numbers, rel=1e-3)
         lost = [-change for change in record["ablation_delta_vector"]]
         assert entry["supports"] == pytest.approx(lost, rel=1e-3)
-        assert entry["auroc"] == pytest.approx(0.6 + record["feature"] / 100)
-        assert entry["dose"] is None
-    assert entries[0]["drawing"] is None
-    assert entries[1]["drawing"] == {"there": [[6, 8, "dot", 5]], "absent": [[6, 8, "rising", 13]]}
+        named = ("classes", "raises", "lowers", "threshold")
+        assert entry["hypothesis"] == {name: record["hypothesis"][name] for name in named}
+        found = json.loads(json.dumps(record["evidence"]))  # tuples become lists
+        assert all(entry["found"][name] == found[name] for name in entry["found"])
+        assert entry["found"].keys() >= {"picked", "chance_f1", "detection", "results"}
+    drawings = arrays_of(written)["drawings"].reshape(24, 28, 28)
+    for drawing, record in zip(drawings, world.records, strict=True):
+        rows = record["hypothesis"]["drawing"]
+        assert [["=-.+#"[w + 2] for w in row] for row in drawing] == [list(row) for row in rows]
+    assert drawings[3].any()
+    assert not drawings[23].any()  # never active
 
 
 def test_examples_are_images_with_their_label_and_activation(world, written):
@@ -154,14 +161,47 @@ def test_patterns_are_in_full_color_at_their_scale(world, tmp_path):
 
 
 def test_dose_response_reaches_the_page(world, tmp_path):
-    effect = {"doses": (0.0, 1.0), "dose_raises": [0.0, 1.23456], "linear_raises": [0.0, 1.5]}
-    record = world.records[3] | {
-        "hypothesis": {"effect": {"raises": 4, "lowers": None}},
-        "evidence": {"text": "", "effect": effect, "detected": None},
-    }
+    change = {"logit": 4, "at_doses": [0.0, 0.5, 1.23456, 2.0], "linear": [0.0, 0.6, 1.5, 3.0]}
+    record = world.records[3] | {"evidence": {"effects": {"raises": change}}}
     (entry,) = meta_of(write(tmp_path / "page.html", world, [record]))["features"]
-    assert (entry["auroc"], entry["drawing"]) == (None, None)
-    assert entry["dose"] == {"at": [0.0, 1.0], "curves": [[4, [0.0, 1.235], [0.0, 1.5]]]}
+    curves = [[4, [0.0, 0.5, 1.235, 2.0], [0.0, 0.6, 1.5, 3.0]]]
+    assert entry["dose"] == {"at": [0.0, 0.5, 1.0, 2.0], "curves": curves}
+    assert entry["found"]["picked"] is None
+
+
+@pytest.mark.parametrize("most", [17, 2000])
+def test_images_on_page_and_what_is_active_there(world, tmp_path, monkeypatch, most):
+    monkeypatch.setattr(page, "MAX_IMAGES", most)
+    some = page.images_on_page(world.layer)
+    every = {"val": range(200), "test_half": range(0, 200, 2), "replication_half": range(1, 200, 2)}
+    path, chosen = tmp_path / "page.html", [9, 2, 23]
+    arrays = arrays_of(write(path, world, [world.records[k] for k in chosen]))
+    images, labels, raw = world.layer.splits["val"]  # "test" holds the same
+    acts = world.layer.feature_acts(raw)
+    for split, of in every.items():
+        at, n = some[split].tolist(), min(most, len(of))
+        if n == len(of):
+            assert at == list(of)
+        assert (len(set(at)), at[0], at[-1]) == (n, of[0], of[-1])
+        assert set(at) <= set(of)
+        gaps = np.diff(at) / of.step
+        assert gaps.max() - gaps.min() <= 1  # evenly spaced
+        levels = (images[at, 0] * 255).round().flatten().numpy()
+        assert np.array_equal(arrays[f"{split}_levels"], levels)
+        assert arrays[f"{split}_labels"].tolist() == labels[at].tolist()
+        start = arrays[f"{split}_start"]
+        for k, pairs in zip(chosen, map(slice, start, start[1:]), strict=True):
+            own = acts[at, k]
+            assert arrays[f"{split}_image"][pairs].tolist() == own.nonzero()[:, 0].tolist()
+            share = own[own > 0] / acts[:, k].max()
+            assert arrays[f"{split}_activation"][pairs] / 255 == pytest.approx(share, abs=0.0021)
+    testing = meta_of(path)["testing"]
+    assert testing["of_split"] == {split: len(of) for split, of in every.items()}
+
+
+def test_larger_images_are_fewer(world, monkeypatch):
+    monkeypatch.setattr(page, "MAX_LEVELS", 3 * 784 * 40 + 100)
+    assert [len(some) for some in page.images_on_page(world.layer).values()] == [40, 40, 40]
 
 
 def test_means_of_features_and_classes(world, written):

@@ -1,5 +1,7 @@
 """The page in a real browser, by pointer and keyboard; its numbers against those of Python."""
 
+import hashlib
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -10,15 +12,29 @@ import pytest
 import torch
 from page_world import NASTY, meta_of, small_world, write
 
+import feature_analysis as fa
 from saexplain import page as html
-from saexplain.activity import contributions
+from saexplain.activity import collect_activity, contributions
 from saexplain.counterfactuals import class_effects, review_tests
+from saexplain.evaluation import collect_evidence, decide
+from saexplain.hypotheses import (
+    Hypothesis,
+    best_threshold,
+    hypothesis_of,
+    hypothesis_record,
+    scores_of,
+    with_thresholds,
+)
+from saexplain.ink import Canvas
+from saexplain.own import read_hypotheses
+from saexplain.statistics import average_precision, ranks_of
 
 pytestmark = pytest.mark.slow
 
 FLAGS = ("--no-sandbox", "--no-first-run", "--disable-gpu", "--disable-background-networking")
 VIEWS = ("story", "class&class=7", "pair", "errors", "features", "features&as=map")
 VIEWS += ("features&as=charts", "feature&feature=3", "two&features=3,4", "draw")
+VIEWS += ("write&feature=3", "write&feature=23", "yours")
 
 
 @pytest.fixture(scope="module")
@@ -206,13 +222,14 @@ def test_sorting_filtering_and_searching(visit, written, world):
     assert features_in_grid(page) == by(world, "influence")
     page.select_option("#sort", "density")
     assert features_in_grid(page) == by(world, "mean_active")
+    page.select_option("#sort", "F1")
+    assert features_in_grid(page) == list(range(23, -1, -1))  # as planted
     page.select_option("#sort", "number")
     supported = [int(np.argmin(r["ablation_delta_vector"])) for r in world.records[:23]]
     mode = [r["label_mode_when_active"] for r in world.records]
     dense = [k for k, r in enumerate(world.records) if r["mean_active"] >= 0.1]
     expected = {
         ("confidence", "High"): list(range(0, 24, 3)),
-        ("outcome", "refuted"): list(range(2, 24, 3)),
         ("density", "at least 10%"): dense,
         ("density", "never"): [23],
         ("label", str(mode[0])): [k for k in range(24) if mode[k] == mode[0]],
@@ -306,8 +323,371 @@ def test_test_image_is_edited_and_kept_in_the_address(visit, written, world, rev
     assert pixels_of(page) == pytest.approx(image.numpy(), abs=1e-6)
 
 
+# --------------------------------------------------------------------------------------------------
+# The reader's own hypotheses
+# --------------------------------------------------------------------------------------------------
+
+NAMES = ("precision", "recall", "f1")
+
+
+def images_of(world, split: str) -> fa.Activations:
+    """The images on which the page measures hypotheses."""
+    some = html.images_on_page(world.layer)[split]
+    whole = world.layer.splits["val" if split == "val" else "test"]
+    return fa.Activations(*(values[some] for values in whole))
+
+
+def measured(world, h: Hypothesis, split: str) -> dict:
+    """What Python measures of a hypothesis, at the best threshold where it has none."""
+    images, labels, raw = images_of(world, split)
+    activity = collect_activity(world.layer, raw, labels)
+    levels = Canvas.fit(world.layer.splits["val"].images).levels(images)
+    (h,) = with_thresholds([h], levels, activity)
+    scores, at = scores_of(h.weights[None], levels)[0].numpy(), activity.of(h.feature)[0].numpy()
+    picked = np.flatnonzero(scores >= h.threshold)
+    both, ranks = len(np.intersect1d(picked, at)), ranks_of(scores, at)
+    return {
+        "threshold": h.threshold,
+        "precision": both / len(picked),
+        "recall": both / len(at),
+        "f1": 2 * both / (len(picked) + len(at)),
+        "average_precision": average_precision(ranks),
+        "auroc": ranks.auroc,
+    }
+
+
+def check_test(found: dict, world, h: Hypothesis) -> None:
+    """Compare the page's test of a hypothesis with Python's on the same images."""
+    layer = world.layer
+    canvas = Canvas.fit(layer.splits["val"].images)
+    (e,) = collect_evidence([h], layer, images_of(world, "test_half"), canvas)
+    picked = [e.picked.precision, e.picked.recall, e.picked.f1, e.detection.auroc]
+    picked += [e.detection.average_precision, e.chance_f1]
+    names = (*NAMES, "auroc", "average_precision", "chance_f1")
+    assert [found[name] for name in names] == pytest.approx(picked, abs=1e-4)
+    again = measured(world, h, "replication_half")
+    assert {name: found["other_half"][name] for name in again} == pytest.approx(again, abs=1e-4)
+    decision = decide(e)
+    assert found["edits"].keys() == e.edits.keys()
+    for name, test in e.edits.items():
+        edit = found["edits"][name]
+        assert {key: edit[key] for key in test._fields} == test._asdict()
+        ends = [edit[key] for key in ("difference", "low", "high")]
+        assert ends == pytest.approx(test.difference(), abs=1e-4)
+        assert edit["result"] == decision.results[name]
+    if h.classes:
+        expected = e.classes._asdict()
+        assert {key: found["classes"][key] for key in expected} == pytest.approx(expected, abs=1e-4)
+        assert found["classes"]["result"] == decision.results["classes"]
+    assert found["effects"].keys() == e.effects.keys()
+    for verb, change in e.effects.items():
+        own = found["effects"][verb]
+        numbers = [own[key] for key in ("logit", "by", "low", "high")]
+        assert numbers == pytest.approx(
+            [change.logit, change.by, change.low, change.high], abs=1e-4
+        )
+    assert found["confidence"] == decision.confidence
+
+
+@pytest.mark.parametrize("most", [60, 2000])
+def test_page_measures_and_tests_as_python_does(visit, world, tmp_path, monkeypatch, most):
+    monkeypatch.setattr(html, "MAX_IMAGES", most)
+    page = visit(write(tmp_path / "page.html", world), "#view=yours")
+    for k in (0, 3, 8, 15, 17):
+        record = world.records[k]["hypothesis"]
+        h = replace(hypothesis_of(record), classes=(1, k % 10), raises=k % 10, lowers=4)
+        check_test(page.evaluate("testResults", hypothesis_record(h)), world, h)
+        ours = page.evaluate("h => measureOn('val', h.feature, { ...h, threshold: null })", record)
+        expected = measured(world, replace(h, threshold=None), "val")
+        assert {name: ours[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+
+
+def paint(page, *cells: tuple[int, int]) -> None:
+    """Paint a line through cells (row, column) with the mouse."""
+    page.locator("#paint").scroll_into_view_if_needed()
+    box = page.locator("#paint").bounding_box()
+    for n, (row, column) in enumerate(cells):
+        side = (box["width"] - 4) / page.evaluate("CW")
+        page.mouse.move(box["x"] + 2 + (column + 0.5) * side, box["y"] + 2 + (row + 0.5) * side)
+        if n == 0:
+            page.mouse.down()
+    page.mouse.up()
+
+
+def numbers_of(page, table: str, column: int) -> list[float]:
+    cells = page.locator(f"#{table} td:nth-child({column + 2})").all_inner_texts()
+    return [float(cell) for cell in cells]
+
+
+def paint_example(page) -> np.ndarray:
+    """Paint a drawing by pointer; its weights."""
+    page.select_option("#size", "1")
+    paint(page, (5, 10), (5, 17))
+    page.click("text=strong")
+    paint(page, (12, 14), (20, 14))
+    page.click("text=strong")
+    page.click("text=blank wanted")
+    page.select_option("#size", "3")
+    paint(page, (15, 5))
+    page.select_option("#size", "1")
+    page.click("text=eraser")
+    paint(page, (14, 5))
+    expected = np.zeros((28, 28), np.int8)
+    expected[5, 10:18], expected[12:21, 14], expected[14:17, 4:7] = 1, 2, -1
+    expected[14, 5] = 0
+    return expected
+
+
+def test_measures_of_scores_with_ties(visit, written):
+    page, rng = visit(written, "#view=yours"), np.random.default_rng(0)
+    scores = rng.integers(-3, 4, (60, 14))
+    active = [np.sort(rng.choice(14, 1 + n % 12, replace=False)) for n in range(60)]
+    pairs = [[row.tolist(), at.tolist()] for row, at in zip(scores, active, strict=True)]
+    found = page.evaluate("pairs => pairs.map(([s, at]) => measure(Int32Array.from(s), at))", pairs)
+    for own, row, at in zip(found, scores, active, strict=True):
+        assert own["threshold"] == best_threshold(row, at)
+        ranks = ranks_of(row, at)
+        assert own["auroc"] == pytest.approx(ranks.auroc)
+        assert own["average_precision"] == pytest.approx(average_precision(ranks))
+
+
+def test_cells_of_larger_images(visit, tmp_path):
+    world = small_world(6, zoom=3)  # 84 x 84 pixels, 42 x 42 cells
+    page = visit(write(tmp_path / "page.html", world), "#view=write&feature=1")
+    record = world.records[1]["hypothesis"]
+    found = page.evaluate("testResults", record)
+    h = hypothesis_of(record)
+    assert h.weights.shape == (42, 42)
+    for split, values in (("test_half", found), ("replication_half", found["other_half"])):
+        expected = measured(world, h, split)
+        assert {name: values[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    assert (found["edits"], found["confidence"]) == ({}, None)  # pixels are not cells
+    page.select_option("#size", "1")
+    paint(page, (3, 39), (3, 41))
+    weights = np.zeros((42, 42), np.int8)
+    weights[3, 39:] = 1
+    assert np.array_equal(hypothesis_of(page.evaluate("writing.h")).weights, weights)
+    page.click("#test")
+    assert "cannot test edits" in page.locator("#result").inner_text()
+
+
+def test_hypothesis_drawn_by_pointer(visit, written, world, tmp_path):
+    page = visit(written, "#view=write&feature=3")
+    assert page.locator("#test").is_disabled()  # nothing is drawn
+    expected = paint_example(page)
+    entry = page.evaluate("writing.h")
+    assert np.array_equal(hypothesis_of(entry).weights, expected)
+    own = measured(world, replace(hypothesis_of(entry), threshold=None), "val")
+    assert entry["threshold"] == own["threshold"]
+    names = (*NAMES, "average_precision")
+    assert numbers_of(page, "numbers", 0) == pytest.approx([own[n] for n in names], abs=6e-4)
+    machine = measured(world, hypothesis_of(world.records[3]["hypothesis"]), "val")
+    assert numbers_of(page, "numbers", 1) == pytest.approx([machine[n] for n in names], abs=6e-4)
+
+    # The strongest image it misses, and that of the highest score which it wrongly picks.
+    images, _, raw = images_of(world, "val")
+    acts = world.layer.feature_acts(raw)[:, 3].numpy()
+    scores = (images[:, 0] * 255).round().numpy().reshape(-1, 784) @ expected.reshape(-1)
+    picked, at = scores >= own["threshold"], page.locator("#examples figure").all()
+    shown = [int(figure.get_attribute("data-image")) for figure in at]
+    assert acts[shown[0]] == pytest.approx(acts[~picked].max(), rel=1 / 254)
+    assert scores[shown[1]] == scores[picked & (acts == 0)].max()
+
+    page.fill("#caption", NASTY.replace("\ud800", ""))
+    page.check("input[name=class][value='7']")
+    page.check("input[name=class][value='1']")
+    page.select_option("#raises", "1")
+    page.select_option("#sure", "Medium")
+    page.click("#test")
+    entry = page.evaluate("writing.h")
+    h = hypothesis_of(entry)
+    assert (h.classes, h.raises, h.lowers, h.confidence) == ((1, 7), 1, None, "Medium")
+    check_test(page.evaluate("testResults(writing.h)"), world, h)
+    record = {name: entry[name] for name in hypothesis_record(h)}
+    frozen = json.dumps(record, separators=(",", ":"), ensure_ascii=False)
+    digest = hashlib.sha256(frozen.encode()).hexdigest()
+    assert page.locator("#sha256").inner_text() == entry["tested"]["sha256"] == digest
+    assert entry["tries"] == 1
+    assert page.locator("#test").is_disabled()
+
+    # A change makes another hypothesis; the second look is counted.
+    paint(page, (2, 2))  # still with the eraser: nothing changes
+    assert page.locator("#sha256").count()
+    page.click("text=ink wanted")
+    paint(page, (2, 2))
+    assert not page.locator("#sha256").count()
+    page.click("#test")
+    assert "2nd look at the test half" in page.locator("#result").inner_text()
+    entries = page.evaluate("mine.list")
+    assert entries[0] == entry
+    assert entries[1]["drawing"] != entry["drawing"]
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    assert page.evaluate("mine.list") == entries
+    go(page, "view=yours")
+    with page.expect_download() as download:
+        page.click("#export")
+    download.value.save_as(tmp_path / download.value.suggested_filename)
+    exported = json.loads((tmp_path / "my_hypotheses.json").read_text())
+    assert exported["format"] == "saexplain hypotheses 1"
+    first, second = exported["hypotheses"]
+    read = [hypothesis_record(h) for h in read_hypotheses(tmp_path / "my_hypotheses.json")]
+    assert read == [record, {name: second[name] for name in record}]
+    assert first["tested"]["f1"] == pytest.approx(measured(world, h, "test_half")["f1"])
+    assert second["tries"] == 2
+
+
+def test_painting_by_keyboard_undo_and_the_machines(visit, written, world):
+    page = visit(written, "#view=write&feature=3")
+    page.select_option("#size", "1")
+    page.focus("#paint")
+    for key in ["ArrowUp"] * 4 + [" ", "ArrowRight", "s", "Enter", "ArrowRight", "b", " "]:
+        page.keyboard.press(key)
+    weights = page.evaluate("[...writing.weights]")
+    assert {p: w for p, w in enumerate(weights) if w} == {294: 1, 295: 2, 296: -2}
+    assert page.locator("#status").inner_text() == "row 11, column 17: blank wanted strongly"
+    page.keyboard.press("Control+z")
+    page.click("#undoPaint")
+    weights = page.evaluate("[...writing.weights]")
+    assert {p: w for p, w in enumerate(weights) if w} == {294: 1}
+    page.click("#fromMachine")
+    assert page.evaluate("rowsOf(writing.weights)") == world.records[3]["hypothesis"]["drawing"]
+    scores = page.evaluate("[[...writing.scores], [...scoresOf(writing.weights, 'val')]]")
+    assert scores[0] == scores[1]  # each change was added
+    page.click("#clearPaint")
+    assert page.evaluate("[...writing.scores, ...writing.weights].every(v => v === 0)")
+
+
+def example_file(world, **changes) -> dict:
+    entry = world.records[3]["hypothesis"] | {"caption": "mine"} | changes
+    return {"format": "saexplain hypotheses 1", "source": "", "hypotheses": [entry]}
+
+
+def import_text(page, text: str) -> str:
+    """The page's message about an imported file."""
+    given = {"name": "mine.json", "mimeType": "application/json", "buffer": text.encode()}
+    page.set_input_files("#import", given)
+    page.wait_for_function("document.getElementById('imported').textContent")
+    return page.locator("#imported").inner_text()
+
+
+ROWS = ["." * 28] * 28
+BAD = {
+    "28 rows": {"drawing": ROWS[:27]},
+    "of .+#-=": {"drawing": [*ROWS[:27], "." * 27 + "x"]},
+    "row of drawing": {"drawing": [*ROWS[:27], "." * 29]},
+    "must have 28": {"drawing": "." * 784},
+    "got 24": {"feature": 24},
+    'got "3"': {"feature": "3"},
+    "300 characters": {"caption": "x" * 301},
+    "different": {"classes": [1, 1]},
+    "below 10": {"classes": [10]},
+    "raises": {"raises": 1.5},
+    "lowers": {"lowers": -1},
+    "confidence": {"confidence": "Certain"},
+    "threshold": {"threshold": 1e99},
+    "tries": {"tries": -1},
+}
+
+
+def test_import_of_files_that_cannot_be_used(visit, written, world):
+    page = visit(written, "#view=yours")
+    for words, changes in BAD.items():
+        message = import_text(page, json.dumps(example_file(world, **changes)))
+        start = "mine.json cannot be read: hypothesis 1: "
+        assert message.startswith(start), words
+        assert words in message
+        assert len(message) < 200
+    broken = {
+        "{": "JSON",
+        "null": "format",
+        json.dumps(example_file(world) | {"format": "other"}): "format",
+        json.dumps(example_file(world) | {"hypotheses": {}}): "list",
+        json.dumps(example_file(world) | {"hypotheses": [None]}): "object",
+        json.dumps(example_file(world) | {"hypotheses": [{}] * 501}): "500",
+        json.dumps(example_file(world) | {"sae": "0" * 16}): "SAE",
+        " " * 5_000_001: "5 MB",
+    }
+    for text, words in broken.items():
+        assert words in import_text(page, text)
+    assert page.evaluate("mine.list") == []
+
+
+def test_import_keeps_words_as_words_and_tests_again(visit, written, world, tmp_path):
+    page = visit(written, "#view=yours")
+    words = "<img src=x onerror=alert(1)><b>bold</b>"
+    file = example_file(world, caption=words, confidence="High", tries=3)
+    entry = file["hypotheses"][0]
+    keys = "feature caption drawing classes raises lowers confidence threshold".split()
+    frozen = json.dumps({key: entry[key] for key in keys}, separators=(",", ":"))
+    digest = hashlib.sha256(frozen.encode()).hexdigest()
+    entry["tested"] = {"sha256": digest, "f1": 1.0, "confidence": "High"}
+    changed = entry | {"threshold": entry["threshold"] + 1}  # after it was frozen
+    file["hypotheses"] = [entry, changed]
+    assert import_text(page, json.dumps(file)) == "mine.json: 2 new, 0 known already."
+    rows = page.locator("#entries li").all_inner_texts()
+    assert all(words in row for row in rows)
+    assert not page.locator("#entries img, #entries b b").count()
+    half = images_of(world, "test_half")
+    canvas = Canvas.fit(world.layer.splits["val"].images)
+    (e,) = collect_evidence([hypothesis_of(entry)], world.layer, half, canvas)
+    assert f"F1 {e.picked.f1:.2f}" in rows[0]  # not the 1.0 of the file
+    assert "3rd look at the test half" in rows[0]
+    assert "Not tested yet" in rows[1]
+    found = [
+        [int(cell) for cell in row.locator("td").all_inner_texts()[1:]]
+        for row in page.locator("#calibration tr").all()[1:]
+    ]
+    expected = np.zeros((3, 3), int)
+    expected[0, ("High", "Medium", "Low").index(decide(e).confidence)] = 1
+    assert found == expected.tolist()
+    for record in file["hypotheses"]:
+        record["tries"] = 1  # an older copy
+    assert import_text(page, json.dumps(file)) == "mine.json: 0 new, 2 known already."
+    page.locator("text=open").first.click()
+    wait_for_heading(page, "Your hypothesis about feature 3")
+    assert page.locator("#sha256").inner_text() == digest
+    assert page.input_value("#caption") == words
+    go(page, "view=yours")
+    for _ in range(2):
+        page.locator("text=delete").first.click()
+    assert "You have none yet" in page.locator("main").inner_text()
+    page.locator("main a").first.click()
+    most = by(world, "influence")[0]
+    wait_for_heading(page, f"Your hypothesis about feature {most}")
+    assert page.evaluate("mine.looks.get(3)") == 3  # looks stay counted
+
+
+def test_without_storage_it_says_to_export(visit, written):
+    page = visit(written, "#view=write&feature=3")
+    block = "Storage.prototype.setItem = () => { throw new Error('full'); }"
+    page.evaluate(f"() => {{ {block} }}")
+    paint(page, (5, 5), (9, 9))
+    assert "export before you leave" in page.locator("#writing").inner_text()
+    go(page, "view=yours")
+    assert page.locator("#entries li").count() == 1
+    assert "export before you leave" in page.locator("main").inner_text()
+
+
+def test_too_rare_for_a_test(visit, written, world):
+    page = visit(written, "#view=write&feature=23")  # never active
+    paint(page, (5, 5), (9, 9))
+    assert page.locator("#test").is_disabled()
+    assert "0 of them activate this feature" in page.locator("#writing").inner_text()
+
+
+def test_painting_by_touch(visit, written):
+    page = visit(
+        written, "#view=write&feature=3", viewport={"width": 390, "height": 844}, has_touch=True
+    )
+    box = page.locator("#paint").bounding_box()
+    page.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    assert page.evaluate("writing.weights[14 * CW + 14]") == 1
+    assert page.evaluate("getComputedStyle(byId('paint')).touchAction") == "none"
+
+
 FITS = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
-BARE = ("caption", "confidence", "outcome", "evidence", "measured", "hypothesis")
+BARE = ("caption", "confidence", "f1", "replicated", "evidence", "measured", "hypothesis")
 
 
 @pytest.mark.parametrize("d_sae", [1, 24, 300])
@@ -331,7 +711,8 @@ def test_without_network_tests_and_hypotheses(visit, world, tmp_path):
         go(page, f"view={view}")
         text = page.locator("main").inner_text()
         assert not re.search("NaN|undefined|^$", text)
-    assert "It is convolutional." in text
+        if view == "draw":
+            assert "It is convolutional." in text
     assert "</script><script>alert(1)</script>" in page.locator("#title").inner_text()
 
 

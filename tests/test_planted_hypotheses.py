@@ -20,11 +20,11 @@ from planted_strokes import (
     shuffled,
     stroke_table,
 )
+from saexplain.strokes import LENGTHS, Place, word_of
 
 from saexplain.activity import Activity, collect_activity
 from saexplain.evaluation import CONFIRMED, Decision, decide_hypotheses, evaluate_hypotheses
 from saexplain.hypotheses import Hypothesis, propose_hypotheses
-from saexplain.strokes import LENGTHS, Place, word_of
 
 SHIFTS = (1, 2, 4)  # a hypothesis is tested on the feature so many further on
 SHUFFLES = 2

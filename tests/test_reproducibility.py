@@ -1,5 +1,6 @@
 """Features found again by SAEs of other seeds: saexplain.reproducibility."""
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -133,19 +134,53 @@ def test_features_count_by_what_they_explain():
     assert rep.compute_reproducibility(matches, torch.zeros(4), torch.zeros(4)) == (0, 0, 0)
 
 
+def best_matching(cosine: Tensor) -> float:
+    """The largest mean of entries (n, m), m >= n, over all one-to-one matchings."""
+    n, m = cosine.shape
+    each = torch.arange(n)
+    return max(cosine[each, list(p)].mean().item() for p in itertools.permutations(range(m), n))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pw_mcc_is_that_of_the_best_matching(seed):
+    rows, other = noise(4, 5, seed=seed), noise(6, 5, seed=10 + seed)
+    expected = best_matching(F.cosine_similarity(rows[:, None], other[None], dim=2))
+    assert rep.compute_pw_mcc(rows, other) == pytest.approx(expected)
+    assert rep.compute_pw_mcc(8 * other, rows / 8) == pytest.approx(expected)
+
+
+def test_pw_mcc_keeps_the_sign_and_counts_rows_of_norm_0():
+    rows = torch.eye(5)
+    assert rep.compute_pw_mcc(rows, -rows) == 0  # every row has a partner at a right angle
+    rows[3] = 0
+    assert rep.compute_pw_mcc(rows, torch.eye(5).flip(0)) == pytest.approx(4 / 5)
+
+
+BASELINES = {f"baseline {seed}": random_sae(seed) for seed in (7, 8)}
+
+
 def compare(*saes: SAE) -> rep.Replicates | None:
     """Of seed 4 and the seeds that follow."""
     others = {5 + i: sae for i, sae in enumerate(saes[1:])}
-    return rep.compare_seeds(layer_of(saes[0]), 4, others, noise(D_SAE, D_IN, seed=3))
+    return rep.compare_seeds(layer_of(saes[0]), 4, others, BASELINES)
 
 
-def test_an_sae_is_reproduced_in_itself_and_not_by_untrained_directions():
+def test_baselines_are_compared_with_the_first_sae():
+    sae = random_sae()
+    found = compare(sae, random_sae(seed=1)).record["baselines"]
+    assert found.keys() == BASELINES.keys()
+    for name, other in BASELINES.items():
+        pw_mcc = rep.compute_pw_mcc(sae.W_dec, other.W_dec)
+        assert found[name] == pytest.approx({**reproduced(sae, other)._asdict(), "pw_mcc": pw_mcc})
+        assert max(found[name].values()) < 0.9
+
+
+def test_an_sae_is_reproduced_in_itself():
     sae = random_sae()
     found = compare(sae, sae)
     assert (found.record["seeds"], found.record["pairs"]) == ([4, 5], 1)
-    for name in rep.Reproducibility._fields:
+    for name in ("features", "variance", "similarity", "pw_mcc"):
         assert found.record[name] == {"mean": pytest.approx(1, abs=1e-5), "std": None}
-        assert found.record["untrained"][name] < 0.9
     (counterpart,) = found.counterparts(3)
     assert (counterpart["seed"], counterpart["feature"]) == (5, 3)
     assert counterpart["cosine"] == pytest.approx(1)
@@ -156,9 +191,10 @@ def test_pairs_of_saes_are_averaged():
     """Of three SAEs two are the same, so that one pair of three is fully reproduced."""
     one, other = random_sae(), random_sae(seed=1)
     found = compare(one, one, other)
-    across = compare(one, other).record["similarity"]["mean"]
-    pairs = [1, across, across]
-    assert found.record["pairs"] == 3
-    assert found.record["similarity"]["mean"] == pytest.approx(np.mean(pairs), abs=1e-5)
-    assert found.record["similarity"]["std"] == pytest.approx(np.std(pairs, ddof=1), abs=1e-5)
+    across, record = compare(one, other).record, found.record
+    assert record["pairs"] == 3
+    for name in ("similarity", "pw_mcc"):
+        pairs = [1, across[name]["mean"], across[name]["mean"]]
+        assert record[name]["mean"] == pytest.approx(np.mean(pairs), abs=1e-5)
+        assert record[name]["std"] == pytest.approx(np.std(pairs, ddof=1), abs=1e-5)
     assert compare(one) is None

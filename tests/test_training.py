@@ -284,6 +284,15 @@ def test_training_reaches_the_target_and_reconstructs(target):
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
 
 
+def test_a_frozen_decoder_keeps_its_initial_rows():
+    z, settings = synthetic_z(), Settings(target_actives=(6,), **TOY)
+    sae, _ = st.train_sae(z, head, 6, settings, freeze_decoder=True)
+    assert torch.equal(sae.W_dec, st.starting_rows(z, 64, settings.seed))
+    assert mean_l0(sae, z) == pytest.approx(6, rel=0.05)
+    fvu = ((z - sae(z)).square().sum() / (z - z.mean(0)).square().sum()).item()
+    assert 0.1 < fvu < 0.3  # a trained decoder reaches less than 0.1
+
+
 def test_same_seed_same_bytes_and_no_side_effects():
     z, settings = synthetic_z(1000), Settings(target_actives=(5,), **TOY)
     given, state = z.clone(), torch.get_rng_state()

@@ -14,10 +14,9 @@ function classView() {
     el("figcaption", { class: "small" },
       `The mean ${names[c]}. Ink on red pixels supports the class, ink on blue pixels opposes it ` +
       `(the patterns of its supporting features, weighted by their contributions).`));
-  const showOne = i => figure.replaceChildren(sketch(i, 224, classMean(c)),
+  const showOne = i => figure.replaceChildren(sketch(i, 224, onClass(c)),
     el("figcaption", { class: "small" },
-      `The places of feature ${features[i].feature} on the mean ${names[c]}. Full outlines: ink; ` +
-      `dashed: none.`));
+      `The drawing of feature ${features[i].feature} on the mean ${names[c]}. ${PLACES}.`));
   showAll();
   const row = i => featureRow(features[i].feature, adds(c, i, c), { onpoint: () => showOne(i),
     note: `active on ${percent(frequency(i, c), 0)} of all ${plurals[c]}; over all classes it ` +
@@ -31,7 +30,7 @@ function classView() {
     classLinks("Class", d => to("class", { class: d }), c),
     el("div", { class: "aside" }, el("div", { class: "pinned" }, figure,
       button("all features", showAll),
-      note("Point at a feature, or tab to it, to see its places.")),
+      note("Point at a feature, or tab to it, to see its drawing.")),
     el("div", {}, featureRows(`Features that support ${names[c]}`, supporting.map(row)),
       featureRows(`Features that oppose ${names[c]} on images of ${plurals[c]}`,
         opposing.map(row)),

@@ -5,16 +5,20 @@ const features = meta.features, F = features.length;
 const names = meta.classes, C = names.length, classes = [...names.keys()];
 const plurals = meta.plurals; /* names of several images of a class, as in "6s" */
 const [H, W] = meta.shape, P = H * W;
+const [CH, CW] = meta.testing.canvas, CP = CH * CW; /* cells of drawings */
+const CELL = meta.testing.cell; /* pixels in the side of a cell */
 const position = new Map( /* of each feature among those on the page */
   features.map((f, i) => [f.feature, i]));
 const arrays = {};
 
 async function unpack() {
   const text = document.getElementById("pack").textContent.trim();
-  const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0));
+  const binary = atob(text), bytes = new Uint8Array(binary.length);
+  for (let at = 0; at < bytes.length; at++) bytes[at] = binary.charCodeAt(at);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   const buffer = await new Response(stream).arrayBuffer();
-  const kinds = { u1: Uint8Array, i1: Int8Array, i4: Int32Array, f4: Float32Array };
+  const kinds = { u1: Uint8Array, i1: Int8Array, u2: Uint16Array, i4: Int32Array,
+    f4: Float32Array };
   for (const [name, a] of Object.entries(meta.arrays))
     arrays[name] = new kinds[a.type](buffer, a.offset, a.length);
   if (meta.network) transposeW1();

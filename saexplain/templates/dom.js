@@ -19,6 +19,26 @@ const note = (...words) => el("p", { class: "small soft" }, ...words);
 const button = (text, onclick, more = {}) =>
   el("button", { type: "button", onclick, ...more }, text);
 
+/* Calls down(), line([x, y]) at each place from 0 to 1, and up(), as a pointer paints. */
+function paintable(canvas, { down, line, up }) {
+  let painting = false;
+  const at = e => {
+    const box = canvas.getBoundingClientRect(); /* with a border of 2 pixels */
+    return [(e.clientX - box.left - 2) / (box.width - 4),
+      (e.clientY - box.top - 2) / (box.height - 4)];
+  };
+  const end = () => { if (painting) { painting = false; up(); } };
+  canvas.addEventListener("pointerdown", e => {
+    canvas.setPointerCapture(e.pointerId);
+    painting = true;
+    down();
+    line(at(e));
+  });
+  canvas.addEventListener("pointermove", e => { if (painting && e.buttons) line(at(e)); });
+  canvas.addEventListener("pointerup", end);
+  canvas.addEventListener("pointercancel", end);
+}
+
 /* ---------- words ---------- */
 function percent(x, digits = 1) {
   return x === null || x === undefined ? "none" : (100 * x).toFixed(digits) + "%";
@@ -90,41 +110,38 @@ const pattern = (i, size) =>
 /* The pattern of feature i over the mean of the images on which it is active. */
 const portrait = (i, size, label = "") => picture(label, size, `portrait${i}`,
   p => tinted(p, arrays.means[i * P + p], arrays.inked[p] ? heat(i, p) : 0));
-const classMean = (c, size = 0, label = "") => picture(label, size, `class${c}`,
-  p => gray(255 - .7 * arrays.class_means[c * P + p]));
-const steps = { horizontal: [0, 1], vertical: [1, 0], rising: [-1, 1], falling: [1, 1] };
-function outline(context, drawing, scale) { /* a hypothesis' places: ink full, none dashed */
-  const kinds = [[drawing.absent, BLUE, [1, .7]], [drawing.there, RED, []]];
-  for (const [places, color, dash] of kinds) for (const [row, col, shape, length] of places) {
-    context.save();
-    context.scale(scale, scale);
-    context.translate(col + .5, row + .5);
-    context.beginPath();
-    if (shape === "dot") context.arc(0, 0, 2.6, 0, 7);
-    else {
-      context.rotate(Math.atan2(...steps[shape]));
-      context.rect(-length / 2, -1.5, length, 3);
-    }
-    context.setLineDash(dash);
-    context.fillStyle = `rgba(${color}, .2)`; context.fill();
-    context.lineWidth = .5; context.strokeStyle = `rgb(${color})`; context.stroke();
-    context.restore();
-  }
+/* What a drawing lies on: gray values by pixel. */
+const onMean = i => p => 255 - .7 * arrays.means[i * P + p];
+const onClass = c => p => 255 - .7 * arrays.class_means[c * P + p];
+const onTest = t => p => 255 - arrays.tests[t * P + p];
+/* A drawing: ink wanted in red, unwanted in blue, strongly in the darker tone. */
+const TONE_SHARES = [0, .42, .8];
+const drawingOf = i => arrays.drawings.subarray(i * CP, (i + 1) * CP);
+const isDrawn = i => drawingOf(i).some(Boolean);
+const cellAt = p => Math.floor(Math.floor(p / W) / CELL) * CW + Math.floor(p % W / CELL);
+function drawn(weights, base, size, label = "", key = null) {
+  return picture(label, size, key, p => {
+    const w = weights[cellAt(p)];
+    return mixed(base(p), w, TONE_SHARES[Math.abs(w)]);
+  });
 }
-function sketch(i, size, background = null) { /* the places of a hypothesis, on a picture */
-  const f = features[i], drawing = f.drawing ?? { there: [], absent: [] };
-  const label = `drawing of the hypothesis of feature ${f.feature}: ${drawing.there.length} ` +
-    `places with ink, ${drawing.absent.length} without`;
-  const canvas = el("canvas", { width: 2 * size, height: 2 * size * H / W, role: "img",
-    class: "sketch", "aria-label": label });
-  canvas.style.width = `${size}px`;
-  const context = canvas.getContext("2d");
-  context.imageSmoothingEnabled = false;
-  const mean = p => gray(255 - .7 * arrays.means[i * P + p]);
-  const under = background ?? picture("", 0, `mean${i}`, mean);
-  context.drawImage(under, 0, 0, canvas.width, canvas.height);
-  outline(context, drawing, canvas.width / W);
-  return canvas;
+function cellsInWords(weights) {
+  const count = sign => weights.filter(w => w * sign > 0).length;
+  return `${count(1)} cells with ink wanted, ${count(-1)} with ink unwanted`;
+}
+/* The hypothesis of feature i as a picture; by default on the mean of its images. */
+const sketch = (i, size, base = null) => drawn(drawingOf(i), base ?? onMean(i), size,
+  `drawing of the hypothesis of feature ${features[i].feature}: ${cellsInWords(drawingOf(i))}`,
+  base ? null : `sketch${i}`);
+/* The one picture of a feature in lists, described beside it. */
+const face = (i, size) => isDrawn(i) ? drawn(drawingOf(i), onMean(i), size, "", `sketch${i}`)
+  : portrait(i, size);
+function tint(context, weights, cell) { /* a drawing over what is there, `cell` pixels to a cell */
+  weights.forEach((w, p) => {
+    if (!w) return;
+    context.fillStyle = `rgba(${w > 0 ? RED : BLUE}, ${TONE_SHARES[Math.abs(w)]})`;
+    context.fillRect(p % CW * cell, Math.floor(p / CW) * cell, cell, cell);
+  });
 }
 
 /* ---------- bars: positive values right of the line, negative left ---------- */

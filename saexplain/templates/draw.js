@@ -74,8 +74,7 @@ function paintInk() {
     data[4 * at] = data[4 * at + 1] = data[4 * at + 2] = 255 - 255 * live.ink[at];
   shown.context.putImageData(shown.data, 0, 0);
   if (live.watched !== null && !live.fitted && position.has(live.watched)) {
-    const f = features[position.get(live.watched)];
-    if (f.drawing) outline(shown.context, f.drawing, SUB);
+    tint(shown.context, drawingOf(position.get(live.watched)), SUB * CELL);
   }
   if (!live.keyed) return;
   shown.context.strokeStyle = live.penDown ? "#b2182b" : "#0b5cad";
@@ -89,11 +88,11 @@ function paintInput() { /* the network's input, colored by its effect on the wat
   const paint = p => i === undefined ? gray(255 - 255 * live.pixels[p])
     : driving(255 * live.pixels[p], driven[p] / most);
   shown.input.getContext("2d").putImageData(imageData(null, paint), 0, 0);
-  const places = i !== undefined && features[i].drawing;
-  shown.places.replaceChildren(...places ? [sketch(i, 84, shown.input)] : []);
+  const places = i !== undefined && isDrawn(i);
+  shown.places.replaceChildren(...places ? [sketch(i, 84, p => 255 - 255 * live.pixels[p])] : []);
   write(shown.inputNote, i === undefined ? "The network's input" :
     `Ink that raises feature ${live.watched} (red) or lowers it (blue)` +
-      (places ? "; the places of its hypothesis" : ""));
+      (places ? "; the drawing of its hypothesis" : ""));
 }
 function paintLogits(before, after) {
   const p = softmax(after), q = softmax(before), now = argmax(p), first = argmax(q);
@@ -140,11 +139,12 @@ function tileOf(k) {
     setFeature(k, live.change.get(k) === 0 ? null : 0);
     refresh();
   }, { id: `flip${k}` });
-  const watch = button("places", () => { live.watched = live.watched === k ? null : k; refresh(); },
-    { id: `watch${k}`, "aria-label": `show the places of feature ${k} on the drawing` });
+  const watchIt = () => { live.watched = live.watched === k ? null : k; refresh(); };
+  const watch = button("drawing", watchIt,
+    { id: `watch${k}`, "aria-label": `show the hypothesis of feature ${k}` });
   const value = el("span", {}), adding = el("b", {});
   const node = el("li", { class: "unit", "data-feature": k }, i === undefined ? el("span")
-    : portrait(i, 56),
+    : face(i, 56),
     el("div", {}, el("div", { class: "controls" }, f ? title : `Feature ${k}`, adding),
       f && el("div", { class: "words" }, inkCaption(f)), slider,
       el("div", { class: "controls" }, flip, watch, value)));
@@ -210,28 +210,22 @@ function schedule() {
   if (!waiting) requestAnimationFrame(() => {
     waiting = false;
     if (current === "draw") refresh();
+    if (current === "write") showWriting();
   });
   waiting = true;
 }
 
 /* ---------- the canvas, by pointer and by keyboard ---------- */
 function pointer(canvas) {
-  const at = e => {
-    const box = canvas.getBoundingClientRect();
-    return [(e.clientX - box.left - 2) * IW / (box.width - 4),
-      (e.clientY - box.top - 2) * IH / (box.height - 4)];
+  const line = ([x, y]) => {
+    const here = [x * IW, y * IH];
+    mark(live.last ?? here, here);
+    live.last = here;
   };
-  const line = e => { const here = at(e); mark(live.last ?? here, here); live.last = here; };
-  canvas.addEventListener("pointerdown", e => {
-    canvas.setPointerCapture(e.pointerId);
+  paintable(canvas, { line, down: () => {
     remember();
     Object.assign(live, { last: null, down: true, keyed: false });
-    line(e);
-  });
-  canvas.addEventListener("pointermove", e => { if (e.buttons && live.down) line(e); });
-  const up = () => { if (live.down) { live.down = false; live.order = []; schedule(); } };
-  canvas.addEventListener("pointerup", up);
-  canvas.addEventListener("pointercancel", up);
+  }, up: () => { live.down = false; live.order = []; schedule(); } });
 }
 function penKeys(e) {
   const by = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[e.key];

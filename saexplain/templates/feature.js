@@ -17,6 +17,8 @@ function doses(f) {
       [`logit of ${names[c]}`, ...curve.map((v, i) => `${number(v)} (${number(line[i])})`)])))));
 }
 const marks = { confirmed: "✓", inconclusive: "?", refuted: "✗" };
+const marked = result => el("span", { class: result }, `${marks[result]} ${result}`);
+const interval = (low, high, write = v => percent(v, 0)) => `[${write(low)}, ${write(high)}]`;
 function evidenceLine(line) { /* a measurement, with a mark where it was a test */
   const [, words, outcome] = line.match(/^(.*): (confirmed|inconclusive|refuted)$/) ?? [, line];
   const mark = outcome && el("b", { class: outcome }, `${marks[outcome]} ${outcome}: `);
@@ -24,17 +26,40 @@ function evidenceLine(line) { /* a measurement, with a mark where it was a test 
 }
 const markNotes = { reproducible: "reproducible (SAEs of other seeds have it, too)",
   "seed-specific": "seed-specific (not in all SAEs of other seeds)" };
-function hypothesisCard(f) {
-  if (!f.caption) return note("This run has no hypotheses about features.");
-  const mark = markNotes[f.mark] ?? f.mark;
-  return el("div", { class: "card" }, el("p", {}, el("b", {}, `“${f.caption}”`)),
-    el("p", {}, "Confidence ", el("b", {}, f.confidence ?? "none"),
-      "; outcome ", el("b", { class: f.outcome }, f.outcome ?? "none"), mark ? `; ${mark}` : ""),
-    note(WORDS, " Percentages are of the images on which the feature is active."));
+const pickedWords = (precision, recall) => `Of the images it picks, ${percent(precision, 0)} ` +
+  `activate the feature; it finds ${percent(recall, 0)} of those that do.`;
+const classWords = (named, { share, low, high, usual }) => `${percent(share, 0)} ` +
+  `${interval(low, high)} of the images that activate it are ` +
+  `${named.map(c => plurals[c]).join(" or ")}; of all images ${percent(usual, 0)} `;
+function logitWords(verb, c) {
+  return `it ${verb} the logit of ${names[c.logit]} by ${number(c.by)} ` +
+    `${interval(c.low, c.high, number)}`;
 }
-const evidence = f => f.caption && el("details", { open: true },
-  el("summary", {}, "Tests of the hypothesis"),
-  el("p", { class: "small" }, f.evidence),
+function hypothesisCard(f) {
+  const own = el("a", { class: "button", href: to("write", { feature: f.feature }) },
+    "Write your own");
+  if (!f.caption) return el("div", {}, note("This run has no hypotheses about features."), own);
+  const mark = markNotes[f.mark] ?? f.mark, { picked, detection, classes: of, effects } = f.found;
+  const results = f.found.results ?? {}, lines = [];
+  if (picked) lines.push(el("p", {}, pickedWords(picked.precision, picked.recall)),
+    el("p", {}, "F1 ", el("b", { id: "f1" }, f.f1.toFixed(2)), ` (picking every image: ` +
+      `${f.found.chance_f1.toFixed(2)})` + (detection ? `; average precision ` +
+      `${detection.average_precision.toFixed(2)}; AUROC ${auroc(detection.auroc)} ` +
+      interval(detection.auroc_low, detection.auroc_high, auroc) : "") +
+      `; ${plural(f.found.n_images, "test image")}.`));
+  const edits = ["erasing", "filling", "painting"].filter(edit => results[edit]);
+  if (edits.length) lines.push(el("p", {}, "Edits: ", edits.map((edit, n) =>
+    [n ? "; " : "", `${edit} `, marked(results[edit])]), "."));
+  if (of) lines.push(el("p", {}, classWords(f.hypothesis.classes, of), marked(results.classes)));
+  for (const [verb, c] of Object.entries(effects ?? {}))
+    lines.push(el("p", {}, `On these images ${logitWords(verb, c)} `, marked(results[verb])));
+  const again = { true: "; replicated on the other half", false: "; not replicated" };
+  return el("div", { class: "card" }, el("p", {}, el("b", {}, `“${f.caption}”`)),
+    el("p", {}, "Confidence ", el("b", {}, f.confidence ?? "none"), again[f.replicated] ?? "",
+      mark ? `; ${mark}` : ""), lines, own);
+}
+const evidence = f => f.caption && el("details", {},
+  el("summary", {}, "Details of the tests"),
   el("ul", { class: "small plain" }, f.lines.map(evidenceLine)));
 const byClass = values => shownClasses(values.map(Math.abs)).map(c =>
   ({ value: values[c], label: names[c], text: signed(values[c]) }));
@@ -57,16 +82,13 @@ function activations(f, i) {
   return columns(`Activations where it is active (threshold ${number(f.threshold)})`, counts, ends);
 }
 function pictures(f, i) {
-  const both = "the pattern over the mean of its images";
   const figure = (title, image, words) => el("figure", {}, el("h3", {}, title), image,
     el("figcaption", { class: "small soft" }, words));
-  const places = f.drawing ? "places that predict it, fitted apart from the words; full outline: ink, dashed: none"
-    : "no places predict it";
   return el("div", { class: "row" },
+    figure(isDrawn(i) ? "Hypothesis" : "Its images", sketch(i, 200),
+      isDrawn(i) ? `${PLACES}. Gray: the mean of its images` : "nothing is drawn"),
     figure("Input pattern", pattern(i, 200),
-      "red: ink raises its activation, blue: lowers it, gray: hardly ever inked"),
-    figure(f.drawing ? "Drawing" : "Its images", sketch(i, 200), places),
-    figure("Both", portrait(i, 200, both), both));
+      "red: ink raises its activation, blue: lowers it, gray: hardly ever inked"));
 }
 function positionOf(k) { /* undefined, and a message, without such a feature */
   const i = position.get(k);
@@ -116,7 +138,7 @@ function twoView() {
   const cosine = both[0].near.find(([k]) => k === pair[1])?.[1];
   const column = (f, n) => el("section", { "aria-label": `feature ${f.feature}` },
     el("h3", {}, link(toFeature(f.feature), `Feature ${f.feature}`)), el("div", { class: "row" },
-      portrait(found[n], 160, "the pattern over the mean of its images"), sketch(found[n], 160)),
+      sketch(found[n], 160), portrait(found[n], 160, "the pattern over the mean of its images")),
     el("p", {}, f.caption ?? "No hypothesis."), el("p", { class: "soft" },
       `Active on ${percent(f.density)} of images; influence ${percent(f.influence)}; confidence ` +
       `${f.confidence ?? "none"}.`),
@@ -124,5 +146,6 @@ function twoView() {
   main.replaceChildren(el("h2", {}, `Features ${pair[0]} and ${pair[1]}`),
     cosine === undefined ? ""
       : el("p", {}, `Their decoder directions have cosine ${cosine.toFixed(2)}.`),
-    el("div", { class: "halves" }, both.map(column)), note(PORTRAIT));
+    el("div", { class: "halves" }, both.map(column)),
+    note(FACE, " Beside it: the input pattern."));
 }

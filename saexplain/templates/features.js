@@ -1,11 +1,11 @@
 /* All features: a list to sort and filter, a map, and how well the hypotheses predict. */
 const sorts = { influence: f => -f.influence, density: f => -f.density,
-  number: f => f.feature, AUROC: f => -(f.auroc ?? -1),
+  number: f => f.feature, F1: f => -(f.f1 ?? -1),
   confidence: f => ["High", "Medium", "Low", null].indexOf(f.confidence ?? null) };
 const densityBands = { "at least 10%": [.1, 2], "1% to 10%": [.01, .1], "0.1% to 1%": [.001, .01],
   "less than 0.1%": [1e-9, .001], never: [-1, 1e-9] };
 const chosen = { sort: "influence", label: "", supports: "", density: "", confidence: "",
-  outcome: "", search: "" };
+  search: "" };
 function matches(f) {
   const words = chosen.search.trim().toLowerCase(), band = densityBands[chosen.density];
   const found = /^\d+$/.test(words) ? String(f.feature) === words
@@ -13,9 +13,7 @@ function matches(f) {
   return (words === "" || found) && (chosen.label === "" || String(f.mode) === chosen.label) &&
     (chosen.supports === "" || f.density > 0 && String(supported(f)) === chosen.supports) &&
     (!band || f.density >= band[0] && f.density < band[1]) &&
-    (chosen.confidence === "" || f.confidence === chosen.confidence) &&
-    (chosen.outcome === "" || (chosen.outcome === "explained" ? f.explained
-      : f.outcome === chosen.outcome));
+    (chosen.confidence === "" || f.confidence === chosen.confidence);
 }
 function selection() {
   const by = sorts[chosen.sort], list = features.map((f, i) => [f, i]).filter(([f]) => matches(f));
@@ -32,19 +30,17 @@ function fillGrid() {
   byId("count").textContent = `${list.length} of ${F} features`;
   byId("grid").replaceChildren(...list.map(([f, i]) => el("a", { href: toFeature(f.feature),
     title: f.caption ?? "", "aria-label": `feature ${f.feature}, ${inkCaption(f)}` },
-  pattern(i), String(f.feature), el("br"), el("span", { class: "soft" },
+  face(i), String(f.feature), el("br"), el("span", { class: "soft" },
     `${percent(f.density)} ${f.confidence ?? ""}`))));
 }
 function filters() {
   const same = words => words.map(word => [word, word]);
   const labels = classes.map(c => [String(c), names[c]]);
-  const outcomes = same(["explained", "confirmed", "inconclusive", "refuted", "no hypothesis"]);
   return el("div", { class: "row" }, choice("sort", "sort by", same(Object.keys(sorts))),
     choice("label", "most active on", [["", "any"], ...labels]),
     choice("supports", "supports", [["", "any"], ...labels]),
     choice("density", "density", [["", "any"], ...same(Object.keys(densityBands))]),
     choice("confidence", "confidence", [["", "any"], ...same(["High", "Medium", "Low"])]),
-    choice("outcome", "outcome", [["", "any"], ...outcomes]),
     el("label", { class: "small" }, "search ", el("input", { type: "search", id: "search",
       placeholder: "number or word", value: chosen.search,
       oninput: e => { chosen.search = e.target.value; fillGrid(); } })));
@@ -57,7 +53,7 @@ function mapOf(here, size) { /* features in their cells; feature `here` and its 
     const style = `left:${x * size}px;top:${y * size}px;width:${size}px;height:${size}px`;
     box.append(el("a", { href: toFeature(f.feature), class: kind, style,
       title: `${f.feature}: ${inkCaption(f)}`, "aria-label": `feature ${f.feature} ${kind}` },
-    portrait(i, size - 4)));
+    face(i, size - 4)));
   });
   return el("div", { class: "scroll" }, box);
 }
@@ -70,15 +66,15 @@ function mapView() {
     `lists its true neighbors.`), mapOf(null, 36)];
 }
 function scatter() {
-  const shown = features.filter(f => f.auroc !== null && f.density > 0), width = 600, height = 300;
+  const shown = features.filter(f => f.f1 !== null && f.density > 0), width = 600, height = 300;
   if (!shown.length) return note("No hypothesis was tested on enough images to draw this chart.");
-  const logs = shown.map(f => Math.log10(f.density)), aurocs = shown.map(f => f.auroc);
+  const logs = shown.map(f => Math.log10(f.density)), scores = shown.map(f => f.f1);
   const from = Math.min(...logs) - .1, till = Math.max(...logs) + .1;
-  const low = Math.min(...aurocs) - .01, high = Math.min(1, Math.max(...aurocs) + .01);
+  const low = Math.max(0, Math.min(...scores) - .01), high = Math.min(1, Math.max(...scores) + .01);
   const x = d => 50 + (width - 64) * (Math.log10(d) - from) / (till - from);
   const y = a => 10 + (height - 56) * (high - a) / (high - low), gap = high - low > .25 ? .1 : .05;
   const chart = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, id: "scatter",
-    role: "img", "aria-label": `AUROC of ${shown.length} hypotheses by density` });
+    role: "img", "aria-label": `F1 of ${shown.length} hypotheses by density` });
   for (let a = Math.ceil(low / gap) * gap; a <= high + 1e-9; a += gap)
     chart.append(svg("text", { x: 44, y: y(a) + 4, "text-anchor": "end" }, a.toFixed(2)),
       svg("line", { x1: 48, x2: width - 10, y1: y(a), y2: y(a), class: "axis" }));
@@ -91,7 +87,7 @@ function scatter() {
     "density: share of images on which the feature is active"));
   for (const f of shown) {
     const open = () => { location.hash = toFeature(f.feature); };
-    const point = { cx: x(f.density), cy: y(f.auroc), r: 5, class: "point", onclick: open };
+    const point = { cx: x(f.density), cy: y(f.f1), r: 5, class: "point", onclick: open };
     chart.append(svg("circle", point,
       svg("title", {}, `Feature ${f.feature}: ${f.caption ?? ""}`)));
   }
@@ -108,16 +104,15 @@ function densities() {
     counts, labels, 150, 420);
 }
 function listView() {
-  return [note("Ink on red pixels raises a feature's activation, ink on blue pixels lowers it. " +
-    "Under each: density (share of images on which it is active) and confidence in its " +
-    "hypothesis. Arrow keys move, Enter opens."), filters(),
+  return [note(FACE, " Under each: density (share of images on which it is active) and " +
+    "confidence in its hypothesis. Arrow keys move, Enter opens."), filters(),
     el("p", { id: "count", class: "small", role: "status" }), el("div", { id: "grid" })];
 }
 function chartsView() {
   return [el("h3", {}, "Each point is a feature; click it to open"),
-    note("Vertical: how well the hypothesis predicts on which test images the feature is active " +
-      "(AUROC: 1 is perfect, 0.5 is chance). The list shows the same features, sorted by AUROC " +
-      "or density."),
+    note("Vertical: how well the hypothesis picks the test images on which the feature is active " +
+      "(F1: 1 is perfect; rare features are harder). The list shows the same features, sorted by " +
+      "F1 or density."),
     scatter(), densities()];
 }
 function featuresView() {

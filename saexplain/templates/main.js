@@ -1,8 +1,9 @@
 /* The view named in the address, and the keys that work in every view. */
 const views = { story: storyView, class: classView, pair: pairView, errors: errorsView,
-  features: featuresView, draw: drawView, feature: featureView, two: twoView };
+  features: featuresView, draw: drawView, feature: featureView, two: twoView,
+  write: writeView, yours: yoursView };
 const inMenu = { story: "Overview", class: "Classes", pair: "Two classes", errors: "Errors",
-  features: "Features", draw: "Draw" };
+  features: "Features", draw: "Draw", yours: "Yours" };
 let current = "";
 const viewOf = () => address().get("view") ?? (address().has("feature") ? "feature" : "story");
 
@@ -32,7 +33,8 @@ function route() {
 function leave() {
   const { image, step } = Object.fromEntries(address());
   if (current === "draw") return leaveDrawing();
-  if (current === "feature" || current === "two") return history.length > 1 ? history.back() : null;
+  if (["feature", "two", "write"].includes(current))
+    return history.length > 1 ? history.back() : null;
   if (current === "story" && step !== "end" && meta.tests?.tour)
     location.hash = to("story", { step: "end" });
   else if (image !== undefined) {
@@ -63,5 +65,5 @@ function start() {
   route();
   document.body.dataset.ready = Math.round(performance.now()); /* ms since loading began */
 }
-unpack().then(start).catch(error => main.replaceChildren(el("p", {},
+unpack().then(loadMine).then(start).catch(error => main.replaceChildren(el("p", {},
   `This browser could not read the page's data (${error}). Use a current Chromium or Firefox.`)));

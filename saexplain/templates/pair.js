@@ -4,7 +4,7 @@ function onImage(t, a, b) { /* contributions to the logit difference a - b on te
   const rows = activeOn(t).map(u => ({ ...u, value: u.adds[a] - u.adds[b] }))
     .sort((x, y) => Math.abs(y.value) - Math.abs(x.value));
   const label = k => position.has(k)
-    ? link(toFeature(k), portrait(position.get(k), 32), `${k}`) : `${k}`;
+    ? link(toFeature(k), face(position.get(k), 32), `${k}`) : `${k}`;
   return el("div", { id: "onImage", "data-difference": difference },
     el("h3", {}, `Test image ${meta.tests.number[t]}, ${an(name(meta.tests.labels[t]))}`),
     el("div", { class: "row" }, testDigit(t, 112), el("p", {}, `Logits: ${names[a]} `,
@@ -40,7 +40,7 @@ function pairView() {
       `number is a feature's contribution to this logit difference, the mean over all ` +
       `validation images of the class.`),
     el("div", { class: "halves" }, side(a, b), side(b, a)),
-    hasDrawings ? note(PLACES, "; here on the mean image of the class. ", WORDS) : "",
+    note(PLACES, "; here on the mean image of the class. ", WORDS),
     el("h2", {}, "On one image"), meta.tests ? "" : noTests(),
     strip("Images of both classes", listed, image => to("pair", { a, b, image }), t, words),
     t === undefined ? "" : onImage(t, a, b), note(CONTRIBUTION, " ", NOT_ADDITIVE));

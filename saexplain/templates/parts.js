@@ -2,19 +2,14 @@
 const CONTRIBUTION = "A feature's contribution to a logit is the logit minus what it is after " +
   "this feature alone is removed from the activations (what the SAE does not reconstruct stays).";
 const NOT_ADDITIVE = "The network is not linear, so contributions do not sum to the logit.";
-const hasDrawings = features.some(f => f.drawing); /* only where images are pen strokes */
-const PLACES = hasDrawings ? "Full red outlines: where the hypothesis expects ink; dashed blue " +
-  "outlines: where it expects none. These places are fitted apart from the words" : "";
-const WORDS = hasDrawings ? "A bar is horizontal, a stem vertical, a slash rises, a backslash " +
-  "falls; ink is a stroke of any direction." : "";
-const PORTRAIT = "Each picture shows in gray the mean of the images on which the feature is " +
-  "active; ink on red pixels raises its activation, ink on blue pixels lowers it. " + WORDS;
+const PLACES = "Red: ink is wanted there; blue: it is not; the darker tone counts twice";
+const WORDS = "A bar is horizontal, a stem vertical, a slash rises, a backslash falls.";
+const FACE = "Each picture shows a feature's hypothesis on the mean of the images on which it is " +
+  `active. ${PLACES}. ${WORDS}`;
 
-/* The first part of a feature's caption: the ink that activates it. */
 function inkCaption(f) {
   if (!f.caption) return "no hypothesis about it";
-  const first = f.caption.split("; ")[0];
-  return first.charAt(0).toLowerCase() + first.slice(1);
+  return f.caption.charAt(0).toLowerCase() + f.caption.slice(1);
 }
 /* Mean contributions where the feature is active, not the effect of adding it everywhere. */
 const supported = f => argmax(f.supports);
@@ -31,7 +26,7 @@ function featureRow(k, value, more = {}) {
   if (i === undefined) return el("li", { class: "unit" }, `Feature ${k} is not on this page.`);
   const f = features[i];
   return el("li", { class: "unit", onpointerenter: more.onpoint, onfocusin: more.onpoint },
-    more.picture ?? portrait(i, 64),
+    more.picture ?? face(i, 64),
     el("div", {}, link(toFeature(k), `Feature ${k}`), ": ", inkCaption(f), ".", el("br"),
       el("span", { class: "soft" }, more.note ?? effectCaption(f))),
     el("b", { class: value < 0 ? "minus" : "plus" }, signed(value)));
@@ -41,7 +36,7 @@ function featureRows(title, rows) {
   return el("div", {}, el("h3", {}, title), list);
 }
 const card = i => el("a", { class: "tile", href: toFeature(features[i].feature) },
-  portrait(i, 112), el("b", {}, `Feature ${features[i].feature}`),
+  face(i, 112), el("b", {}, `Feature ${features[i].feature}`),
   el("span", {}, inkCaption(features[i])),
   el("span", { class: "soft" }, effectCaption(features[i])));
 

@@ -20,7 +20,7 @@ function tourSteps() {
   const second = () => [el("p", {}, `On this image ${active.length} of ${meta.d_sae} features ` +
     `are active. These contribute most to ${difference}:`),
   el("div", { class: "row" }, shownImage(), el("ul", { class: "units" }, top.map(row))),
-  note(PORTRAIT)];
+  note(FACE)];
   function third() {
     const out = el("div", { "aria-live": "polite" });
     const show = () => {
@@ -33,7 +33,7 @@ function tourSteps() {
     };
     show();
     const switches = off.map(k => el("li", { class: "unit" },
-      position.has(k) ? portrait(position.get(k), 64) : el("span"),
+      position.has(k) ? face(position.get(k), 64) : el("span"),
       el("span", {}, `Feature ${k}${caption(k)}`),
       button(`switch ${k} off`, e => {
         removed.has(k) ? removed.delete(k) : removed.add(k);
@@ -46,19 +46,18 @@ function tourSteps() {
       el("div", { class: "row" }, shownImage(), el("ul", { class: "units" }, switches), out)];
   }
   function fourth() {
-    const outlined = off.filter(k => features[position.get(k)]?.drawing)
-      .map(k => position.get(k));
-    const figure = (i, background, words) => el("figure", {}, sketch(i, 168, background),
+    const outlined = off.filter(k => position.has(k)).map(k => position.get(k)).filter(isDrawn);
+    const figure = (i, base, words) => el("figure", {}, sketch(i, 168, base),
       el("figcaption", { class: "small" }, `feature ${features[i].feature} on ${words}`));
-    const pictures = outlined.map(i => [figure(i, shownImage(), `this ${names[label]}`),
-      figure(i, classMean(label), `the mean ${names[label]}`),
-      figure(i, classMean(goal), `the mean ${names[goal]}`)]);
+    const pictures = outlined.map(i => [figure(i, onTest(image), `this ${names[label]}`),
+      figure(i, onClass(label), `the mean ${names[label]}`),
+      figure(i, onClass(goal), `the mean ${names[goal]}`)]);
     const list = off.map(k => el("li", {}, link(toFeature(k), `Feature ${k}`), caption(k)));
     return [el("p", { class: "big" }, `Without ${these} the network classifies this ` +
       `${names[label]} as ${names[after]}.`),
     el("p", {}, `On this image, what separates ${names[label]} from ${names[goal]} is:`),
     el("ul", { class: "plain" }, list), el("div", { class: "row" }, pictures),
-    note(PLACES && outlined.length ? `${PLACES}. ` : "", WORDS),
+    note(outlined.length ? `${PLACES}. ` : "", WORDS),
     el("p", {}, "Below: the features that separate the two classes on all their images. ",
       drawLink(image, off, "See this image in the drawing view, and draw your own"))];
   }
@@ -88,7 +87,7 @@ function separating(a, b, n) {
 }
 const separatingRow = (i, c, d, more = "") =>
   featureRow(features[i].feature, addsToDifference(c, i, c, d), {
-    picture: features[i].drawing && sketch(i, 96, classMean(c)),
+    picture: sketch(i, 96, onClass(c)),
     note: `active on ${percent(frequency(i, c), 0)} of ${plurals[c]} and ` +
       `${percent(frequency(i, d), 0)} of ${plurals[d]}${more}` });
 function pairSummary() {
@@ -103,7 +102,7 @@ function pairSummary() {
       "two classes, the mean over the validation images of the supported class. ",
     link(to("pair", { a, b }), "All features that separate them")),
     el("div", { class: "halves" }, side(a, b), side(b, a)),
-    hasDrawings ? note(PLACES, "; here on the mean image of the class. ", WORDS) : ""];
+    note(PLACES, "; here on the mean image of the class. ", WORDS)];
 }
 function diagnoses() {
   if (!meta.diagnoses.length) return "";
@@ -141,8 +140,10 @@ function storyView() {
       `single features causes. ${plural(featuresForShare(.5), "feature")} of ${F} make up 50% ` +
       `of the influence, ${featuresForShare(.9)} make up 90%. The most influential are:`),
     el("div", { class: "tiles" }, order.map(card)),
-    note(PORTRAIT, " Supports and opposes: the feature's mean contribution to a logit over the " +
+    note(FACE, " Supports and opposes: the feature's mean contribution to a logit over the " +
       "images on which it is active."),
+    el("p", {}, "Do you see what a feature means? Open it, and write and test a hypothesis of " +
+      "your own. ", link(to("yours"), "Your hypotheses")),
     el("h2", {}, "Results"),
     el("div", { class: "cards" }, meta.results.map(([what, value]) =>
       el("div", { class: "card" }, el("b", {}, value), what))),

@@ -1,0 +1,273 @@
+"""Are hypotheses that a person wrote true? Read from a file, tested, and reported.
+
+    hypotheses = read_hypotheses("my_hypotheses.json")   # exported by the page, or written by hand
+    write_hypotheses(hypotheses, "my_hypotheses.json")   # for the page to import
+    results = evaluate_own(hypotheses, layer, folder)        # on the test half, with the other half
+    write_report(results, layer, folder)                 # my_hypotheses.md and pictures
+
+Takes a file that may come from a stranger: sizes and types are checked, and words are escaped. The
+tests are those of `evaluation`, the same as for the hypotheses that the program proposes.
+
+Key: h x w cells of the canvas.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import feature_analysis as fa
+from saexplain.activity import collect_activity, removal_effects
+from saexplain.captions import percent
+from saexplain.evaluation import (
+    Row,
+    check_hypotheses,
+    collect_evidence,
+    split_test_images,
+)
+from saexplain.files import InputError, to_json
+from saexplain.hypotheses import (
+    CONFIDENCES,
+    Hypothesis,
+    Rule,
+    hypothesis_of,
+    hypothesis_record,
+    with_thresholds,
+)
+from saexplain.ink import FULL_INK, Canvas
+from saexplain.panels import Sketch, visualize_sketch
+from saexplain.text import (
+    confidence_words,
+    evidence_line,
+    markdown_table,
+    measured_lines,
+)
+
+FORMAT = "saexplain hypotheses 1"
+MAX_BYTES = 20_000_000  # of a file
+MAX_HYPOTHESES = 10_000
+MAX_CAPTION = 300  # characters
+TRIES_FILE = "my_hypotheses_tried.json"  # of a run's folder
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------
+
+
+def read_hypotheses(path: str | Path) -> list[Hypothesis]:
+    """The hypotheses of a file that `write_hypotheses` or the page wrote, or a person.
+
+    The file is JSON: {"format": "saexplain hypotheses 1", "hypotheses": [{"feature": 116,
+    "drawing": ["..++..", ...], "classes": [1], "raises": 1, "caption": "..."}, ...]}; a drawing's
+    characters are those of `hypotheses.TONES`. Raises InputError for anything else.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+    if len(content) > MAX_BYTES:
+        raise InputError(f"{path} must have at most {MAX_BYTES:,} bytes")
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON: {str(error)[:100]}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise InputError(f'{path} must be a JSON object with "format": "{FORMAT}"')
+    entries = record.get("hypotheses")
+    if not isinstance(entries, list) or not 0 < len(entries) <= MAX_HYPOTHESES:
+        raise InputError(f'{path} must have a list of 1 to {MAX_HYPOTHESES:,} "hypotheses"')
+    return [_hypothesis_of_entry(entry, i, path) for i, entry in enumerate(entries, 1)]
+
+
+def _hypothesis_of_entry(entry: object, i: int, path: Path) -> Hypothesis:
+    """The hypothesis of the i-th entry of a file. Raises InputError."""
+    try:
+        rows = entry["drawing"]
+        if not isinstance(rows, list) or not all(isinstance(row, str) for row in rows):
+            raise ValueError("drawing must be a list of text, a row each")
+        caption = entry.get("caption") or ""
+        if not isinstance(caption, str) or len(caption) > MAX_CAPTION:
+            raise ValueError(f"caption must be text of at most {MAX_CAPTION} characters")
+        return hypothesis_of(entry)
+    except KeyError as error:
+        raise InputError(f"{path}: hypothesis {i} must have {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: hypothesis {i}: {str(error)[:200]}") from error
+
+
+def write_hypotheses(hypotheses: Sequence[Hypothesis], path: str | Path) -> None:
+    """Write hypotheses as a file that `read_hypotheses` and the page read."""
+    content = {"format": FORMAT, "hypotheses": [hypothesis_record(h) for h in hypotheses]}
+    fa.write_whole(path, to_json(content))
+
+
+def count_tries(hypotheses: Sequence[Hypothesis], folder: Path) -> list[int]:
+    """How many different drawings of each hypothesis's feature were tested in the folder so far,
+    these included; they are added to its TRIES_FILE."""
+    path, tried = folder / TRIES_FILE, {}
+    if path.exists():
+        tried = json.loads(path.read_text())
+    counts = []
+    for h in hypotheses:
+        digest = hashlib.sha256(json.dumps(hypothesis_record(h)["drawing"]).encode()).hexdigest()
+        seen = tried.setdefault(str(h.feature), [])
+        if digest not in seen:
+            seen.append(digest)
+        counts.append(seen.index(digest) + 1)
+    fa.write_whole(path, to_json(tried))
+    return counts
+
+
+# --------------------------------------------------------------------------------------------------
+# Tests
+# --------------------------------------------------------------------------------------------------
+
+
+class OwnResult(NamedTuple):
+    """One hypothesis of a person, tested."""
+
+    hypothesis: Hypothesis  # with its threshold
+    row: Row
+    tries: int  # drawings of this feature that were tested in the folder, up to this one
+
+
+def evaluate_own(
+    hypotheses: Sequence[Hypothesis], layer: fa.ExplainedLayer, folder: Path
+) -> list[OwnResult]:
+    """Each hypothesis tested on the test half of the layer's split "test", and on the replication
+    half; the drawings are counted in the folder.
+
+    A missing threshold is found on the split "val" first. Raises InputError for a hypothesis that
+    does not fit the layer.
+    """
+    val, rule = layer.splits["val"], Rule()
+    canvas = Canvas.fit(val.images)
+    try:
+        check_hypotheses(hypotheses, layer, canvas)
+    except (ValueError, IndexError) as error:
+        raise InputError(str(error)) from error
+    activity = collect_activity(layer, val.raw, val.labels)
+    hypotheses = with_thresholds(hypotheses, canvas.levels(val.images), activity)
+    tries, found = count_tries(hypotheses, folder), []
+    for half in split_test_images(layer.splits["test"]):
+        activity = collect_activity(layer, half.raw, half.labels)
+        removed = removal_effects(layer, half.raw, activity)
+        given = (layer, half, canvas, rule, activity, removed)
+        # One by one: several may be about one feature.
+        found.append([collect_evidence([h], *given)[0] for h in hypotheses])
+    rows = [Row.of(*both, rule) for both in zip(*found, strict=True)]
+    return [OwnResult(*result) for result in zip(hypotheses, rows, tries, strict=True)]
+
+
+# --------------------------------------------------------------------------------------------------
+# my_hypotheses.md and its pictures
+# --------------------------------------------------------------------------------------------------
+
+
+def escaped(words: str) -> str:
+    """Words without meaning in Markdown or HTML, on one line."""
+    words = " ".join(words.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_{}\[\]>#|])", r"\\\1", words)
+
+
+def calibration_rows(results: Sequence[OwnResult]) -> list[list[str]]:
+    """A table: of hypotheses held with each confidence, how many deserved High, Medium, Low."""
+    rows = [["your confidence", *(f"deserved {name}" for name in CONFIDENCES)]]
+    for name in (*CONFIDENCES, ""):
+        own = [r.row.decision.confidence for r in results if r.hypothesis.confidence == name]
+        if own:
+            rows.append([name or "none given", *(str(own.count(c)) for c in CONFIDENCES)])
+    return rows
+
+
+def result_lines(r: OwnResult, machine: dict | None, classes: Sequence[str]) -> list[str]:
+    """The Markdown section of one result; `machine` is the feature's record of
+    feature_report.json."""
+    h, (e, d, again, replicated) = r.hypothesis, r.row
+    lines = [
+        f"## Feature {h.feature}: {escaped(h.caption)}",
+        "",
+        f"![ink wanted in red, unwanted in blue]({picture_name(r)})",
+        "",
+        f"- Confidence by the tests: {confidence_words(d.confidence, replicated)}; by its author: "
+        f"{h.confidence or 'none given'}",
+        f"- Evidence: {evidence_line(e, classes)}",
+    ]
+    if again.f1 is not None:
+        lines.append(f"- F1 on the replication half {again.f1:.2f}")
+    if machine and machine.get("f1") is not None:
+        lines.append(f"- The program's own: {machine['caption']}: F1 {machine['f1']:.2f}")
+    if r.tries > 1:
+        lines.append(
+            f"- Drawing number {r.tries} of this feature on the test half: each look at it makes "
+            f"the evidence weaker"
+        )
+    lines += [f"- {line}" for line in measured_lines(h, e, d, classes)]
+    return [*lines, ""]
+
+
+def picture_name(r: OwnResult) -> str:
+    return f"my_hypothesis_{r.hypothesis.feature}_{r.tries}.png"
+
+
+def own_markdown(
+    results: Sequence[OwnResult], report: Sequence[dict], classes: Sequence[str]
+) -> str:
+    """my_hypotheses.md; `report` are the records of feature_report.json."""
+    machine = {entry["feature"]: entry for entry in report}
+    first = results[0].row
+    lines = [
+        "# Your hypotheses, tested",
+        "",
+        f"Tested on {first.evidence.n_images:,} test images, those with even numbers; the "
+        f"{first.again.n_images:,} with odd numbers show whether the result is replicated.",
+        "",
+        *markdown_table(calibration_rows(results)),
+        "",
+    ]
+    for r in results:
+        lines += result_lines(r, machine.get(r.hypothesis.feature), classes)
+    return "\n".join(lines)
+
+
+def write_report(
+    results: Sequence[OwnResult],
+    layer: fa.ExplainedLayer,
+    folder: Path,
+    report: Sequence[dict],
+    classes: Sequence[str],
+) -> None:
+    """Write my_hypotheses.md, and a picture of each hypothesis over the mean of the validation
+    images that activate its feature."""
+    val = layer.splits["val"]
+    activity = collect_activity(layer, val.raw, val.labels)
+    levels = Canvas.fit(val.images).levels(val.images)
+    for r in results:
+        h = r.hypothesis
+        at, _ = activity.of(h.feature)
+        mean = levels[at].mean(0) if len(at) else levels.mean(0)
+        sketch = Sketch(mean.view(h.weights.shape).numpy() / FULL_INK, h.weights)
+        visualize_sketch(sketch, h.feature, h.caption, folder / picture_name(r))
+    content = own_markdown(results, report, classes)
+    fa.write_whole(folder / "my_hypotheses.md", content.encode())
+
+
+def results_text(results: Sequence[OwnResult]) -> str:
+    """A line for each result, for the terminal."""
+    lines = []
+    for r in results:
+        e, name = r.row.evidence, r.row.decision.confidence
+        found = "too few active images to test"
+        if e.picked:
+            precision, recall = percent(e.picked.precision), percent(e.picked.recall)
+            found = f"F1 {e.picked.f1:.2f}, precision {precision}, recall {recall}"
+        caption = " ".join(r.hypothesis.caption.split())[:60]
+        lines.append(f"{r.hypothesis.feature:>5}  {name:<6}  {found}; {caption}")
+    return "\n".join(lines)
