@@ -52,7 +52,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import feature_analysis as fa
-from saexplain import console, figures, page
+from saexplain import console, figures, page, report
 from saexplain.baselines import features_along
 from saexplain.fidelity import EVAL_ROWS, feature_stats, mean_l0, measure_fidelity, row_chunks
 from saexplain.files import (
@@ -68,13 +68,14 @@ from saexplain.files import (
     save_stage,
     to_json,
 )
-from saexplain.hypotheses import hypothesis_record, load_frozen
+from saexplain.hypotheses import load_frozen
 from saexplain.images import Data, Split, TensorLoader, check_split_leakage, digest_of, load_images
 from saexplain.layers import (
     collect_activations,
     default_torch_state,
     make_deterministic,
     open_layer,
+    pick_device,
     warn_scale_shift,
 )
 from saexplain.optimization import (
@@ -89,20 +90,8 @@ from saexplain.optimization import (
     ramp,
     scaled_epochs,
 )
-from saexplain.own import evaluate_own, read_hypotheses, results_text, write_report
+from saexplain.own import read_hypotheses, report_own
 from saexplain.parallel import Stopwatch, Task, WorkerError, Workers, torch_threads
-from saexplain.report import (
-    Draft,
-    Options,
-    default_baselines,
-    finish_report,
-    frontier_of,
-    load_splits,
-    prepare_report,
-    remove_results,
-    write_history,
-    write_page,
-)
 from saexplain.reproducibility import compare_seeds
 from saexplain.sae import JumpReLUSAE, PCACoordinates
 from saexplain.saelens import save_saelens
@@ -258,19 +247,6 @@ def parse_runs(argv: Sequence[str] | None = None) -> list[Settings]:
             raise InputError(f"{name} must be different numbers, got {values}")
     pairs = itertools.product(seeds, sizes)
     return [Settings(**{**given, "seed": seed, "sae_latents": n}) for seed, n in pairs]
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; for 'auto' the best of this machine. Raises InputError."""
-    try:
-        device = torch.device(name.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda":
-            torch.cuda.get_device_properties(device)
-            make_deterministic(device)
-        return device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name} cannot be used ({reason}); try --device cpu") from error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -743,42 +719,39 @@ def sae_stage(
     return save_stage(folder, "sae", tensors, inputs, info)
 
 
-FROZEN_EPOCHS = 2  # 5 take 2.4 times as long, and lower FVU by 6%
+FROZEN_EPOCHS = 2  # of the frozen decoder; 5 take 2.4 times as long, and lower FVU by 6%
 
 
-def start_frozen_decoders(
-    layer: fa.ExplainedLayer, settings: Settings, made_from: dict[str, str], workers: Workers
-) -> dict[int, Task]:
-    """By target, the task that trains a baseline, an SAE whose decoder stays as it starts: it runs
-    beside the analysis."""
-    z = tuple(layer.standardize(layer.splits[name].raw) for name in ("train", "val"))
-    settings = replace(settings, epochs_sae_final=min(FROZEN_EPOCHS, settings.epochs_sae_final))
-    tasks = {}
-    for target in settings.target_actives:
-        folder = settings.folder_of(target) / "frozen_decoder"
-        given = (replace(layer, splits={}), z, target, settings, made_from, folder, True)
-        here = layer.device.type != "cpu"
-        tasks[target] = workers.start("frozen decoder", sae_stage, *given, here=here)
-    return tasks
+class Trained(NamedTuple):
+    """The SAEs of one target."""
+
+    stages: dict[int, Stage]  # by seed, the run's own and further ones
+    frozen: Task | None  # that trains one whose decoder stays as it starts, beside the analysis
 
 
 def train_saes(
     layer: fa.ExplainedLayer, settings: Settings, made_from: dict[str, str], workers: Workers
-) -> dict[int, dict[int, Stage]]:
-    """By target and seed, the SAE of the run and those of further seeds, trained or reused."""
+) -> dict[int, Trained]:
+    """By target, the SAE of the run, those of further seeds, and where there are hypotheses a
+    baseline; trained or reused."""
     z = tuple(layer.standardize(layer.splits[name].raw) for name in ("train", "val"))
     head = replace(layer, splits={})  # what workers are sent besides z
     seeds = range(settings.seed, settings.seed + settings.stability_seeds + 1)
-    tasks = []
+    fewer = replace(settings, epochs_sae_final=min(FROZEN_EPOCHS, settings.epochs_sae_final))
+    on_gpu, tasks, frozen = layer.device.type != "cpu", [], {}  # a GPU takes one at a time
     for target in settings.target_actives:
         folder = settings.folder_of(target)
         for seed in seeds:
             place = folder if seed == settings.seed else folder / f"stability_seed_{seed}"
             given = (head, z, target, replace(settings, seed=seed), made_from, place)
-            here = not tasks or layer.device.type != "cpu"  # a GPU takes one at a time
-            tasks.append(workers.start("sae", sae_stage, *given, here=here))
+            tasks.append(workers.start("sae", sae_stage, *given, here=on_gpu or not tasks))
+    for target in settings.target_actives if settings.hypotheses else ():
+        place = settings.folder_of(target) / "frozen_decoder"
+        given = (head, z, target, fewer, made_from, place, True)
+        frozen[target] = workers.start("frozen decoder", sae_stage, *given, here=on_gpu)
     stages = iter(workers.results(tasks))
-    return {target: {seed: next(stages) for seed in seeds} for target in settings.target_actives}
+    trained = {t: {seed: next(stages) for seed in seeds} for t in settings.target_actives}
+    return {target: Trained(of_seeds, frozen.get(target)) for target, of_seeds in trained.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -810,33 +783,29 @@ def explain_activations(
     with clock("sae"):
         trained = train_saes(layer, settings, made_from, workers)
     replace_results(settings)
-    frozen = {}
-    if settings.hypotheses:
-        frozen = start_frozen_decoders(layer, settings, made_from, workers)
-    options = Options(
+    options = report.Options(
         classes=data.classes,
         network=network.title,
         source=data.source,
         **settings.chosen("topk n_eval alpha hypotheses features seed"),
     )
     drafts, records, reports = {}, {}, {}
-    for target, stages in trained.items():
-        explained = layer.with_sae(
-            JumpReLUSAE.from_weights(stages[settings.seed].tensors, layer.device)
-        )
+    for target, saes in trained.items():
+        own = saes.stages[settings.seed].tensors
+        explained = layer.with_sae(JumpReLUSAE.from_weights(own, layer.device))
         folder = settings.folder_of(target)
-        drafts[target] = prepare_report(explained, folder, options, Stopwatch(), workers)
+        drafts[target] = report.prepare_report(explained, folder, options, Stopwatch(), workers)
     for target, draft in drafts.items():
-        given = (target, trained[target], frozen.get(target), data, settings, workers)
+        given = (target, trained[target], data, settings, workers)
         records[target], reports[target] = finish_target(draft, *given)
-        stage = trained[target][settings.seed]
+        stage = trained[target].stages[settings.seed]
         logits_from = SCHEDULE.logit_kl_from if settings.head_kl else None
         given = (stage.record["history"], target, logits_from, DEAD_BELOW)
-        write_history(draft.folder, network.history, *given)
+        report.write_history(draft.folder, network.history, *given)
     for target, draft in drafts.items():
-        frontier, weights = frontier_of(list(records.values())), page_weights(layer.model)
+        frontier, weights = report.frontier_of(list(records.values())), page_weights(layer.model)
         with draft.clock("page"):
-            write_page(draft, records[target], reports[target], frontier, weights)
+            report.write_page(draft, records[target], reports[target], frontier, weights)
         in_tasks = {f"{name}, in tasks": s for name, s in workers.seconds.items()}
         seconds = {**clock.seconds, **draft.clock.seconds, **in_tasks}
         records[target]["seconds"] = {**seconds, "whole run": clock.total()}
@@ -851,45 +820,41 @@ def replace_results(settings: Settings) -> None:
     are written, so that files of two runs are never paired."""
     root = Path(settings.out)
     for folder in [root, *sorted(root.glob("target_*"))]:  # settings.json of the root goes first
-        if folder.is_dir() and remove_results(folder):
+        if folder.is_dir() and report.remove_results(folder):
             print(f"{folder}: the results of an earlier run are replaced")
 
 
 def finish_target(
-    draft: Draft,
+    draft: report.Draft,
     target: int,
-    stages: dict[int, Stage],
-    frozen: Task | None,
+    trained: Trained,
     data: Data,
     settings: Settings,
     workers: Workers,
 ) -> tuple[dict, list[dict]]:
     """`finish_report` with what only the trainer knows: the SAEs of other seeds, and as baselines
-    the directions that training starts from, untrained and with a trained encoder, `frozen`."""
-    layer = draft.layer
+    the directions that training starts from, untrained and with a trained encoder."""
+    layer, (stages, frozen) = draft.layer, trained
     with draft.clock("fidelity"):
         record = sae_record(layer, target, stages[settings.seed], data, settings)
     z = layer.standardize(layer.splits["val"].raw)
-    others = dict(stages)
-    del others[settings.seed]
+    others = {seed: stage for seed, stage in stages.items() if seed != settings.seed}
     baselines = {}
     if others or frozen:
         # Those of another seed: the SAE's own started from the rows of its seed.
         rows = starting_rows(z, settings.sae_latents, settings.seed + 1)
         baselines["untrained SAE"] = features_along(rows, z, *feature_stats(layer.sae, z))
-        baselines |= default_baselines(layer, settings.seed)
+        baselines |= report.default_baselines(layer, settings.seed)
     if frozen:
         with draft.clock("frozen decoder, waited for"):
             (stage,) = workers.results([frozen])
         baselines["frozen decoder"] = JumpReLUSAE.from_weights(stage.tensors, layer.device)
     with draft.clock("reproducibility"):
-        saes = {
-            seed: JumpReLUSAE.from_weights(stage.tensors, layer.device)
-            for seed, stage in others.items()
-        }
+        device = layer.device
+        saes = {s: JumpReLUSAE.from_weights(stage.tensors, device) for s, stage in others.items()}
         replicates = compare_seeds(layer, settings.seed, saes, baselines)
     save_saelens(layer, draft.folder / "saelens")
-    return finish_report(draft, record, replicates, baselines, workers)
+    return report.finish_report(draft, record, replicates, baselines, workers)
 
 
 def sae_record(
@@ -917,7 +882,7 @@ def write_summary(
     settings: Settings,
     data: Data,
     network: Network,
-    trained: dict[int, dict[int, Stage]],
+    trained: dict[int, Trained],
     records: list[dict],
 ) -> None:
     """frontier.png, summary.json, and settings.json, which makes the folder a finished run."""
@@ -933,7 +898,7 @@ def write_summary(
         "data_digest": data.digest,
         "network": network.title,
         "network_sha256": network.digest,
-        "sae_sha256": {str(t): stages[settings.seed].digest for t, stages in trained.items()},
+        "sae_sha256": {str(t): saes.stages[settings.seed].digest for t, saes in trained.items()},
         "hypotheses_sha256": hypotheses,
         "classes": data.classes,
     }
@@ -1082,7 +1047,7 @@ def explain(
     that the logits do not depend on alone, or from which no gradient leads to the pixels.
     """
     clock, net = Stopwatch(), open_layer(model, layer, pool)
-    data = load_splits(net, classes, train, val, test)
+    data = report.load_splits(net, classes, train, val, test)
     with torch.no_grad():
         d_in = net.preactivations(data.train.images[: fa.PROBED]).shape[1]
     own = explain_settings(target, d_in, net.device, settings)
@@ -1146,17 +1111,13 @@ def train_combination(settings: Settings) -> dict:
     return sae_record(layer.with_sae(sae), target, stage, data, settings)
 
 
-def test_my_hypotheses(settings: Settings) -> list[dict]:
-    """The records of hypotheses of one's own, tested on the finished run in the folder `out`, which
-    gets my_hypotheses.md and a picture of each."""
+def report_my_hypotheses(settings: Settings) -> list[dict]:
+    """The records of hypotheses of one's own, tested on the finished run in the folder `out`."""
     given = read_hypotheses(settings.my_hypotheses)
     moved = None if settings.data == DATA else settings.data  # by default where they were
     run = load_run(settings.out, data_dir=moved, device=settings.device)
     with folder_lock(run.folder, settings.wait), torch_threads(1):
-        results = evaluate_own(given, run.layer, run.folder)
-        write_report(results, run.layer, run.folder, run.report, run.data.classes)
-    print(f"{results_text(results)}\n{run.folder / 'my_hypotheses.md'}   the tests, with pictures")
-    return [hypothesis_record(r.hypothesis) for r in results]
+        return report_own(given, run.layer, run.folder, run.report, run.data.classes)
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
@@ -1166,7 +1127,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     """
     runs = parse_runs(argv)
     if runs[0].my_hypotheses:
-        return test_my_hypotheses(runs[0])
+        return report_my_hypotheses(runs[0])
     if len(runs) == 1:
         is_first_rank = os.environ.get("RANK", "0") == "0"  # torchrun's others share sweeps only
         return run_once(runs[0]) if is_first_rank else []

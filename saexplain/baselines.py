@@ -26,6 +26,7 @@ from saexplain.sae import JumpReLUSAE
 from saexplain.substitution import fit_stand_ins, measure_agreement, predict_acts
 
 MAX_BASELINE_FEATURES = 512  # of each kind, at most
+MAX_TESTED = 128  # features whose hypotheses are tested; all take part in the agreement
 RIDGE = 1e-3  # of the mean square of an activation, so that a decoder exists for any features
 
 
@@ -157,9 +158,8 @@ def evaluate_baseline(
     activity = collect_activity(other, discovery.raw, discovery.labels)
     hypotheses = propose_hypotheses(other, discovery, rule, activity, effects=False)
     stand_ins = fit_stand_ins(hypotheses, discovery, activity)
-    # Every other feature is tested, as edits take most of the time; the agreement is of all.
     falling = torch.argsort(activity.n_active, descending=True, stable=True)
-    tested = [hypotheses[k] for k in falling[::2].tolist()]
+    tested = [hypotheses[k] for k in evenly_spaced(falling, MAX_TESTED).tolist()]
     drawn, found = prepare_drawings(tested, discovery.canvas), []
     for half in (test_half, replication_half):
         given = (tested, other, half, discovery.canvas, rule)

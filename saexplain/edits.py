@@ -25,7 +25,7 @@ import feature_analysis as fa
 from saexplain.activity import Activity
 from saexplain.hypotheses import Hypothesis, evenly_spaced
 from saexplain.ink import FULL_INK, Canvas
-from saexplain.statistics import sign_test_p, wilson_interval
+from saexplain.statistics import wilson_interval
 
 EDITS = ("erasing", "filling", "painting")
 N_EDIT = 32  # active images, and as many inactive ones, that are edited for a feature
@@ -51,11 +51,6 @@ class EditTest(NamedTuple):
         _, only_elsewhere, only_named, both = cells
         n_named, n_elsewhere = only_named + both, only_elsewhere + both
         return cls(len(named), n_named, n_elsewhere, only_named, only_elsewhere)
-
-    @property
-    def p(self) -> float:
-        """Sign test: p-value when both edits are equally likely to change the activity."""
-        return sign_test_p(self.only_named, self.only_elsewhere)
 
     @property
     def phi(self) -> float:

@@ -485,6 +485,7 @@ class Evaluation(NamedTuple):
     top_images: list[list[int]]  # numbers of the test images that activate each feature most
     edited: list[tuple[list[int], list[int]]]  # ... and of those edited: active, inactive
     summary: Summary
+    agreement_swapped: float  # as `agreement_hypotheses`, with drawings of other features
 
 
 def make_evaluation(
@@ -494,7 +495,8 @@ def make_evaluation(
     evidence: list[Evidence],
     again: Sequence[Evidence],
     activity: Activity,
-    agreements: tuple[float, float],
+    agreements: Sequence[float],
+    agreement_swapped: float,
 ) -> Evaluation:
     """The evaluation of hypotheses by the evidence of the test half, whose `activity` is given, and
     `again` of the replication half; `agreements` as in `Summary`."""
@@ -507,7 +509,8 @@ def make_evaluation(
         edited.append(tuple((2 * some).tolist() for some in edited_images(h.feature, activity)))
     rows = [Row.of(e, other, rule) for e, other in zip(evidence, again, strict=True)]
     summary = summarize(rows, *agreements)
-    return Evaluation(hypotheses, rule, rows, n_discovery, top_images, edited, summary)
+    listed = (top_images, edited, summary, agreement_swapped)
+    return Evaluation(hypotheses, rule, rows, n_discovery, *listed)
 
 
 def features_of_influence(evaluation: Evaluation) -> dict[str, int]:
@@ -525,6 +528,7 @@ def evaluation_record(evaluation: Evaluation, baselines: dict[str, Summary], sha
         "sha256": sha256,
         "rule": evaluation.rule._asdict(),
         "confidence_rule": format_rule(evaluation.rule),
+        "agreement_swapped": evaluation.agreement_swapped,
         "summaries": {name: s._asdict() for name, s in summaries.items()},
         "features_that_make_influence": features_of_influence(evaluation),
     }

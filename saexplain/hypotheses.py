@@ -21,7 +21,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -85,7 +85,6 @@ class Hypothesis:
     threshold: int | None = None
 
     def __post_init__(self) -> None:
-        fa.check_whole("feature", self.feature, 0)
         wanted = _as_tones("wanted", self.wanted)
         blank = np.zeros_like(wanted)
         unwanted = blank if self.unwanted is None else _as_tones("unwanted", self.unwanted)
@@ -95,17 +94,23 @@ class Hypothesis:
             )
         if (both := int(((wanted > 0) & (unwanted > 0)).sum())) > 0:
             raise ValueError(f"a cell cannot be wanted and unwanted, but {both} are")
-        classes = tuple(fa.check_whole("a class", c, 0) for c in self.classes)
-        for name in ("raises", "lowers"):
-            if getattr(self, name) is not None:
-                fa.check_whole(name, getattr(self, name), 0)
+        if not isinstance(self.classes, Iterable):
+            raise ValueError(f"classes must be labels, as in (1, 7), got {self.classes!r:.60}")
         if self.confidence not in ("", *CONFIDENCES):
             raise ValueError(f"confidence must be one of {CONFIDENCES}, got {self.confidence!r}")
-        if self.threshold is not None:
-            fa.check_whole("threshold", self.threshold)
         if not isinstance(self.caption, str):
             raise ValueError(f"caption must be text, got {self.caption!r:.60}")
-        for name, value in (("wanted", wanted), ("unwanted", unwanted), ("classes", classes)):
+        checked = {
+            "wanted": wanted,
+            "unwanted": unwanted,
+            "feature": _index("feature", self.feature),
+        }
+        checked["classes"] = tuple(_index("a class", c) for c in self.classes)
+        for name in ("raises", "lowers", "threshold"):
+            if (value := getattr(self, name)) is not None:
+                least = -fa.LAST_INDEX if name == "threshold" else 0
+                checked[name] = _index(name, value, least)
+        for name, value in checked.items():
             object.__setattr__(self, name, value)
         if not self.caption:
             object.__setattr__(self, "caption", caption_of(self.weights))
@@ -119,6 +124,13 @@ class Hypothesis:
     def is_drawn(self) -> bool:
         """Whether any cell is wanted or unwanted."""
         return bool(self.weights.any())
+
+
+def _index(name: str, value: object, least: int = 0) -> int:
+    """The value as an int, also of numpy's. Raises ValueError unless it is a whole number."""
+    if isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be a whole number, got {value}")
+    return int(fa.check_whole(name, value, least))
 
 
 def _as_tones(name: str, cells: object) -> np.ndarray:
@@ -362,8 +374,10 @@ DIGEST = re.compile(rb'\A{\n "sha256": "(\w{64})",\n')  # the first two lines of
 
 def drawing_rows(weights: np.ndarray) -> list[str]:
     """The rows of a drawing (h, w) as text, a character of TONES for each cell."""
-    characters = {tone: character for character, tone in TONES.items()}
-    return ["".join(characters[tone] for tone in row) for row in weights.tolist()]
+    characters = np.zeros(5, dtype="S1")
+    for character, tone in TONES.items():
+        characters[tone + 2] = character
+    return [row.tobytes().decode() for row in characters[weights + 2]]
 
 
 def weights_of_rows(rows: Sequence[str]) -> np.ndarray:
@@ -389,6 +403,13 @@ def hypothesis_record(h: Hypothesis) -> dict:
     }
 
 
+def hypothesis_text(h: Hypothesis) -> str:
+    """The hypothesis as JSON text in which the rows of the drawing are below each other."""
+    record = hypothesis_record(h)
+    rows = ",\n  ".join(f'"{row}"' for row in record.pop("drawing"))
+    return f'{json.dumps(record, allow_nan=False)[:-1]}, "drawing": [\n  {rows}]}}'
+
+
 def hypothesis_of(record: Mapping) -> Hypothesis:
     """The hypothesis of a `hypothesis_record`. Raises KeyError, TypeError or ValueError for a
     record that is none."""
@@ -408,14 +429,10 @@ def freeze_hypotheses(
     The file's second line holds the digest of the file without this line, so that both are written
     in one step (`sed 2d FILE | sha256sum` computes it).
     """
-    frozen = {
-        "rule": (rule or Rule())._asdict(),
-        "hypotheses": [hypothesis_record(h) for h in hypotheses],
-    }
-    content = (json.dumps(frozen, indent=1, allow_nan=False) + "\n").encode()
-    digest = hashlib.sha256(content).hexdigest()
-    signed = content.replace(b"{\n", f'{{\n "sha256": "{digest}",\n'.encode(), 1)
-    fa.write_whole(path, signed)
+    entries = ",\n".join(hypothesis_text(h) for h in hypotheses)
+    rest = f' "rule": {json.dumps((rule or Rule())._asdict())},\n "hypotheses": [\n{entries}\n]}}\n'
+    digest = hashlib.sha256(f"{{\n{rest}".encode()).hexdigest()
+    fa.write_whole(path, f'{{\n "sha256": "{digest}",\n{rest}'.encode())
     return digest
 
 

@@ -74,6 +74,19 @@ def usable_std(std: Tensor) -> Tensor:
     return torch.where(std > 1e-6 * std.max(), std, torch.ones_like(std))
 
 
+def pick_device(name: str) -> torch.device:
+    """The device of that name; for 'auto' the best of this machine. Raises InputError."""
+    try:
+        device = torch.device(name.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda":
+            torch.cuda.get_device_properties(device)
+            make_deterministic(device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name} cannot be used ({reason}); try --device cpu") from error
+
+
 def make_deterministic(device: torch.device) -> None:
     """On a GPU, have torch use only algorithms that repeat their results."""
     if device.type == "cuda":

@@ -29,22 +29,24 @@ from saexplain.evaluation import (
     collect_evidence,
     split_test_images,
 )
-from saexplain.files import InputError, to_json
+from saexplain.files import InputError, read_json, to_json
 from saexplain.hypotheses import (
     CONFIDENCES,
     Hypothesis,
     Rule,
+    drawing_rows,
     hypothesis_of,
     hypothesis_record,
+    hypothesis_text,
     with_thresholds,
 )
 from saexplain.ink import FULL_INK, Canvas
 from saexplain.panels import Sketch, visualize_sketch
 from saexplain.text import (
     confidence_words,
-    evidence_line,
     markdown_table,
     measured_lines,
+    picked_words,
 )
 
 FORMAT = "saexplain hypotheses 1"
@@ -104,19 +106,21 @@ def _hypothesis_of_entry(entry: object, i: int, path: Path) -> Hypothesis:
 
 def write_hypotheses(hypotheses: Sequence[Hypothesis], path: str | Path) -> None:
     """Write hypotheses as a file that `read_hypotheses` and the page read."""
-    content = {"format": FORMAT, "hypotheses": [hypothesis_record(h) for h in hypotheses]}
-    fa.write_whole(path, to_json(content))
+    entries = ",\n".join(hypothesis_text(h) for h in hypotheses)
+    content = f'{{\n "format": "{FORMAT}",\n "hypotheses": [\n{entries}\n]}}\n'
+    fa.write_whole(path, content.encode())
 
 
 def count_tries(hypotheses: Sequence[Hypothesis], folder: Path) -> list[int]:
     """How many different drawings of each hypothesis's feature were tested in the folder so far,
     these included; they are added to its TRIES_FILE."""
-    path, tried = folder / TRIES_FILE, {}
-    if path.exists():
-        tried = json.loads(path.read_text())
+    path = folder / TRIES_FILE
+    tried = read_json(path) if path.exists() else {}
+    if not isinstance(tried, dict) or not all(isinstance(seen, list) for seen in tried.values()):
+        raise InputError(f"{path} is damaged; move it away, and drawings are counted anew")
     counts = []
     for h in hypotheses:
-        digest = hashlib.sha256(json.dumps(hypothesis_record(h)["drawing"]).encode()).hexdigest()
+        digest = hashlib.sha256("\n".join(drawing_rows(h.weights)).encode()).hexdigest()
         seen = tried.setdefault(str(h.feature), [])
         if digest not in seen:
             seen.append(digest)
@@ -198,8 +202,9 @@ def result_lines(r: OwnResult, machine: dict | None, classes: Sequence[str]) -> 
         "",
         f"- Confidence by the tests: {confidence_words(d.confidence, replicated)}; by its author: "
         f"{h.confidence or 'none given'}",
-        f"- Evidence: {evidence_line(e, classes)}",
     ]
+    if e.picked:
+        lines.append(f"- In words: {picked_words(e.picked)}")
     if again.f1 is not None:
         lines.append(f"- F1 on the replication half {again.f1:.2f}")
     if machine and machine.get("f1") is not None:
@@ -257,6 +262,23 @@ def write_report(
         visualize_sketch(sketch, h.feature, h.caption, folder / picture_name(r))
     content = own_markdown(results, report, classes)
     fa.write_whole(folder / "my_hypotheses.md", content.encode())
+
+
+def report_own(
+    hypotheses: Sequence[Hypothesis],
+    layer: fa.ExplainedLayer,
+    folder: Path,
+    report: Sequence[dict],
+    classes: Sequence[str],
+) -> list[dict]:
+    """The records of hypotheses, tested on a finished run in the folder, which gets
+    my_hypotheses.md and a picture of each; prints a line about each."""
+    results = evaluate_own(hypotheses, layer, folder)
+    write_report(results, layer, folder, report, classes)
+    print(f"{results_text(results)}\n{folder / 'my_hypotheses.md'}   the tests, with pictures")
+    return [
+        {**hypothesis_record(r.hypothesis), "found": r.row.decision.confidence} for r in results
+    ]
 
 
 def results_text(results: Sequence[OwnResult]) -> str:

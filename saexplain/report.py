@@ -38,7 +38,7 @@ from saexplain.evaluation import (
     split_test_images,
 )
 from saexplain.fidelity import feature_stats, measure_fidelity
-from saexplain.files import InputError, folder_lock, to_json
+from saexplain.files import InputError, folder_lock, to_json, to_json_lines
 from saexplain.hypotheses import (
     Discovery,
     discover,
@@ -59,7 +59,12 @@ from saexplain.parallel import Stopwatch, Task, Workers, torch_threads
 from saexplain.patterns import gradient_images
 from saexplain.reproducibility import Replicates
 from saexplain.sae import JumpReLUSAE
-from saexplain.substitution import fit_stand_ins, measure_agreement, predict_acts
+from saexplain.substitution import (
+    fit_stand_ins,
+    measure_agreement,
+    predict_acts,
+    swap_by_rate,
+)
 
 N_PANELS = 5  # features, the most influential, that get a panel and a line on the terminal
 PICTURE_TASKS = 2  # each is sent all images, so not more than keep two cores busy
@@ -167,13 +172,15 @@ def evaluate_draft(
         evidence = collect_evidence(*given, drawn=drawn)
         given = (hypotheses, layer, halves[1], canvas, rule)
         again = collect_evidence(*given, in_full=False, drawn=drawn)
-        stand_ins = fit_stand_ins(hypotheses, discovery, draft.analysis.activity)
-        predicted = predict_acts(stand_ins, canvas.levels(halves[0].images))
-        acts = layer.feature_acts(halves[0].raw)
-        agreements = tuple(measure_agreement(layer, halves[0].raw, a) for a in (acts, predicted))
+        levels, raw = canvas.levels(halves[0].images), halves[0].raw
+        known = (discovery, draft.analysis.activity)
+        acts = [layer.feature_acts(raw)]
+        for some in (hypotheses, swap_by_rate(hypotheses, draft.analysis.activity)):
+            acts.append(predict_acts(fit_stand_ins(some, *known), levels))
+        *agreements, swapped = (measure_agreement(layer, raw, a) for a in acts)
     n_discovery = len(discovery.labels)
     given = (hypotheses, rule, n_discovery, evidence, again, activity, agreements)
-    evaluation = make_evaluation(*given)
+    evaluation = make_evaluation(*given, swapped)
     with draft.clock("baselines, waited for"):
         summaries = workers.results(tasks)
     return evaluation, dict(zip(baselines, summaries, strict=True))
@@ -235,7 +242,7 @@ def finish_report(
             if note.sketch is not None:
                 path = folder / f"feature_{k}_hypothesis.png"
                 visualize_sketch(note.sketch, k, evaluation.hypotheses[k].caption, path)
-    fa.write_whole(folder / "feature_report.json", to_json(report))
+    fa.write_whole(folder / "feature_report.json", to_json_lines(report))
     with draft.clock("pictures, waited for"):
         workers.results(tasks)
     drawn = sum(task.seconds for task in draft.pictures)

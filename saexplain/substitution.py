@@ -13,6 +13,7 @@ Key: N images, F features, P cells of the canvas.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -69,6 +70,15 @@ def predict_acts(s: StandIns, levels: Tensor) -> Tensor:
         if np.isfinite(knots[0]):
             out[:] = np.interp(own, knots, of_acts, left=0.0)
     return torch.from_numpy(acts.T.copy())
+
+
+def swap_by_rate(hypotheses: Sequence[Hypothesis], activity: Activity) -> list[Hypothesis]:
+    """The hypotheses about all features in order, each with the drawing of the feature that is
+    active next more often: a null, of drawings as large and as often true."""
+    order, swapped = activity.n_active.argsort(stable=True), list(hypotheses)
+    for k, other in zip(order.tolist(), order.roll(-1).tolist(), strict=True):
+        swapped[k] = replace(hypotheses[other], feature=k)
+    return swapped
 
 
 @torch.no_grad()

@@ -264,6 +264,8 @@ confidence.
 A feature's influence is its share of the logit effect of all single ablations.
 """
 
+SWAPPED = """With each feature's drawing exchanged for that of the feature that is active next more
+often, {share:.1%} of the predictions are kept."""
 WHAT_TRAINING_ADDED = """The features of the other sets are active as often and as strongly as the
 SAE's, one for one: the more images activate a feature, the higher an F1 can be. Random directions
 have the same variance as well. "Frozen decoder" is an SAE of which only the encoder was trained.
@@ -378,6 +380,7 @@ def hypotheses_markdown(
     order = sorted(range(len(influence)), key=lambda i: (-influence[i], i))[:LISTED]
     lines = [f"# What the features mean: {title}", "", headline(record), "", how]
     lines += ["## What did training add, and does it replicate?", "", WHAT_TRAINING_ADDED, ""]
+    lines += [SWAPPED.format(share=record["agreement_swapped"]), ""]
     lines += [*markdown_table(summary_rows(record)), ""]
     lines += ["## Feature by feature, the most influential first", ""]
     lines += [WHERE_ALL.format(listed=len(order), all=len(influence)), ""]
