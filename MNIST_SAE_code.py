@@ -789,19 +789,18 @@ def explain_activations(
         source=data.source,
         **settings.chosen("topk n_eval alpha hypotheses features seed"),
     )
-    drafts, records, reports = {}, {}, {}
+    drafts, records, reports, histories = {}, {}, {}, []
+    logits_from = SCHEDULE.logit_kl_from if settings.head_kl else None
     for target, saes in trained.items():
-        own = saes.stages[settings.seed].tensors
-        explained = layer.with_sae(JumpReLUSAE.from_weights(own, layer.device))
-        folder = settings.folder_of(target)
+        own, folder = saes.stages[settings.seed], settings.folder_of(target)
+        given = (network.history, own.record["history"], target, logits_from, DEAD_BELOW)
+        histories.append(workers.start("training.png", report.write_history, folder, *given))
+        explained = layer.with_sae(JumpReLUSAE.from_weights(own.tensors, layer.device))
         drafts[target] = report.prepare_report(explained, folder, options, Stopwatch(), workers)
     for target, draft in drafts.items():
         given = (target, trained[target], data, settings, workers)
         records[target], reports[target] = finish_target(draft, *given)
-        stage = trained[target].stages[settings.seed]
-        logits_from = SCHEDULE.logit_kl_from if settings.head_kl else None
-        given = (stage.record["history"], target, logits_from, DEAD_BELOW)
-        report.write_history(draft.folder, network.history, *given)
+    workers.results(histories)
     for target, draft in drafts.items():
         frontier, weights = report.frontier_of(list(records.values())), page_weights(layer.model)
         with draft.clock("page"):
@@ -835,8 +834,6 @@ def finish_target(
     """`finish_report` with what only the trainer knows: the SAEs of other seeds, and as baselines
     the directions that training starts from, untrained and with a trained encoder."""
     layer, (stages, frozen) = draft.layer, trained
-    with draft.clock("fidelity"):
-        record = sae_record(layer, target, stages[settings.seed], data, settings)
     z = layer.standardize(layer.splits["val"].raw)
     others = {seed: stage for seed, stage in stages.items() if seed != settings.seed}
     baselines = {}
@@ -849,12 +846,15 @@ def finish_target(
         with draft.clock("frozen decoder, waited for"):
             (stage,) = workers.results([frozen])
         baselines["frozen decoder"] = JumpReLUSAE.from_weights(stage.tensors, layer.device)
+    tasks = report.start_baselines(draft, baselines, workers)
+    with draft.clock("fidelity"):
+        record = sae_record(layer, target, stages[settings.seed], data, settings)
     with draft.clock("reproducibility"):
         device = layer.device
         saes = {s: JumpReLUSAE.from_weights(stage.tensors, device) for s, stage in others.items()}
         replicates = compare_seeds(layer, settings.seed, saes, baselines)
     save_saelens(layer, draft.folder / "saelens")
-    return report.finish_report(draft, record, replicates, baselines, workers)
+    return report.finish_report(draft, record, replicates, tasks, workers)
 
 
 def sae_record(

@@ -34,7 +34,7 @@ import feature_analysis as fa  # noqa: E402
 from MNIST_SAE_code import InputError, load_run  # noqa: E402
 
 TINY = """--data sample --sae-latents 12 --hidden-units 16 --target-actives 2 --epochs-sae-final 1
---epochs-ffn 1 --batch-sae 512 --batch-ffn 512 --features 1 --stability-seeds 0 --no-strokes
+--epochs-ffn 1 --batch-sae 512 --batch-ffn 512 --features 1 --stability-seeds 0
 --workers 0 --seed""".split()
 NEW, OLD = [*TINY, "0"], [*TINY, "1"]  # a run, and the finished one that it replaces
 SIZES = [5000, 0, 100, 1000, 12_000, 25_000, 50_000, 100_000]  # bytes a file may have: a full disk

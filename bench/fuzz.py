@@ -10,6 +10,7 @@ of one line. The smallest input that fails is printed. Exit status: 1 when any f
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -28,10 +29,10 @@ from hypothesis.strategies import sampled_from as one_of
 
 import feature_analysis as fa
 import MNIST_SAE_code as driver
-from saexplain import activity, hypotheses, images, layers, report, sae, saelens
+from saexplain import evaluation, hypotheses, images, layers, own, report, sae, saelens
 
 TINY = """--data sample --sae-latents 12 --hidden-units 16 --target-actives 2 --epochs-sae-final 1
---epochs-ffn 1 --features 1 --stability-seeds 0 --workers 0 --no-strokes --out""".split()
+--epochs-ffn 1 --features 1 --stability-seeds 0 --workers 0 --out""".split()
 NUMBERS = st.integers(-3, 300) | st.floats() | one_of([2**31, 2**63, 10**400, -(2**63)])
 VALUES = st.none() | st.booleans() | NUMBERS | st.text(max_size=5)
 SHAPES = one_of([(40, 1, 8, 8), (40, 8, 8), (40,), (6,)]) | st.lists(st.integers(0, 5), max_size=4)
@@ -53,8 +54,12 @@ ARGUMENTS = {
     fa.feature_ablation_effect: "loader mu std k n_eval",
 }
 RUN = "settings.json classifier.json classifier.safetensors sae.json sae.safetensors"
+ENTRY = {"feature": 1, "drawing": ["+.", "#-"], "classes": [1], "raises": 1, "lowers": None}
+ENTRY |= {"caption": "a", "confidence": "Low", "threshold": 5}
 SAELENS = "cfg.json sae_weights.safetensors"
-KINDS = "settings flags run saelens images splits arguments layer".split()  # of input
+KINDS = (
+    "settings flags run saelens images splits arguments layer entries hypotheses".split()
+)  # of input
 IDX = {"train-images-idx3-ubyte": (120, 8, 8), "train-labels-idx1-ubyte": (120,)}
 IDX |= {"t10k-images-idx3-ubyte": (40, 8, 8), "t10k-labels-idx1-ubyte": (40,)}
 
@@ -106,8 +111,27 @@ def try_input(kind: str, draw, folder: Path) -> None:
         mu, std, pixels, labels = (draw(st.just(value) | TENSORS) for value in usual)
         layer = fa.ExplainedLayer(NET, SAE, mu, std)
         split = layer.activations(pixels, labels)
-        active = activity.collect_activity(layer, split.raw, split.labels)
-        hypotheses.propose_hypotheses(layer, split, activity=active)
+        layer = dataclasses.replace(layer, splits={"val": split})
+        hypotheses.propose_hypotheses(layer, hypotheses.discover(layer))
+    elif kind == "entries":
+        entry, odd = dict(ENTRY), draw(one_of(sorted(ENTRY)))
+        entry[odd] = draw(VALUES | st.lists(VALUES | st.text(".+#-=", max_size=3), max_size=3))
+        own.write_hypotheses([hypotheses.hypothesis_of(ENTRY)], folder / "mine.json")
+        record = json.loads((folder / "mine.json").read_text())
+        (folder / "mine.json").write_text(json.dumps({**record, "hypotheses": [entry]}))
+        own.read_hypotheses(folder / "mine.json")
+        read_changed(draw, lambda at: own.read_hypotheses(f"{at}/mine.json"), folder, "mine.json")
+    elif kind == "hypotheses":
+        weights = torch.zeros(8, 8)
+        usual = {"feature": 1, "wanted": weights, "unwanted": weights, "classes": (1,), "raises": 1}
+        usual |= {"lowers": 2, "caption": "", "confidence": "High", "threshold": 3}
+        odd = draw(one_of(sorted(usual)))
+        masks = TENSORS if odd in ("wanted", "unwanted") else st.lists(VALUES, max_size=2)
+        usual[odd] = draw(VALUES | masks)
+        layer = fa.ExplainedLayer(NET, SAE, USUAL["mu"], USUAL["std"])
+        layer = dataclasses.replace(layer, splits={"val": layer.activations(PIXELS, LABELS)})
+        given = [hypotheses.Hypothesis(**usual)]
+        evaluation.evaluate_hypotheses(given, layer, draw(st.just(PIXELS) | TENSORS), LABELS)
 
 
 def failure(kind: str, folder: Path, examples: int, same: bool) -> str:

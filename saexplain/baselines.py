@@ -21,7 +21,7 @@ import feature_analysis as fa
 from saexplain.activity import collect_activity
 from saexplain.evaluation import Row, Summary, collect_evidence, prepare_drawings, summarize
 from saexplain.fidelity import feature_stats
-from saexplain.hypotheses import Discovery, Rule, evenly_spaced, propose_hypotheses
+from saexplain.hypotheses import Discovery, Rule, evenly_spaced, propose_hypotheses, scores_of
 from saexplain.sae import JumpReLUSAE
 from saexplain.substitution import fit_stand_ins, measure_agreement, predict_acts
 
@@ -157,7 +157,8 @@ def evaluate_baseline(
     rule, other = Rule(), layer.with_sae(sae)
     activity = collect_activity(other, discovery.raw, discovery.labels)
     hypotheses = propose_hypotheses(other, discovery, rule, activity, effects=False)
-    stand_ins = fit_stand_ins(hypotheses, discovery, activity)
+    weights = np.stack([h.weights for h in hypotheses])
+    stand_ins = fit_stand_ins(scores_of(weights, discovery.levels), activity)
     falling = torch.argsort(activity.n_active, descending=True, stable=True)
     tested = [hypotheses[k] for k in evenly_spaced(falling, MAX_TESTED).tolist()]
     drawn, found = prepare_drawings(tested, discovery.canvas), []
@@ -166,6 +167,7 @@ def evaluate_baseline(
         found.append(collect_evidence(*given, in_full=half is test_half, drawn=drawn))
     rows = [Row.of(*both, rule) for both in zip(*found, strict=True)]
     acts = other.feature_acts(test_half.raw)
-    predicted = predict_acts(stand_ins, discovery.canvas.levels(test_half.images))
+    levels = discovery.canvas.levels(test_half.images)
+    predicted = predict_acts(stand_ins, scores_of(weights, levels))
     agreements = [measure_agreement(other, test_half.raw, a) for a in (acts, predicted)]
     return summarize(rows, *agreements)

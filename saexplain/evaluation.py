@@ -495,11 +495,12 @@ def make_evaluation(
     evidence: list[Evidence],
     again: Sequence[Evidence],
     activity: Activity,
-    agreements: Sequence[float],
+    agreement: float,
+    agreement_hypotheses: float,
     agreement_swapped: float,
 ) -> Evaluation:
     """The evaluation of hypotheses by the evidence of the test half, whose `activity` is given, and
-    `again` of the replication half; `agreements` as in `Summary`."""
+    `again` of the replication half; agreements as in `Summary`."""
     top_images, edited = [], []
     for h in hypotheses:
         at, acts = activity.of(h.feature)
@@ -508,7 +509,7 @@ def make_evaluation(
         top_images.append((2 * at[strongest]).tolist())
         edited.append(tuple((2 * some).tolist() for some in edited_images(h.feature, activity)))
     rows = [Row.of(e, other, rule) for e, other in zip(evidence, again, strict=True)]
-    summary = summarize(rows, *agreements)
+    summary = summarize(rows, agreement, agreement_hypotheses)
     listed = (top_images, edited, summary, agreement_swapped)
     return Evaluation(hypotheses, rule, rows, n_discovery, *listed)
 

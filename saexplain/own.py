@@ -41,7 +41,7 @@ from saexplain.hypotheses import (
     with_thresholds,
 )
 from saexplain.ink import FULL_INK, Canvas
-from saexplain.panels import Sketch, visualize_sketch
+from saexplain.panels import Sketch, paint_hypothesis
 from saexplain.text import (
     confidence_words,
     markdown_table,
@@ -258,8 +258,8 @@ def write_report(
         h = r.hypothesis
         at, _ = activity.of(h.feature)
         mean = levels[at].mean(0) if len(at) else levels.mean(0)
-        sketch = Sketch(mean.view(h.weights.shape).numpy() / FULL_INK, h.weights)
-        visualize_sketch(sketch, h.feature, h.caption, folder / picture_name(r))
+        sketch = Sketch(mean.view(h.weights.shape).numpy() / FULL_INK, h.weights, h.caption)
+        fa.save_pixels(paint_hypothesis(sketch, h.feature), folder / picture_name(r))
     content = own_markdown(results, report, classes)
     fa.write_whole(folder / "my_hypotheses.md", content.encode())
 

@@ -2,7 +2,7 @@
 
     show_feature_panel(k, bank, images, heat, logit_delta, ablation_delta)    # a matplotlib Figure
     write_feature_panels(folder, {k: PanelNotes(caption)}, analysis, images)  # PNG files
-    visualize_sketch(Sketch(mean_image, weights), k)                          # a matplotlib Figure
+    visualize_sketch(Sketch(mean_image, weights, "bar"), k)                   # a matplotlib Figure
 
 Takes results of feature_analysis and saexplain.analysis; gives pictures. It computes no results.
 
@@ -42,6 +42,7 @@ class Sketch(NamedTuple):
 
     background: np.ndarray  # (h, w) ink from 0 to 1
     weights: np.ndarray  # (h, w) from -2, strongly unwanted, to 2, strongly wanted
+    caption: str = ""
 
 
 def _paint_sketch(sketch: Sketch, width: int) -> np.ndarray:
@@ -57,10 +58,9 @@ def _paint_sketch(sketch: Sketch, width: int) -> np.ndarray:
     return page.round().astype(np.uint8)
 
 
-def visualize_sketch(
-    sketch: Sketch, k: int, caption: str = "", save_path: str | Path | None = None
-) -> Figure:
-    """The drawing of a hypothesis about feature k, over the mean of the images that activate it.
+def paint_hypothesis(sketch: Sketch, k: int) -> np.ndarray:
+    """The drawing of a hypothesis about feature k, over the mean of the images that activate it,
+    with its caption below: (height, width, 3) uint8.
 
     Ink is wanted in red cells, and unwanted in blue ones. Raises ValueError unless the drawing has
     the background's shape.
@@ -71,7 +71,7 @@ def visualize_sketch(
             f"a drawing must have the background's {shape}, got {sketch.weights.shape}"
         )
     picture = _paint_sketch(sketch, fa.PATTERN)
-    lines = textwrap.wrap(f"Caption: {caption}", SKETCH_LETTERS) if caption else []
+    lines = textwrap.wrap(f"Caption: {sketch.caption}", SKETCH_LETTERS) if sketch.caption else []
     top = 2 * fa.TITLE + 4
     width = max(picture.shape[1], SKETCH_WIDTH) + 2 * fa.MARGIN
     height = top + len(picture) + CAPTION_LINE * len(lines) + 2 * fa.MARGIN
@@ -82,7 +82,12 @@ def visualize_sketch(
     fa.paste(page, fa.text_pixels(note, 11, fa.MONO), fa.TITLE, fa.MARGIN)
     fa.paste(page, picture, top, fa.MARGIN)
     _paste_lines(page, lines, top + len(picture) + fa.MARGIN)
-    return fa.figure_of(page, save_path)
+    return page
+
+
+def visualize_sketch(sketch: Sketch, k: int, save_path: str | Path | None = None) -> Figure:
+    """The picture of `paint_hypothesis`."""
+    return fa.figure_of(paint_hypothesis(sketch, k), save_path)
 
 
 def _paste_lines(page: np.ndarray, lines: Sequence[str], top: int) -> None:
@@ -253,7 +258,8 @@ def write_feature_panels(
     images,
     classes: Sequence[str] = (),
 ) -> None:
-    """Write feature_{k}_panel.png of each feature k of `notes`.
+    """Write feature_{k}_panel.png of each feature k of `notes`, and feature_{k}_hypothesis.png of
+    those with a sketch.
 
     `images` are those the bank was collected on. Raises like `fa.write_feature_pictures`.
     """
@@ -263,3 +269,6 @@ def write_feature_panels(
         effects = analysis.logit.mean_delta[k], analysis.ablation.mean_delta[k]
         pixels = _paint_panel(gallery, k, analysis.bank, heats[k], effects, note)
         fa.save_pixels(pixels, Path(folder) / f"feature_{k}_panel.png")
+        if note.sketch is not None:
+            picture = paint_hypothesis(note.sketch, k)
+            fa.save_pixels(picture, Path(folder) / f"feature_{k}_hypothesis.png")

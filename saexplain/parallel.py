@@ -160,6 +160,9 @@ class Workers:
         self.seconds: dict[str, float] = {}  # by name of the tasks, wherever they ran
         self.processes = self.threads = None
         if n:
+            # With psutil, loky restarts workers that grow by 300 MB, as by many images, and each
+            # restart imports torch anew.
+            os.environ.setdefault("LOKY_MAX_MEMORY_LEAK_SIZE", str(2**50))
             from loky import ProcessPoolExecutor  # a tenth of a second that not every run needs
 
             # The pool of processes would queue tasks ahead, and none in its queue can be taken

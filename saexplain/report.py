@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,10 +42,12 @@ from saexplain.fidelity import feature_stats, measure_fidelity
 from saexplain.files import InputError, folder_lock, to_json, to_json_lines
 from saexplain.hypotheses import (
     Discovery,
+    Hypothesis,
     discover,
     freeze_hypotheses,
     load_frozen,
     propose_hypotheses,
+    scores_of,
 )
 from saexplain.images import Data, as_ink, as_split, check_split_leakage, data_from_splits
 from saexplain.ink import FULL_INK
@@ -54,7 +57,7 @@ from saexplain.layers import (
     make_deterministic,
     open_layer,
 )
-from saexplain.panels import PanelNotes, Sketch, visualize_sketch, write_feature_panels
+from saexplain.panels import PanelNotes, Sketch, write_feature_panels
 from saexplain.parallel import Stopwatch, Task, Workers, torch_threads
 from saexplain.patterns import gradient_images
 from saexplain.reproducibility import Replicates
@@ -146,44 +149,55 @@ def prepare_report(
     return Draft(layer, folder, options, *known, pictures, clock, shown)
 
 
-def evaluate_draft(
+def start_baselines(
     draft: Draft, baselines: Mapping[str, JumpReLUSAE], workers: Workers
-) -> tuple[Evaluation, dict[str, Summary]]:
+) -> dict[str, Task]:
+    """By name, the tasks that propose and test hypotheses about the features of `baselines`."""
+    alone = replace(draft.layer, splits={})  # workers are sent only the images they need
+    halves = split_test_images(draft.layer.splits["test"])
+    on_gpu = draft.layer.device.type != "cpu"
+    tasks = {}
+    for name, sae in baselines.items() if draft.frozen else ():
+        given = (sae, alone, draft.discovery, *halves)
+        tasks[name] = workers.start("baselines", evaluate_baseline, *given, here=on_gpu)
+    return tasks
+
+
+def evaluate_draft(draft: Draft) -> Evaluation:
     """The frozen hypotheses tested on one half of the test images, the other half being kept for
-    replication, beside hypotheses about the features of `baselines`, by name.
+    replication.
 
     Raises ValueError when hypotheses.json is not the file that was frozen.
     """
-    layer, discovery = draft.layer, draft.discovery
+    layer, discovery, canvas = draft.layer, draft.discovery, draft.discovery.canvas
     hypotheses, rule = load_frozen(draft.folder / "hypotheses.json", draft.frozen)
-    halves = split_test_images(layer.splits["test"])
-    alone = replace(layer, splits={})  # for workers, which are sent only the images they need
-    on_gpu = layer.device.type != "cpu"
-    tasks = []
-    for sae in baselines.values():
-        given = (sae, alone, discovery, *halves)
-        tasks.append(workers.start("baselines", evaluate_baseline, *given, here=on_gpu))
+    half, other_half = split_test_images(layer.splits["test"])
+    activity = collect_activity(layer, half.raw, half.labels)
+    drawn = prepare_drawings(hypotheses, canvas)
+    given = (hypotheses, layer, half, canvas, rule, activity)
+    evidence = collect_evidence(*given, drawn=drawn)
+    given = (hypotheses, layer, other_half, canvas, rule)
+    again = collect_evidence(*given, in_full=False, drawn=drawn)
+    agreements = measure_agreements(draft, hypotheses, half)
+    given = (hypotheses, rule, len(discovery.labels), evidence, again, activity)
+    return make_evaluation(*given, *agreements)
 
-    with draft.clock("test"):
-        canvas = discovery.canvas
-        activity = collect_activity(layer, halves[0].raw, halves[0].labels)
-        drawn = prepare_drawings(hypotheses, canvas)
-        given = (hypotheses, layer, halves[0], canvas, rule, activity)
-        evidence = collect_evidence(*given, drawn=drawn)
-        given = (hypotheses, layer, halves[1], canvas, rule)
-        again = collect_evidence(*given, in_full=False, drawn=drawn)
-        levels, raw = canvas.levels(halves[0].images), halves[0].raw
-        known = (discovery, draft.analysis.activity)
-        acts = [layer.feature_acts(raw)]
-        for some in (hypotheses, swap_by_rate(hypotheses, draft.analysis.activity)):
-            acts.append(predict_acts(fit_stand_ins(some, *known), levels))
-        *agreements, swapped = (measure_agreement(layer, raw, a) for a in acts)
-    n_discovery = len(discovery.labels)
-    given = (hypotheses, rule, n_discovery, evidence, again, activity, agreements)
-    evaluation = make_evaluation(*given, swapped)
-    with draft.clock("baselines, waited for"):
-        summaries = workers.results(tasks)
-    return evaluation, dict(zip(baselines, summaries, strict=True))
+
+def measure_agreements(
+    draft: Draft, hypotheses: Sequence[Hypothesis], half: fa.Activations
+) -> tuple[float, float, float]:
+    """The predictions kept with the SAE's own activations, with what its hypotheses predict in
+    their place, and with drawings exchanged by `swap_by_rate`."""
+    discovery, activity = draft.discovery, draft.analysis.activity
+    weights = np.stack([h.weights for h in hypotheses])
+    seen, unseen = discovery.levels.float(), discovery.canvas.levels(half.images)
+    scores, test_scores = scores_of(weights, seen), scores_of(weights, unseen)
+    found = [measure_agreement(draft.layer, half.raw, draft.layer.feature_acts(half.raw))]
+    for order in (torch.arange(len(weights)), swap_by_rate(activity)):
+        stand_ins = fit_stand_ins(scores[order], activity)
+        predicted = predict_acts(stand_ins, test_scores[order])
+        found.append(measure_agreement(draft.layer, half.raw, predicted))
+    return tuple(found)
 
 
 def default_baselines(layer: fa.ExplainedLayer, seed: int) -> dict[str, JumpReLUSAE]:
@@ -199,18 +213,23 @@ def finish_report(
     draft: Draft,
     record: dict,
     replicates: Replicates | None,
-    baselines: Mapping[str, JumpReLUSAE],
+    baselines: Mapping[str, Task],
     workers: Workers,
 ) -> tuple[dict, list[dict]]:
     """Test on the test images and write the files of one SAE but for the page.
 
-    `record` holds the fidelity and what else is known of the SAE. Returns it, completed, for
-    summary.json, and the records of feature_report.json.
+    `record` holds the fidelity and what else is known of the SAE; `baselines` are the tasks of
+    `start_baselines`. Returns the record, completed, for summary.json, and the records of
+    feature_report.json.
     """
     options, folder = draft.options, draft.folder
     evaluation, summaries = None, {}
     if draft.frozen:
-        evaluation, summaries = evaluate_draft(draft, baselines, workers)
+        with draft.clock("test"):
+            evaluation = evaluate_draft(draft)
+        with draft.clock("baselines, waited for"):
+            results = workers.results(list(baselines.values()))
+        summaries = dict(zip(baselines, results, strict=True))
     report = []
     for k in draft.features:
         entry = feature_record(k, draft.analysis)
@@ -238,10 +257,6 @@ def finish_report(
         given = (folder, evaluation, summaries, record["hypotheses"], title, marks)
         given += (options.classes,)
         tasks.append(workers.start("hypotheses", write_hypotheses, *given))
-        for k, note in notes.items():
-            if note.sketch is not None:
-                path = folder / f"feature_{k}_hypothesis.png"
-                visualize_sketch(note.sketch, k, evaluation.hypotheses[k].caption, path)
     fa.write_whole(folder / "feature_report.json", to_json_lines(report))
     with draft.clock("pictures, waited for"):
         workers.results(tasks)
@@ -286,9 +301,9 @@ def panel_notes(
     sketch = None
     if evaluation and evaluation.hypotheses[entry["feature"]].is_drawn:
         at, _ = draft.analysis.activity.of(entry["feature"])
-        weights = evaluation.hypotheses[entry["feature"]].weights
-        mean = draft.discovery.levels[at].float().mean(0).view(weights.shape)
-        sketch = Sketch(mean.numpy() / FULL_INK, weights)
+        h = evaluation.hypotheses[entry["feature"]]
+        mean = draft.discovery.levels[at].float().mean(0).view(h.weights.shape)
+        sketch = Sketch(mean.numpy() / FULL_INK, h.weights, h.caption)
     caption = "\n".join(line.strip() for line in console.hypothesis_lines(entry))
     return PanelNotes(caption, draft.analysis.inked, tuple(counterparts), sketch)
 
@@ -441,8 +456,9 @@ def explain_sae(
             "data": data.source,
             **measure_fidelity(explained),
         }
-        baselines = default_baselines(explained, given.seed)
-        record, report = finish_report(draft, record, None, baselines, pool_of_workers)
+        baselines = default_baselines(explained, given.seed) if draft.frozen else {}
+        tasks = start_baselines(draft, baselines, pool_of_workers)
+        record, report = finish_report(draft, record, None, tasks, pool_of_workers)
         write_page(draft, record, report, frontier_of([record]))
         seconds = {**clock.seconds, **pool_of_workers.seconds}
         record["seconds"] = {**seconds, "whole run": clock.total()}

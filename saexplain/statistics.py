@@ -1,10 +1,10 @@
-"""How well does a score predict which images are active? Intervals and p-values.
+"""How well does a score predict which images are active? Numbers with their 95% intervals.
 
     r = ranks_of(scores, at)                 # scores (N,), indices (m,) of the active images
-    r.auroc, average_precision(r), rank_sum_p(r)
-    low, high = auroc_interval([r])          # 95%, one value for each Ranks
+    r.auroc, average_precision(r)
+    low, high = auroc_interval([r])          # one value for each Ranks
     score_detections([scores], [at])         # all of these at once: a list of Detection
-    benjamini_hochberg(p_values, 0.01)       # which of them are significant
+    wilson_interval(count, n)                # of a share
 
 Takes numpy arrays and counts; gives numbers. It knows nothing of features, images or hypotheses,
 and imports nothing of this package.
@@ -35,7 +35,6 @@ class Ranks(NamedTuple):
     own_up_to: np.ndarray  # ... with one at most as large
     less: np.ndarray  # inactive images with a smaller score
     up_to: np.ndarray  # ... with one at most as large
-    ranked: np.ndarray  # (m + n,) all scores, ascending
     m: int
     n: int
 
@@ -60,42 +59,13 @@ def ranks_of(scores: np.ndarray, at: np.ndarray) -> Ranks:
     own, ranked = np.sort(scores[at]), np.sort(scores)
     own_less, own_up_to = (np.searchsorted(own, own, side) for side in ("left", "right"))
     all_less, all_up_to = (np.searchsorted(ranked, own, side) for side in ("left", "right"))
-    return Ranks(own_less, own_up_to, all_less - own_less, all_up_to - own_up_to, ranked, m, n)
-
-
-def midranks(scores: np.ndarray) -> np.ndarray:
-    """(N,) ranks of scores (N,), 1 for the smallest; equal scores share their mean rank."""
-    # scipy.stats.rankdata gives the same, at the price of importing scipy.stats (half a second)
-    ranked = np.sort(scores)
-    left, right = (np.searchsorted(ranked, scores, side) for side in ("left", "right"))
-    return (left + right + 1) / 2
-
-
-def auroc_of_ranks(ranks: np.ndarray, at: np.ndarray) -> float:
-    """AUROC of scores with these midranks (N,) when the images `at` (m,) are the active ones."""
-    m = len(at)
-    return (ranks[at].sum() - m * (m + 1) / 2) / (m * (len(ranks) - m))
+    return Ranks(own_less, own_up_to, all_less - own_less, all_up_to - own_up_to, m, n)
 
 
 def average_precision(r: Ranks) -> float:
     """Mean over active images of the share of active ones among all with at least their score."""
     hits, misses = r.m - r.own_less, r.n - r.less
     return float((hits / (hits + misses)).mean())
-
-
-def rank_sum_p(r: Ranks) -> float:
-    """One-sided p-value of larger scores on active images, under shuffled activity.
-
-    Wilcoxon-Mann-Whitney test, normal approximation with the variance corrected for ties and a
-    continuity correction of one half (Lehmann 1975, section 1.4). 1 when all scores are equal.
-    """
-    ends = np.flatnonzero(r.ranked[1:] != r.ranked[:-1]) + 1
-    tied = np.diff(ends, prepend=0, append=len(r.ranked)).astype(np.float64)
-    total, pairs = r.m + r.n, r.m * r.n
-    variance = pairs / 12 * (total + 1 - (tied * (tied * tied - 1)).sum() / (total * (total - 1)))
-    if variance <= 0:
-        return 1.0
-    return 0.5 * math.erfc(((r.auroc - 0.5) * pairs - 0.5) / math.sqrt(2 * variance))
 
 
 def delong_variance(r: Ranks) -> tuple[float, float]:
@@ -172,7 +142,6 @@ class Detection(NamedTuple):
     auroc_low: float  # 95% interval
     auroc_high: float
     average_precision: float
-    p: float  # against activity shuffled over images
 
 
 def score_detections(scores: Sequence[np.ndarray], active: Sequence[np.ndarray]) -> list[Detection]:
@@ -180,14 +149,10 @@ def score_detections(scores: Sequence[np.ndarray], active: Sequence[np.ndarray])
 
     Raises ValueError like `ranks_of`.
     """
-    ranks, p = [], []
-    for values, at in zip(scores, active, strict=True):
-        r = ranks_of(values, at)
-        p.append(rank_sum_p(r))
-        ranks.append(r._replace(ranked=r.ranked[:0]))  # what is kept must not grow with N
+    ranks = [ranks_of(values, at) for values, at in zip(scores, active, strict=True)]
     low, high = auroc_interval(ranks)
-    columns = zip(ranks, low.tolist(), high.tolist(), p, strict=True)
-    return [Detection(r.auroc, a, b, average_precision(r), chance) for r, a, b, chance in columns]
+    ends = zip(ranks, low.tolist(), high.tolist(), strict=True)
+    return [Detection(r.auroc, a, b, average_precision(r)) for r, a, b in ends]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,21 +166,3 @@ def wilson_interval(count: int, n: int) -> tuple[float, float]:
     center = (share + z2 / (2 * n)) / (1 + z2 / n)
     reach = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
     return max(0.0, center - reach), min(1.0, center + reach)
-
-
-def sign_test_p(wins: int, losses: int) -> float:
-    """One-sided exact p-value of at least so many wins when wins and losses are equally likely."""
-    n = wins + losses
-    return sum(math.comb(n, k) for k in range(wins, n + 1)) / 2**n
-
-
-def benjamini_hochberg(p: Sequence[float], q: float) -> np.ndarray:
-    """(m,) bool, which p-values (m,) are significant at a false discovery rate of q (Benjamini &
-    Hochberg 1995)."""
-    p = np.asarray(p, dtype=float)
-    order = np.argsort(p, kind="stable")
-    passed = np.flatnonzero(p[order] <= q * np.arange(1, len(p) + 1) / max(1, len(p)))
-    significant = np.zeros(len(p), dtype=bool)
-    if len(passed):
-        significant[order[: passed[-1] + 1]] = True
-    return significant

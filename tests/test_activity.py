@@ -12,8 +12,9 @@ from torch.testing import assert_close
 import feature_analysis as fa
 from saexplain import activity as act
 from saexplain.activity import Activity, coactivation_neighbors, collect_activity, contributions
-from saexplain.analysis import by_influence, feature_record, pattern_roughness
+from saexplain.analysis import by_influence, feature_record
 from saexplain.diagnoses import diagnose
+from saexplain.patterns import pattern_roughness
 
 N, D_SAE, C = sm.N, sm.D_SAE, sm.C
 
@@ -160,6 +161,10 @@ def test_record_of_a_feature_has_the_results_of_plain_computations(scene):
         assert cosines[record["nearest_feature"]] == pytest.approx(float(cosines.max()), abs=1e-6)
         rough = sum(steps) / 4 / np.mean(heat**2)
         assert record["pattern_roughness"] == pytest.approx(rough, rel=1e-4)
+        summed = scene.images.flatten(1) @ analysis.heats[k].flatten()
+        pre = (scene.raw - scene.mu) / scene.std @ scene.sae.W_enc[:, k]
+        correlation = np.corrcoef(summed, pre)[0, 1]
+        assert record["pattern_correlation"] == pytest.approx(correlation, abs=1e-4)
         assert record["influence"] == pytest.approx(float(analysis.removed.influence[k]))
         assert record["predictions_changed"] == pytest.approx(float(analysis.removed.changes[k]))
 
@@ -194,4 +199,5 @@ def test_diagnoses_compare_results_with_limits(dense):
     assert found["slow analysis"].value == pytest.approx(1000 * (6 / D_SAE + 4 / 2))
     rough = pattern_roughness(analysis.heats[1:3]).median().item()
     assert found["noisy patterns"].as_record()["value"] == rough
+    assert found["unfaithful patterns"].value == pytest.approx(0, abs=1e-5)  # a linear layer
     json.dumps([d.as_record() for d in found.values()])

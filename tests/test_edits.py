@@ -1,218 +1,249 @@
-"""Strokes and their edits: against masks drawn by turning the page, and models by hand."""
+"""Edits: places and amounts against plain loops, tests of a model by hand, paired differences."""
 
 import itertools
-import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
-from planted_strokes import activity_of, blank
-from saexplain.strokes import Place, Strokes, Word, place_inks, place_masks, word_of
+from planted import drawing, paired
+from small_models import activity_of
 
 import feature_analysis as fa
-from saexplain import edits, strokes
-from saexplain.edits import EditableImages, Editor, edited_images, evenly_spaced
-from saexplain.evaluation import EditTest, evaluate_hypotheses
+from saexplain import edits
+from saexplain.activity import collect_activity
+from saexplain.edits import Drawn, EditTest, Shapes, edit_tests, places_elsewhere
+from saexplain.ink import Canvas
 
-TURNS = {"horizontal": 0, "vertical": 1 / 2, "rising": 1 / 4, "falling": -1 / 4}  # of pi
-STEM_AT = Place(9, 7, "vertical", 7)
-STEM, SLASH = Word("vertical", False, 1, 0), Word("rising", True, 1, 1)
-NAMED = Strokes((STEM,), (SLASH,))
-IMAGES = torch.rand(30, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-EDITOR = Editor(NAMED, EditableImages.of(IMAGES, seed=4), 7)
+SIDE = 12
 
 
-def by_hand(place: Place) -> torch.Tensor:
-    """(2, 28, 28) bool, the pixels along a place and those beside it, by turning the page."""
-    row, col = np.mgrid[:28, :28]
-    at = (col - place.col) + 1j * (place.row - row)
-    if place.shape == "dot":
-        return torch.tensor(np.stack([abs(at) <= 2.6, at != at]))
-    at *= np.exp(-1j * np.pi * TURNS[place.shape])
-    along, across = abs(at.real) <= place.length / 2, abs(at.imag) - 1e-9
-    return torch.tensor(np.stack([along & (across <= 1.5), along & (across > 2) & (across <= 4)]))
+def rectangle(top: int, bottom: int, left: int, right: int) -> np.ndarray:
+    """(SIDE, SIDE) bool, True on rows top..bottom and columns left..right, all included."""
+    row, column = np.mgrid[:SIDE, :SIDE]
+    return (top <= row) & (row <= bottom) & (left <= column) & (column <= right)
 
 
-def expected_word(p: Place) -> Word:
-    return Word(p.shape, p.length == 13, *np.digitize(p[:2], [8, 12, 16, 20]).tolist())
+# --- Places elsewhere -----------------------------------------------------------------------------
 
 
-def places_of(word: Word) -> list[Place]:
-    return [place for place in strokes.stroke_vocabulary() if expected_word(place) == word]
+def places_by_hand(region: np.ndarray, free: np.ndarray, step: int) -> list[list[int]]:
+    """The free cells of each place, all moves being tried one by one."""
+    height, width = region.shape
+    found = []
+    for down, right in itertools.product(range(-height, height), range(-width, width)):
+        if down % step or right % step:
+            continue
+        cells = [(r + down, c + right) for r, c in np.argwhere(region)]
+        fits = [
+            r * width + c for r, c in cells if 0 <= r < height and 0 <= c < width and free[r, c]
+        ]
+        if fits:
+            found.append((-len(fits), abs(down) + abs(right), down, right, sorted(fits)))
+    return [fits for *_, fits in sorted(found)[:8]]
 
 
-def region(*words: Word) -> torch.Tensor:
-    return torch.stack([by_hand(place)[0] for w in words for place in places_of(w)]).any(0)
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("step", [1, 3])
+def test_places_are_the_fullest_and_nearest_of_all_moves(seed, step):
+    rng = np.random.default_rng(seed)
+    region, free = rng.random((9, 11)) < 0.1, rng.random((9, 11)) < (0.7, 0.05)[seed % 2]
+    free &= ~region
+    found = places_elsewhere(region, free, step)
+    assert found.shape[1] == 99
+    assert [np.flatnonzero(place).tolist() for place in found] == places_by_hand(region, free, step)
+    assert set(np.unique(found)) <= {0, 1}
+    assert len(places_elsewhere(region, free & False, step)) == 0
 
 
-def less_beside(place: Place, image: torch.Tensor) -> float:
-    """How much a stroke a place is on an image (28, 28), before it is cut off at 0."""
-    along, beside = by_hand(place)
-    return float(image[along].mean() - 0.5 * image[beside].sum() / max(1, int(beside.sum())))
+def test_moves_reach_the_edges_the_shortest_first():
+    found = list(zip(*(axis.tolist() for axis in edits.moves(4, 8, 3)), strict=True))
+    every = itertools.product((-3, 0, 3), (-6, -3, 0, 3, 6))
+    assert found == sorted(every, key=lambda m: (abs(m[0]) + abs(m[1]), *m))
 
 
-# --- The vocabulary and its inks ------------------------------------------------------------------
+def test_regions_move_by_themselves_each_to_where_most_is_available():
+    weights = (rectangle(2, 3, 2, 4) | rectangle(8, 9, 7, 9)).astype(int)
+    regions = edits.regions_of(weights > 0)
+    assert [r.nonzero()[0][0] for r in regions] == [2, 8]
+    levels = torch.randint(0, 256, (5, SIDE**2), generator=torch.Generator().manual_seed(0)).float()
+    free = rectangle(1, 10, 1, 10) & (weights == 0)
+    shapes = Shapes.of(weights > 0, free, 1)
+    for image, other in zip(levels.numpy(), shapes.other(levels).numpy(), strict=True):
+        expected = np.zeros(SIDE**2)
+        for region in regions:
+            places = places_by_hand(region, free, 1)
+            expected[max(places, key=lambda cells: image[cells].sum())] = 1
+        assert np.array_equal(other, expected)
 
 
-def test_each_place_belongs_to_the_word_of_its_cell():
-    places, words = strokes.stroke_vocabulary(), strokes.word_vocabulary()
-    assert {p[:3] for p in places} >= set(itertools.product((9, 17), (11, 19), ("dot", *TURNS)))
-    assert torch.equal(place_masks(places), torch.stack([by_hand(p)[0] for p in places]))
-    assert by_hand(STEM_AT)[0, 6:13, 6:9].sum() == by_hand(STEM_AT)[0].sum() == 21
-    assert [word_of(place) for place in places] == [expected_word(place) for place in places]
-    assert sorted(set(map(expected_word, places))) == sorted(words)
-    assert len({word.words() for word in words}) == len(words)
+def test_drawings_move_over_cells_that_are_inked_and_not_drawn():
+    canvas = Canvas.fit(
+        torch.from_numpy(rectangle(1, 10, 1, 10)[None, None]).float().repeat(2, 1, 1, 1)
+    )
+    weights = rectangle(4, 5, 4, 7).astype(int) - 2 * rectangle(7, 8, 4, 7)
+    drawn = Drawn.of(weights, canvas)
+    free = rectangle(1, 10, 1, 10) & (weights == 0)
+    for shapes, cells in ((drawn.wanted, weights > 0), (drawn.unwanted, weights < 0)):
+        assert np.array_equal(shapes.cells.view(SIDE, SIDE) == 1, cells)
+        (places,) = shapes.elsewhere
+        assert np.array_equal(places, places_elsewhere(cells, free, 1))  # 3 of 28 pixels
 
 
-def test_a_word_has_the_ink_of_its_best_place(monkeypatch):
-    image = torch.zeros(28, 28)
-    image[6:13, 6:9], image[6:13, 3:5] = 0.8, 0.6  # one of the two bands beside it
-    assert less_beside(STEM_AT, image) == pytest.approx(0.8 - 0.5 * 0.3)
-    monkeypatch.setattr(strokes, "IMAGES_AT_ONCE", 3)
-    found = strokes.word_inks(place_inks(IMAGES[:4]))
-    for word, inks in zip(strokes.word_vocabulary(), found.numpy(), strict=True):
-        of_places = [[less_beside(p, x) for x in IMAGES[:4, 0]] for p in places_of(word)]
-        expected = np.maximum(0, np.max(of_places, axis=0))
-        assert inks == pytest.approx(expected, abs=1e-5)
+# --- Edits ----------------------------------------------------------------------------------------
+
+HERE, THERE = rectangle(1, 1, 1, 3), rectangle(5, 5, 1, 3)  # of three cells each
+SHAPES = Shapes(
+    torch.from_numpy(HERE).flatten().float(), [torch.from_numpy(THERE[None]).flatten(1).float()]
+)
+
+
+def levels_of(here: list[int], there: list[int]) -> torch.Tensor:
+    levels = torch.full((1, SIDE**2), 7.0)
+    levels[0, HERE.ravel()], levels[0, THERE.ravel()] = torch.tensor([here, there]).float()
+    return levels
 
 
 @pytest.mark.parametrize(
-    ("images", "reason"),
+    ("edit", "here", "there", "named", "elsewhere"),
     [
-        (torch.zeros(3, 3, 8, 8), r"shape \(3, 8, 8\)"),
-        (2 * IMAGES - 1, "pixels run from"),
-        (IMAGES, "of the pixels are blank"),
-        (torch.nn.functional.pad(torch.ones(3, 1, 14, 14), (7, 7, 7, 7)), "thick"),
-        (by_hand(STEM_AT)[:1, None].float(), None),
+        (edits.erase, (255, 100, 0), (355, 0, 0), (-255, -100, 0), (-355, 0, 0)),
+        (edits.erase, (100, 100, 200), (60, 40, 0), (-25, -25, -50), (-60, -40, 0)),
+        (edits.erase, (10, 20, 20), (0, 0, 100), (-10, -20, -20), (0, 0, -50)),
+        (edits.erase, (10, 20, 20), (0, 0, 0), (0, 0, 0), (0, 0, 0)),
+        (64, (0, 64, 100), (0, 255, 255), (64, 0, 0), (64, 0, 0)),
+        (64, (0, 0, 200), (32, 64, 90), (16, 16, 0), (32, 0, 0)),
+        (255, (155, 255, 255), (5, 205, 255), (100, 0, 0), (250 / 3, 50 / 3, 0)),
     ],
 )
-def test_why_strokes_cannot_be_named(images, reason):
-    found = strokes.why_no_strokes(images) or strokes.why_unlike_strokes(images)
-    assert re.search(reason, found) if reason else found is None
+def test_edits_by_hand(edit, here, there, named, elsewhere):
+    levels = levels_of(here, there)
+    before = levels.clone()
+    pair = edits.erase(levels, SHAPES) if edit is edits.erase else edits.paint(levels, SHAPES, edit)
+    for change, cells, expected in zip(pair, (HERE, THERE), (named, elsewhere), strict=True):
+        assert change[0, cells.ravel()].tolist() == pytest.approx(expected)
+        assert (change[0, ~cells.ravel()] == 0).all()
+    assert torch.equal(levels, before)
 
 
-# --- Edits of images ------------------------------------------------------------------------------
+def test_edits_change_as_much_elsewhere_and_keep_levels_in_range():
+    canvas = Canvas.fit(torch.ones(2, 1, SIDE, SIDE))
+    weights = rectangle(2, 3, 2, 6).astype(int) - rectangle(6, 9, 6, 7)
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.randint(0, 256, (40, SIDE**2), generator=generator).float()
+    levels[:5] = 0
+    found = edits.make_edits(Drawn.of(weights, canvas), levels, levels)
+    assert list(found) == list(edits.EDITS)
+    for name in ("erasing", "filling"):
+        named, elsewhere = found[name]
+        assert torch.allclose(named.sum(1), elsewhere.sum(1), atol=1e-2)
+        assert (elsewhere[:, weights.ravel() != 0] == 0).all()
+        assert (
+            named[:, {"erasing": weights <= 0, "filling": weights >= 0}[name].ravel()] == 0
+        ).all()
+    for pair in found.values():
+        for change in pair:
+            assert -1e-3 < (levels + change).min()
+            assert (levels + change).max() < 255 + 1e-3
+    made, _ = found["painting"]  # of inactive images
+    assert made[5:, weights.ravel() > 0].min() >= 0 >= made[5:, weights.ravel() < 0].max()
+    alone = edits.make_edits(Drawn.of(weights.clip(0), canvas), levels, levels)
+    assert list(alone) == ["erasing", "painting"]
+    alone = edits.make_edits(Drawn.of(weights.clip(None, 0), canvas), levels, levels)
+    assert list(alone) == ["filling", "painting"]
 
 
-def test_erased_ink_is_gone_and_as_much_of_one_patch_elsewhere():
-    x, off = IMAGES[:6][:, 0], ~region(STEM, SLASH)
-    named, elsewhere = EDITOR.erase(x.flatten(1), [STEM])
-    pixels = torch.cartesian_prod(torch.arange(28.0), torch.arange(28.0))
-    distance = torch.cdist(pixels, pixels).unflatten(1, (28, 28))
-    for image, gone, other in zip(x, named.view(x.shape), elsewhere.view(x.shape), strict=True):
-        along = by_hand(max(places_of(STEM), key=lambda p: less_beside(p, image)))[0]
-        assert torch.equal(gone, image * ~along)
-        taken = image - other
-        assert float(taken.sum()) == pytest.approx(float(image[along].sum()), abs=1e-4)
-        assert (taken[~off] == 0).all()
-        reach = distance[:, taken > 1e-6].amax(1)
-        assert (reach <= distance[:, off & (other > 1e-6)].amin(1)).any()
-
-
-def test_paint_completes_a_stroke_and_blanks_its_sides():
-    along, beside = by_hand(STEM_AT)
-    x = 0.4 * along
-    x[6:13, 10:12] = 0.5  # one of its two sides
-    x[18:, :2] = 1  # what may be taken elsewhere
-    named, elsewhere = EDITOR.paint(x.view(1, -1).repeat(8, 1), [STEM])
-    assert torch.allclose(named.view(8, 28, 28), torch.where(along, 1.0, x) * ~beside)
-    off = ~region(STEM, SLASH)
-    like = [by_hand(p)[0] for p in strokes.stroke_vocabulary() if p[2:] == STEM_AT[2:]]
-    fit = [0.6 * mask for mask in like if off[mask].all()]
-    for change in elsewhere.view(8, 28, 28) - x:
-        assert float(change[18:, :2].sum()) == pytest.approx(-7, abs=1e-4)
-        change[18:, :2] = 0
-        assert any(torch.allclose(change, mask, atol=1e-6) for mask in fit)
-
-
-def test_edits_change_as_much_elsewhere_and_pixels_stay_from_0_to_1():
-    x, off = IMAGES.flatten(1), ~region(STEM, SLASH).flatten()
-    before = x.clone()
-    pairs = [edit(x, words) for edit in (EDITOR.erase, EDITOR.paint) for words in NAMED]
-    pairs.append(EDITOR.erase(x, NAMED.absent, EDITOR.paint(x, NAMED.there)))
-    for named, elsewhere in pairs:
-        assert torch.allclose(named.sum(1), elsewhere.sum(1), atol=1e-3)
-        assert torch.equal(elsewhere[:, ~off], x[:, ~off])
-        assert ((elsewhere != x).any(1) & (named != x).any(1)).all()
-        assert all(0 <= side.min() and side.max() <= 1 for side in (named, elsewhere))
-    assert torch.equal(x, before)
-    x = by_hand(STEM_AT)[0].float()
-    x[27, :5] = 1  # elsewhere there is less ink, so no more is taken
-    named, elsewhere = (side.view(28, 28) for side in EDITOR.erase(x.view(1, -1), [STEM]))
-    assert named[by_hand(STEM_AT)[0]].numpy() == pytest.approx(16 / 21)
-    assert (elsewhere[27] == 0).all()
-
-
-@pytest.mark.parametrize(
-    ("parts", "inactive"),
-    [
-        ({"enriched": (1,)}, [5, 8, 9]),
-        ({"depleted": (2,)}, [4, 7, 11]),  # of 4, 5, 7, 8, 9 and 11
-        ({"enriched": (9,)}, [4, 8, 11]),  # no image has this label
-    ],
-)
-def test_edited_images_have_the_labels_named(parts, inactive, monkeypatch):
-    monkeypatch.setattr(edits, "N_EDIT", 3)
-    activity = activity_of([[1.0]] * 4 + [[0.0]] * 8)
-    activity = activity._replace(labels=torch.tensor([1, 1, 0, 0, 0, 1, 2, 3, 1, 1, 2, 0]))
-    found = edited_images(blank(**parts), activity)
-    assert [at.tolist() for at in found] == [[0, 2, 3], inactive]
-    assert [evenly_spaced(torch.arange(n), 3).tolist() for n in (10, 2)] == [[0, 4, 9], [0, 1]]
+def test_edited_images_are_evenly_spaced():
+    activity = activity_of([[1.0]] * 100 + [[0.0]] * 33 + [[1.0]])
+    active, inactive = edits.edited_images(0, activity)
+    steps = [*range(100), 133]
+    assert active.tolist() == [steps[round(float(i))] for i in torch.linspace(0, 100, 32)]
+    assert (inactive[0], inactive[-1], len(set(inactive.tolist()))) == (100, 132, 32)
 
 
 # --- Edits as tests of a model by hand ------------------------------------------------------------
 
-HERE, THERE = Place(13, 13, "dot", 5), Place(5, 5, "dot", 5)
-ALWAYS, NEVER = EditTest(48, 48, 0, 48, 0), EditTest(48, 0, 0, 0, 0)
+NAMED, OTHER = rectangle(5, 6, 2, 4), rectangle(5, 6, 7, 9)
+# Nearby there is ink that can be erased, and room for more.
+NEAR = 0.7 * rectangle(3, 4, 1, 10) + 0.02 * rectangle(7, 8, 1, 10)
 
 
-def edit_model(
-    weights: tuple[float, float], constant: float, named: Strokes, on: tuple, off: tuple
-) -> dict[str, EditTest]:
-    """Edits of 100 grey images that activate a feature, with so much ink HERE and THERE, and of 100
-    that do not; the feature weighs these inks and adds a constant."""
-    masks = place_masks([HERE, THERE])
-    images = torch.rand(200, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 0.2
-    for mask, dark, light in zip(masks, on, off, strict=True):
-        images[:100, :, mask], images[100:, :, mask] = dark, light
-    rows = masks.flatten(1).float()
-    reader = (rows / rows.sum(1, keepdim=True)).T @ torch.tensor(weights)[:, None]
+def edits_of_model(weights: np.ndarray, reads: tuple[float, float], on: tuple, off: tuple) -> dict:
+    """Edits of 40 images that activate a feature, with so much ink in NAMED and OTHER, and of 40
+    that do not: the feature is active where reads · inks, of each the mean, exceeds 0.25."""
+    images = torch.from_numpy(NEAR).float().repeat(80, 1, 1, 1)
+    for mask, dark, light in zip((NAMED, OTHER), on, off, strict=True):
+        images[:40, :, torch.from_numpy(mask)], images[40:, :, torch.from_numpy(mask)] = dark, light
+    rows = torch.from_numpy(np.stack([NAMED, OTHER])).flatten(1).float()
+    reader = (rows / rows.sum(1, keepdim=True)).T @ torch.tensor(reads)[:, None]
     model = SimpleNamespace(
-        preactivations=lambda x: x.flatten(1) @ reader + constant,
+        preactivations=lambda x: x.flatten(1) @ reader,
         logits_from_preactivations=lambda z: torch.cat([z, -z], 1),
     )
-    sae = SimpleNamespace(W_enc=torch.eye(1), W_dec=torch.eye(1), encode=torch.relu)
+    sae = SimpleNamespace(
+        W_enc=torch.eye(1), W_dec=torch.eye(1), encode=lambda z: (z - 0.25).relu()
+    )
     layer = fa.ExplainedLayer(model, sae, torch.zeros(1), torch.ones(1))
-    split = layer.activations(images, torch.zeros(200, dtype=torch.int64))
-    (evidence,) = evaluate_hypotheses([blank(ink=named)], layer, split)
-    assert evidence.n_active == 100
-    return evidence.edits
+    split = layer.activations(images, torch.zeros(80, dtype=torch.int64))
+    activity = collect_activity(layer, split.raw, split.labels)
+    assert activity.n_active.tolist() == [40]
+    return edit_tests(drawing(0, weights), layer, images, activity, Canvas.fit(images))
 
 
-@pytest.mark.parametrize("stroke", [HERE, word_of(HERE)])
-def test_edits_of_one_stroke(stroke):
-    """Ink HERE activates the feature or deactivates it; a place, or the word for it, is named."""
-    dark, light = (0.6, 0.3), (0.3, 0.6)
-    found = edit_model((1.0, 0.0), -0.45, Strokes((stroke,)), dark, light)
+ALWAYS, NEVER = EditTest(32, 32, 0, 32, 0), EditTest(32, 0, 0, 0, 0)
+
+
+def test_edits_of_a_feature_that_reads_ink_and_blank():
+    on, off = (0.6, 0.0), (0.1, 0.4)
+    found = edits_of_model(1 * NAMED - OTHER, (1.0, -2.0), on, off)
+    assert found == dict.fromkeys(edits.EDITS, ALWAYS)
+    # The wrong way round, there is nothing to erase and the wanted ink is in the way.
+    found = edits_of_model(1 * OTHER - NAMED, (1.0, -2.0), on, off)
+    assert {name: test.named for name, test in found.items()} == dict.fromkeys(edits.EDITS, 0)
+
+
+def test_edits_of_ink_alone():
+    found = edits_of_model(2 * NAMED, (1.0, 0.0), (0.6, 0.3), (0.2, 0.3))
     assert found == {"erasing": ALWAYS, "painting": ALWAYS}
-    found = edit_model((-1.0, 0.0), 0.45, Strokes((), (stroke,)), light, dark)
-    assert found == {"filling": ALWAYS, "painting": ALWAYS}
-    found = edit_model((0.0, 1.0), -0.45, Strokes((stroke,)), light, dark)
-    assert found["erasing"].named == found["painting"].named == 0  # it is not read
+    assert edits_of_model(1 * OTHER, (1.0, 0.0), (0.6, 0.3), (0.2, 0.3))["painting"].named == 0
+    assert edits_of_model(0 * NAMED, (1.0, 0.0), (0.6, 0.3), (0.2, 0.3)) == {}
 
 
-def test_both_kinds_are_edited_to_activate_the_feature():
-    """It needs ink HERE and none THERE; inactive images are the other way round."""
-    on, off = (0.6, 0.0), (0.0, 0.6)
+# --- Differences of paired shares -----------------------------------------------------------------
 
-    def outcome(named: Strokes) -> dict[str, EditTest]:
-        return edit_model((1.0, -1.0), -0.5, named, on, off)
 
-    kinds = ("erasing", "filling", "painting")
-    assert outcome(Strokes((HERE,), (THERE,))) == dict.fromkeys(kinds, ALWAYS)
-    assert outcome(Strokes((THERE,), (HERE,))) == dict.fromkeys(kinds, NEVER)
-    found = {name: test.named for name, test in outcome(Strokes((HERE,))).items()}
-    assert found == {"erasing": 48, "painting": 0}
-    found = {name: test.named for name, test in outcome(Strokes((), (THERE,))).items()}
-    assert found == {"filling": 48, "painting": 0}
+def test_differences_against_published_ones_and_counts_by_hand():
+    """Of 161 patients, 59 responded both before and after consolidation, 6 only before, 16 only
+    after, 80 never (Cavo et al. 2012): -0.0621 (-0.1186 to -0.0046) in Fagerland, Lydersen & Laake,
+    Statistical Analysis of Contingency Tables (2017), chapter 8."""
+    found = paired(59, 6, 16, 80).difference()
+    assert found == pytest.approx((-0.0621, -0.1186, -0.0046), abs=5e-5)
+    named, elsewhere = np.array([[1, 1, 0, 0, 1], [1, 0, 1, 0, 0]], dtype=bool)
+    assert EditTest.of(named, elsewhere) == EditTest(5, 3, 2, 2, 1)
+
+
+def by_formula(a: int, b: int, c: int, d: int) -> tuple[float, float]:
+    """Newcombe (1998), method 10, written out."""
+    n, cross = a + b + c + d, a * d - b * c
+    if cross > 0:
+        cross = max(cross - n / 2, 0)
+    margins = (a + b) * (c + d) * (a + c) * (b + d)
+    phi = cross / margins**0.5 if margins else 0.0
+    p, q = (a + b) / n, (a + c) / n
+    ci_p = scipy.stats.binomtest(a + b, n).proportion_ci(method="wilson")
+    ci_q = scipy.stats.binomtest(a + c, n).proportion_ci(method="wilson")
+    down, up, down_q, up_q = p - ci_p.low, ci_p.high - p, q - ci_q.low, ci_q.high - q
+    low = p - q - (down**2 - 2 * phi * down * up_q + up_q**2) ** 0.5
+    return low, p - q + (up**2 - 2 * phi * up * down_q + down_q**2) ** 0.5
+
+
+def test_differences_by_their_formula():
+    """Of all tables of 7 images, and of some others; no interval has width 0."""
+    tables = [(14, 5, 0, 22), (0, 0, 0, 64), (64, 0, 0, 0), (32, 0, 0, 32), (5, 20, 3, 20)]
+    tables += [cells for cells in itertools.product(range(8), repeat=4) if sum(cells) == 7]
+    for cells in tables:
+        value, low, high = paired(*cells).difference()
+        assert value == pytest.approx((cells[1] - cells[2]) / sum(cells))
+        assert (low, high) == pytest.approx(by_formula(*cells), abs=1e-6)
+        assert low + 0.02 < high

@@ -53,41 +53,44 @@ def test_the_frontier_is_in_the_order_of_l0_and_leaves_gaps():
     assert axes[1].get_ylim()[0] == 0
 
 
-def comparison(aurocs: list[float], explained: int) -> SimpleNamespace:
-    bands = [{"features": 4, "explained": explained} for _ in (*BANDS, 1)]
-    return SimpleNamespace(aurocs=aurocs, shares=SimpleNamespace(bands=bands, explained=explained))
+def summary(agreement: float, f1: float | None) -> SimpleNamespace:
+    bands = [{"features": n, "f1": f1} for n in range(len(BANDS) + 1)]
+    return SimpleNamespace(agreement=agreement, agreement_hypotheses=agreement / 2, bands=bands)
 
 
-def evaluation(explained: int = 1) -> SimpleNamespace:
-    """Three features with influences and confidences."""
-    given = zip((0.1, 0.6, 0.3), ("Low", "High", "Low"), strict=True)
-    evidence, decisions = [], []
-    for influence, confidence in given:
-        evidence.append(SimpleNamespace(influence=influence))
-        decisions.append(SimpleNamespace(confidence=confidence))
-    rule = SimpleNamespace(both_auroc=0.85)
-    result = comparison([0.5, 0.9], explained)
-    return SimpleNamespace(evidence=evidence, decisions=decisions, rule=rule, result=result)
-
-
-def test_explained_features_are_bars_of_their_bands_and_aurocs_a_falling_curve():
-    others = {f"other {i}": comparison([0.7], 2) for i in range(6)}  # more than there are colors
-    left, right = figures.draw_explained(evaluation(), others).axes
-    falling = left.lines[0]
-    assert falling.get_xdata().tolist() == [0.5, 0.9, 1.0]
-    assert falling.get_ydata().tolist() == [1, 0.5, 0]
+def test_explained_sets_are_bars_of_agreement_and_of_f1_in_each_band():
+    names = ["SAE", *(f"other {i}" for i in range(6))]  # more than there are colors
+    summaries = {name: summary((i + 1) / 8, i / 8 or None) for i, name in enumerate(names)}
+    left, right = figures.draw_explained(summaries).axes
+    kept = [bar.get_height() for bar in left.patches]
+    assert kept == [(i + 1) / 8 / (1 + half) for i in range(7) for half in (0, 1)]
+    assert [text.get_text() for text in left.texts][:2] == ["12.5%", "6.2%"]
     heights = [bar.get_height() for bar in right.patches]
-    assert heights == [*4 * [1 / 4], *24 * [2 / 4]]
-    assert [text.get_text() for text in right.get_legend().get_texts()] == ["SAE", *others]
+    assert heights == [i / 8 for i in range(7) for _ in range(4)]
+    places = [bar.get_x() + bar.get_width() / 2 for bar in right.patches]
+    assert [round(x) for x in places] == [0, 1, 2, 3] * 7
+    assert [text.get_text() for text in right.get_legend().get_texts()] == names
+    labels = [label.get_text() for label in right.get_xticklabels()]
+    assert labels[0] == "up to 1%\n(0 of the SAE)"
+    assert labels[3] == "more\n(3 of the SAE)"
 
 
 def test_influence_is_sorted_colored_by_confidence_and_summed():
-    bars, total = figures.draw_influence(evaluation()).axes
-    by_place = sorted((bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in bars.patches)
-    assert by_place == [(1, 60), (2, pytest.approx(30)), (3, pytest.approx(10))]
+    rows = [
+        SimpleNamespace(
+            evidence=SimpleNamespace(influence=influence),
+            decision=SimpleNamespace(confidence=confidence),
+        )
+        for influence, confidence in zip((0.1, 0.6, 0.3), ("Low", "High", "Low"), strict=True)
+    ]
+    bars, total = figures.draw_influence(SimpleNamespace(rows=rows)).axes
+    drawn = [patch.get_data() for patch in bars.patches]
+    for found, heights in zip(drawn, ([60, 0, 0], [0, 0, 0], [0, 30, 10]), strict=True):
+        np.testing.assert_allclose(found.values, heights)
+        assert found.edges.tolist() == [0.5, 1.5, 2.5, 3.5]
     labels = [text.get_text() for text in bars.get_legend().get_texts()]
-    shares = [f"{name}: {share} of the influence" for name, share in (("High", "60%"),)]
-    assert labels[:1] == shares
+    shares = {"High": "60%", "Medium": "0%", "Low": "40%"}
+    assert labels == [f"{name}: {share} of the influence" for name, share in shares.items()]
     np.testing.assert_allclose(total.lines[0].get_ydata(), [60, 90, 100])
     notes = [text.get_text() for text in total.texts]
     assert notes == ["1 make 50%", "2 make 90%", "3 make 99%"]

@@ -1,232 +1,234 @@
-"""Proposals: against scikit-learn, models by hand, plain loops; captions, and frozen files."""
+"""Hypotheses: scores and thresholds by brute force, proposals on a planted model, frozen files."""
 
 import hashlib
 import json
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import sklearn.metrics
 import torch
-from planted_strokes import blank, draw_labelled, plant, stroke_table
-from saexplain.strokes import Place, Strokes, Word, place_inks, place_masks, word_inks
+from planted import SIDE, drawing, planted_world
+from small_models import activity_of
 
 import feature_analysis as fa
 from saexplain import hypotheses as hy
-from saexplain import strokes
 from saexplain.activity import collect_activity, removal_effects
-from saexplain.captions import caption, percent, plural
-from saexplain.hypotheses import PARTS, Effect, Rule, propose_hypotheses
+from saexplain.hypotheses import Hypothesis, Rule
+from saexplain.sae import JumpReLUSAE
 
-STEM_AT, BAR_AT = Place(9, 7, "vertical", 7), Place(21, 19, "horizontal", 7)
-STEM, BAR = Word("vertical", False, 1, 0), Word("horizontal", False, 4, 3)
-SLASH = Word("rising", True, 1, 1)
-NO_INK = Strokes()
+MASK = np.eye(4) == 1
 
 
-def mask_of(place: Place) -> torch.Tensor:
-    return place_masks([place])[0]
+def same(a: Hypothesis, b: Hypothesis) -> bool:
+    return hy.hypothesis_record(a) == hy.hypothesis_record(b)
 
 
-def reads(*weights: torch.Tensor, d_in: int = 300) -> fa.ExplainedLayer:
-    """Feature k weighs pixels so, raises logit k and lowers the next by half as much."""
-    n, rows = len(weights), torch.stack(weights).flatten(1)
-    head = torch.eye(d_in, n) @ (torch.eye(4) - 0.5 * torch.eye(4).roll(1, 1))[:n]
-    model = SimpleNamespace(logits_from_preactivations=lambda z: z @ head)
-    model.preactivations = lambda images: images.flatten(1) @ rows.T @ torch.eye(n, d_in)
-    sae = SimpleNamespace(W_enc=torch.eye(d_in, n), W_dec=torch.eye(n, d_in))
-    sae.encode = lambda z: z[:, :n] * (z[:, :n] > 0.4)
-    return fa.ExplainedLayer(model, sae, torch.zeros(d_in), torch.ones(d_in))
+# --- Hypotheses, scores, thresholds ---------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def planted():
-    table = stroke_table(0)
-    layer = plant(table)
-    split = layer.activations(*draw_labelled(table, 0))
-    return layer, split, propose_hypotheses(layer, split)
-
-
-@pytest.fixture(scope="module")
-def hand():
-    """Feature 0 is activated by a stem on 1s, feature 1 by a stem where there is no bar."""
-    generator = torch.Generator().manual_seed(1)
-    labels = torch.randint(4, (600,), generator=generator)
-    others = [place for place in strokes.stroke_vocabulary() if place.shape != "dot"][::9]
-    masks = place_masks([STEM_AT, BAR_AT, *others]).float()
-    often = torch.tensor([0.3, 0.5] + [2 / len(others)] * len(others))
-    drawn = (torch.rand(600, len(masks), generator=generator) < often).float()
-    images = 0.9 * torch.einsum("ns,srl->nrl", drawn, masks).clamp(max=1)[:, None]
-    images[:, 0, 0, 0] = (labels == 1).float()  # a pixel that no stroke reaches
-    (stem, bar), corner = masks[:2] / 21, torch.eye(784)[0].view(28, 28)
-    layer = reads(0.3 * stem + 0.3 * corner, stem - bar)
-    split = layer.activations(images, labels)
-    return layer, split, propose_hypotheses(layer, split)
-
-
-# --- Scores, labels, words ------------------------------------------------------------------------
-
-
-def test_scores_of_parts():
-    images = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    of_places, labels = place_inks(images), torch.tensor([0, 1, 2, 1])
-    inks, ink = word_inks(of_places), Strokes((STEM, BAR), (SLASH,))
-    words = strokes.word_vocabulary()
-    stem, bar, slash = (inks[words.index(w)].numpy() for w in (STEM, BAR, SLASH))
-    of_label = [0.25, 1, 0.5, 1]
-    labelled = blank(enriched=(1,), label_scores=(0.25, 1, 0.5))
-    both = hy.part_scores(labelled._replace(ink=ink), inks, labels)
-    expected = {"ink": stem + bar - slash, "class": of_label, "both": stem + bar - slash + of_label}
-    assert both == {part: pytest.approx(by, abs=1e-6) for part, by in expected.items()}
-    for part, h in (("class", labelled), ("ink", blank(ink=ink))):
-        alone = hy.part_scores(h, inks, labels)
-        assert alone["both"] is alone[part]
-        assert np.array_equal(alone[part], both[part])
-    places = strokes.vocabulary().places
-    stem, bar = (of_places[places.index(p)].numpy() for p in (STEM_AT, BAR_AT))
-    found = hy.drawing_score(
-        labelled._replace(drawing=Strokes((STEM_AT,), (BAR_AT,))), of_places, labels
-    )
-    assert found == pytest.approx(stem - bar + of_label, abs=1e-5)
+def test_a_hypothesis_has_weights_and_by_default_a_caption_of_its_geometry():
+    stem = np.zeros((SIDE, SIDE))
+    stem[8:20, 13:15] = 1
+    h = Hypothesis(116, stem, classes=[1, np.int64(7)], raises=1, confidence="High")
+    assert (h.caption, h.classes, h.threshold) == ("Stem in the center", (1, 7), None)
+    assert np.array_equal(h.weights, stem)
+    assert h.weights.dtype == np.int8
+    both = Hypothesis(0, 2 * MASK, torch.eye(4).flip(0), caption="cross")
+    assert np.array_equal(both.weights, 2 * np.eye(4) - np.eye(4)[::-1])
+    assert (both.caption, both.is_drawn) == ("cross", True)
+    assert not Hypothesis(0, 0 * MASK).is_drawn
+    one = np.int64(1)  # which is no JSON
+    record = hy.hypothesis_record(Hypothesis(one, MASK, None, (one,), one, one, threshold=one))
+    assert json.loads(json.dumps(record))["classes"] == [1]
 
 
 @pytest.mark.parametrize(
-    ("histogram", "usual", "enriched", "depleted", "rates"),
+    ("given", "message"),
     [
-        ((40, 14, 16, 0, 30), (1, 1, 1, 1, 6), (0, 2), (), (4, 0.55, 1.6, 0.55, 0.55)),
-        ((30, 30, 25, 15, 0), (1, 1, 1, 1, 6), (0, 1), (), (3, 3, 0.5, 0.5, 0.5)),  # two at most
-        ((25, 25, 25, 24, 1), (1, 1, 1, 1, 1), (), (4,), (1, 1, 1, 1, 0)),
-        ((25, 25, 25, 25, 0), (1, 1, 1, 1, 0), (), (), (1, 1, 1, 1, 1)),  # a label of no image
+        ({"feature": -1}, "feature must be at least 0, got -1"),
+        ({"feature": 1.5}, "feature must be .*got 1.5"),
+        ({"wanted": np.zeros((0, 3))}, r"wanted must have shape \(h, w\), got \(0, 3\)"),
+        ({"wanted": np.ones((2, 3, 4))}, r"wanted must have shape \(h, w\), got \(2, 3, 4\)"),
+        ({"wanted": 3 * MASK}, "wanted must hold 0, 1 and 2 only, got .*3"),
+        ({"unwanted": 0.5 * MASK}, "unwanted must hold 0, 1 and 2 only, got .*0.5"),
+        ({"unwanted": np.eye(3)}, r"one shape, got \(4, 4\) and \(3, 3\)"),
+        ({"unwanted": MASK}, "cannot be wanted and unwanted, but 4 are"),
+        ({"classes": 3}, "classes must be .*got 3"),
+        ({"raises": True}, "raises must be a whole number, got True"),
+        ({"classes": (1, -2)}, "a class must be at least 0, got -2"),
+        ({"raises": "1"}, "raises must be .*'1'"),
+        ({"lowers": -1}, "lowers must be at least 0, got -1"),
+        ({"confidence": "Sure"}, "confidence must be one of .*Low.*got 'Sure'"),
+        ({"threshold": 0.5}, "threshold must be .*got 0.5"),
+        ({"caption": 3}, "caption must be text, got 3"),
     ],
 )
-def test_labels_are_named_for_their_lift(histogram, usual, enriched, depleted, rates):
-    named = hy._name_labels(np.array(histogram), 100 * np.array(usual))
-    assert (named["enriched"], named["depleted"]) == (enriched, depleted)
-    assert named["label_scores"] == pytest.approx(np.sqrt(np.array(rates) / max(rates)))
+def test_what_is_no_hypothesis_is_an_error_of_one_line(given, message):
+    with pytest.raises(ValueError, match=message) as error:
+        Hypothesis(**{"feature": 0, "wanted": MASK, **given})
+    assert "\n" not in str(error.value)
 
 
-def test_the_auroc_of_labels_is_scikit_learns():
-    rng, scores = np.random.default_rng(0), np.array([0.2, 1.0, 0.2, 0.2, 0.7])
-    labels, active = rng.integers(5, size=400), rng.random(400) < 0.2
-    h = blank(label_scores=scores, label_histogram=np.bincount(labels[active]))
-    expected = sklearn.metrics.roc_auc_score(active, scores[labels])
-    assert hy._class_auroc(h, np.bincount(labels)) == pytest.approx(expected, abs=1e-12)
+def test_scores_are_exact_sums():
+    rng = np.random.default_rng(0)
+    weights, levels = rng.integers(-2, 3, (3, 20, 30)), rng.integers(0, 256, (50, 600))
+    weights[0], levels[0] = 2, 255  # the largest score
+    found = hy.scores_of(weights, torch.from_numpy(levels).float())
+    assert found.dtype == torch.int32
+    assert found.tolist() == (weights.reshape(3, 600) @ levels.T).tolist()
+    assert found[0, 0] == 2 * 255 * 600
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("n_active", [1, 9, 60, 80])
+def test_the_threshold_has_the_largest_f1_half_way_to_the_next_lower_score(seed, n_active):
+    rng = np.random.default_rng(seed)
+    at = np.sort(rng.choice(80, n_active, replace=False))
+    scores = rng.integers(-40, 40, 80).astype(np.int32)
+    scores[at] += 12
+    active = np.isin(np.arange(80), at)
+    f1 = {cut: sklearn.metrics.f1_score(active, scores >= cut) for cut in scores.tolist()}
+    found = hy.best_threshold(scores, at)
+    last = scores[scores >= found].min()
+    assert f1[last] == pytest.approx(max(f1.values()))
+    lower = scores[scores < last].max() if scores.min() < last else last
+    assert found == np.ceil((last + lower) / 2)
+
+
+def test_missing_thresholds_are_found_and_others_stay():
+    levels = torch.tensor([[0.0, 0.0], [10.0, 0.0], [20.0, 3.0], [30.0, 0.0]])
+    activity = activity_of([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    weights = [[1, 0]]
+    some = [drawing(0, weights), drawing(0, weights, threshold=7), drawing(1, weights)]
+    found = hy.with_thresholds(some, levels, activity)
+    assert [h.threshold for h in found] == [15, 7, 31]  # an inactive feature: never reached
 
 
 # --- Proposals ------------------------------------------------------------------------------------
 
 
-def test_effects_are_larger_than_those_of_random_directions(planted, hand):
-    for layer, (_, labels, raw), proposed in (planted, hand):
-        activity = collect_activity(layer, raw, labels)
-        deltas = removal_effects(layer, raw, activity).mean_delta
-        for h, row in zip(proposed, layer.sae.W_dec, strict=True):
-            at, acts = activity.of(h.feature)
-            some = np.linspace(0, len(at) - 1, 16).round()
-            rows, changes = raw[at[some]], []
-            for direction in row.norm() * hy.random_directions(len(row)):
-                without = rows - acts[some][:, None] * direction * layer.std
-                logits = layer.model.logits_from_preactivations(torch.stack([rows, without]))
-                changes.append((logits[0] - logits[1]).mean(0).numpy())
-            highest = np.quantile(np.max(changes, 1), 0.95), np.quantile(-np.min(changes, 1), 0.95)
-            found = hy.null_effect(h.feature, layer, raw[at], acts, 0.95)
-            assert (found["raises"], found["lowers"]) == pytest.approx(highest, rel=1e-4)
-            moves = -float(deltas[h.feature].min()), float(deltas[h.feature].max())
-            named = [verb is not None for verb in (h.effect or (None,) * 4)[::2]]
-            assert named == [by > 1.25 * other for by, other in zip(moves, highest, strict=True)]
-            assert ("effect" in h.skip_reasons) == (h.effect is None)
-    assert [all(h.effect for h in proposed) for *_, proposed in (planted, hand)] == [False, True]
+@pytest.fixture(scope="module")
+def world():
+    return planted_world()
 
 
-def test_proposals_are_the_same_again_and_leave_inputs_unchanged(planted):
-    layer, split, proposed = planted
-    before, state = [v.clone() for v in split], torch.random.get_rng_state()
-    assert propose_hypotheses(layer, split) == proposed
+def test_thresholds_and_classes_are_those_of_the_discovery_images(world):
+    images, labels, raw = world.val
+    levels = (255 * images).round().flatten(1).long()
+    usual = np.bincount(labels, minlength=6) / len(labels)
+    for h in world.hypotheses:
+        active = (world.layer.feature_acts(raw)[:, h.feature] > 0).numpy()
+        scores = (levels @ torch.from_numpy(h.weights).flatten().long()).numpy()
+        cuts = {s: sklearn.metrics.f1_score(active, scores >= s) for s in np.unique(scores)[::50]}
+        assert sklearn.metrics.f1_score(active, scores >= h.threshold) >= max(cuts.values())
+        share = np.bincount(labels[active], minlength=6) / active.sum()
+        assert h.classes == tuple(np.flatnonzero(share >= 1.5 * usual))
+
+
+@pytest.mark.parametrize(
+    ("histogram", "usual", "named"),
+    [
+        ((40, 14, 16, 0, 30), (1, 1, 1, 1, 6), (0, 2)),
+        ((30, 30, 25, 15, 0), (1, 1, 1, 1, 6), (0, 1)),  # two at most
+        ((3, 2, 2, 2, 7), (1, 1, 1, 1, 4), (0,)),  # from 1.5 times on
+        ((25, 25, 25, 25, 0), (1, 1, 1, 1, 0), ()),  # a label of no image
+    ],
+)
+def test_classes_are_named_for_their_share(histogram, usual, named):
+    assert hy.enriched_classes(np.array(histogram), 100 * np.array(usual), 1.5) == named
+
+
+def test_logits_are_named_where_random_directions_change_them_less(world):
+    layer, (_, labels, raw) = world.layer, world.val
+    activity = collect_activity(layer, raw, labels)
+    deltas = removal_effects(layer, raw, activity).mean_delta
+    for h, row in zip(world.hypotheses, layer.sae.W_dec, strict=True):
+        at, acts = activity.of(h.feature)
+        some = np.linspace(0, len(at) - 1, 16).round()
+        rows, changes = raw[at[some]], []
+        for direction in row.norm() * hy.random_directions(len(row)):
+            without = rows - acts[some][:, None] * direction * layer.std
+            logits = layer.model.logits_from_preactivations(torch.stack([rows, without]))
+            changes.append((logits[0] - logits[1]).mean(0).numpy())
+        highest = np.quantile(np.max(changes, 1), 0.95), np.quantile(-np.min(changes, 1), 0.95)
+        found = hy.null_effect(h.feature, layer, raw[at], acts, 0.95)
+        assert (found["raises"], found["lowers"]) == pytest.approx(highest, rel=1e-4)
+        delta = deltas[h.feature]
+        pairs = zip((-delta, delta), highest, strict=True)
+        named = [int(d.argmax()) if d.max() > 1.25 * null else None for d, null in pairs]
+        assert [h.raises, h.lowers] == named
+    assert {h.raises is None for h in world.hypotheses} == {True, False}
+
+
+def test_proposals_are_the_same_again_and_leave_inputs_and_generator_alone(world):
+    before, state = [v.clone() for v in world.val], torch.random.get_rng_state()
+    again = hy.propose_hypotheses(world.layer, world.discovery)
+    assert all(map(same, again, world.hypotheses))
     assert torch.equal(state, torch.random.get_rng_state())
-    assert all(map(torch.equal, before, split))
+    assert all(map(torch.equal, before, world.val))
+    plain = hy.propose_hypotheses(world.layer, world.discovery, effects=False)
+    for h, other in zip(plain, world.hypotheses, strict=True):
+        assert (h.threshold, h.raises, h.lowers) == (other.threshold, None, None)
+        assert np.array_equal(h.weights, other.weights)
 
 
-def test_hypotheses_about_a_model_made_by_hand(hand):
-    layer, split, proposed = hand
-    images, labels, raw = split
-    acts, inks = layer.feature_acts(raw).numpy(), word_inks(place_inks(images))
-    assert (proposed[0].enriched, proposed[0].ink.there[0][2:]) == ((1,), STEM[2:])
-    assert proposed[1].ink.there == (STEM,)
-    assert proposed[1].drawing == Strokes((STEM_AT,), (BAR_AT,))
-    assert [(w.shape, w.row) for w in proposed[1].ink.absent] == [(BAR.shape, BAR.row)]
-    for h, own in zip(proposed, acts.T, strict=True):
-        mean, k = own[own > 0].mean(), h.feature  # removal takes it off logit k, half onto the next
-        found = (h.typical_activation, *h.effect)
-        assert found == pytest.approx((mean, k, mean, k + 1, mean / 2), rel=1e-5)
-        assert list(h.label_histogram) == np.bincount(labels[own > 0], minlength=4).tolist()
-        score = hy.part_scores(h, inks, labels)["both"]
-        assert h.threshold == hy.best_threshold(score, np.flatnonzero(own))
-    idle = proposed[1]._replace(enriched=(2,), label_scores=(0.0, 0.0, 1.0, 0.0))
-    h = hy._drop_weak_parts(idle, inks, collect_activity(layer, raw, labels), Rule())
-    assert (h.enriched, "class" in h.skip_reasons) == ((), True)
-    plain = propose_hypotheses(layer, split, drawings=False)
-    assert plain == [h._replace(drawing=NO_INK) for h in proposed]
+def test_labels_and_test_images_change_neither_drawing_nor_threshold(world):
+    order = torch.randperm(len(world.val.labels), generator=torch.Generator().manual_seed(0))
+    val = world.val._replace(labels=world.val.labels[order])
+    layer = replace(world.layer, splits={"val": val})  # without test images
+    found = hy.propose_hypotheses(layer, hy.discover(layer))
+    for h, other in zip(found, world.hypotheses, strict=True):
+        assert np.array_equal(h.weights, other.weights)
+        assert h.threshold == other.threshold
+    assert [h.classes for h in found] == [()] * len(found)
 
 
-def test_images_of_another_size_keep_labels_and_effects():
-    labels = torch.arange(400) % 4
-    images = torch.eye(8)[labels].view(400, 1, 8, 1).repeat(1, 3, 1, 8)
-    layer = reads(*(torch.eye(8)[k].view(1, 8, 1).expand(3, 8, 8) / 24 for k in range(4)))
-    split = layer.activations(images, labels)
-    for k, h in enumerate(propose_hypotheses(layer, split)):
-        assert (h.enriched, h.effect.raises) == ((k,), k)
-        assert (h.ink, h.drawing, [*h.skip_reasons]) == (NO_INK, NO_INK, ["ink"])
+def test_features_that_are_hardly_active_have_no_drawing(world):
+    weights = dict(world.layer.sae.state_dict())
+    acts = world.layer.feature_acts(world.val.raw)
+    weights["threshold"] = weights["threshold"].clone()
+    for k, n in enumerate((0, 7, 8)):  # images that still activate the feature
+        weights["threshold"][k] = acts[:, k].sort(descending=True).values[n]
+    weights["threshold"][3] = -1e9  # always active
+    weights["b_enc"] = weights["b_enc"].clone()
+    weights["b_enc"][3] += 1e3
+    layer = world.layer.with_sae(JumpReLUSAE.from_weights(weights))
+    found = hy.propose_hypotheses(layer, hy.discover(layer))
+    assert [h.is_drawn for h in found[:5]] == [False, False, True, False, True]
+    for k in (0, 1, 3):
+        h = found[k]
+        assert (h.caption, h.classes, h.raises, h.threshold) == ("nothing drawn", (), None, None)
+    assert all(map(same, found[4:], world.hypotheses[4:]))
 
 
-def test_parts_that_cannot_be_proposed_have_a_reason(hand):
-    layer, split, _ = hand
-    shifted = layer.activations(2 * split.images - 0.1, split.labels)
-    for given, options, reason in (
-        (shifted, {}, "pixels run from -0.1 to 1.9"),
-        (split, {"strokes": False}, "strokes are switched off"),
-        (split, {"rule": Rule(class_auroc=1.1, ink_auroc=1.1)}, "below 1.1"),
-    ):
-        for h in propose_hypotheses(layer, given, **options):
-            assert h.ink == NO_INK
-            assert reason in h.skip_reasons["ink"]
-            assert (h.threshold is None) == (not h.enriched)
-    few = layer.feature_acts(split.raw)[:, 0].argsort()[-57:]  # all active, and n of them blank
-    for n in (7, 50):
-        some = split.images[few].index_fill(0, torch.arange(n), 0)
-        h = propose_hypotheses(layer, layer.activations(some, split.labels[few]))[0]
-        assert (caption(h), [*h.skip_reasons]) == ("no hypothesis", [*PARTS])
-        assert f"active on {57 - n} of 57 images" in h.skip_reasons["ink"]
-
-
-def test_errors_of_proposals(planted):
-    layer, split, _ = planted
+def test_errors_of_proposals(world):
+    few = collect_activity(world.layer, world.val.raw[:100], world.val.labels[:100])
+    with pytest.raises(ValueError, match="activity must be of"):
+        hy.propose_hypotheses(world.layer, world.discovery, activity=few)
+    doubled = world.discovery._replace(labels=world.discovery.labels * 2)
     with pytest.raises(ValueError, match="labels"):
-        propose_hypotheses(layer, split._replace(labels=split.labels * 2))
-    few = collect_activity(layer, split.raw[:100], split.labels[:100])
-    with pytest.raises(ValueError, match="activity"):
-        propose_hypotheses(layer, split, activity=few)
-    with torch.inference_mode(), pytest.raises(ValueError, match="gradients"):
-        propose_hypotheses(layer, split)
+        hy.propose_hypotheses(world.layer, doubled)
 
 
-# --- Captions and frozen files --------------------------------------------------------------------
+# --- Files ----------------------------------------------------------------------------------------
 
 
-def test_captions():
-    ink = Strokes((SLASH, STEM), (Word("dot", False, 2, 2),))
-    counts = {"enriched": (6, 0), "label_histogram": (12, 0, 0, 0, 0, 0, 80, 8, 0, 0)}
-    whole = blank(ink=ink, effect=Effect(6, 0.3, 2, 0.124), changes=0.02, **counts)
-    assert caption(whole) == (
-        "Long slash upper left and stem upper far left, no ink in center; 80% are 6s, 12% 0s; "
-        "without it 6 loses 0.30 and 2 gains 0.12 logits, 2% of predictions change"
-    )
-    assert caption(blank(depleted=(3, 5))) == "Hardly any 3s or 5s; little effect"
-    assert "random direction" in caption(blank(ink=Strokes((STEM,)), changes=0.01))
-    assert caption(blank(changes=0.5)) == "no hypothesis"
-    assert list(map(percent, (0, 0.0005, 0.003, 0.8))) == "0% <0.1% 0.3% 80%".split()
-    names = ("6", "Trousers", "Dress", "Bag", "cherry", "toy", "T-shirt/top")
-    expected = "6s Trousers Dresses Bags cherries toys T-shirts/tops".split()
-    assert list(map(plural, names)) == expected
+def test_rows_of_a_drawing_and_records_come_back_as_they_were(world):
+    weights = np.array([[0, 1, 2], [-1, -2, 0]], dtype=np.int8)
+    assert hy.drawing_rows(weights) == [".+#", "-=."]
+    assert np.array_equal(hy.weights_of_rows([".+#", "-=."]), weights)
+    full = drawing(3, weights, classes=(1,), raises=0, lowers=2, confidence="Low", threshold=-4)
+    for h in (*world.hypotheses, full, drawing(0, weights)):
+        record = json.loads(json.dumps(hy.hypothesis_record(h)))
+        assert same(hy.hypothesis_of(record), h)
+    assert hy.hypothesis_of({"feature": 1, "drawing": ["+"], "other": 3}).caption
+
+
+@pytest.mark.parametrize("rows", [[], ["..", "."], ["..", ".x"]])
+def test_rows_that_are_no_drawing(rows):
+    with pytest.raises(ValueError, match="a drawing "):
+        hy.weights_of_rows(rows)
 
 
 def digest_of(path) -> str:
@@ -235,24 +237,28 @@ def digest_of(path) -> str:
     return hashlib.sha256(b"".join([lines[0], *lines[2:]])).hexdigest()
 
 
-def test_frozen_hypotheses_come_back_as_they_were(planted, hand, tmp_path):
-    path, rule = tmp_path / "h.json", Rule(both_auroc=0.9)
-    some = [*planted[2], *hand[2], blank(skip_reasons={"class": "nothing"})]
-    some = [h._replace(classes=tuple("abcdef")) for h in some]
-    digest = hy.freeze_hypotheses(some, path, rule)
-    assert hy.read_hypotheses(path, digest) == hy.read_hypotheses(path) == (some, rule)
+def test_frozen_hypotheses_and_rule_come_back_as_they_were(world, tmp_path):
+    path, rule = tmp_path / "h.json", Rule(high_f1=0.9)
+    digest = hy.freeze_hypotheses(world.hypotheses, path, rule)
     assert digest == digest_of(path) == json.loads(path.read_bytes())["sha256"]
+    for known in (digest, None):
+        found, of_file = hy.load_frozen(path, known)
+        assert of_file == rule
+        assert all(map(same, found, world.hypotheses))
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_edited_files_are_found_out(planted, tmp_path, known):
+def test_edited_files_are_found_out(world, tmp_path, known):
     path = tmp_path / "h.json"
-    digest = hy.freeze_hypotheses(planted[2], path)
-    path.write_text(path.read_text().replace('"raises": 0', '"raises": 1', 1))
+    digest = hy.freeze_hypotheses(world.hypotheses, path)
+    path.write_text(path.read_text().replace('"threshold": 8', '"threshold": 9', 1))
     other = digest_of(path)
     with pytest.raises(ValueError, match=f"is {other}, recorded was {digest}"):
-        hy.read_hypotheses(path, digest if known else None)
+        hy.load_frozen(path, digest if known else None)
     path.write_text(path.read_text().replace(digest, other))  # the digest replaced as well
-    assert hy.read_hypotheses(path)[0] != planted[2]
+    assert not all(map(same, hy.load_frozen(path)[0], world.hypotheses))
     with pytest.raises(ValueError, match=f"is {other}, recorded was {digest}"):
-        hy.read_hypotheses(path, digest)
+        hy.load_frozen(path, digest)
+    fa.write_whole(path, path.read_bytes().replace(b'"sha256"', b'"sha"'))
+    with pytest.raises(ValueError, match="recorded was nowhere"):
+        hy.load_frozen(path)

@@ -10,9 +10,9 @@ import feature_analysis as fa
 from saexplain import panels
 from saexplain.panels import PanelNotes, Sketch, show_feature_panel, visualize_sketch
 
-PLACE = np.zeros((1, SIDE, SIDE), bool)
-PLACE[0, 3:9, 4:8] = True
-SKETCH = Sketch(np.zeros((SIDE, SIDE)), PLACE, PLACE[:0])
+WEIGHTS = np.zeros((SIDE, SIDE), int)
+WEIGHTS[3:9, 4:8] = 2
+SKETCH = Sketch(np.zeros((SIDE, SIDE)), WEIGHTS)
 
 
 def rgb(name: str) -> list[int]:
@@ -102,8 +102,8 @@ def test_panels_and_sketches_check_shapes():
         panel_of(heat=np.zeros((1, 4, 5)))
     with pytest.raises(ValueError, match="inked must have the pattern's shape"):
         panel_of(inked=np.ones((2, 2)))
-    with pytest.raises(ValueError, match="places must have"):
-        visualize_sketch(Sketch(np.zeros((SIDE, SIDE + 1)), PLACE, PLACE), 0)
+    with pytest.raises(ValueError, match="a drawing must have the background's"):
+        visualize_sketch(Sketch(np.zeros((SIDE, SIDE + 1)), WEIGHTS), 0)
     with pytest.raises(IndexError, match="feature 2"):
         panel_of(2)
 
@@ -132,25 +132,29 @@ def test_panel_shows_up_to_four_counterparts_and_the_sketch():
     tops = [places[0][0] for places in found[:4]]
     assert tops[0] == tops[1] < tops[2] == tops[3]
     above_charts = page[: fa.HEADER + fa.MARGIN + panels.PANEL_PATTERN]
-    rows, columns = (above_charts == panels.SKETCH_RED).all(2).nonzero()
+    rows, columns = (above_charts == tinted(255, panels.SKETCH_RED, 2)).all(2).nonzero()
     assert np.ptp(rows) + 1 == 6 * round(panels.PANEL_PATTERN / SIDE)
     assert np.ptp(columns) + 1 == 4 * round(panels.PANEL_PATTERN / SIDE)
 
 
-def test_sketch_outlines_its_places_over_the_mean(tmp_path):
-    ink, there, absent = np.zeros((SIDE, SIDE)), np.zeros_like(PLACE), np.zeros_like(PLACE)
-    ink[2:6, 2:6] = 0.5
-    there[0, 2:6, 2:6], absent[0, 7:11, 7:11] = True, True
+def tinted(gray: float, color: tuple, tone: int) -> list[int]:
+    """A cell of this gray under so strong a tint."""
+    return [round(gray + {1: 0.4, 2: 0.75}[tone] * (channel - gray)) for channel in color]
+
+
+def test_sketch_tints_its_cells_over_the_mean(tmp_path):
+    ink, weights = np.zeros((SIDE, SIDE)), np.zeros((SIDE, SIDE), int)
+    ink[2:6, 2:6] = 0.5  # the strongest: a gray of 255 / 4
+    weights[2:4, 2:6], weights[4:6, 2:6] = 2, 1
+    weights[7:9, 7:11], weights[9:11, 7:11] = -1, -2
     path = tmp_path / "sketch.png"
-    visualize_sketch(Sketch(ink, there, absent), 3, "Ink here, none there", path)
+    visualize_sketch(Sketch(ink, weights), 3, "Ink here, none there", path)
     page, zoom = read(path).astype(int), round(fa.PATTERN / SIDE)
-    for color in (panels.SKETCH_RED, panels.SKETCH_BLUE):
-        outline = np.full((4 * zoom, 4 * zoom), True)
-        outline[panels.EDGE : -panels.EDGE, panels.EDGE : -panels.EDGE] = False
-        is_color = (page == color).all(2)
-        rows, columns = is_color.nonzero()
-        found = is_color[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-        assert np.array_equal(found, outline)
-    inside = 255 * (1 - 0.75)  # the strongest ink, under the tint
-    expected = [round(inside + panels.TINT * (c - inside)) for c in panels.SKETCH_RED]
-    assert (page == expected).all(2).sum() == (4 * zoom - 2 * panels.EDGE) ** 2
+    for tone in (2, 1, -1, -2):
+        color = panels.SKETCH_RED if tone > 0 else panels.SKETCH_BLUE
+        expected = tinted(255 / 4 if tone > 0 else 255, color, abs(tone))
+        rows, columns = (page == expected).all(2).nonzero()
+        assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (2 * zoom, 4 * zoom)
+        assert len(rows) == 8 * zoom**2
+    plain = visualize_sketch(Sketch(ink, weights), 3)
+    assert len(drawn(plain)) < len(page)  # without the caption below

@@ -30,15 +30,14 @@ def evaluated(loaded, tmp_path_factory):
     calls = {"own": Calls(), "baseline": Calls()}
     options = report.Options(seed=loaded.settings.seed)
     with pytest.MonkeyPatch.context() as patch, Workers(0) as workers:
-        own = calls["own"].of(report.evaluate_hypotheses)
-        patch.setattr(report, "evaluate_hypotheses", own)
-        of_baseline = calls["baseline"].of(baselines.evaluate_hypotheses)
-        patch.setattr(baselines, "evaluate_hypotheses", of_baseline)
+        own = calls["own"].of(report.collect_evidence)
+        patch.setattr(report, "collect_evidence", own)
+        of_baseline = calls["baseline"].of(baselines.collect_evidence)
+        patch.setattr(baselines, "collect_evidence", of_baseline)
         folder = tmp_path_factory.mktemp("report")
         draft = report.prepare_report(loaded.layer, folder, options, Stopwatch(), workers)
-        z = loaded.layer.standardize(loaded.layer.splits["val"].raw)
-        directions = {"units": baselines.default_directions(z, 0)["neurons"][:6]}
-        evaluation, _ = report.evaluate_draft(draft, directions, workers)
+        units = {"neurons": report.default_baselines(loaded.layer, 0)["neurons"]}
+        evaluation, _ = report.evaluate_draft(draft, units, workers)
     return calls, evaluation, folder
 
 
@@ -55,7 +54,8 @@ def test_even_test_images_test_and_odd_ones_replicate(loaded, evaluated):
     test = loaded.layer.splits["test"]
     by_half = {half_of(args[2], test): result for args, result in calls["own"]}
     assert set(by_half) == {"even", "odd"}
-    assert evaluation.evidence == by_half["even"]
+    assert [row.evidence for row in evaluation.rows] == by_half["even"]
+    assert [row.again for row in evaluation.rows] == by_half["odd"]
     assert [half_of(args[2], test) for args, _ in calls["baseline"]] == ["even", "odd"]
 
 

@@ -20,11 +20,14 @@ from saexplain.parallel import WorkerError
 
 FILES = """settings.json summary.json feature_report.json feature_report.html hypotheses.json
 hypotheses.md explained.png influence.png training.png run.log.jsonl classifier.json sae.json
-stability_seed_1/sae.json saelens/cfg.json saelens/sae_weights.safetensors""".split()
+stability_seed_1/sae.json frozen_decoder/sae.json saelens/cfg.json
+saelens/sae_weights.safetensors""".split()
 SUMMARY = """threshold_shift recon_acc_boolean recon_acc_boolean_scaled agreement_jumprelu kl
-ce_recovered dense_features sae_latents normalize_z seed data device seconds""".split()
+ce_recovered dense_features sae_latents normalize_z seed data device seconds agreement_hypotheses
+f1_mean f1_by_influence""".split()
 REPORT = """mean_active label_histogram top_examples top_scores logit_delta_vector caption evidence
-ablation_delta_vector nearest_feature hypothesis confidence outcome counterparts mark""".split()
+ablation_delta_vector nearest_feature hypothesis confidence replicated f1 measured counterparts mark
+pattern_correlation""".split()
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +61,20 @@ def test_the_summary_is_consistent(record):
     assert 0 < record["fvu"] < 1
 
 
-def test_shares_of_features_add_up(record):
-    shares = record["hypotheses"]["shares"]
-    assert set(shares) == {"SAE", "untrained SAE", "random directions", "neurons"}
-    own = shares["SAE"]
+def test_summaries_of_sets_of_features_add_up(record):
+    found = record["hypotheses"]["summaries"]
+    baselines = ["untrained SAE", "random directions", "neurons", "frozen decoder"]
+    assert list(found) == ["SAE", *baselines]
+    own = found["SAE"]
     assert own["features"] + own["too_rare"] == 32
+    assert [found[name]["features"] + found[name]["too_rare"] for name in baselines] == [32] * 4
     assert sum(band["features"] for band in own["bands"]) == own["features"]
     confidence = own["confidence"]
     total = sum(confidence[name]["hypotheses"] for name in ("High", "Medium", "Low"))
-    assert total == confidence["all"]["hypotheses"] > 10
+    assert total == confidence["all"]["hypotheses"] == own["features"] > 10
+    for name in ("agreement_hypotheses", "f1_mean", "f1_by_influence"):
+        assert record[name] == own[name] > 0.5
+    assert record["hypotheses"]["agreement_swapped"] < own["agreement_hypotheses"] - 0.2
 
 
 def test_the_report_is_a_table_sorted_by_influence_which_sums_to_one(report, record):
@@ -76,8 +84,12 @@ def test_the_report_is_a_table_sorted_by_influence_which_sums_to_one(report, rec
     assert report.influence.is_monotonic_decreasing
     assert report.influence.sum() == pytest.approx(1)
     assert record["top_features"] == report.feature[:5].tolist()
+    half = set(range(0, 1000, 2))
     for row in report.itertuples():
-        assert set(row.evidence["test_images"]) <= set(range(0, 1000, 2))  # one half of the images
+        assert set(row.evidence["test_images"]) <= half
+        edited = row.evidence["edited_images"] or {"active": [], "inactive": []}
+        assert {*edited["active"], *edited["inactive"]} <= half
+        assert (len(row.hypothesis["drawing"]), len(row.hypothesis["drawing"][0])) == (28, 28)
 
 
 # --- The same run again ---------------------------------------------------------------------------
@@ -87,7 +99,7 @@ def test_a_second_run_reuses_the_stages_and_writes_the_same_bytes(run_copy, caps
     before = files_of(run_copy)
     driver.main([*TINY, "--out", str(run_copy)])
     text = capsys.readouterr().out
-    assert (text.count("classifier: reused"), text.count("sae: reused")) == (1, 2)
+    assert (text.count("classifier: reused"), text.count("sae: reused")) == (1, 3)
     assert len(text.splitlines()) <= 60
     for path in re.findall(r"^  (\S+)   ", text[text.index("Where to look") :], re.MULTILINE):
         assert Path(path).exists()
@@ -157,7 +169,7 @@ def stage_of_another_seed(folder) -> None:
 
 def edit_hypotheses(folder) -> None:
     path = folder / "hypotheses.json"
-    path.write_text(path.read_text().replace("0.85", "0.84"))
+    path.write_text(path.read_text().replace("0.25", "0.24"))
 
 
 @pytest.mark.parametrize(
@@ -231,14 +243,11 @@ def script(monkeypatch, capsys):
     ("flags", "message"),
     [
         ("--nonsense", "unrecognized arguments: --nonsense"),
-        ("--stability-seeds -1", "--stability-seeds must be at least 0, got -1"),
         ("--target-actives 600", "--target-actives must be .* 512, got 600"),
-        ("--target-actives 4 4", "--target-actives must be different"),
-        ("--lr-sae nan", "--lr-sae must be finite"),
-        ("--topk 1.5", "--topk"),
         ("--device warp", "--device warp cannot be used"),
         ("--data nowhere", "--data nowhere"),
         ("--seeds", "--seeds"),
+        ("--my-hypotheses nowhere.json", "nowhere.json cannot be read"),
     ],
 )
 def test_wrong_flags_are_one_line_and_status_2(script, tmp_path, flags, message):

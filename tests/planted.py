@@ -1,4 +1,4 @@
-"""Models by hand whose features are known: strokes planted at 15 places, and small helpers.
+"""A model by hand whose features are known: strokes planted at 15 places; and small helpers.
 
 Nothing is trained. The presence p of a stroke is the mean ink of its own pixels, those of no other
 stroke. It moves one unit by z = strength (p - CUT); relu(z) is added to the logit of one class and
@@ -7,6 +7,7 @@ subtracted from another. A feature is f = p where p > THRESHOLD, else 0; f = 1 m
 Key: N images, S strokes, C classes, d_in = S + 1 units, the last of them spare.
 """
 
+import functools
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -16,19 +17,19 @@ from torch import Tensor
 
 import feature_analysis as fa
 from saexplain.activity import Activity
-from saexplain.evaluation import EditTest
-from saexplain.hypotheses import Hypothesis
+from saexplain.edits import EditTest
+from saexplain.hypotheses import Discovery, Hypothesis, discover, propose_hypotheses
 from saexplain.sae import JumpReLUSAE
 
 SIDE = 28
 ROW, COL = np.mgrid[:SIDE, :SIDE]
 ORIENTATIONS = ("horizontal", "vertical", "rising", "falling")
-GRID = (4, 10, 17, 23)  # so far from the margin that the vocabulary's pieces fit around them
+GRID = (4, 10, 17, 23)
 CENTERS = [(r, c) for r in GRID for c in GRID if (r, c) != (23, 10)]  # there the stain is
 N_CLASSES, N_IMAGES = 6, 2400
-CUT, THRESHOLD = 0.2, 0.3  # presence below which ReLU cuts z off, above which a feature is active
+CUT, THRESHOLD = 0.2, 0.4  # presence below which ReLU cuts z off, above which a feature is active
 NOISE = 0.03  # standard deviation of the ink
-OWN_CLASS, OTHER_CLASS = 0.35, 0.05  # probability of a stroke in images of its class, of another
+OWN_CLASS, OTHER_CLASS = 0.6, 0.15  # probability of a stroke in images of its class, of another
 
 
 class Planted(NamedTuple):
@@ -110,14 +111,47 @@ def draw_labelled(table: list[Planted], seed: int) -> tuple[Tensor, Tensor]:
     often = torch.where(own, OWN_CLASS, OTHER_CLASS)
     often = torch.cat([often, torch.full((N_IMAGES, 1), 0.5)], 1)  # the stain's last
 
-    drawn, strong, shade = torch.rand(3, *often.shape, generator=generator)
-    ink = (drawn < often) * (torch.where(strong < 0.5, 0.45, 0.8) + 0.2 * shade)  # (N, S + 1)
+    drawn, shade = torch.rand(2, *often.shape, generator=generator)
+    ink = (drawn < often) * (0.45 + 0.2 * shade)  # (N, S + 1)
     noise = NOISE * torch.randn(N_IMAGES, SIDE, SIDE, generator=generator)
     noise *= torch.tensor(box(2, 25, 2, 25))  # the edge stays blank, as in MNIST
     images = torch.zeros_like(noise)
     for mask, of_stroke in zip([*(row.mask for row in table), STAIN], ink.T, strict=True):
         images = torch.maximum(images, of_stroke[:, None, None] * torch.tensor(mask))
     return (images + noise).clamp(0, 1)[:, None], labels
+
+
+class World(NamedTuple):
+    """A planted layer with its splits "val" and "test", and what is proposed from the former."""
+
+    table: list[Planted]
+    layer: fa.ExplainedLayer
+    discovery: Discovery
+    hypotheses: list[Hypothesis]
+
+    @property
+    def val(self) -> fa.Activations:
+        return self.layer.splits["val"]
+
+    @property
+    def test(self) -> fa.Activations:
+        return self.layer.splits["test"]
+
+
+def layer_with_splits(layer: fa.ExplainedLayer, **splits) -> fa.ExplainedLayer:
+    """The layer with splits, each of images and labels."""
+    found = {name: layer.activations(*split) for name, split in splits.items()}
+    return fa.ExplainedLayer(layer.model, layer.sae, layer.mu, layer.std, found)
+
+
+@functools.cache
+def planted_world(turn: int = 0) -> World:
+    """The world in which strokes are turned by so many orientations."""
+    table = stroke_table(turn)
+    splits = {"val": draw_labelled(table, turn), "test": draw_labelled(table, 100 + turn)}
+    layer = layer_with_splits(plant(table), **splits)
+    discovery = discover(layer)
+    return World(table, layer, discovery, propose_hypotheses(layer, discovery))
 
 
 def shuffled(activity: Activity, seed: int) -> Activity:
@@ -128,18 +162,10 @@ def shuffled(activity: Activity, seed: int) -> Activity:
     return activity._replace(image=torch.from_numpy(np.concatenate(images)))
 
 
-def activity_of(acts: list[list[float]]) -> Activity:
-    """The activity behind activations (N, d_sae); all labels are 0."""
-    columns = torch.tensor(acts).T
-    feature, image = (columns > 0).nonzero(as_tuple=True)
-    counts = torch.bincount(feature, minlength=len(columns))
-    start = torch.tensor([0, *counts.cumsum(0).tolist()])
-    return Activity(start, image, columns[feature, image], torch.zeros(len(acts), dtype=int))
-
-
-def blank(feature: int = 0, **parts) -> Hypothesis:
-    """A hypothesis that predicts nothing but the parts given."""
-    return Hypothesis(feature, 0.0, (0,) * 10, 1000, 0.0, 0.0, {})._replace(**parts)
+def drawing(feature: int, weights, **parts) -> Hypothesis:
+    """The hypothesis with these weights, (h, w) from -2 to 2."""
+    weights = np.asarray(weights)
+    return Hypothesis(feature, weights.clip(0), (-weights).clip(0), **parts)
 
 
 def paired(both: int, only_named: int, only_elsewhere: int, neither: int) -> EditTest:
