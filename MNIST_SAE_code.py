@@ -789,22 +789,24 @@ def explain_activations(
         source=data.source,
         **settings.chosen("topk n_eval alpha hypotheses features seed"),
     )
-    drafts, records, reports, histories = {}, {}, {}, []
+    drafts, records, reports, writing = {}, {}, {}, []
     logits_from = SCHEDULE.logit_kl_from if settings.head_kl else None
     for target, saes in trained.items():
         own, folder = saes.stages[settings.seed], settings.folder_of(target)
         given = (network.history, own.record["history"], target, logits_from, DEAD_BELOW)
-        histories.append(workers.start("training.png", report.write_history, folder, *given))
+        writing.append(workers.start("training.png", report.write_history, folder, *given))
         explained = layer.with_sae(JumpReLUSAE.from_weights(own.tensors, layer.device))
         drafts[target] = report.prepare_report(explained, folder, options, Stopwatch(), workers)
     for target, draft in drafts.items():
         given = (target, trained[target], data, settings, workers)
-        records[target], reports[target] = finish_target(draft, *given)
-    workers.results(histories)
+        records[target], reports[target], tasks = finish_target(draft, *given)
+        writing += tasks
     for target, draft in drafts.items():
         frontier, weights = report.frontier_of(list(records.values())), page_weights(layer.model)
         with draft.clock("page"):
             report.write_page(draft, records[target], reports[target], frontier, weights)
+    workers.results(writing)
+    for target, draft in drafts.items():
         in_tasks = {f"{name}, in tasks": s for name, s in workers.seconds.items()}
         seconds = {**clock.seconds, **draft.clock.seconds, **in_tasks}
         records[target]["seconds"] = {**seconds, "whole run": clock.total()}
@@ -830,7 +832,7 @@ def finish_target(
     data: Data,
     settings: Settings,
     workers: Workers,
-) -> tuple[dict, list[dict]]:
+) -> tuple[dict, list[dict], list[Task]]:
     """`finish_report` with what only the trainer knows: the SAEs of other seeds, and as baselines
     the directions that training starts from, untrained and with a trained encoder."""
     layer, (stages, frozen) = draft.layer, trained

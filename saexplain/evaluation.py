@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 
 import feature_analysis as fa
-from saexplain.activity import Activity, Removals, collect_activity, removal_effects
+from saexplain.activity import (
+    Activity,
+    Removals,
+    check_activity,
+    collect_activity,
+    removal_effects,
+)
 from saexplain.edits import Drawn, EditTest, edit_tests, edited_images
 from saexplain.hypotheses import (
     CONFIDENCES,
@@ -154,8 +160,8 @@ class Evidence(NamedTuple):
     n_active: int
     n_images: int
     label_histogram: tuple[int, ...]  # of the active images
-    influence: float  # share of the logit effect of all single ablations
-    changes: float  # share of the active images whose prediction changes without it
+    influence: float | None  # share of the logit effect of all single ablations
+    changes: float | None  # share of the active images whose prediction changes without it
     picked: Picked | None = None
     detection: Detection | None = None  # by the score
     correlation: float | None = None  # of the score with the pre-activation, z W_enc
@@ -194,20 +200,23 @@ def collect_evidence(
 ) -> list[Evidence]:
     """The evidence of the images of `split` for hypotheses about different features.
 
-    Without `in_full` neither classes nor logits are tested, and the score's ranking is left out;
-    `drawn` are the drawings prepared by `prepare_drawings`, where they are at hand. A given
-    `activity` replaces the SAE's own, as for a test under chance. Raises ValueError for an activity
-    of other images, drawings of another shape than the canvas's, and a hypothesis without a
-    threshold.
+    Without `in_full` neither classes nor logits are tested, and influence and the score's ranking
+    are left out; `drawn` are the drawings prepared by `prepare_drawings`, where they are at hand. A
+    given `activity` replaces the SAE's own, as for a test under chance. Raises ValueError for an
+    activity of other images, drawings of another shape than the canvas's, and a hypothesis without
+    a threshold.
     """
     rule, raw = rule or Rule(), split.raw
     activity = activity or collect_activity(layer, raw, split.labels)
-    removed = removed or removal_effects(layer, raw, activity)
+    check_activity(activity, layer, raw)
     check_hypotheses(hypotheses, layer, canvas)
-    histograms = label_histograms(activity, removed.mean_delta.shape[1])
+    histograms = label_histograms(activity, layer.n_classes)
     label_counts = torch.bincount(activity.labels, minlength=histograms.shape[1]).numpy()
     levels = canvas.levels(split.images)
-    influence, changes = removed.influence.tolist(), removed.changes.tolist()
+    influence = changes = [None] * layer.d_sae
+    if in_full:
+        removed = removed or removal_effects(layer, raw, activity)
+        influence, changes = removed.influence.tolist(), removed.changes.tolist()
     n_active, evidence = activity.n_active.tolist(), []
     for h in hypotheses:
         k = h.feature

@@ -1,7 +1,7 @@
 """How does one SAE become one folder? Pictures, tested hypotheses, the page and its tables.
 
     draft = prepare_report(layer, folder, options, clock, workers)  # from validation images alone
-    record, report = finish_report(draft, record, ...)              # test images; files
+    record, report, tasks = finish_report(draft, record, ...)       # test images; files
     write_page(draft, record, report, frontier)                     # feature_report.html
 
     explain_sae(model, "layer3", sae, mu, std, train, val, test, out="explained")  # all of it
@@ -215,12 +215,12 @@ def finish_report(
     replicates: Replicates | None,
     baselines: Mapping[str, Task],
     workers: Workers,
-) -> tuple[dict, list[dict]]:
+) -> tuple[dict, list[dict], list[Task]]:
     """Test on the test images and write the files of one SAE but for the page.
 
     `record` holds the fidelity and what else is known of the SAE; `baselines` are the tasks of
-    `start_baselines`. Returns the record, completed, for summary.json, and the records of
-    feature_report.json.
+    `start_baselines`. Returns the record, completed, for summary.json, the records of
+    feature_report.json, and tasks that still write files.
     """
     options, folder = draft.options, draft.folder
     evaluation, summaries = None, {}
@@ -242,7 +242,7 @@ def finish_report(
     top = report[:N_PANELS]
     notes = {entry["feature"]: panel_notes(draft, entry, replicates, evaluation) for entry in top}
     given = (folder, notes, draft.analysis, draft.shown, options.classes)
-    tasks = [*draft.pictures, workers.start("panels", write_feature_panels, *given)]
+    tasks = [workers.start("panels", write_feature_panels, *given)]
     record = {**record, "top_features": [entry["feature"] for entry in top]}
     if replicates:
         record["reproducibility"] = replicates.record
@@ -259,12 +259,12 @@ def finish_report(
         tasks.append(workers.start("hypotheses", write_hypotheses, *given))
     fa.write_whole(folder / "feature_report.json", to_json_lines(report))
     with draft.clock("pictures, waited for"):
-        workers.results(tasks)
+        workers.results(draft.pictures)
     drawn = sum(task.seconds for task in draft.pictures)
     seconds = {**draft.clock.seconds, "pictures": drawn}
     diagnoses = diagnose(record, draft.analysis, draft.features, seconds)
     record["diagnoses"] = [d.as_record() for d in diagnoses]
-    return record, report
+    return record, report, tasks
 
 
 def write_hypotheses(
@@ -458,8 +458,10 @@ def explain_sae(
         }
         baselines = default_baselines(explained, given.seed) if draft.frozen else {}
         tasks = start_baselines(draft, baselines, pool_of_workers)
-        record, report = finish_report(draft, record, None, tasks, pool_of_workers)
+        given = (draft, record, None, tasks, pool_of_workers)
+        record, report, pending = finish_report(*given)
         write_page(draft, record, report, frontier_of([record]))
+        pool_of_workers.results(pending)
         seconds = {**clock.seconds, **pool_of_workers.seconds}
         record["seconds"] = {**seconds, "whole run": clock.total()}
         fa.write_whole(folder / "summary.json", to_json([record]))

@@ -83,7 +83,8 @@ def test_a_feature_is_tested_alike_whichever_others_are_tested(world, evidence, 
     drawn = ev.prepare_drawings(some, canvas)
     given = (some, world.layer, world.test, canvas)
     short = ev.collect_evidence(*given, activity=activity, drawn=drawn, in_full=False)
-    removed = {"detection": None, "correlation": None, "classes": None, "effects": {}}
+    removed = dict.fromkeys(("detection", "correlation", "classes", "influence", "changes"))
+    removed["effects"] = {}
     assert short == [e._replace(**removed) for e in evidence]
     h = some[3]
     images = world.test.images
@@ -356,7 +357,7 @@ def test_records_and_markdown(world, evidence, activity):
     given = world.layer, halves[0], world.discovery.canvas
     found = ev.collect_evidence(world.hypotheses, *given)
     own = collect_activity(world.layer, halves[0].raw, halves[0].labels)
-    given = (world.hypotheses, Rule(), 2400, found, evidence, own, (0.97, 0.94), 0.305)
+    given = (world.hypotheses, Rule(), 2400, found, evidence, own, 0.97, 0.94, 0.305)
     evaluation = ev.make_evaluation(*given)
     other = ev.summarize(five_rows(), 0.9, 0.7)
     record = ev.evaluation_record(evaluation, {"neurons": other}, "abc")

@@ -148,7 +148,7 @@ def test_sketch_tints_its_cells_over_the_mean(tmp_path):
     weights[2:4, 2:6], weights[4:6, 2:6] = 2, 1
     weights[7:9, 7:11], weights[9:11, 7:11] = -1, -2
     path = tmp_path / "sketch.png"
-    visualize_sketch(Sketch(ink, weights), 3, "Ink here, none there", path)
+    visualize_sketch(Sketch(ink, weights, "Ink here, none there"), 3, path)
     page, zoom = read(path).astype(int), round(fa.PATTERN / SIDE)
     for tone in (2, 1, -1, -2):
         color = panels.SKETCH_RED if tone > 0 else panels.SKETCH_BLUE

@@ -37,7 +37,8 @@ def evaluated(loaded, tmp_path_factory):
         folder = tmp_path_factory.mktemp("report")
         draft = report.prepare_report(loaded.layer, folder, options, Stopwatch(), workers)
         units = {"neurons": report.default_baselines(loaded.layer, 0)["neurons"]}
-        evaluation, _ = report.evaluate_draft(draft, units, workers)
+        workers.results(list(report.start_baselines(draft, units, workers).values()))
+        evaluation = report.evaluate_draft(draft)
     return calls, evaluation, folder
 
 

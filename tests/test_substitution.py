@@ -3,53 +3,43 @@
 import numpy as np
 import pytest
 import torch
-from planted import drawing, planted_world
+from planted import planted_world
 from small_models import activity_of
 
-from saexplain import substitution
 from saexplain.activity import collect_activity
-from saexplain.hypotheses import Discovery
+from saexplain.hypotheses import scores_of
 from saexplain.substitution import fit_stand_ins, measure_agreement, predict_acts, swap_by_rate
 
 
-def discovery_of_levels(levels: torch.Tensor) -> Discovery:
-    return Discovery(None, levels.byte(), None, None, None, None)
-
-
 def test_acts_follow_scores_by_rank_and_linearly_between():
-    levels = torch.tensor([[0, 9], [10, 9], [20, 9], [30, 9], [50, 9]])
+    scores = torch.tensor([[0, 10, 20, 30, 50], [0, 10, 20, 30, 50], [0, 0, 0, 0, 0]])
     acts = [[0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [4.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
-    some = [drawing(0, [[1, 0]]), drawing(1, [[1, 0]]), drawing(2, [[0, 0]])]
-    fitted = fit_stand_ins(some, discovery_of_levels(levels), activity_of(acts))
+    fitted = fit_stand_ins(scores, activity_of(acts))
     # Two images activate feature 0: scores of 30 and 50 are picked, and get 1 and 4.
-    at = torch.tensor([[29.0, 0.0], [30.0, 1.0], [40.0, 0.0], [50.0, 7.0], [90.0, 0.0]])
-    found = predict_acts(fitted, at)
+    found = predict_acts(fitted, torch.tensor([[29, 30, 40, 50, 90]] * 3))
     assert found[:, 0].tolist() == pytest.approx([0, 1, 2.5, 4, 4])
-    assert (found[:, 1:] == 0).all()  # never active, and not drawn
+    assert (found[:, 1:] == 0).all()  # never active, and without a drawing
 
 
-def test_acts_of_a_drawing_that_determines_the_feature_are_exact(monkeypatch):
-    monkeypatch.setattr(substitution, "AT_ONCE", 2)
+def test_acts_of_a_drawing_that_determines_the_feature_are_exact():
     generator = torch.Generator().manual_seed(0)
     levels = torch.randint(0, 200, (60, 6), generator=generator)
     weights = np.array([[[1, -1, 0, 2, 0, 0]], [[0, 1, 1, 0, 0, 0]], [[0, 0, 0, 0, -2, 1]]])
-    scores = levels @ torch.from_numpy(weights).flatten(1).T
-    acts = (scores - scores.float().quantile(0.6, 0).round()).clamp(min=0) / 64
-    some = [drawing(k, w) for k, w in enumerate(weights)]
-    fitted = fit_stand_ins(some, discovery_of_levels(levels), activity_of(acts.tolist()))
-    assert predict_acts(fitted, levels.float()) == pytest.approx(acts, abs=1e-6)
+    scores = torch.from_numpy(weights).flatten(1) @ levels.T
+    acts = (scores - scores.float().quantile(0.6, 1, keepdim=True).round()).clamp(min=0) / 64
+    fitted = fit_stand_ins(scores, activity_of(acts.T.tolist()))
+    assert predict_acts(fitted, scores).T == pytest.approx(acts, abs=1e-6)
 
 
 def test_acts_are_linear_between_quantiles():
     rng = np.random.default_rng(0)
     levels, acts = rng.permutation(250), rng.random(250) ** 4 * (np.arange(250) < 170)
-    one = [drawing(0, [[1]])]
-    given = discovery_of_levels(torch.from_numpy(levels)[:, None])
-    fitted = fit_stand_ins(one, given, activity_of(acts[:, None].astype(np.float32).tolist()))
+    scores = torch.from_numpy(levels)[None]
+    fitted = fit_stand_ins(scores, activity_of(acts[:, None].astype(np.float32).tolist()))
     shares = np.linspace(0, 1, 65)
     picked = np.quantile(np.sort(levels)[-170:], shares)
     expected = np.interp(levels, picked, np.quantile(acts[:170], shares), left=0)
-    found = predict_acts(fitted, torch.from_numpy(levels)[:, None].float())
+    found = predict_acts(fitted, scores)
     assert found[:, 0].numpy() == pytest.approx(expected, abs=1e-6)
 
 
@@ -69,9 +59,10 @@ def test_agreement_by_hand():
 def test_hypotheses_about_planted_strokes_keep_the_predictions():
     world = planted_world()
     activity = collect_activity(world.layer, world.val.raw, world.val.labels)
-    fitted = fit_stand_ins(world.hypotheses, world.discovery, activity)
+    weights = np.stack([h.weights for h in world.hypotheses])
+    fitted = fit_stand_ins(scores_of(weights, world.discovery.levels), activity)
     levels = world.discovery.canvas.levels(world.test.images)
-    found = predict_acts(fitted, levels)
+    found = predict_acts(fitted, scores_of(weights, levels))
     acts = world.layer.feature_acts(world.test.raw)
     correlation = np.corrcoef(found.flatten(), acts.flatten())[0, 1]
     assert correlation > 0.95
@@ -83,9 +74,4 @@ def test_drawings_are_exchanged_for_those_of_the_next_in_rate():
     acts = torch.zeros(9, 4)
     for k, n in enumerate((3, 9, 0, 4)):  # the order is 2, 0, 3, 1
         acts[:n, k] = 1.0
-    some = [drawing(k, [[k, -1]] if k < 3 else [[0, 2]], threshold=k) for k in range(4)]
-    found = swap_by_rate(some, activity_of(acts.tolist()))
-    assert [h.feature for h in found] == [0, 1, 2, 3]
-    for k, other in ((2, 0), (0, 3), (3, 1), (1, 2)):
-        assert np.array_equal(found[k].weights, some[other].weights)
-        assert found[k].threshold == other
+    assert swap_by_rate(activity_of(acts.tolist())).tolist() == [3, 2, 0, 1]
