@@ -169,7 +169,9 @@ class Settings:
     workers: int = setting(WORKERS, "processes beside this one; -1: one for each further core", -1)
     fresh: bool = setting(FRESH, "train again instead of reusing finished stages")
     wait: bool = setting(WAIT, "wait while another run writes to the same folder")
-    my_hypotheses: str = setting(MY_HYPOTHESES, "test hypotheses of your own on a finished run")
+    my_hypotheses: str = setting(
+        MY_HYPOTHESES, "FILE of your own hypotheses: test them on the finished run in --out"
+    )
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -1115,9 +1117,12 @@ def train_combination(settings: Settings) -> dict:
 
 def report_my_hypotheses(settings: Settings) -> list[dict]:
     """The records of hypotheses of one's own, tested on the finished run in the folder `out`."""
-    given = read_hypotheses(settings.my_hypotheses)
     moved = None if settings.data == DATA else settings.data  # by default where they were
-    run = load_run(settings.out, data_dir=moved, device=settings.device)
+    path, target = Path(settings.out) / "settings.json", None
+    if path.exists() and len(read_json(path)["settings"]["target_actives"]) > 1:
+        target = settings.target_actives[0]
+    run = load_run(settings.out, target, moved, settings.device)
+    given = read_hypotheses(settings.my_hypotheses, run.layer.sae)
     with folder_lock(run.folder, settings.wait), torch_threads(1):
         return report_own(given, run.layer, run.folder, run.report, run.data.classes)
 

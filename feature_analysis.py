@@ -1125,11 +1125,19 @@ def visualize_feature_pattern(
 
 
 def write_feature_pictures(
-    folder: str | Path, features: Iterable, bank: FeatureBank, images, heats, inked=None, classes=()
+    folder: str | Path,
+    features: Iterable,
+    bank: FeatureBank,
+    images,
+    heats,
+    inked=None,
+    classes: Sequence[str] = (),
+    ink_sign: int = 1,
 ) -> None:
     """Write feature_{k}_gallery.png, _pattern.png and _pattern.npy for every k of `features`.
 
-    `heats` (d_sae, H, W) come from `feature_input_patterns`; the .npy holds the raw gradient.
+    `heats` (d_sae, H, W) come from `feature_input_patterns`; the .npy holds the raw gradient, the
+    PNG times `ink_sign`, -1 where ink, which pictures show dark, lowers a pixel's value.
     Raises like the functions that show one picture, and OSError when a file cannot be written.
     """
     heats = as_patterns(heats)
@@ -1137,7 +1145,7 @@ def write_feature_pictures(
     for k in features:
         name = f"{folder}/feature_{k}"
         save_pixels(gallery.paint(k, bank), f"{name}_gallery.png")
-        save_pixels(pattern.paint(heats[k], k), f"{name}_pattern.png", pattern_palette())
+        save_pixels(pattern.paint(ink_sign * heats[k], k), f"{name}_pattern.png", pattern_palette())
         stored = io.BytesIO()
         np.save(stored, heats[k])
         write_whole(f"{name}_pattern.npy", stored.getvalue())

@@ -20,6 +20,7 @@ from torch import Tensor
 import feature_analysis as fa
 from saexplain.activity import Activity, Removals, collect_activity, removal_effects
 from saexplain.images import as_ink
+from saexplain.ink import ink_sign
 from saexplain.parallel import Stopwatch
 from saexplain.patterns import (
     feature_patterns,
@@ -38,6 +39,7 @@ class Analysis(NamedTuple):
     bank: fa.FeatureBank
     heats: Tensor  # (d_sae, H, W) input patterns; of a color image, summed over channels
     unit_heats: Tensor  # (d_in, H, W) the same of the layer's standardized units
+    ink_sign: int  # 1 where ink raises a pixel's value, -1 where it lowers it
     pattern_correlation: Tensor  # (d_sae,) of a pattern's sum over an image with the pre-activation
     logit: fa.LogitEffects
     ablation: fa.LogitEffects
@@ -45,6 +47,11 @@ class Analysis(NamedTuple):
     inked: np.ndarray  # (H, W) bool, the pixels that images ink
     activity: Activity
     removed: Removals
+
+    @property
+    def shown_heats(self) -> Tensor:
+        """(d_sae, H, W) the patterns as pictures show them: red where ink raises the feature."""
+        return self.ink_sign * self.heats
 
 
 def analyze(
@@ -74,6 +81,7 @@ def analyze(
         bank,
         heats,
         unit_heats,
+        ink_sign(images),
         correlation,
         fa.LogitEffects(*(tensor.cpu() for tensor in logit)),
         fa.LogitEffects(*(tensor.cpu() for tensor in ablation)),

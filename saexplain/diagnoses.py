@@ -103,6 +103,17 @@ def diagnose(
             "set FEATURES",
         ),
     ]
+    if "hypotheses" in record:
+        own = record["hypotheses"]["summaries"]["SAE"]
+        found.append(
+            Diagnosis(
+                "failing hypotheses",
+                own["agreement"] - own["agreement_hypotheses"],
+                0.1,
+                "predictions lost when hypotheses take the place of the features",
+                "drawings see dark and light only, no color: trust images more than drawings",
+            )
+        )
     if "reproducibility" in record:
         found.append(
             Diagnosis(

@@ -210,7 +210,8 @@ def _draw_bands(axes: Axes, summaries: dict[str, Summary]) -> None:
         for x, band in enumerate(s.bands):
             center = x - 0.4 + (i + 0.5) * width
             axes.bar(center, band["f1"] or 0, width, color=color, label=None if x else name)
-    edges = [f"up to {edge:.0%}" for edge in BANDS] + ["more"]
+    ends = ["0", *(f"{edge:.0%}" for edge in BANDS)]
+    edges = [f"{low} to {high}" for low, high in itertools.pairwise(ends)] + [f"over {ends[-1]}"]
     counts = [band["features"] for band in summaries["SAE"].bands]
     names = [f"{edge}\n({n} of the SAE)" for edge, n in zip(edges, counts, strict=True)]
     axes.set_xticks(range(len(names)), names)

@@ -110,6 +110,8 @@ class Hypothesis:
             if (value := getattr(self, name)) is not None:
                 least = -fa.LAST_INDEX if name == "threshold" else 0
                 checked[name] = _index(name, value, least)
+        if self.raises is not None and self.raises == self.lowers:
+            raise ValueError(f"a feature cannot raise and lower the same logit, {self.raises}")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if not self.caption:

@@ -29,6 +29,17 @@ SEEN = 2000  # images from which it is decided whether ink is dark or light
 REFERENCE_SIDE = 28  # pixels of MNIST's images, for which lengths in cells are given
 
 
+def ink_sign(images: Tensor) -> int:
+    """1 where ink raises a pixel's value, -1 where it lowers it, by images (N, C, H, W).
+
+    Raises ValueError unless they are gray or RGB.
+    """
+    some = images[:SEEN]
+    shown, light = as_ink(some)[:, 0], some.float().sum(1)
+    shown, light = shown - shown.mean(), light - light.mean()
+    return 1 if float((shown * light).sum()) >= 0 else -1
+
+
 class Canvas(NamedTuple):
     """How images become ink, fitted once, so that all images are seen alike."""
 
@@ -47,15 +58,13 @@ class Canvas(NamedTuple):
         Raises ValueError unless they are gray or RGB.
         """
         images = images[:, None] if images.dim() == 3 else images
-        shown = as_ink(images[:SEEN])  # (n, 1, H, W); raises for other shapes
+        sign = ink_sign(images)  # raises for other shapes
         normalized = bool(images.min() < 0 or images.max() > 1)
         channels = images.shape[1]
         low, span = torch.zeros(channels), torch.ones(channels)
         if normalized:
             low, high = (f((0, 2, 3)).float().cpu() for f in (images.amin, images.amax))
             span = (high - low).clamp(min=1e-12)
-        light = images[:SEEN].float().sum(1)
-        sign = 1 if _correlates(light, shown[:, 0]) else -1
         cell = math.ceil(max(images.shape[2:]) / MAX_SIDE)
         canvas = cls(tuple(images.shape[1:]), cell, low, span, sign, torch.empty(0), torch.empty(0))
         levels = canvas.levels(images)
@@ -114,7 +123,3 @@ class Canvas(NamedTuple):
         low, span = (v.to(images)[:, None, None] for v in (self.low, self.span))
         edited = images + self.sign * span * cells[:, None]
         return torch.minimum(torch.maximum(edited, low), low + span)
-
-
-def _correlates(a: Tensor, b: Tensor) -> bool:
-    return bool(((a - a.mean()) * (b - b.mean())).sum() >= 0)

@@ -61,12 +61,19 @@ TRIES_FILE = "my_hypotheses_tried.json"  # of a run's folder
 # --------------------------------------------------------------------------------------------------
 
 
-def read_hypotheses(path: str | Path) -> list[Hypothesis]:
+def digest_of_sae(sae: object) -> str:
+    """What names an SAE in a file of hypotheses: the start of the SHA-256 of its W_enc."""
+    weights = sae.W_enc.detach().cpu().float().contiguous().numpy()
+    return hashlib.sha256(weights.tobytes()).hexdigest()[:16]
+
+
+def read_hypotheses(path: str | Path, sae: object | None = None) -> list[Hypothesis]:
     """The hypotheses of a file that `write_hypotheses` or the page wrote, or a person.
 
     The file is JSON: {"format": "saexplain hypotheses 1", "hypotheses": [{"feature": 116,
     "drawing": ["..++..", ...], "classes": [1], "raises": 1, "caption": "..."}, ...]}; a drawing's
-    characters are those of `hypotheses.TONES`. Raises InputError for anything else.
+    characters are those of `hypotheses.TONES`. Raises InputError for anything else, and where the
+    file names another SAE than `sae`.
     """
     path = Path(path)
     try:
@@ -82,6 +89,8 @@ def read_hypotheses(path: str | Path) -> list[Hypothesis]:
         raise InputError(f"{path} is no JSON: {str(error)[:100]}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise InputError(f'{path} must be a JSON object with "format": "{FORMAT}"')
+    if sae is not None and record.get("sae", digest_of_sae(sae)) != digest_of_sae(sae):
+        raise InputError(f"{path} is about another SAE, that of: {record.get('source')!r:.80}")
     entries = record.get("hypotheses")
     if not isinstance(entries, list) or not 0 < len(entries) <= MAX_HYPOTHESES:
         raise InputError(f'{path} must have a list of 1 to {MAX_HYPOTHESES:,} "hypotheses"')
@@ -90,6 +99,8 @@ def read_hypotheses(path: str | Path) -> list[Hypothesis]:
 
 def _hypothesis_of_entry(entry: object, i: int, path: Path) -> Hypothesis:
     """The hypothesis of the i-th entry of a file. Raises InputError."""
+    if not isinstance(entry, dict):
+        raise InputError(f"{path}: hypothesis {i} must be a JSON object, got {entry!r:.40}")
     try:
         rows = entry["drawing"]
         if not isinstance(rows, list) or not all(isinstance(row, str) for row in rows):
@@ -104,10 +115,14 @@ def _hypothesis_of_entry(entry: object, i: int, path: Path) -> Hypothesis:
         raise InputError(f"{path}: hypothesis {i}: {str(error)[:200]}") from error
 
 
-def write_hypotheses(hypotheses: Sequence[Hypothesis], path: str | Path) -> None:
-    """Write hypotheses as a file that `read_hypotheses` and the page read."""
+def write_hypotheses(
+    hypotheses: Sequence[Hypothesis], path: str | Path, sae: object | None = None
+) -> None:
+    """Write hypotheses as a file that `read_hypotheses` and the page read; with the `sae` that they
+    are about, the file is an error for any other."""
     entries = ",\n".join(hypothesis_text(h) for h in hypotheses)
-    content = f'{{\n "format": "{FORMAT}",\n "hypotheses": [\n{entries}\n]}}\n'
+    about = "" if sae is None else f' "sae": "{digest_of_sae(sae)}",\n'
+    content = f'{{\n "format": "{FORMAT}",\n{about} "hypotheses": [\n{entries}\n]}}\n'
     fa.write_whole(path, content.encode())
 
 
@@ -175,9 +190,14 @@ def evaluate_own(
 # --------------------------------------------------------------------------------------------------
 
 
+def printable(words: str) -> str:
+    """Words on one line, without characters that steer a terminal or turn the direction of text."""
+    return "".join(c for c in " ".join(words.split()) if c.isprintable())
+
+
 def escaped(words: str) -> str:
     """Words without meaning in Markdown or HTML, on one line."""
-    words = " ".join(words.split()).replace("&", "&amp;").replace("<", "&lt;")
+    words = printable(words).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\`*_{}\[\]>#|])", r"\\\1", words)
 
 
@@ -185,7 +205,8 @@ def calibration_rows(results: Sequence[OwnResult]) -> list[list[str]]:
     """A table: of hypotheses held with each confidence, how many deserved High, Medium, Low."""
     rows = [["your confidence", *(f"deserved {name}" for name in CONFIDENCES)]]
     for name in (*CONFIDENCES, ""):
-        own = [r.row.decision.confidence for r in results if r.hypothesis.confidence == name]
+        of_name = [r.row for r in results if r.hypothesis.confidence == name]
+        own = [row.decision.confidence for row in of_name if row.evidence.picked]
         if own:
             rows.append([name or "none given", *(str(own.count(c)) for c in CONFIDENCES)])
     return rows
@@ -203,8 +224,7 @@ def result_lines(r: OwnResult, machine: dict | None, classes: Sequence[str]) -> 
         f"- Confidence by the tests: {confidence_words(d.confidence, replicated)}; by its author: "
         f"{h.confidence or 'none given'}",
     ]
-    if e.picked:
-        lines.append(f"- In words: {picked_words(e.picked)}")
+    lines.append(f"- In words: {picked_words(e.picked) if e.picked else why_not_tested(r)}")
     if again.f1 is not None:
         lines.append(f"- F1 on the replication half {again.f1:.2f}")
     if machine and machine.get("f1") is not None:
@@ -216,6 +236,14 @@ def result_lines(r: OwnResult, machine: dict | None, classes: Sequence[str]) -> 
         )
     lines += [f"- {line}" for line in measured_lines(h, e, d, classes)]
     return [*lines, ""]
+
+
+def why_not_tested(r: OwnResult) -> str:
+    """The reason why a drawing has no F1."""
+    e = r.row.evidence
+    if e.is_testable:
+        return "nothing is drawn"
+    return f"not tested: active on {e.n_active} of {e.n_images} images"
 
 
 def picture_name(r: OwnResult) -> str:
@@ -286,10 +314,10 @@ def results_text(results: Sequence[OwnResult]) -> str:
     lines = []
     for r in results:
         e, name = r.row.evidence, r.row.decision.confidence
-        found = "too few active images to test"
+        found = why_not_tested(r)
         if e.picked:
             precision, recall = percent(e.picked.precision), percent(e.picked.recall)
             found = f"F1 {e.picked.f1:.2f}, precision {precision}, recall {recall}"
-        caption = " ".join(r.hypothesis.caption.split())[:60]
+        caption = printable(r.hypothesis.caption)[:60]
         lines.append(f"{r.hypothesis.feature:>5}  {name:<6}  {found}; {caption}")
     return "\n".join(lines)

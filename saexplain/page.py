@@ -16,7 +16,6 @@ h x w = P cells of the canvas.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import math
 import zlib
@@ -43,6 +42,7 @@ from saexplain.evaluation import DOSES, EFFECT_IMAGES, format_rule
 from saexplain.hypotheses import MIN_ACTIVE, Rule, evenly_spaced, weights_of_rows
 from saexplain.images import as_ink
 from saexplain.ink import Canvas
+from saexplain.own import digest_of_sae
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 # files of templates/, joined in this order: later ones use what earlier ones define
@@ -414,9 +414,8 @@ def _testing_fields(
 ) -> dict[str, object]:
     """What the page needs to measure and test the hypotheses of its reader."""
     plain = canvas.cell == canvas.sign == 1 and not canvas.low.any() and (canvas.span == 1).all()
-    weights = layer.sae.W_enc.detach().cpu().float().contiguous().numpy()
     return {
-        "sae": hashlib.sha256(weights.tobytes()).hexdigest()[:16],
+        "sae": digest_of_sae(layer.sae),
         "canvas": canvas.shape,
         "cell": canvas.cell,
         "rule": Rule()._asdict(),

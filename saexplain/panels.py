@@ -263,7 +263,7 @@ def write_feature_panels(
 
     `images` are those the bank was collected on. Raises like `fa.write_feature_pictures`.
     """
-    heats = fa.as_patterns(analysis.heats)
+    heats = fa.as_patterns(analysis.shown_heats)
     gallery = fa.GalleryPainter(images, classes)
     for k, note in notes.items():
         effects = analysis.logit.mean_delta[k], analysis.ablation.mean_delta[k]

@@ -119,6 +119,7 @@ def remove_results(folder: Path) -> bool:
     run; whether there were any."""
     found = [folder / name for name in RESULT_FILES if (folder / name).exists()]
     pictures = r"feature_\d+_(gallery|pattern|panel|hypothesis)\.(png|npy)"
+    pictures += r"|my_hypothesis_\d+_\d+\.png|my_hypotheses(_tried\.json|\.md)"
     found += [path for path in folder.iterdir() if re.fullmatch(pictures, path.name)]
     for path in found:
         path.unlink(missing_ok=True)
@@ -137,6 +138,7 @@ def prepare_report(
     for part in range(PICTURE_TASKS):
         own = features[part::PICTURE_TASKS]
         given = (folder, own, analysis.bank, shown, analysis.heats, analysis.inked, options.classes)
+        given += (analysis.ink_sign,)
         pictures.append(workers.start("pictures", fa.write_feature_pictures, *given))
     discovery = frozen = None
     if options.hypotheses:
@@ -294,7 +296,8 @@ def panel_notes(
         sae = replicates.saes[replicates.seeds.index(found["seed"])]
         at = gradient_images(draft.layer, draft.layer.splits["val"].images)
         given = (draft.layer.model, sae, draft.layer.mu, draft.layer.std, found["feature"])
-        heat = fa.feature_input_pattern(*given, **at).cpu()  # one direction, not d_in of them
+        # One direction, not d_in of them
+        heat = draft.analysis.ink_sign * fa.feature_input_pattern(*given, **at).cpu()
         similarity = min(found["cosine"], found["correlation"])
         words = f"seed {found['seed']}, no. {found['feature']}\nsimilarity {similarity:.2f}"
         counterparts.append((words, (heat.sum(0) if heat.dim() == 3 else heat).numpy()))
@@ -333,7 +336,7 @@ def write_page(
         draft.folder / "feature_report.html",
         report,
         layer,
-        page.Shown(a.bank, a.activity, a.heats, a.inked, canvas),
+        page.Shown(a.bank, a.activity, a.shown_heats, a.inked, canvas),
         page.Overview(
             title,
             results,

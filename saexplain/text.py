@@ -9,6 +9,7 @@ Takes an `Evaluation` and its `evaluation_record`; gives text and JSON objects. 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -93,7 +94,7 @@ def evaluated_record(k: int, evaluation: Evaluation, classes: Sequence[str] = ()
 
 EDIT_WORDS = {
     "erasing": "erasing the wanted ink deactivates it",
-    "filling": "painting the unwanted cells deactivates it",
+    "filling": "filling the unwanted cells deactivates it",
     "painting": "making an image as drawn activates it",
 }
 
@@ -153,8 +154,10 @@ def effect_words(verb: str, c: LogitChange, classes: Sequence[str]) -> str:
     lost, name = "falls" if falls else "rises", fa.class_name(classes, c.logit)
     low, high = (c.low, c.high) if c.by >= 0 else (-c.high, -c.low)
     change = f"{abs(c.by):.2f} [{low:.2f}, {high:.2f}]"
-    others = f"95% of random directions change theirs by at most {c.null:.2f}"
-    return f"without it the logit of {name} {lost} by {change}; {others}"
+    others = (
+        f"95% of random directions make one {'fall' if verb == 'raises' else 'rise'} by at most"
+    )
+    return f"without it the logit of {name} {lost} by {change}; {others} {c.null:.2f}"
 
 
 def measured_lines(
@@ -175,7 +178,8 @@ def measured_lines(
         lines.append(f"{effect_words(verb, change, classes)}: {d.results[verb]}")
         pairs = zip(change.at_doses[1:], change.linear[1:], strict=True)
         doses = ", ".join(f"{found:+.2f} (linear {line:+.2f})" for found, line in pairs)
-        lines.append(f"added at 0.5, 1 and 2 times its mean activation: {doses}")
+        name = fa.class_name(classes, change.logit)
+        lines.append(f"the logit of {name} with 0.5, 1, 2 times its mean activation: {doses}")
     return lines
 
 
@@ -246,8 +250,8 @@ from the threshold with the largest F1 on the validation images on, it is picked
 predicted to be active. Classes and logits are tested by themselves and add nothing to the score.
 The captions are made from the geometry of the drawings, and decide nothing.
 
-- Erasing: the ink in wanted cells is removed from active images. Filling: unwanted cells are
-painted on active images, up to {fill} of full ink. Painting: inactive images are made as drawn. The
+- Erasing: the ink in wanted cells is removed from active images. Filling: unwanted cells of
+active images get {fill} of full ink. Painting: inactive images are made as drawn. The
 same shapes elsewhere, with as much ink, are edited for comparison.
 - Classes: their share of the active images must be {enrichment} times that of all images.
 - Logits: removing the feature must change each by more than {percentile:.0%} of random directions
@@ -319,11 +323,12 @@ def summary_rows(record: dict) -> list[list[str]]:
     for name in EDIT_WORDS:
         cells = (_number(s["edits"][name], "{:.0%}") for s in sets)
         rows.append(row(f"{name} confirmed", cells))
-    names = [f"active on up to {band['upto']:.0%}" for band in sets[0]["bands"][:-1]]
-    for i, name in enumerate([*names, "active on more"]):
+    ends = [f"{band['upto']:.0%}" for band in sets[0]["bands"][:-1]]
+    names = [f"{low} to {high}" for low, high in itertools.pairwise(["0", *ends])]
+    for i, name in enumerate([*names, f"more than {ends[-1]}"]):
         bands = [s["bands"][i] for s in sets]
         cells = (f"{_number(b['f1'], '{:.2f}')} of {b['features']}" for b in bands)
-        rows.append(row(f"F1, {name}", cells))
+        rows.append(row(f"F1, active on {name}", cells))
     for name in CONFIDENCES:
         cells = (_replicated_words(s["confidence"][name]) for s in sets)
         rows.append(row(f"confidence {name}", cells))

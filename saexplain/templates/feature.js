@@ -47,9 +47,9 @@ function hypothesisCard(f) {
       `${detection.average_precision.toFixed(2)}; AUROC ${auroc(detection.auroc)} ` +
       interval(detection.auroc_low, detection.auroc_high, auroc) : "") +
       `; ${plural(f.found.n_images, "test image")}.`));
-  const edits = ["erasing", "filling", "painting"].filter(edit => results[edit]);
+  const edits = Object.keys(EDITS).filter(edit => results[edit]);
   if (edits.length) lines.push(el("p", {}, "Edits: ", edits.map((edit, n) =>
-    [n ? "; " : "", `${edit} `, marked(results[edit])]), "."));
+    [n ? "; " : "", `${EDITS[edit]} `, marked(results[edit])]), "."));
   if (of) lines.push(el("p", {}, classWords(f.hypothesis.classes, of), marked(results.classes)));
   for (const [verb, c] of Object.entries(effects ?? {}))
     lines.push(el("p", {}, `On these images ${logitWords(verb, c)} `, marked(results[verb])));

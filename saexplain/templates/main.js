@@ -3,7 +3,7 @@ const views = { story: storyView, class: classView, pair: pairView, errors: erro
   features: featuresView, draw: drawView, feature: featureView, two: twoView,
   write: writeView, yours: yoursView };
 const inMenu = { story: "Overview", class: "Classes", pair: "Two classes", errors: "Errors",
-  features: "Features", draw: "Draw", yours: "Yours" };
+  features: "Features", draw: "Draw", yours: "Your hypotheses" };
 let current = "";
 const viewOf = () => address().get("view") ?? (address().has("feature") ? "feature" : "story");
 

@@ -3,7 +3,10 @@ const CONTRIBUTION = "A feature's contribution to a logit is the logit minus wha
   "this feature alone is removed from the activations (what the SAE does not reconstruct stays).";
 const NOT_ADDITIVE = "The network is not linear, so contributions do not sum to the logit.";
 const PLACES = "Red: ink is wanted there; blue: it is not; the darker tone counts twice";
-const WORDS = "A bar is horizontal, a stem vertical, a slash rises, a backslash falls.";
+const WORDS = "Ink is what pictures show dark. A bar is horizontal, a stem vertical, a slash " +
+  "rises, a backslash falls, a hook bends, a ring closes; a patch is broad, a spot small.";
+const EDITS = { erasing: "erasing the wanted ink", filling: "filling the unwanted cells",
+  painting: "making images as drawn" };
 const FACE = "Each picture shows a feature's hypothesis on the mean of the images on which it is " +
   `active. ${PLACES}. ${WORDS}`;
 

@@ -43,19 +43,21 @@ function check(fine, what, value) {
 const isWhole = (v, below) => Number.isInteger(v) && v >= 0 && v < below;
 function readHypothesis(h) { /* a copy with the known fields only */
   check(h && typeof h === "object" && !Array.isArray(h), "it must be an object", h);
-  const { feature, caption = "", drawing, classes: of = [], raises = null, lowers = null,
-    confidence = "", threshold = null, tries = 0, tested: frozen = null } = h;
+  const { feature, drawing, raises = null, lowers = null, threshold = null, tested: frozen } = h;
+  const caption = h.caption ?? "", of = h.classes ?? [], tries = h.tries ?? 0;
+  const confidence = h.confidence ?? "";
   check(position.has(feature), "feature must be a number of a feature on this page", feature);
   check(typeof caption === "string" && caption.length <= LONGEST_CAPTION,
     `caption must be text of at most ${LONGEST_CAPTION} characters`, caption);
   check(Array.isArray(drawing) && drawing.length === CH,
-    `drawing must have ${CH} rows`, drawing?.length);
+    `drawing must have ${CH} rows`, drawing?.length ?? null);
   for (const row of drawing) check(typeof row === "string" && row.length === CW &&
     [...row].every(c => c in TONES), `a row of drawing must be ${CW} characters of .+#-=`, row);
   check(Array.isArray(of) && new Set(of).size === of.length && of.every(c => isWhole(c, C)),
     `classes must be different whole numbers below ${C}`, of);
   for (const [verb, c] of Object.entries({ raises, lowers }))
     check(c === null || isWhole(c, C), `${verb} must be null or a whole number below ${C}`, c);
+  check(raises === null || raises !== lowers, "raises and lowers must differ", lowers);
   check(["", ...CONFIDENCES].includes(confidence), "confidence must be High, Medium, Low or empty",
     confidence);
   check(threshold === null || Number.isInteger(threshold) && Math.abs(threshold) < 2 ** 31,
@@ -71,7 +73,7 @@ function readHypothesis(h) { /* a copy with the known fields only */
 function readFile(text) {
   let file;
   try { file = JSON.parse(text); } catch { throw new Error("it must be JSON"); }
-  check(file?.format === FORMAT, `format must be "${FORMAT}"`, file?.format);
+  check(file?.format === FORMAT, `format must be "${FORMAT}"`, file?.format ?? null);
   check(Array.isArray(file.hypotheses) && file.hypotheses.length <= MOST_HYPOTHESES,
     `hypotheses must be a list of at most ${MOST_HYPOTHESES}`, file.hypotheses?.length);
   const foreign = file.sae !== undefined && file.sae !== testing.sae;

@@ -133,7 +133,8 @@ function storyView() {
       el("b", {}, "sparse autoencoder"), " (SAE) reconstructs the activations of one of its " +
       "layers from ", el("b", {}, `${meta.d_sae} features`), ". On any one image only some of " +
       "them are active; each active feature changes the logits of the classes. This page shows " +
-      "which images, pixels and classes belong to each feature."),
+      "which images, pixels and classes belong to each feature, and what an image must look like " +
+      "for it to be active. ", link(to("yours"), "Write and test a hypothesis of your own")),
     tour(), ...pairSummary(),
     el("h2", {}, "The most influential features"),
     el("p", {}, `A feature's influence is its share of all changes of the logits that removing ` +

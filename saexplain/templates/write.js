@@ -148,7 +148,9 @@ function examples() {
 }
 function showWriting() {
   const { i, h, parts } = writing, any = writing.weights.some(Boolean);
-  writing.now = measure(writing.scores, activeIn("val", i), h.tested && h.threshold);
+  const same = isDrawn(i) && String(writing.weights) === String(drawingOf(i));
+  const threshold = same ? features[i].hypothesis.threshold : h.tested && h.threshold;
+  writing.now = measure(writing.scores, activeIn("val", i), threshold);
   const now = any ? writing.now : null;
   paintSheet();
   write(parts.words, now ? `F1 ${now.f1.toFixed(2)}. ${pickedWords(now.precision, now.recall)}`
@@ -161,11 +163,13 @@ function showWriting() {
     node.setAttribute("aria-pressed", String(writing.role === ROLES[n][1])));
   parts.strong.setAttribute("aria-pressed", String(writing.strong));
   parts.undo.disabled = !writing.past.length;
-  parts.test.disabled = Boolean(h.tested) || !any || !isTestable("test_half", i);
+  const both = h.raises !== null && h.raises === h.lowers;
+  parts.test.disabled = Boolean(h.tested) || !any || both || !isTestable("test_half", i);
   const looks = mine.looks.get(h.feature) ?? 0;
   write(parts.state, h.tested ? "This hypothesis is tested and stays as it is. Change anything, " +
-    "and it becomes a new one." : looks ? `The next test is look ${looks + 1} at the test half. ` +
-    "Each look makes it weaker evidence." : "");
+    "and it becomes a new one." : both ? "It cannot raise and lower the same logit." : looks ? `The next test is look ${looks + 1} at the test half. ` +
+    "Each look makes it weaker evidence." : "Each test is a look at the test half, and every " +
+    "further look makes it weaker evidence.");
   if (parts.result.dataset.of !== String(h.tested?.sha256)) {
     parts.result.dataset.of = String(h.tested?.sha256);
     parts.result.replaceChildren(...h.tested ? resultView(h) : []);
@@ -191,14 +195,16 @@ function resultView(h) {
     ["all picked", everyImage(r)]];
   if (again) columns.push(["yours, other half", again], ["machine's, other half",
     machineResults(i, "replication_half")]);
-  const edit = ([verb, e]) => el("li", {}, `${verb}: activity changes on ${e.named} of ${e.n} ` +
-    `images, and on ${e.elsewhere} by the same edit elsewhere `, marked(e.result));
+  const edit = ([verb, e]) => el("li", {}, `${EDITS[verb]} turns it ` +
+    `${verb === "painting" ? "active" : "inactive"} on ${e.named} of ${e.n} images, the same ` +
+    `edit elsewhere on ${e.elsewhere} `, marked(e.result));
   const lines = Object.entries(r.edits).map(edit);
   if (!testing.edits.can) lines.push(el("li", {}, "This page cannot test edits and " +
     "logits, and confidence rests on edits: Python tests an exported file in full."));
   if (r.classes)
     lines.push(el("li", {}, classWords(h.classes, r.classes), marked(r.classes.result)));
-  for (const [verb, c] of Object.entries(r.effects)) lines.push(el("li", {}, logitWords(verb, c)));
+  for (const [verb, c] of Object.entries(r.effects)) lines.push(el("li", {}, logitWords(verb, c),
+    "; whether random directions do as much, only Python tests"));
   const look = h.tries > 1 ? "Each look makes it weaker evidence. " : "";
   return [el("h3", {}, "Result: confidence ", el("b", {}, r.confidence ?? "not known"),
     h.confidence ? ` (you expected ${h.confidence})` : ""),
@@ -207,7 +213,8 @@ function resultView(h) {
   el("ul", { class: "plain small" }, lines),
   note(`On ${number(r.n_images)} images of the test half, of which ${number(r.active)} activate ` +
     `the feature. ${ordinal(h.tries)} look at the test half for this feature. ${look}` +
-    "Brackets: 95% intervals. Frozen as SHA-256 ",
+    "Brackets: 95% intervals. Python tests all images of the half and edits others, so a result " +
+    "near its bar may differ there. Frozen as SHA-256 ",
   el("code", { id: "sha256" }, h.tested.sha256), "."),
   el("p", {}, link(to("yours"), "All your hypotheses"))];
 }
