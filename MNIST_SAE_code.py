@@ -696,7 +696,7 @@ def sae_stage(
     prepare_folder(folder)
     inputs = {"target_actives": target, **settings.chosen(SAE_SETTINGS), **made_from}
     inputs |= {"device": layer.device.type, "torch": torch.__version__}
-    inputs["freeze_decoder"] = freeze_decoder
+    inputs |= {"freeze_decoder": True} if freeze_decoder else {}
     stage = load_cached(folder, "sae", inputs, settings.fresh)
     if stage is not None:
         return stage
@@ -847,9 +847,12 @@ def finish_target(
         baselines["untrained SAE"] = features_along(rows, z, *feature_stats(layer.sae, z))
         baselines |= report.default_baselines(layer, settings.seed)
     if frozen:
-        with draft.clock("frozen decoder, waited for"):
-            (stage,) = workers.results([frozen])
-        baselines["frozen decoder"] = JumpReLUSAE.from_weights(stage.tensors, layer.device)
+        try:
+            with draft.clock("frozen decoder, waited for"):
+                (stage,) = workers.results([frozen])
+            baselines["frozen decoder"] = JumpReLUSAE.from_weights(stage.tensors, layer.device)
+        except TrainingError as error:  # a baseline must not end the run
+            print(f"no baseline with a frozen decoder: {error}")
     tasks = report.start_baselines(draft, baselines, workers)
     with draft.clock("fidelity"):
         record = sae_record(layer, target, stages[settings.seed], data, settings)
@@ -1133,6 +1136,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     Raises InputError, BusyError or TrainingError.
     """
     runs = parse_runs(argv)
+    if runs[0].my_hypotheses and len(runs) > 1:
+        raise InputError("--my-hypotheses tests on one finished run: give no --seeds")
     if runs[0].my_hypotheses:
         return report_my_hypotheses(runs[0])
     if len(runs) == 1:

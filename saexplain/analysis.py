@@ -26,7 +26,7 @@ from saexplain.patterns import (
     feature_patterns,
     pattern_correlations,
     pattern_roughness,
-    unit_patterns,
+    unit_gradients,
 )
 
 N_CORRELATED = 2000  # images over which patterns are compared with pre-activations
@@ -68,10 +68,11 @@ def analyze(
         bank = fa.feature_bank(layer, raw, labels, topk)
         activity = collect_activity(layer, raw, labels)
     with clock("patterns"):
-        unit_heats = unit_patterns(layer, images)
+        gradients = unit_gradients(layer, images)
+        unit_heats = gradients.sum(1)
         heats = feature_patterns(layer, unit_heats)
         some = fa.Activations(images[:N_CORRELATED], labels[:N_CORRELATED], raw[:N_CORRELATED])
-        correlation = pattern_correlations(layer, heats, some)
+        correlation = pattern_correlations(layer, gradients, some)
         inked = (as_ink(layer.splits["train"].images) > 0).float().mean(0)[0] >= INKED_SHARE
     with clock("effects"):
         logit = fa.logit_effects(layer, raw[:n_eval], alpha)

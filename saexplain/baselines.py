@@ -170,4 +170,5 @@ def evaluate_baseline(
     levels = discovery.canvas.levels(test_half.images)
     predicted = predict_acts(stand_ins, scores_of(weights, levels))
     agreements = [measure_agreement(other, test_half.raw, a) for a in (acts, predicted)]
-    return summarize(rows, *agreements)
+    l0 = len(activity.image) / len(activity.labels)
+    return summarize(rows, l0, *agreements)

@@ -23,14 +23,14 @@ from torch import Tensor
 
 import feature_analysis as fa
 from saexplain.activity import Activity
-from saexplain.hypotheses import Hypothesis, evenly_spaced
+from saexplain.hypotheses import MIN_ACTIVE, Hypothesis, evenly_spaced
 from saexplain.ink import FULL_INK, Canvas
 from saexplain.statistics import wilson_interval
 
 EDITS = ("erasing", "filling", "painting")
 N_EDIT = 32  # active images, and as many inactive ones, that are edited for a feature
 FILL_LEVEL = 64  # a quarter of full ink: at full ink nearly anything deactivates a feature
-N_PLACES = 8  # to which a region is moved; each image takes the one with most ink to change
+N_PLACES = 8  # to which a region is moved; each image takes two, those with most ink to change
 STEP = 3  # pixels of MNIST between two such places
 
 
@@ -141,11 +141,13 @@ class Shapes(NamedTuple):
         return cls(torch.from_numpy(cells.reshape(-1)).float(), moved)
 
     def other(self, available: Tensor) -> Tensor:
-        """(B, P) 0 or 1, each region at the place that has most of what is `available` (B, P)."""
+        """(B, P) 0 or 1, each region at the two places that have most of what is `available` (B,
+        P): a single one often has less than the region itself."""
         found = torch.zeros_like(available)
         for places in self.elsewhere:
-            if len(places):
-                torch.maximum(found, places[(available @ places.T).argmax(1)], out=found)
+            order = torch.sort(available @ places.T, dim=1, descending=True, stable=True).indices
+            for place in order[:, :2].T:
+                torch.maximum(found, places[place], out=found)
         return found
 
 
@@ -170,22 +172,21 @@ class Drawn(NamedTuple):
 Pair = tuple[Tensor, Tensor]  # changes of levels (B, P), as named and elsewhere
 
 
-def _equal_amounts(named: Tensor, elsewhere: Tensor) -> Pair:
-    """Both changes (B, P), of one sign each, the larger of the two scaled down to the smaller."""
+def _as_much_elsewhere(named: Tensor, elsewhere: Tensor) -> Pair:
+    """Both changes (B, P), of one sign each, that elsewhere scaled down where it is larger."""
     of_named, of_other = named.abs().sum(1, keepdim=True), elsewhere.abs().sum(1, keepdim=True)
-    amount = torch.minimum(of_named, of_other)
-    return named * (amount / of_named.clamp(min=1)), elsewhere * (amount / of_other.clamp(min=1))
+    return named, elsewhere * (of_named / of_other.clamp(min=1)).clamp(max=1)
 
 
 def erase(levels: Tensor, shapes: Shapes) -> Pair:
     """The changes that take away the ink of levels (B, P) in the shapes."""
-    return _equal_amounts(-levels * shapes.cells, -levels * shapes.other(levels))
+    return _as_much_elsewhere(-levels * shapes.cells, -levels * shapes.other(levels))
 
 
 def paint(levels: Tensor, shapes: Shapes, up_to: int) -> Pair:
     """The changes that bring the shapes to the level `up_to`, where they have less."""
     missing = (up_to - levels).clamp(min=0)
-    return _equal_amounts(missing * shapes.cells, missing * shapes.other(missing))
+    return _as_much_elsewhere(missing * shapes.cells, missing * shapes.other(missing))
 
 
 def edited_images(k: int, activity: Activity) -> tuple[Tensor, Tensor]:
@@ -236,7 +237,8 @@ def edit_tests(
 ) -> dict[str, EditTest]:
     """The tests of a hypothesis by those of EDITS that its drawing allows, on images (N, C, H, W)
     of which at least one is active and one is not; `activity` is theirs, and `drawn` the prepared
-    drawing, where it is at hand."""
+    drawing, where it is at hand. Images that can be edited as named, but not elsewhere, are left
+    out, and tests of fewer than MIN_ACTIVE images."""
     if not h.is_drawn:
         return {}
     on, off = edited_images(h.feature, activity)
@@ -255,6 +257,9 @@ def edit_tests(
     for name, (named, _) in edits.items():
         n = len(named)
         turned = active[start : start + 2 * n] == (name == "painting")
-        tests[name] = EditTest.of(turned[:n], turned[n:])
+        # An edit that changes ink only where it is named shows nothing about the place.
+        there = (edits[name][1].any(1) | ~named.any(1)).numpy()
+        if there.sum() >= MIN_ACTIVE:
+            tests[name] = EditTest.of(turned[:n][there], turned[n:][there])
         start += 2 * n
     return tests

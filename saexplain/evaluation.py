@@ -198,7 +198,8 @@ def collect_evidence(
     in_full: bool = True,
     drawn: Sequence[Drawn | None] | None = None,
 ) -> list[Evidence]:
-    """The evidence of the images of `split` for hypotheses about different features.
+    """The evidence of the images of `split` for hypotheses, of which several may be about one
+    feature.
 
     Without `in_full` neither classes nor logits are tested, and influence and the score's ranking
     are left out; `drawn` are the drawings prepared by `prepare_drawings`, where they are at hand. A
@@ -301,8 +302,7 @@ def evaluate_hypotheses(
     split = layer.activations(images, labels)
     activity = collect_activity(layer, split.raw, split.labels)
     removed = removal_effects(layer, split.raw, activity)
-    given = (layer, split, canvas, rule, activity, removed)
-    return [collect_evidence([h], *given)[0] for h in hypotheses]
+    return collect_evidence(hypotheses, layer, split, canvas, rule, activity, removed)
 
 
 def split_test_images(test: fa.Activations) -> tuple[fa.Activations, fa.Activations]:
@@ -387,6 +387,7 @@ class Summary(NamedTuple):
 
     features: int  # testable ones
     too_rare: int  # not testable: too few active images
+    l0: float  # features active per image, of all
     agreement: float  # with the network, with the set's own activations in place of the layer's
     agreement_hypotheses: float  # ... and with what the hypotheses predict in place of them
     f1_mean: float | None
@@ -439,8 +440,10 @@ class Row(NamedTuple):
         return cls(evidence, decision, again, is_replicated(decision.confidence, again, rule))
 
 
-def summarize(rows: Sequence[Row], agreement: float, agreement_hypotheses: float) -> Summary:
-    """The summary of one set of features; agreements as in `Summary`."""
+def summarize(
+    rows: Sequence[Row], l0: float, agreement: float, agreement_hypotheses: float
+) -> Summary:
+    """The summary of one set of features; l0 and agreements as in `Summary`."""
     testable = [row for row in rows if row.evidence.is_testable]
     own = [row.evidence for row in testable]
     f1, influence = [e.f1 for e in own], [e.influence for e in own]
@@ -460,6 +463,7 @@ def summarize(rows: Sequence[Row], agreement: float, agreement_hypotheses: float
     return Summary(
         features=len(own),
         too_rare=len(rows) - len(own),
+        l0=l0,
         agreement=agreement,
         agreement_hypotheses=agreement_hypotheses,
         f1_mean=_mean(f1),
@@ -518,7 +522,8 @@ def make_evaluation(
         top_images.append((2 * at[strongest]).tolist())
         edited.append(tuple((2 * some).tolist() for some in edited_images(h.feature, activity)))
     rows = [Row.of(e, other, rule) for e, other in zip(evidence, again, strict=True)]
-    summary = summarize(rows, agreement, agreement_hypotheses)
+    l0 = len(activity.image) / len(activity.labels)
+    summary = summarize(rows, l0, agreement, agreement_hypotheses)
     listed = (top_images, edited, summary, agreement_swapped)
     return Evaluation(hypotheses, rule, rows, n_discovery, *listed)
 

@@ -34,11 +34,12 @@ import feature_analysis as fa
 from saexplain.activity import Activity, Removals, collect_activity, removal_effects
 from saexplain.captions import caption_of
 from saexplain.ink import Canvas
-from saexplain.patterns import unit_patterns
+from saexplain.patterns import unit_gradients
 from saexplain.regions import choose_regions, local_covariance
 
 CONFIDENCES = ("High", "Medium", "Low")
 TONES = {".": 0, "+": 1, "#": 2, "-": -1, "=": -2}  # characters of a drawing in a file
+MAX_CAPTION = 300  # characters
 MIN_ACTIVE = 8  # active, and inactive, images below which nothing is proposed or tested
 
 
@@ -98,14 +99,16 @@ class Hypothesis:
             raise ValueError(f"classes must be labels, as in (1, 7), got {self.classes!r:.60}")
         if self.confidence not in ("", *CONFIDENCES):
             raise ValueError(f"confidence must be one of {CONFIDENCES}, got {self.confidence!r}")
-        if not isinstance(self.caption, str):
-            raise ValueError(f"caption must be text, got {self.caption!r:.60}")
+        if not isinstance(self.caption, str) or len(self.caption) > MAX_CAPTION:
+            raise ValueError(f"caption must be text of at most {MAX_CAPTION} characters")
         checked = {
             "wanted": wanted,
             "unwanted": unwanted,
             "feature": _index("feature", self.feature),
         }
         checked["classes"] = tuple(_index("a class", c) for c in self.classes)
+        if len(set(checked["classes"])) < len(checked["classes"]):
+            raise ValueError(f"classes must be different, got {checked['classes']}")
         for name in ("raises", "lowers", "threshold"):
             if (value := getattr(self, name)) is not None:
                 least = -fa.LAST_INDEX if name == "threshold" else 0
@@ -189,7 +192,8 @@ SMALLEST_EFFECT = 0.02  # smallest mean change of a logit that is worth naming
 
 
 class Discovery(NamedTuple):
-    """What is known of the discovery images, the same for all SAEs of a layer, on the CPU."""
+    """What is known of the discovery images, the same for all SAEs of a layer; all but `raw` is on
+    the CPU."""
 
     canvas: Canvas
     levels: Tensor  # (N, P) uint8 ink of the images
@@ -200,13 +204,13 @@ class Discovery(NamedTuple):
 
 
 def discover(layer: fa.ExplainedLayer, unit_heats: Tensor | None = None) -> Discovery:
-    """The discovery images of the layer, its split "val"; `unit_heats` (d_in, H, W) are those of
-    `unit_patterns`, where they are at hand.
+    """The discovery images of the layer, its split "val"; `unit_heats` (d_in, H, W) are the
+    `unit_gradients`, channels summed, where they are at hand.
 
     Raises ValueError where no gradient leads from the layer to the pixels.
     """
     images, labels, raw = layer.splits["val"]
-    unit_heats = unit_patterns(layer, images) if unit_heats is None else unit_heats
+    unit_heats = unit_gradients(layer, images).sum(1) if unit_heats is None else unit_heats
     canvas = Canvas.fit(images)
     levels = canvas.levels(images)
     metric = local_covariance(levels, canvas)

@@ -114,12 +114,21 @@ class Canvas(NamedTuple):
         return heats.flatten(1)
 
     def add_ink(self, images: Tensor, change: Tensor) -> Tensor:
-        """Images (N, C, H, W) whose ink is changed by (N, P), and kept between 0 and 1."""
-        cells = change.to(images.device).unflatten(1, self.shape)
+        """Images (N, C, H, W), or (N, H, W), with ink changed by (N, P), and kept from 0 to 1.
+
+        All pixels and channels of a cell move by the same share of their way to no ink, or to full
+        ink.
+        """
+        ink = self.ink(images).flatten(1)
+        space = torch.where(change > 0, 1 - ink, ink)
+        share = change / space.clamp(min=1e-9)
+        cells = share.clamp(-1, 1).to(images.device).unflatten(1, self.shape)[:, None]
         if self.cell > 1:
             _, height, width = self.image_shape
-            cells = cells.repeat_interleave(self.cell, 1).repeat_interleave(self.cell, 2)
-            cells = cells[:, :height, :width]
-        low, span = (v.to(images)[:, None, None] for v in (self.low, self.span))
-        edited = images + self.sign * span * cells[:, None]
-        return torch.minimum(torch.maximum(edited, low), low + span)
+            cells = cells.repeat_interleave(self.cell, 2).repeat_interleave(self.cell, 3)
+            cells = cells[:, :, :height, :width]
+        pixels = images[:, None] if images.dim() == 3 else images
+        low, span = (v.to(pixels)[:, None, None] for v in (self.low, self.span))
+        full, ground = (low + span, low) if self.sign > 0 else (low, low + span)
+        edited = pixels + cells.abs() * (torch.where(cells > 0, full, ground) - pixels)
+        return edited.view_as(images)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import feature_analysis as fa
-from saexplain.activity import collect_activity, removal_effects
+from saexplain.activity import collect_activity
 from saexplain.captions import percent
 from saexplain.evaluation import (
     Row,
@@ -52,7 +52,6 @@ from saexplain.text import (
 FORMAT = "saexplain hypotheses 1"
 MAX_BYTES = 20_000_000  # of a file
 MAX_HYPOTHESES = 10_000
-MAX_CAPTION = 300  # characters
 TRIES_FILE = "my_hypotheses_tried.json"  # of a run's folder
 
 
@@ -105,9 +104,6 @@ def _hypothesis_of_entry(entry: object, i: int, path: Path) -> Hypothesis:
         rows = entry["drawing"]
         if not isinstance(rows, list) or not all(isinstance(row, str) for row in rows):
             raise ValueError("drawing must be a list of text, a row each")
-        caption = entry.get("caption") or ""
-        if not isinstance(caption, str) or len(caption) > MAX_CAPTION:
-            raise ValueError(f"caption must be text of at most {MAX_CAPTION} characters")
         return hypothesis_of(entry)
     except KeyError as error:
         raise InputError(f"{path}: hypothesis {i} must have {error}") from error
@@ -152,6 +148,7 @@ def count_tries(hypotheses: Sequence[Hypothesis], folder: Path) -> list[int]:
 class OwnResult(NamedTuple):
     """One hypothesis of a person, tested."""
 
+    number: int  # in its file, from 1
     hypothesis: Hypothesis  # with its threshold
     row: Row
     tries: int  # drawings of this feature that were tested in the folder, up to this one
@@ -174,15 +171,12 @@ def evaluate_own(
         raise InputError(str(error)) from error
     activity = collect_activity(layer, val.raw, val.labels)
     hypotheses = with_thresholds(hypotheses, canvas.levels(val.images), activity)
-    tries, found = count_tries(hypotheses, folder), []
-    for half in split_test_images(layer.splits["test"]):
-        activity = collect_activity(layer, half.raw, half.labels)
-        removed = removal_effects(layer, half.raw, activity)
-        given = (layer, half, canvas, rule, activity, removed)
-        # One by one: several may be about one feature.
-        found.append([collect_evidence([h], *given)[0] for h in hypotheses])
+    halves = split_test_images(layer.splits["test"])
+    found = [collect_evidence(hypotheses, layer, half, canvas, rule) for half in halves]
     rows = [Row.of(*both, rule) for both in zip(*found, strict=True)]
-    return [OwnResult(*result) for result in zip(hypotheses, rows, tries, strict=True)]
+    tries = count_tries(hypotheses, folder)
+    results = enumerate(zip(hypotheses, rows, tries, strict=True), 1)
+    return [OwnResult(number, *result) for number, result in results]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -247,7 +241,7 @@ def why_not_tested(r: OwnResult) -> str:
 
 
 def picture_name(r: OwnResult) -> str:
-    return f"my_hypothesis_{r.hypothesis.feature}_{r.tries}.png"
+    return f"my_hypothesis_{r.number}_feature_{r.hypothesis.feature}.png"
 
 
 def own_markdown(

@@ -1,8 +1,8 @@
 """Which pixels drive the layer's units, and how faithful are such patterns?
 
-    unit_heats = unit_patterns(layer, images)              # (d_in, H, W)
-    heats = feature_patterns(layer, unit_heats)            # (d_sae, H, W)
-    pattern_correlations(layer, heats, split)              # (d_sae,), 1 where the layer is linear
+    gradients = unit_gradients(layer, images)          # (d_in, C, H, W)
+    heats = feature_patterns(layer, gradients.sum(1))  # (d_sae, H, W)
+    pattern_correlations(layer, gradients, split)      # (d_sae,), 1 where the layer is linear
 
 Takes an `ExplainedLayer` and images; gives gradients and numbers about them.
 
@@ -30,30 +30,33 @@ def gradient_images(layer: fa.ExplainedLayer, images: Tensor) -> dict:
     return {"images": None if linear else images[:GRADIENT_IMAGES], "image_shape": shape}
 
 
-def unit_patterns(layer: fa.ExplainedLayer, images: Tensor) -> Tensor:
-    """Input pattern of every standardized unit of the layer, (d_in, H, W) on the CPU, channels
-    summed: a feature's is their sum, weighted by its column of W_enc."""
+def unit_gradients(layer: fa.ExplainedLayer, images: Tensor) -> Tensor:
+    """(d_in, C, H, W) on the CPU, mean gradient of every standardized unit of the layer with
+    respect to the pixels: a feature's is their sum, weighted by its column of W_enc."""
     eye, zeros = torch.eye(len(layer.mu)).to(layer.mu), torch.zeros_like(layer.mu)
     weights = {"W_enc": eye, "W_dec": eye, "b_enc": zeros, "b_dec": zeros, "threshold": zeros}
     units = JumpReLUSAE.from_weights(weights)
     parts = (layer.model, units, layer.mu, layer.std)
     heats = fa.feature_input_patterns(*parts, **gradient_images(layer, images)).cpu()
-    return heats.sum(1) if heats.dim() == 4 else heats
+    return heats if heats.dim() == 4 else heats[:, None]
+
+
+def feature_patterns(layer: fa.ExplainedLayer, gradients: Tensor) -> Tensor:
+    """Input pattern of every feature, (d_sae, ...), from the gradients of the units (d_in, ...)."""
+    return torch.tensordot(layer.sae.W_enc.detach().cpu().float().T, gradients, dims=1)
 
 
 @torch.no_grad()
-def pattern_correlations(layer: fa.ExplainedLayer, heats: Tensor, split: fa.Activations) -> Tensor:
-    """(d_sae,) correlation over images of each pattern's sum over the image with the feature's
-    pre-activation, z W_enc: 1 for a network that is linear up to the layer."""
-    images = split.images.detach().float().cpu()
-    pixels = images.sum(1).flatten(1) if images.dim() == 4 else images.flatten(1)
+def pattern_correlations(
+    layer: fa.ExplainedLayer, gradients: Tensor, split: fa.Activations
+) -> Tensor:
+    """(d_sae,) correlation over images of the sum of pattern times pixel with the feature's
+    pre-activation, z W_enc: 1 for a network that is linear up to the layer; gradients are those of
+    `unit_gradients`."""
+    pixels = split.images.detach().float().cpu().flatten(1)
+    predicted = pixels @ feature_patterns(layer, gradients.flatten(1)).T
     pre = layer.standardize(split.raw) @ layer.sae.W_enc.detach()
-    return correlations((pixels @ heats.flatten(1).T).T, pre.T.cpu()).float()
-
-
-def feature_patterns(layer: fa.ExplainedLayer, unit_heats: Tensor) -> Tensor:
-    """Input pattern of every feature, (d_sae, H, W), from those of the units (d_in, H, W)."""
-    return torch.tensordot(layer.sae.W_enc.detach().cpu().float().T, unit_heats, dims=1)
+    return correlations(predicted.T, pre.T.cpu()).float()
 
 
 def correlations(a: Tensor, b: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Takes the input patterns of features and the ink of discovery images; gives a dr
 feature: ink wanted where a weight is positive, blank where it is negative, twice as much where it
 is 2. It reads no labels, no activations and no test images.
 
-Key: F features, R candidate regions of all features, M of the feature with most, P cells.
+Key: F features, R candidate regions of several features, M of one feature, P cells.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ MIN_CELLS = 6  # of a region, in pixels of MNIST
 REACH = 3.0  # pixels of MNIST over which the covariance of two cells counts; see `local_covariance`
 MIN_GAIN = 1.03  # factor by which a further region must raise the squared cosine
 MAX_REGIONS = (3, 2)  # wanted and unwanted
+AT_ONCE = 64  # features whose candidates are in memory at once
 
 
 class Candidates(NamedTuple):
@@ -98,82 +99,47 @@ def local_covariance(levels: Tensor, canvas: Canvas) -> Tensor:
     return covariance * torch.from_numpy(fading).float()
 
 
-class _Products(NamedTuple):
-    """Inner products in the metric of `local_covariance`, by feature and candidate; a feature with
-    fewer than M candidates has zeros."""
+def choose_candidates(sign: Tensor, masks: Tensor, pattern: Tensor, metric: Tensor) -> list[int]:
+    """The rows of the candidates of one feature, sign (M,) and masks (M, P), that together follow
+    its pattern (P,) best, chosen greedily.
 
-    sign: Tensor  # (F, M); 0: no candidate
-    template: Tensor  # (F, M) signed candidate with the pattern
-    each: Tensor  # (F, M, M) of signed candidates
-    overlaps: Tensor  # (F, M, M) bool, whether two candidates share a cell
-    start: Tensor  # (F,) row in `Candidates` of a feature's first one
-
-
-def _inner_products(c: Candidates, patterns: Tensor, metric: Tensor) -> _Products:
-    counts = torch.bincount(c.feature, minlength=len(patterns))
-    start = (counts.cumsum(0) - counts).tolist()
-    row, cell = c.masks.nonzero().unbind(1)
-    sizes = torch.bincount(row)  # every region has cells
+    A candidate is added while it raises the squared cosine of the drawing and the pattern by
+    MIN_GAIN; after each addition every earlier one is exchanged where another is better. None
+    overlaps another, and there are at most MAX_REGIONS of either sign.
+    """
+    row, cell = masks.nonzero().unbind(1)
+    sizes = torch.bincount(row)
     # masks @ metric, of which most is zero
     bags = torch.nn.functional.embedding_bag(cell, metric, sizes.cumsum(0) - sizes, mode="sum")
-    spread = bags * c.sign[:, None]  # (R, P)
-    along = (spread * patterns[c.feature]).sum(1)
+    spread = bags * sign[:, None]  # (M, P)
+    along, each = (spread @ pattern).numpy(), (spread @ (masks * sign[:, None]).T).numpy()
+    overlaps, sign = (masks @ masks.T > 0).numpy(), sign.numpy()
+    limits = dict(zip((1, -1), MAX_REGIONS, strict=True))
 
-    shape = len(patterns), max(1, int(counts.max()))
-    sign, template = torch.zeros(shape), torch.zeros(shape)
-    each, overlaps = torch.zeros(*shape, shape[1]), torch.zeros(*shape, shape[1])
-    for feature, (first, n) in enumerate(zip(start, counts.tolist(), strict=True)):
-        own = slice(first, first + n)
-        sign[feature, :n], template[feature, :n] = c.sign[own], along[own]
-        each[feature, :n, :n] = spread[own] @ (c.masks[own] * c.sign[own, None]).T
-        overlaps[feature, :n, :n] = c.masks[own] @ c.masks[own].T
-    return _Products(sign, template, each, overlaps > 0, torch.tensor(start))
+    def squared_cosine(rows: list[int]) -> float:  # times the pattern's length; signed
+        total = along[rows].sum()
+        return total * abs(total) / max(each[np.ix_(rows, rows)].sum(), 1e-12)
 
+    def best_addition(rows: list[int]) -> tuple[float, int]:
+        excluded = overlaps[rows].any(0)
+        for of_sign, limit in limits.items():
+            if (sign[rows] == of_sign).sum() >= limit:
+                excluded = excluded | (sign == of_sign)
+        total = along[rows].sum() + along
+        length = each[np.ix_(rows, rows)].sum() + 2 * each[rows].sum(0) + each.diagonal()
+        value = np.where(excluded, -1, total * abs(total) / np.maximum(length, 1e-12))
+        return float(value.max()), int(value.argmax())
 
-def _squared_cosine(chosen: Tensor, p: _Products) -> Tensor:
-    """(F,) of the chosen candidates (F, M), 0 or 1, with the pattern, times the pattern's length;
-    negative where they point away from it."""
-    along = (chosen * p.template).sum(1)
-    length = torch.einsum("fi,fij,fj->f", chosen, p.each, chosen)
-    return along * along.abs() / length.clamp(min=1e-12)
-
-
-def _best_addition(chosen: Tensor, p: _Products) -> tuple[Tensor, Tensor]:
-    """The squared cosine with the best further candidate, or -1, and its number, (F,) each."""
-    excluded = (p.sign == 0) | (torch.einsum("fi,fij->fj", chosen, p.overlaps.float()) > 0)
-    for sign, limit in zip((1, -1), MAX_REGIONS, strict=True):
-        full = (chosen * (p.sign == sign)).sum(1, keepdim=True) >= limit
-        excluded |= full & (p.sign == sign)
-    along = (chosen * p.template).sum(1, keepdim=True) + p.template
-    with_chosen = torch.einsum("fi,fij->fj", chosen, p.each)
-    length = (chosen * with_chosen).sum(1, keepdim=True) + 2 * with_chosen
-    length = length + p.each.diagonal(dim1=1, dim2=2)
-    value = along * along.abs() / length.clamp(min=1e-12)
-    return value.masked_fill(excluded, -1.0).max(1)
-
-
-def _choose(p: _Products) -> Tensor:
-    """(F, M) 1 for the candidates chosen greedily: one is added while it raises the squared cosine
-    by MIN_GAIN, and after each addition every earlier one is exchanged where another is better."""
-    n_features, n_candidates = p.sign.shape
-    chosen = torch.zeros(n_features, n_candidates)
-    order = torch.full((n_features, sum(MAX_REGIONS)), -1)
-    growing = torch.ones(n_features, dtype=torch.bool)
-    for n in range(sum(MAX_REGIONS)):
-        value, best = _best_addition(chosen, p)
-        growing &= (value > 0) & (value > MIN_GAIN * _squared_cosine(chosen, p))
-        rows = growing.nonzero()[:, 0]
-        order[rows, n] = best[rows]
-        chosen[rows, best[rows]] = 1.0
-        for earlier in range(n):
-            without = chosen.clone()
-            without[rows, order[rows, earlier]] = 0.0
-            value, best = _best_addition(without, p)
-            better = growing & (value > (1 + 1e-6) * _squared_cosine(chosen, p))
-            some = better.nonzero()[:, 0]
-            without[some, best[some]] = 1.0
-            chosen[some] = without[some]
-            order[some, earlier] = best[some]
+    chosen: list[int] = []
+    while len(chosen) < sum(MAX_REGIONS):
+        value, row = best_addition(chosen)
+        if value <= max(0.0, MIN_GAIN * squared_cosine(chosen)):
+            break
+        chosen.append(row)
+        for n in range(len(chosen) - 1):
+            value, row = best_addition(chosen[:n] + chosen[n + 1 :])
+            if value > (1 + 1e-6) * squared_cosine(chosen):  # never for rounding alone
+                chosen[n] = row
     return chosen
 
 
@@ -196,11 +162,12 @@ def choose_regions(patterns: Tensor, metric: Tensor, canvas: Canvas) -> np.ndarr
     Regions are chosen so that the score, ink where it is wanted less ink where it is not, goes with
     the pattern's own sum over the image: by the squared cosine of the two in this metric.
     """
-    weights = torch.zeros_like(patterns)
-    candidates = find_candidates(smooth_templates(patterns, canvas), MIN_CELLS * canvas.scale**2)
-    if len(candidates.feature):
-        p = _inner_products(candidates, patterns, metric)
-        for feature, number in _choose(p).nonzero().tolist():
-            row = p.start[feature] + number
-            weights[feature] += p.sign[feature, number] * candidates.masks[row]
+    weights, u = torch.zeros_like(patterns), smooth_templates(patterns, canvas)
+    for first in range(0, len(u), AT_ONCE):
+        c = find_candidates(u[first : first + AT_ONCE], MIN_CELLS * canvas.scale**2)
+        of_feature = torch.bincount(c.feature, minlength=len(u[first : first + AT_ONCE])).tolist()
+        pairs = zip(c.sign.split(of_feature), c.masks.split(of_feature), strict=True)
+        for k, (sign, masks) in enumerate(pairs, first):
+            rows = choose_candidates(sign, masks, patterns[k], metric) if len(sign) else []
+            weights[k] = (sign[rows, None] * masks[rows]).sum(0)
     return two_tones(weights, patterns).to(torch.int8).unflatten(1, canvas.shape).numpy()

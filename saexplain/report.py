@@ -119,7 +119,7 @@ def remove_results(folder: Path) -> bool:
     run; whether there were any."""
     found = [folder / name for name in RESULT_FILES if (folder / name).exists()]
     pictures = r"feature_\d+_(gallery|pattern|panel|hypothesis)\.(png|npy)"
-    pictures += r"|my_hypothesis_\d+_\d+\.png|my_hypotheses(_tried\.json|\.md)"
+    pictures += r"|my_hypothesis_\d+_feature_\d+\.png|my_hypotheses(_tried\.json|\.md)"
     found += [path for path in folder.iterdir() if re.fullmatch(pictures, path.name)]
     for path in found:
         path.unlink(missing_ok=True)
@@ -326,11 +326,6 @@ def write_page(
     layer, options, a = draft.layer, draft.options, draft.analysis
     canvas = draft.discovery.canvas if draft.discovery else None
     results = [(r.on_page, console.shown_result(r, record)) for r in console.RESULTS if r.on_page]
-    if "hypotheses" in record:
-        own = record["hypotheses"]["summaries"]["SAE"]
-        kept = "predictions kept with hypotheses in place of all features"
-        results.append((kept, f"{own['agreement_hypotheses']:.2%}"))
-        results.append(("F1 of hypotheses, by influence", f"{own['f1_by_influence']:.2f}"))
     title = f"{layer.d_sae} features of {options.network} ({options.source})"
     page.write_dashboard(
         draft.folder / "feature_report.html",

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import feature_analysis as fa
+from saexplain.baselines import MAX_TESTED
 from saexplain.captions import images_of, listed, percent
 from saexplain.edits import EditTest
 from saexplain.evaluation import (
@@ -269,14 +270,16 @@ A feature's influence is its share of the logit effect of all single ablations.
 """
 
 SWAPPED = """With each feature's drawing exchanged for that of the feature that is active next more
-often, {share:.1%} of the predictions are kept."""
-WHAT_TRAINING_ADDED = """The features of the other sets are active as often and as strongly as the
-SAE's, one for one: the more images activate a feature, the higher an F1 can be. Random directions
-have the same variance as well. "Frozen decoder" is an SAE of which only the encoder was trained.
-Directions without a decoder of their own get the one of least squared error. Predictions kept: with
-the set's own activations in place of the layer's, and with what its hypotheses predict. A
-hypothesis can be true of a random direction, too: a good F1 alone does not show that training found
-anything."""
+often, {share:.1%} of the predictions are kept, no more than with a constant."""
+WHAT_TRAINING_ADDED = """Untrained features, random directions and neurons are active as often and
+as strongly as the SAE's features, one for one: the more images activate a feature, the higher an F1
+can be. There are fewer neurons than features, so that fewer are active per image. Random directions
+have the variance of the SAE's encoder as well. "Frozen decoder" is an SAE of which only the encoder
+was trained, for two epochs at most; its rates are its own: its mean F1 is no comparison. {tested}
+features of each set, evenly spaced in rate, are tested; all take part in the predictions kept: with
+the set's own activations in place of the layer's, and with what its hypotheses predict. Directions
+without a decoder of their own get the one of least squared error. A hypothesis can be true of a
+random direction, too: a good F1 alone does not show that training found anything."""
 
 LISTED = 100  # features, the most influential, with a section in hypotheses.md
 WHERE_ALL = """{listed} of {all} features. All of them, and each test with its interval and result,
@@ -284,6 +287,7 @@ are in feature_report.html and in feature_report.json (`evidence`, `measured`)."
 SUMMARY_ROWS = (  # title, key, format
     ("testable features", "features", "{}"),
     ("  too rare", "too_rare", "{}"),
+    ("features active per image", "l0", "{:.1f}"),
     ("predictions kept, own activations", "agreement", "{:.1%}"),
     ("  hypotheses in their place", "agreement_hypotheses", "{:.1%}"),
     ("F1, weighted by influence", "f1_by_influence", "{:.2f}"),
@@ -384,7 +388,12 @@ def hypotheses_markdown(
     influence = [row.evidence.influence for row in evaluation.rows]
     order = sorted(range(len(influence)), key=lambda i: (-influence[i], i))[:LISTED]
     lines = [f"# What the features mean: {title}", "", headline(record), "", how]
-    lines += ["## What did training add, and does it replicate?", "", WHAT_TRAINING_ADDED, ""]
+    lines += [
+        "## What did training add, and does it replicate?",
+        "",
+        WHAT_TRAINING_ADDED.format(tested=MAX_TESTED),
+        "",
+    ]
     lines += [SWAPPED.format(share=record["agreement_swapped"]), ""]
     lines += [*markdown_table(summary_rows(record)), ""]
     lines += ["## Feature by feature, the most influential first", ""]

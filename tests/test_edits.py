@@ -63,7 +63,7 @@ def test_moves_reach_the_edges_the_shortest_first():
     assert found == sorted(every, key=lambda m: (abs(m[0]) + abs(m[1]), *m))
 
 
-def test_regions_move_by_themselves_each_to_where_most_is_available():
+def test_regions_move_by_themselves_each_to_the_two_places_with_most():
     weights = (rectangle(2, 3, 2, 4) | rectangle(8, 9, 7, 9)).astype(int)
     regions = edits.regions_of(weights > 0)
     assert [r.nonzero()[0][0] for r in regions] == [2, 8]
@@ -74,7 +74,8 @@ def test_regions_move_by_themselves_each_to_where_most_is_available():
         expected = np.zeros(SIDE**2)
         for region in regions:
             places = places_by_hand(region, free, 1)
-            expected[max(places, key=lambda cells: image[cells].sum())] = 1
+            for cells in sorted(places, key=lambda cells: -image[cells].sum())[:2]:
+                expected[cells] = 1
         assert np.array_equal(other, expected)
 
 
@@ -109,11 +110,11 @@ def levels_of(here: list[int], there: list[int]) -> torch.Tensor:
     ("edit", "here", "there", "named", "elsewhere"),
     [
         (edits.erase, (255, 100, 0), (355, 0, 0), (-255, -100, 0), (-355, 0, 0)),
-        (edits.erase, (100, 100, 200), (60, 40, 0), (-25, -25, -50), (-60, -40, 0)),
+        (edits.erase, (100, 100, 200), (60, 40, 0), (-100, -100, -200), (-60, -40, 0)),
         (edits.erase, (10, 20, 20), (0, 0, 100), (-10, -20, -20), (0, 0, -50)),
-        (edits.erase, (10, 20, 20), (0, 0, 0), (0, 0, 0), (0, 0, 0)),
+        (edits.erase, (10, 20, 20), (0, 0, 0), (-10, -20, -20), (0, 0, 0)),
         (64, (0, 64, 100), (0, 255, 255), (64, 0, 0), (64, 0, 0)),
-        (64, (0, 0, 200), (32, 64, 90), (16, 16, 0), (32, 0, 0)),
+        (64, (0, 0, 200), (32, 64, 90), (64, 64, 0), (32, 0, 0)),
         (255, (155, 255, 255), (5, 205, 255), (100, 0, 0), (250 / 3, 50 / 3, 0)),
     ],
 )
@@ -127,7 +128,7 @@ def test_edits_by_hand(edit, here, there, named, elsewhere):
     assert torch.equal(levels, before)
 
 
-def test_edits_change_as_much_elsewhere_and_keep_levels_in_range():
+def test_edits_change_at_most_as_much_elsewhere_and_keep_levels_in_range():
     canvas = Canvas.fit(torch.ones(2, 1, SIDE, SIDE))
     weights = rectangle(2, 3, 2, 6).astype(int) - rectangle(6, 9, 6, 7)
     generator = torch.Generator().manual_seed(0)
@@ -137,7 +138,9 @@ def test_edits_change_as_much_elsewhere_and_keep_levels_in_range():
     assert list(found) == list(edits.EDITS)
     for name in ("erasing", "filling"):
         named, elsewhere = found[name]
-        assert torch.allclose(named.sum(1), elsewhere.sum(1), atol=1e-2)
+        amounts = named.abs().sum(1), elsewhere.abs().sum(1)
+        assert (amounts[1] <= amounts[0] + 1e-2).all()
+        assert (amounts[1] >= amounts[0] - 1e-2).float().mean() > 0.5
         assert (elsewhere[:, weights.ravel() != 0] == 0).all()
         assert (
             named[:, {"erasing": weights <= 0, "filling": weights >= 0}[name].ravel()] == 0

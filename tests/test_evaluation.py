@@ -113,7 +113,7 @@ def test_features_that_are_hardly_active_are_not_tested(world, activity, n, is_t
     row = ev.Row.of(e, e, Rule())
     if not is_testable:
         assert (row.decision.confidence, row.decision.results, row.replicated) == ("Low", {}, None)
-        summary = ev.summarize([row], 0.5, 0.25)
+        summary = ev.summarize([row], 4.5, 0.5, 0.25)
         assert (summary.features, summary.too_rare, summary.f1_mean) == (0, 1, None)
         assert (summary.edits["erasing"], summary.median_rate) == (None, None)
         json.dumps(summary._asdict(), allow_nan=False)
@@ -326,7 +326,7 @@ def five_rows() -> list[ev.Row]:
 def test_summaries_by_hand():
     rows = five_rows()
     assert [row.decision.confidence for row in rows] == ["High", "Medium", "Low", "Low", "Low"]
-    s = ev.summarize(rows, 0.9, 0.7)
+    s = ev.summarize(rows, 4.5, 0.9, 0.7)
     assert (s.features, s.too_rare, s.agreement, s.agreement_hypotheses) == (4, 1, 0.9, 0.7)
     assert s.f1_mean == pytest.approx((0.9 + 0.5 + 0.2 + 0) / 4)
     assert s.f1_by_influence == pytest.approx((0.45 + 0.1 + 0.02) / 0.85)
@@ -345,7 +345,7 @@ def test_summaries_by_hand():
     even = [rows[0]._replace(evidence=evidence_of(influence=0.1))] * 10
     made = ev.features_of_influence(SimpleNamespace(rows=even))
     assert made == {"50%": 5, "90%": 9, "99%": 10}
-    empty = ev.summarize([], 1.0, 1.0)
+    empty = ev.summarize([], 4.5, 1.0, 1.0)
     assert (empty.features, empty.f1_by_influence) == (0, None)
     assert empty.influence_high == empty.influence_medium == 0
     none = [rows[0]._replace(evidence=evidence_of(influence=0.0))]
@@ -359,7 +359,7 @@ def test_records_and_markdown(world, evidence, activity):
     own = collect_activity(world.layer, halves[0].raw, halves[0].labels)
     given = (world.hypotheses, Rule(), 2400, found, evidence, own, 0.97, 0.94, 0.305)
     evaluation = ev.make_evaluation(*given)
-    other = ev.summarize(five_rows(), 0.9, 0.7)
+    other = ev.summarize(five_rows(), 4.5, 0.9, 0.7)
     record = ev.evaluation_record(evaluation, {"neurons": other}, "abc")
     assert [*record["summaries"]] == ["SAE", "neurons"]
     assert record["confidence_rule"] == ev.format_rule(Rule())
@@ -368,7 +368,7 @@ def test_records_and_markdown(world, evidence, activity):
     assert "(neurons: 70.0%)" in text.headline(record)
     rows = text.summary_rows(record)
     assert {len(row) for row in rows} == {3}
-    assert [row[2] for row in rows[:5]] == ["neurons", "4", "1", "90.0%", "70.0%"]
+    assert [row[2] for row in rows[:6]] == ["neurons", "4", "1", "4.5", "90.0%", "70.0%"]
     entry = text.evaluated_record(5, evaluation)
     json.dumps(entry, allow_nan=False)
     test = found[5].edits["erasing"]

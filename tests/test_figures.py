@@ -71,8 +71,8 @@ def test_explained_sets_are_bars_of_agreement_and_of_f1_in_each_band():
     assert [round(x) for x in places] == [0, 1, 2, 3] * 7
     assert [text.get_text() for text in right.get_legend().get_texts()] == names
     labels = [label.get_text() for label in right.get_xticklabels()]
-    assert labels[0] == "up to 1%\n(0 of the SAE)"
-    assert labels[3] == "more\n(3 of the SAE)"
+    assert labels[0] == "0 to 1%\n(0 of the SAE)"
+    assert labels[3] == "over 10%\n(3 of the SAE)"
 
 
 def test_influence_is_sorted_colored_by_confidence_and_summed():

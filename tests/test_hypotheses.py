@@ -39,7 +39,9 @@ def test_a_hypothesis_has_weights_and_by_default_a_caption_of_its_geometry():
     assert (both.caption, both.is_drawn) == ("cross", True)
     assert not Hypothesis(0, 0 * MASK).is_drawn
     one = np.int64(1)  # which is no JSON
-    record = hy.hypothesis_record(Hypothesis(one, MASK, None, (one,), one, one, threshold=one))
+    record = hy.hypothesis_record(
+        Hypothesis(one, MASK, None, (one,), one, np.int64(2), threshold=one)
+    )
     assert json.loads(json.dumps(record))["classes"] == [1]
 
 
@@ -61,7 +63,7 @@ def test_a_hypothesis_has_weights_and_by_default_a_caption_of_its_geometry():
         ({"lowers": -1}, "lowers must be at least 0, got -1"),
         ({"confidence": "Sure"}, "confidence must be one of .*Low.*got 'Sure'"),
         ({"threshold": 0.5}, "threshold must be .*got 0.5"),
-        ({"caption": 3}, "caption must be text, got 3"),
+        ({"caption": 3}, "caption must be text of at most 300 characters"),
     ],
 )
 def test_what_is_no_hypothesis_is_an_error_of_one_line(given, message):

@@ -247,7 +247,7 @@ def script(monkeypatch, capsys):
         ("--device warp", "--device warp cannot be used"),
         ("--data nowhere", "--data nowhere"),
         ("--seeds", "--seeds"),
-        ("--my-hypotheses nowhere.json", "nowhere.json cannot be read"),
+        ("--my-hypotheses nowhere.json", "holds no finished run"),
     ],
 )
 def test_wrong_flags_are_one_line_and_status_2(script, tmp_path, flags, message):

@@ -105,20 +105,22 @@ function shapesOf(weights, sign, free) {
   const regions = regionsOf(weights, sign);
   return { cells: regions.flat(), elsewhere: regions.map(region => placesElsewhere(region, free)) };
 }
-function otherCells(shapes, available) { /* each region where most can be changed */
-  const found = new Set(), sum = cells => cells.reduce((all, p) => all + available[p], 0);
-  for (const places of shapes.elsewhere) if (places.length)
-    for (const p of places[argmax(places.map(sum))]) found.add(p);
+const sumAt = (cells, values) => cells.reduce((all, p) => all + values[p], 0);
+function otherCells(shapes, available) { /* each region at the two places where most can be changed */
+  const found = new Set();
+  for (const places of shapes.elsewhere) {
+    const ordered = places.map((cells, n) => [sumAt(cells, available), n]);
+    ordered.sort((a, b) => b[0] - a[0] || a[1] - b[1]);
+    for (const [, n] of ordered.slice(0, 2)) for (const p of places[n]) found.add(p);
+  }
   return [...found];
 }
-/* Adds the changes of `available` ink in the shapes, and elsewhere, to both; of equal amounts. */
+/* Adds the changes of `available` ink in the shapes, and as much elsewhere, or what there is. */
 function addEdit([named, elsewhere], shapes, available, sign) {
-  const other = otherCells(shapes, available);
-  const sums = [shapes.cells, other].map(cells => cells.reduce((all, p) => all + available[p], 0));
-  [[named, shapes.cells], [elsewhere, other]].forEach(([change, cells], side) => {
-    const part = sign * Math.min(...sums) / Math.max(1, sums[side]);
-    for (const p of cells) change[p] += part * available[p];
-  });
+  const other = otherCells(shapes, available), there = sumAt(other, available);
+  const part = Math.min(1, sumAt(shapes.cells, available) / Math.max(1, there));
+  for (const p of shapes.cells) named[p] += sign * available[p];
+  for (const p of other) elsewhere[p] += sign * part * available[p];
 }
 /* The pre-activation of feature i less its threshold, of levels changed: a dot product. */
 function readout(i) {
@@ -143,11 +145,13 @@ function editTests(i, weights) {
     for (const t of evenlySpaced(list, testing.edits.n)) {
       const levels = levelsOf("test_half", t), pair = [new Float64Array(P), new Float64Array(P)];
       change(pair, levels);
+      if (pair[0].some(Boolean) && !pair[1].some(Boolean)) continue; /* nothing elsewhere */
       const [a, b] = pair.map(own => read(levels, own) > 0 === (edit === "painting"));
       counts.n++;
       counts.named += a; counts.elsewhere += b;
       counts.only_named += a && !b; counts.only_elsewhere += b && !a;
     }
+    if (counts.n < testing.min_active) return;
     found[edit] = { ...counts, ...difference(counts) };
     found[edit].result = resultOf(found[edit], testing.rule.edit_difference, 0);
   };

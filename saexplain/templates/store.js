@@ -62,7 +62,7 @@ function readHypothesis(h) { /* a copy with the known fields only */
     confidence);
   check(threshold === null || Number.isInteger(threshold) && Math.abs(threshold) < 2 ** 31,
     "threshold must be null or a whole number", threshold);
-  check(isWhole(tries, 1e6), "tries must be a whole number", tries);
+  check(isWhole(tries, 1e6) && (tries > 0 || !frozen), "tries must be a whole number", tries);
   const own = { feature, caption, drawing: [...drawing], classes: [...of], raises, lowers,
     confidence, threshold, tries, tested: null };
   /* Results are not read: the page computes them again, where nothing has been changed since. */
@@ -87,6 +87,8 @@ function readFile(text) {
 function add(found) { /* those that are not here already; their number */
   const known = new Set(mine.list.map(h => canonical(h) + Boolean(h.tested)));
   const fresh = found.filter(h => !known.has(canonical(h) + Boolean(h.tested)));
+  check(mine.list.length + fresh.length <= MOST_HYPOTHESES,
+    `there can be at most ${MOST_HYPOTHESES} hypotheses`, mine.list.length + fresh.length);
   mine.list.push(...fresh);
   for (const { feature, tries } of found)
     mine.looks.set(feature, Math.max(tries, mine.looks.get(feature) ?? 0));
@@ -101,6 +103,7 @@ function fileOf(list, full) {
     hypotheses: list.map(plain) }, null, full ? 1 : 0);
 }
 function save() {
+  if (mine.unread) return; /* what could not be read is not overwritten */
   try {
     localStorage.setItem(KEPT_AS, fileOf(mine.list, false));
     localStorage.setItem(`${KEPT_AS} looks`, JSON.stringify([...mine.looks]));
@@ -115,7 +118,7 @@ function loadMine() {
     if (text) add(readFile(text));
     for (const [k, n] of JSON.parse(localStorage.getItem(`${KEPT_AS} looks`) ?? "[]"))
       if (position.has(k) && isWhole(n, 1e6)) mine.looks.set(k, n);
-  } catch { mine.kept = false; }
+  } catch { mine.kept = false; mine.unread = true; }
 }
 function exportFile() {
   const blob = new Blob([fileOf(mine.list, true)], { type: "application/json" });

@@ -11,7 +11,8 @@ function blankHypothesis(k) {
 }
 function openEntry(i, h) {
   const weights = weightsOf(h.drawing);
-  Object.assign(writing, { i, h, weights, scores: scoresOf(weights, "val"), past: [], last: null });
+  Object.assign(writing, { i, h, weights, scores: scoresOf(weights, "val"), past: [], last: null,
+    threshold: h.threshold }); /* as given, until the drawing changes */
 }
 function edited() { /* what was tested stays: a change makes a new hypothesis */
   if (writing.h.tested) {
@@ -39,6 +40,7 @@ function setCell(p, w) {
   if (!by) return;
   edited();
   writing.weights[p] = w;
+  writing.threshold = null;
   addToScores(writing.scores, "val", p, by);
 }
 function setDrawing(weights) {
@@ -80,7 +82,7 @@ function brush(canvas) {
     if (String(writing.at) === String(writing.last)) return;
     paintTo(writing.at);
     schedule();
-  }, up: () => { showWriting(); keep(); } });
+  }, up: () => { showWriting(); keep(); announce(writing.parts.words.textContent); } });
 }
 function brushKeys(e) {
   const by = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[e.key];
@@ -149,7 +151,7 @@ function examples() {
 function showWriting() {
   const { i, h, parts } = writing, any = writing.weights.some(Boolean);
   const same = isDrawn(i) && String(writing.weights) === String(drawingOf(i));
-  const threshold = same ? features[i].hypothesis.threshold : h.tested && h.threshold;
+  const threshold = writing.threshold ?? (same ? features[i].hypothesis.threshold : null);
   writing.now = measure(writing.scores, activeIn("val", i), threshold);
   const now = any ? writing.now : null;
   paintSheet();
