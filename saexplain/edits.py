@@ -143,12 +143,16 @@ class Shapes(NamedTuple):
     def other(self, available: Tensor) -> Tensor:
         """(B, P) 0 or 1, each region at the two places that have most of what is `available` (B,
         P): a single one often has less than the region itself."""
-        found = torch.zeros_like(available)
-        for places in self.elsewhere:
-            order = torch.sort(available @ places.T, dim=1, descending=True, stable=True).indices
-            for place in order[:, :2].T:
-                torch.maximum(found, places[place], out=found)
-        return found
+        if not self.elsewhere:
+            return torch.zeros_like(available)
+        places = torch.cat(self.elsewhere)  # of all regions
+        amounts = available @ places.T
+        chosen = torch.zeros_like(amounts)
+        sizes = [len(of_region) for of_region in self.elsewhere]
+        for own, part in zip(amounts.split(sizes, 1), chosen.split(sizes, 1), strict=True):
+            order = torch.sort(own, dim=1, descending=True, stable=True).indices
+            part.scatter_(1, order[:, :2], 1.0)
+        return (chosen @ places).clamp(max=1)
 
 
 class Drawn(NamedTuple):
@@ -258,7 +262,7 @@ def edit_tests(
         n = len(named)
         turned = active[start : start + 2 * n] == (name == "painting")
         # An edit that changes ink only where it is named shows nothing about the place.
-        there = (edits[name][1].any(1) | ~named.any(1)).numpy()
+        there = ((edits[name][1] != 0).any(1) | ~(named != 0).any(1)).numpy()
         if there.sum() >= MIN_ACTIVE:
             tests[name] = EditTest.of(turned[:n][there], turned[n:][there])
         start += 2 * n

@@ -119,6 +119,11 @@ class Canvas(NamedTuple):
         All pixels and channels of a cell move by the same share of their way to no ink, or to full
         ink.
         """
+        pixels = images[:, None] if images.dim() == 3 else images
+        low, span = (v.to(pixels)[:, None, None] for v in (self.low, self.span))
+        if self.cell == len(self.low) == 1:  # a cell is one gray pixel
+            edited = pixels + self.sign * span * change.to(pixels).view_as(pixels)
+            return torch.minimum(torch.maximum(edited, low), low + span).view_as(images)
         ink = self.ink(images).flatten(1)
         space = torch.where(change > 0, 1 - ink, ink)
         share = change / space.clamp(min=1e-9)
@@ -127,8 +132,6 @@ class Canvas(NamedTuple):
             _, height, width = self.image_shape
             cells = cells.repeat_interleave(self.cell, 2).repeat_interleave(self.cell, 3)
             cells = cells[:, :, :height, :width]
-        pixels = images[:, None] if images.dim() == 3 else images
-        low, span = (v.to(pixels)[:, None, None] for v in (self.low, self.span))
         full, ground = (low + span, low) if self.sign > 0 else (low, low + span)
         edited = pixels + cells.abs() * (torch.where(cells > 0, full, ground) - pixels)
         return edited.view_as(images)

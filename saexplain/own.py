@@ -196,8 +196,8 @@ def escaped(words: str) -> str:
 
 
 def calibration_rows(results: Sequence[OwnResult]) -> list[list[str]]:
-    """A table: of hypotheses held with each confidence, how many deserved High, Medium, Low."""
-    rows = [["your confidence", *(f"deserved {name}" for name in CONFIDENCES)]]
+    """A table: of hypotheses of each confidence, how many the tests find High, Medium, Low."""
+    rows = [["your confidence", *(f"found {name}" for name in CONFIDENCES)]]
     for name in (*CONFIDENCES, ""):
         of_name = [r.row for r in results if r.hypothesis.confidence == name]
         own = [row.decision.confidence for row in of_name if row.evidence.picked]

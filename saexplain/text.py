@@ -270,7 +270,7 @@ A feature's influence is its share of the logit effect of all single ablations.
 """
 
 SWAPPED = """With each feature's drawing exchanged for that of the feature that is active next more
-often, {share:.1%} of the predictions are kept, no more than with a constant."""
+often, {share:.1%} of the predictions are kept."""
 WHAT_TRAINING_ADDED = """Untrained features, random directions and neurons are active as often and
 as strongly as the SAE's features, one for one: the more images activate a feature, the higher an F1
 can be. There are fewer neurons than features, so that fewer are active per image. Random directions
