@@ -4,6 +4,7 @@
     python MNIST_SAE_code.py --target-actives 10 20 40    # one SAE per sparsity, and their frontier
     python MNIST_SAE_code.py --seeds 0 1 2                # a sweep: mean and spread over seeds
     python MNIST_SAE_code.py --data sample --features 50  # the bundled sample, 50 features
+    python MNIST_SAE_code.py --my-hypotheses FILE         # test your own on the finished run
 
 This file makes and measures one SAE, from top to bottom: settings, classifier, SAE training with
 its losses, lambda, thresholds, `explain` for any network, `main`. What a feature means, and whether
@@ -667,7 +668,7 @@ def classifier_stage(settings: Settings, data: Data, folder: Path) -> tuple[Clas
     if stage is None:
         model, history = train_classifier(data.train, settings, len(data.classes))
         info = {"data": data.source, "history": history}
-        replace_results(settings)
+        report.replace_results(Path(settings.out))
         stage = save_stage(folder, "classifier", model.state_dict(), inputs, info)
     return restore_classifier(stage.tensors).to(device), stage
 
@@ -717,7 +718,7 @@ def sae_stage(
         "history": history,
     }
     if not freeze_decoder:  # a baseline, trained while the new results are made
-        replace_results(settings)
+        report.replace_results(Path(settings.out))
     return save_stage(folder, "sae", tensors, inputs, info)
 
 
@@ -784,7 +785,7 @@ def explain_activations(
     made_from = {"data_digest": data.digest, "network_sha256": network.digest}
     with clock("sae"):
         trained = train_saes(layer, settings, made_from, workers)
-    replace_results(settings)
+    report.replace_results(Path(settings.out))
     options = report.Options(
         classes=data.classes,
         network=network.title,
@@ -816,15 +817,6 @@ def explain_activations(
     folders = {settings.folder_of(target): record for target, record in records.items()}
     console.print_results(Path(settings.out), folders, list(reports.values()))
     return list(records.values())
-
-
-def replace_results(settings: Settings) -> None:
-    """Delete the results of an earlier run, before its networks are replaced and before new results
-    are written, so that files of two runs are never paired."""
-    root = Path(settings.out)
-    for folder in [root, *sorted(root.glob("target_*"))]:  # settings.json of the root goes first
-        if folder.is_dir() and report.remove_results(folder):
-            print(f"{folder}: the results of an earlier run are replaced")
 
 
 def finish_target(

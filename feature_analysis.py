@@ -1131,14 +1131,13 @@ def write_feature_pictures(
     images,
     heats,
     inked=None,
-    classes: Sequence[str] = (),
-    ink_sign: int = 1,
+    classes=(),
+    ink_sign=1,
 ) -> None:
     """Write feature_{k}_gallery.png, _pattern.png and _pattern.npy for every k of `features`.
 
-    `heats` (d_sae, H, W) come from `feature_input_patterns`; the .npy holds the raw gradient, the
-    PNG times `ink_sign`, -1 where ink, which pictures show dark, lowers a pixel's value.
-    Raises like the functions that show one picture, and OSError when a file cannot be written.
+    `heats` (d_sae, H, W) come from `feature_input_patterns`; the .npy holds them, the PNG times
+    `ink_sign`: -1 where ink lowers a pixel's value. Raises OSError when a file cannot be written.
     """
     heats = as_patterns(heats)
     gallery, pattern = GalleryPainter(images, classes), PatternPainter(heats.shape[1:], inked)

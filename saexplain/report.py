@@ -126,6 +126,14 @@ def remove_results(folder: Path) -> bool:
     return bool(found)
 
 
+def replace_results(root: Path) -> None:
+    """Delete the results of an earlier run, before its networks are replaced and before new results
+    are written, so that files of two runs are never paired."""
+    for folder in [root, *sorted(root.glob("target_*"))]:  # settings.json of the root goes first
+        if folder.is_dir() and remove_results(folder):
+            print(f"{folder}: the results of an earlier run are replaced")
+
+
 def prepare_report(
     layer: fa.ExplainedLayer, folder: Path, options: Options, clock: Stopwatch, workers: Workers
 ) -> Draft:
