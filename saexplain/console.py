@@ -154,7 +154,7 @@ def places_to_look(root: Path, folders: Mapping[Path, dict]) -> str:
     for folder, record in folders.items():
         top = record["top_features"]
         places = {
-            "feature_report.html": "open it: the network, features, errors; test your own hypotheses",
+            "feature_report.html": "open it: the network, features, errors, your own hypotheses",
             f"feature_{top[0]}_panel.png": f"one feature on one page ({len(top)} such pages)",
             "hypotheses.md": "a hypothesis about each feature, and its tests",
             "influence.png": "each feature's share of the logit effects, and its confidence",
