@@ -19,11 +19,11 @@ from torch import Tensor
 
 import feature_analysis as fa
 from saexplain.activity import collect_activity
-from saexplain.evaluation import Row, Summary, collect_evidence, prepare_drawings, summarize
+from saexplain.evaluation import Summary, evaluate_halves, summarize
 from saexplain.fidelity import feature_stats
 from saexplain.hypotheses import Discovery, Rule, evenly_spaced, propose_hypotheses, scores_of
 from saexplain.sae import JumpReLUSAE
-from saexplain.substitution import fit_stand_ins, measure_agreement, predict_acts
+from saexplain.substitution import agreement_of_drawings, measure_agreement
 
 MAX_BASELINE_FEATURES = 512  # of each kind, at most
 MAX_TESTED = 128  # features whose hypotheses are tested; all take part in the agreement
@@ -156,19 +156,15 @@ def evaluate_baseline(
     like those of its own."""
     rule, other = Rule(), layer.with_sae(sae)
     activity = collect_activity(other, discovery.raw, discovery.labels)
-    hypotheses = propose_hypotheses(other, discovery, rule, activity, effects=False)
-    weights = np.stack([h.weights for h in hypotheses])
-    stand_ins = fit_stand_ins(scores_of(weights, discovery.levels), activity)
+    hypotheses = propose_hypotheses(other, discovery, rule, activity, in_full=False)
     falling = torch.argsort(activity.n_active, descending=True, stable=True)
     tested = [hypotheses[k] for k in evenly_spaced(falling, MAX_TESTED).tolist()]
-    drawn, found = prepare_drawings(tested, discovery.canvas), []
-    for half in (test_half, replication_half):
-        given = (tested, other, half, discovery.canvas, rule)
-        found.append(collect_evidence(*given, in_full=half is test_half, drawn=drawn))
-    rows = [Row.of(*both, rule) for both in zip(*found, strict=True)]
-    acts = other.feature_acts(test_half.raw)
-    levels = discovery.canvas.levels(test_half.images)
-    predicted = predict_acts(stand_ins, scores_of(weights, levels))
-    agreements = [measure_agreement(other, test_half.raw, a) for a in (acts, predicted)]
-    l0 = len(activity.image) / len(activity.labels)
-    return summarize(rows, l0, *agreements)
+    halves = (test_half, replication_half)
+    rows = evaluate_halves(tested, other, halves, discovery.canvas, rule)
+
+    weights, raw = np.stack([h.weights for h in hypotheses]), test_half.raw
+    scores = scores_of(weights, discovery.levels)
+    test_scores = scores_of(weights, discovery.canvas.levels(test_half.images))
+    own = measure_agreement(other, raw, other.feature_acts(raw))
+    drawn = agreement_of_drawings(other, raw, scores, activity, test_scores)
+    return summarize(rows, len(activity.image) / len(activity.labels), own, drawn)

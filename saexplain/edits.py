@@ -1,11 +1,11 @@
 """What does a feature do when an image is edited as its hypothesis says, and equally elsewhere?
 
-    free = free_cells(weights, canvas)
-    tests = edit_tests(hypothesis, layer, images, activity, canvas)   # {"erasing": EditTest(...)}
+    tests = edit_tests(hypothesis, layer, images, activity, canvas)  # {"erasing": EditTest(...)}
+    value, low, high = tests["erasing"].difference()
 
-Takes a drawing and images; edits the ink in the drawn cells, and for comparison the ink of as many
-cells of the same shapes elsewhere, by the same amount. It proposes nothing, and does not decide
-what a test shows.
+Takes a drawing and images; edits the ink in the drawn cells, and for comparison as much ink, or all
+there is, in cells of the same shapes elsewhere. It proposes nothing, and does not decide what a
+test shows.
 
 Key: B images in a batch, h x w = P cells of the canvas, R regions, S places of a shape.
 """

@@ -440,6 +440,24 @@ class Row(NamedTuple):
         return cls(evidence, decision, again, is_replicated(decision.confidence, again, rule))
 
 
+def evaluate_halves(
+    hypotheses: Sequence[Hypothesis],
+    layer: fa.ExplainedLayer,
+    halves: tuple[fa.Activations, fa.Activations],
+    canvas: Canvas,
+    rule: Rule,
+    activity: Activity | None = None,
+) -> list[Row]:
+    """Hypotheses tested on the first of `halves`, whose `activity` may be given, and again on the
+    second."""
+    half, other_half = halves
+    drawn = prepare_drawings(hypotheses, canvas)
+    evidence = collect_evidence(hypotheses, layer, half, canvas, rule, activity, drawn=drawn)
+    given = (hypotheses, layer, other_half, canvas, rule)
+    again = collect_evidence(*given, in_full=False, drawn=drawn)
+    return [Row.of(*both, rule) for both in zip(evidence, again, strict=True)]
+
+
 def summarize(
     rows: Sequence[Row], l0: float, agreement: float, agreement_hypotheses: float
 ) -> Summary:
@@ -488,6 +506,15 @@ def summarize(
 STRONGEST = 10  # images listed for a feature
 
 
+class Agreements(NamedTuple):
+    """Shares of images on which the network predicts the same, with something in place of the
+    layer's output."""
+
+    features: float  # the SAE's own activations, decoded
+    hypotheses: float  # what the drawings predict
+    swapped: float  # the same with each feature's drawing exchanged for another feature's
+
+
 class Evaluation(NamedTuple):
     """Hypotheses with all that was measured and decided, in the order of the features."""
 
@@ -504,16 +531,12 @@ class Evaluation(NamedTuple):
 def make_evaluation(
     hypotheses: list[Hypothesis],
     rule: Rule,
-    n_discovery: int,
-    evidence: list[Evidence],
-    again: Sequence[Evidence],
+    rows: list[Row],
     activity: Activity,
-    agreement: float,
-    agreement_hypotheses: float,
-    agreement_swapped: float,
+    agreements: Agreements,
+    n_discovery: int,
 ) -> Evaluation:
-    """The evaluation of hypotheses by the evidence of the test half, whose `activity` is given, and
-    `again` of the replication half; agreements as in `Summary`."""
+    """The evaluation of hypotheses; `activity` is that of the test half."""
     top_images, edited = [], []
     for h in hypotheses:
         at, acts = activity.of(h.feature)
@@ -521,10 +544,9 @@ def make_evaluation(
         # Image i of the test half is image 2 i of the test images.
         top_images.append((2 * at[strongest]).tolist())
         edited.append(tuple((2 * some).tolist() for some in edited_images(h.feature, activity)))
-    rows = [Row.of(e, other, rule) for e, other in zip(evidence, again, strict=True)]
     l0 = len(activity.image) / len(activity.labels)
-    summary = summarize(rows, l0, agreement, agreement_hypotheses)
-    listed = (top_images, edited, summary, agreement_swapped)
+    summary = summarize(rows, l0, agreements.features, agreements.hypotheses)
+    listed = (top_images, edited, summary, agreements.swapped)
     return Evaluation(hypotheses, rule, rows, n_discovery, *listed)
 
 

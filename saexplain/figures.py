@@ -222,7 +222,7 @@ def _draw_bands(axes: Axes, summaries: dict[str, Summary]) -> None:
 
 
 def draw_explained(summaries: dict[str, Summary]) -> Figure:
-    """How well hypotheses about several sets of features, by name, stand in for them, and how well
+    """How well hypotheses about several sets of features, by name, replace them, and how well
     they predict activity in each band of rates; "SAE" is among them."""
     figure = fa.new_figure(1050, 400)
     left = figure.add_axes((0.06, 0.17, 0.42, 0.65))

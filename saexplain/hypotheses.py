@@ -101,11 +101,8 @@ class Hypothesis:
             raise ValueError(f"confidence must be one of {CONFIDENCES}, got {self.confidence!r}")
         if not isinstance(self.caption, str) or len(self.caption) > MAX_CAPTION:
             raise ValueError(f"caption must be text of at most {MAX_CAPTION} characters")
-        checked = {
-            "wanted": wanted,
-            "unwanted": unwanted,
-            "feature": _index("feature", self.feature),
-        }
+        checked = {"wanted": wanted, "unwanted": unwanted}
+        checked["feature"] = _index("feature", self.feature)
         checked["classes"] = tuple(_index("a class", c) for c in self.classes)
         if len(set(checked["classes"])) < len(checked["classes"]):
             raise ValueError(f"classes must be different, got {checked['classes']}")
@@ -229,9 +226,8 @@ def enriched_classes(
     their share of all; both (C,) are counts of images."""
     share, usual = histogram / histogram.sum(), label_counts / label_counts.sum()
     most = np.argsort(-share, kind="stable").tolist()
-    return tuple(c for c in most if share[c] > 0 and share[c] >= enrichment * usual[c])[
-        :MAX_CLASSES
-    ]
+    named = [c for c in most if share[c] > 0 and share[c] >= enrichment * usual[c]]
+    return tuple(named[:MAX_CLASSES])
 
 
 @functools.cache
@@ -299,20 +295,20 @@ def propose_hypotheses(
     rule: Rule | None = None,
     activity: Activity | None = None,
     removed: Removals | None = None,
-    effects: bool = True,
+    in_full: bool = True,
 ) -> list[Hypothesis]:
     """A hypothesis about every feature, from the discovery images alone.
 
     The drawing has the regions that follow the feature's input pattern best, see `regions`; the
-    threshold has the largest F1; classes are those of `enriched_classes`; logits, with `effects`,
-    those of `changed_logits`. A feature with fewer than MIN_ACTIVE active, or inactive, images gets
-    an empty drawing.
+    threshold has the largest F1; classes are those of `enriched_classes`, logits those of
+    `changed_logits`. Without `in_full` no logits are named, and there are no captions. A feature
+    with fewer than MIN_ACTIVE active, or inactive, images gets an empty drawing.
 
     `activity` and `removed`, of the same images, are computed where they are not given.
     """
     rule = rule or Rule()
     activity = activity or collect_activity(layer, discovery.raw, discovery.labels)
-    if effects and removed is None:
+    if in_full and removed is None:
         removed = removal_effects(layer, discovery.raw, activity)
     patterns = patterns_on_canvas(layer, discovery)
     levels, n_images = discovery.levels.float(), len(discovery.labels)
@@ -326,10 +322,10 @@ def propose_hypotheses(
         for k, own_scores in zip(some.tolist(), scores, strict=True):
             if not MIN_ACTIVE <= n_active[k] <= n_images - MIN_ACTIVE or not drawings[k].any():
                 empty = np.zeros_like(drawings[k])
-                hypotheses.append(Hypothesis(k, empty, caption=NOTHING_DRAWN))
+                hypotheses.append(Hypothesis(k, empty))
                 continue
             logits = {}
-            if effects:
+            if in_full:
                 given = (removed.mean_delta[k], layer, discovery.raw, activity, rule.percentile)
                 logits = changed_logits(k, *given)
             hypotheses.append(
@@ -339,14 +335,11 @@ def propose_hypotheses(
                     unwanted=(-drawings[k]).clip(0, None),
                     classes=enriched_classes(histograms[k], label_counts, rule.enrichment),
                     **logits,
-                    caption=caption_of(drawings[k], strength[k]) if effects else "not captioned",
+                    caption=caption_of(drawings[k], strength[k]) if in_full else "not captioned",
                     threshold=best_threshold(own_scores, activity.of(k)[0].numpy()),
                 )
             )
     return hypotheses
-
-
-NOTHING_DRAWN = "nothing drawn"
 
 
 def label_histograms(activity: Activity, n_classes: int) -> np.ndarray:

@@ -2,8 +2,8 @@
 
     hypotheses = read_hypotheses("my_hypotheses.json")   # exported by the page, or written by hand
     write_hypotheses(hypotheses, "my_hypotheses.json")   # for the page to import
-    results = evaluate_own(hypotheses, layer, folder)        # on the test half, with the other half
-    write_report(results, layer, folder)                 # my_hypotheses.md and pictures
+    results = evaluate_own(hypotheses, layer, folder)    # on the test half, and on the other half
+    write_report(results, folder, report, classes)       # my_hypotheses.md and pictures
 
 Takes a file that may come from a stranger: sizes and types are checked, and words are escaped. The
 tests are those of `evaluation`, the same as for the hypotheses that the program proposes.
@@ -20,15 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 import feature_analysis as fa
 from saexplain.activity import collect_activity
 from saexplain.captions import percent
-from saexplain.evaluation import (
-    Row,
-    check_hypotheses,
-    collect_evidence,
-    split_test_images,
-)
+from saexplain.evaluation import Row, check_hypotheses, evaluate_halves, split_test_images
 from saexplain.files import InputError, read_json, to_json
 from saexplain.hypotheses import (
     CONFIDENCES,
@@ -42,12 +39,7 @@ from saexplain.hypotheses import (
 )
 from saexplain.ink import FULL_INK, Canvas
 from saexplain.panels import Sketch, paint_hypothesis
-from saexplain.text import (
-    confidence_words,
-    markdown_table,
-    measured_lines,
-    picked_words,
-)
+from saexplain.text import confidence_words, markdown_table, measured_lines, picked_words
 
 FORMAT = "saexplain hypotheses 1"
 MAX_BYTES = 20_000_000  # of a file
@@ -152,6 +144,7 @@ class OwnResult(NamedTuple):
     hypothesis: Hypothesis  # with its threshold
     row: Row
     tries: int  # drawings of this feature that were tested in the folder, up to this one
+    mean_ink: np.ndarray  # (h, w) of the validation images that activate the feature
 
 
 def evaluate_own(
@@ -170,13 +163,16 @@ def evaluate_own(
     except (ValueError, IndexError) as error:
         raise InputError(str(error)) from error
     activity = collect_activity(layer, val.raw, val.labels)
-    hypotheses = with_thresholds(hypotheses, canvas.levels(val.images), activity)
+    levels = canvas.levels(val.images)
+    hypotheses = with_thresholds(hypotheses, levels, activity)
     halves = split_test_images(layer.splits["test"])
-    found = [collect_evidence(hypotheses, layer, half, canvas, rule) for half in halves]
-    rows = [Row.of(*both, rule) for both in zip(*found, strict=True)]
-    tries = count_tries(hypotheses, folder)
-    results = enumerate(zip(hypotheses, rows, tries, strict=True), 1)
-    return [OwnResult(number, *result) for number, result in results]
+    rows = evaluate_halves(hypotheses, layer, halves, canvas, rule)
+    tries, results = count_tries(hypotheses, folder), []
+    for number, (h, row, n_tried) in enumerate(zip(hypotheses, rows, tries, strict=True), 1):
+        at, _ = activity.of(h.feature)
+        mean = (levels[at] if len(at) else levels).mean(0).view(canvas.shape) / FULL_INK
+        results.append(OwnResult(number, h, row, n_tried, mean.numpy()))
+    return results
 
 
 # --------------------------------------------------------------------------------------------------
@@ -265,23 +261,13 @@ def own_markdown(
 
 
 def write_report(
-    results: Sequence[OwnResult],
-    layer: fa.ExplainedLayer,
-    folder: Path,
-    report: Sequence[dict],
-    classes: Sequence[str],
+    results: Sequence[OwnResult], folder: Path, report: Sequence[dict], classes: Sequence[str]
 ) -> None:
-    """Write my_hypotheses.md, and a picture of each hypothesis over the mean of the validation
-    images that activate its feature."""
-    val = layer.splits["val"]
-    activity = collect_activity(layer, val.raw, val.labels)
-    levels = Canvas.fit(val.images).levels(val.images)
+    """Write my_hypotheses.md, and a picture of each hypothesis."""
     for r in results:
-        h = r.hypothesis
-        at, _ = activity.of(h.feature)
-        mean = levels[at].mean(0) if len(at) else levels.mean(0)
-        sketch = Sketch(mean.view(h.weights.shape).numpy() / FULL_INK, h.weights, h.caption)
-        fa.save_pixels(paint_hypothesis(sketch, h.feature), folder / picture_name(r))
+        sketch = Sketch(r.mean_ink, r.hypothesis.weights, r.hypothesis.caption)
+        picture = paint_hypothesis(sketch, r.hypothesis.feature)
+        fa.save_pixels(picture, folder / picture_name(r))
     content = own_markdown(results, report, classes)
     fa.write_whole(folder / "my_hypotheses.md", content.encode())
 
@@ -296,7 +282,7 @@ def report_own(
     """The records of hypotheses, tested on a finished run in the folder, which gets
     my_hypotheses.md and a picture of each; prints a line about each."""
     results = evaluate_own(hypotheses, layer, folder)
-    write_report(results, layer, folder, report, classes)
+    write_report(results, folder, report, classes)
     print(f"{results_text(results)}\n{folder / 'my_hypotheses.md'}   the tests, with pictures")
     return [
         {**hypothesis_record(r.hypothesis), "found": r.row.decision.confidence} for r in results

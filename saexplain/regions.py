@@ -88,7 +88,7 @@ def local_covariance(levels: Tensor, canvas: Canvas) -> Tensor:
     """(P, P) covariance of the ink of cells over images with levels (N, P), which fades with their
     distance d: times exp(-d^2 / (2 REACH^2)).
 
-    With the plain covariance a region could stand for another one far away that merely tends to be
+    With the plain covariance a region could replace another one far away that merely tends to be
     inked on the same images.
     """
     covariance = torch.cov(levels.T / FULL_INK)

@@ -30,12 +30,12 @@ from saexplain.analysis import Analysis, analyze, by_influence, feature_record
 from saexplain.baselines import default_directions, evaluate_baseline, features_along
 from saexplain.diagnoses import diagnose
 from saexplain.evaluation import (
+    Agreements,
     Evaluation,
     Summary,
-    collect_evidence,
+    evaluate_halves,
     evaluation_record,
     make_evaluation,
-    prepare_drawings,
     split_test_images,
 )
 from saexplain.fidelity import feature_stats, measure_fidelity
@@ -63,9 +63,8 @@ from saexplain.patterns import gradient_images
 from saexplain.reproducibility import Replicates
 from saexplain.sae import JumpReLUSAE
 from saexplain.substitution import (
-    fit_stand_ins,
+    agreement_of_drawings,
     measure_agreement,
-    predict_acts,
     swap_by_rate,
 )
 
@@ -179,35 +178,30 @@ def evaluate_draft(draft: Draft) -> Evaluation:
 
     Raises ValueError when hypotheses.json is not the file that was frozen.
     """
-    layer, discovery, canvas = draft.layer, draft.discovery, draft.discovery.canvas
+    layer, discovery = draft.layer, draft.discovery
     hypotheses, rule = load_frozen(draft.folder / "hypotheses.json", draft.frozen)
-    half, other_half = split_test_images(layer.splits["test"])
-    activity = collect_activity(layer, half.raw, half.labels)
-    drawn = prepare_drawings(hypotheses, canvas)
-    given = (hypotheses, layer, half, canvas, rule, activity)
-    evidence = collect_evidence(*given, drawn=drawn)
-    given = (hypotheses, layer, other_half, canvas, rule)
-    again = collect_evidence(*given, in_full=False, drawn=drawn)
-    agreements = measure_agreements(draft, hypotheses, half)
-    given = (hypotheses, rule, len(discovery.labels), evidence, again, activity)
-    return make_evaluation(*given, *agreements)
+    halves = split_test_images(layer.splits["test"])
+    activity = collect_activity(layer, halves[0].raw, halves[0].labels)
+    rows = evaluate_halves(hypotheses, layer, halves, discovery.canvas, rule, activity)
+    agreements = measure_agreements(draft, hypotheses, halves[0])
+    n_discovery = len(discovery.labels)
+    return make_evaluation(hypotheses, rule, rows, activity, agreements, n_discovery)
 
 
 def measure_agreements(
     draft: Draft, hypotheses: Sequence[Hypothesis], half: fa.Activations
-) -> tuple[float, float, float]:
-    """The predictions kept with the SAE's own activations, with what its hypotheses predict in
-    their place, and with drawings exchanged by `swap_by_rate`."""
-    discovery, activity = draft.discovery, draft.analysis.activity
+) -> Agreements:
+    """The agreements with the features, with their drawings, and with those of `swap_by_rate`."""
+    layer, discovery, activity = draft.layer, draft.discovery, draft.analysis.activity
     weights = np.stack([h.weights for h in hypotheses])
-    seen, unseen = discovery.levels.float(), discovery.canvas.levels(half.images)
-    scores, test_scores = scores_of(weights, seen), scores_of(weights, unseen)
-    found = [measure_agreement(draft.layer, half.raw, draft.layer.feature_acts(half.raw))]
-    for order in (torch.arange(len(weights)), swap_by_rate(activity)):
-        stand_ins = fit_stand_ins(scores[order], activity)
-        predicted = predict_acts(stand_ins, test_scores[order])
-        found.append(measure_agreement(draft.layer, half.raw, predicted))
-    return tuple(found)
+    scores = scores_of(weights, discovery.levels)
+    test_scores = scores_of(weights, discovery.canvas.levels(half.images))
+    other = swap_by_rate(activity)
+    return Agreements(
+        measure_agreement(layer, half.raw, layer.feature_acts(half.raw)),
+        agreement_of_drawings(layer, half.raw, scores, activity, test_scores),
+        agreement_of_drawings(layer, half.raw, scores[other], activity, test_scores[other]),
+    )
 
 
 def default_baselines(layer: fa.ExplainedLayer, seed: int) -> dict[str, JumpReLUSAE]:

@@ -1,8 +1,8 @@
 """Is the network explained? Its predictions when hypotheses take the place of all features.
 
-    stand_ins = fit_stand_ins(scores_of(weights, levels), activity)  # on discovery images
-    acts = predict_acts(stand_ins, scores_of(weights, test_levels))
-    measure_agreement(layer, raw, acts)  # predictions kept
+    scores, test_scores = scores_of(weights, levels), scores_of(weights, test_levels)
+    agreement_of_drawings(layer, raw, scores, activity, test_scores)  # predictions kept
+    measure_agreement(layer, raw, layer.feature_acts(raw))            # with the features themselves
 
 Takes the scores of drawings of all features of an SAE; gives the share of images on which the
 network still predicts the same when each feature's activation is what its drawing predicts.
@@ -25,7 +25,7 @@ from saexplain.activity import Activity
 N_KNOTS = 65  # quantiles of scores and of activations that are kept
 
 
-class StandIns(NamedTuple):
+class Quantiles(NamedTuple):
     """Activations that follow from scores by rank: of the images picked, the one with the largest
     score gets the largest activation, and so on; linear between quantiles."""
 
@@ -33,8 +33,8 @@ class StandIns(NamedTuple):
     acts: np.ndarray  # (F, N_KNOTS) ascending quantiles, of the images that activate the feature
 
 
-def fit_stand_ins(scores: Tensor, activity: Activity) -> StandIns:
-    """The stand-ins of all features in order, from the scores (F, N) of their drawings on images
+def fit_quantiles(scores: Tensor, activity: Activity) -> Quantiles:
+    """The quantiles of all features in order, from the scores (F, N) of their drawings on images
     whose `activity` is given: as many images are picked as activate the feature.
 
     A feature that is never active, or whose scores are all 0, gets 0.
@@ -48,13 +48,13 @@ def fit_stand_ins(scores: Tensor, activity: Activity) -> StandIns:
             at, each = np.linspace(0, len(acts) - 1, N_KNOTS), np.arange(len(acts))
             knots_of_scores[k] = np.interp(at, each, picked)
             knots_of_acts[k] = np.interp(at, each, acts.sort().values.numpy())
-    return StandIns(knots_of_scores, knots_of_acts)
+    return Quantiles(knots_of_scores, knots_of_acts)
 
 
-def predict_acts(s: StandIns, scores: Tensor) -> Tensor:
+def predict_acts(q: Quantiles, scores: Tensor) -> Tensor:
     """(N, F) activations that follow from scores (F, N)."""
     acts = np.zeros(scores.shape, dtype=np.float32)
-    for own, knots, of_acts, out in zip(scores.numpy(), s.scores, s.acts, acts, strict=True):
+    for own, knots, of_acts, out in zip(scores.numpy(), q.scores, q.acts, acts, strict=True):
         if np.isfinite(knots[0]):
             out[:] = np.interp(own, knots, of_acts, left=0.0)
     return torch.from_numpy(acts.T.copy())
@@ -73,3 +73,11 @@ def measure_agreement(layer: fa.ExplainedLayer, raw: Tensor, acts: Tensor) -> fl
     activations (N, F) takes the place of the layer's output raw (N, d_in)."""
     decoded = layer.logits_of_z(layer.sae.decode(acts.to(raw.device)))
     return (decoded.argmax(1) == layer.logits(raw).argmax(1)).double().mean().item()
+
+
+def agreement_of_drawings(
+    layer: fa.ExplainedLayer, raw: Tensor, scores: Tensor, activity: Activity, test_scores: Tensor
+) -> float:
+    """`measure_agreement` on raw (N, d_in) with what drawings predict by their `test_scores` (F, N)
+    there; scores (F, M), and the `activity`, are those of discovery images."""
+    return measure_agreement(layer, raw, predict_acts(fit_quantiles(scores, activity), test_scores))

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 import feature_analysis as fa
-from saexplain.activity import Activity
 from saexplain.images import load_images
 from saexplain.sae import JumpReLUSAE
 
@@ -110,20 +109,3 @@ def plant(templates: list[Template], seed: int = 0) -> fa.ExplainedLayer:
     for name in ("val", "test"):
         layer.splits[name] = layer.activations(*getattr(data, name))
     return layer
-
-
-def shuffled(activity: Activity, seed: int) -> Activity:
-    """The same activations of each feature, on images drawn at random."""
-    generator, n = np.random.default_rng(seed), len(activity.labels)
-    counts = activity.n_active.tolist()
-    images = [np.sort(generator.choice(n, count, replace=False)) for count in counts]
-    return activity._replace(image=torch.from_numpy(np.concatenate(images)))
-
-
-def activity_of(acts: list[list[float]]) -> Activity:
-    """The activity behind activations (N, d_sae); all labels are 0."""
-    columns = torch.tensor(acts).T
-    feature, image = (columns > 0).nonzero(as_tuple=True)
-    counts = torch.bincount(feature, minlength=len(columns))
-    start = torch.tensor([0, *counts.cumsum(0).tolist()])
-    return Activity(start, image, columns[feature, image], torch.zeros(len(acts), dtype=int))

@@ -357,8 +357,9 @@ def test_records_and_markdown(world, evidence, activity):
     given = world.layer, halves[0], world.discovery.canvas
     found = ev.collect_evidence(world.hypotheses, *given)
     own = collect_activity(world.layer, halves[0].raw, halves[0].labels)
-    given = (world.hypotheses, Rule(), 2400, found, evidence, own, 0.97, 0.94, 0.305)
-    evaluation = ev.make_evaluation(*given)
+    rows = [ev.Row.of(*both, Rule()) for both in zip(found, evidence, strict=True)]
+    given = (rows, own, ev.Agreements(0.97, 0.94, 0.305), 2400)
+    evaluation = ev.make_evaluation(world.hypotheses, Rule(), *given)
     other = ev.summarize(five_rows(), 4.5, 0.9, 0.7)
     record = ev.evaluation_record(evaluation, {"neurons": other}, "abc")
     assert [*record["summaries"]] == ["SAE", "neurons"]

@@ -169,7 +169,7 @@ def test_proposals_are_the_same_again_and_leave_inputs_and_generator_alone(world
     assert all(map(same, again, world.hypotheses))
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(map(torch.equal, before, world.val))
-    plain = hy.propose_hypotheses(world.layer, world.discovery, effects=False)
+    plain = hy.propose_hypotheses(world.layer, world.discovery, in_full=False)
     for h, other in zip(plain, world.hypotheses, strict=True):
         assert (h.threshold, h.raises, h.lowers) == (other.threshold, None, None)
         assert np.array_equal(h.weights, other.weights)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from saexplain import baselines, report
+from saexplain import evaluation, report
 from saexplain.parallel import Stopwatch, Workers
 
 
@@ -30,16 +30,15 @@ def evaluated(loaded, tmp_path_factory):
     calls = {"own": Calls(), "baseline": Calls()}
     options = report.Options(seed=loaded.settings.seed)
     with pytest.MonkeyPatch.context() as patch, Workers(0) as workers:
-        own = calls["own"].of(report.collect_evidence)
-        patch.setattr(report, "collect_evidence", own)
-        of_baseline = calls["baseline"].of(baselines.collect_evidence)
-        patch.setattr(baselines, "collect_evidence", of_baseline)
+        collect = evaluation.collect_evidence
         folder = tmp_path_factory.mktemp("report")
         draft = report.prepare_report(loaded.layer, folder, options, Stopwatch(), workers)
         units = {"neurons": report.default_baselines(loaded.layer, 0)["neurons"]}
+        patch.setattr(evaluation, "collect_evidence", calls["baseline"].of(collect))
         workers.results(list(report.start_baselines(draft, units, workers).values()))
-        evaluation = report.evaluate_draft(draft)
-    return calls, evaluation, folder
+        patch.setattr(evaluation, "collect_evidence", calls["own"].of(collect))
+        found = report.evaluate_draft(draft)
+    return calls, found, folder
 
 
 def half_of(split, test) -> str:
@@ -51,12 +50,12 @@ def half_of(split, test) -> str:
 
 
 def test_even_test_images_test_and_odd_ones_replicate(loaded, evaluated):
-    calls, evaluation, _ = evaluated
+    calls, found, _ = evaluated
     test = loaded.layer.splits["test"]
     by_half = {half_of(args[2], test): result for args, result in calls["own"]}
     assert set(by_half) == {"even", "odd"}
-    assert [row.evidence for row in evaluation.rows] == by_half["even"]
-    assert [row.again for row in evaluation.rows] == by_half["odd"]
+    assert [row.evidence for row in found.rows] == by_half["even"]
+    assert [row.again for row in found.rows] == by_half["odd"]
     assert [half_of(args[2], test) for args, _ in calls["baseline"]] == ["even", "odd"]
 
 

@@ -8,13 +8,13 @@ from small_models import activity_of
 
 from saexplain.activity import collect_activity
 from saexplain.hypotheses import scores_of
-from saexplain.substitution import fit_stand_ins, measure_agreement, predict_acts, swap_by_rate
+from saexplain.substitution import fit_quantiles, measure_agreement, predict_acts, swap_by_rate
 
 
 def test_acts_follow_scores_by_rank_and_linearly_between():
     scores = torch.tensor([[0, 10, 20, 30, 50], [0, 10, 20, 30, 50], [0, 0, 0, 0, 0]])
     acts = [[0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [4.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
-    fitted = fit_stand_ins(scores, activity_of(acts))
+    fitted = fit_quantiles(scores, activity_of(acts))
     # Two images activate feature 0: scores of 30 and 50 are picked, and get 1 and 4.
     found = predict_acts(fitted, torch.tensor([[29, 30, 40, 50, 90]] * 3))
     assert found[:, 0].tolist() == pytest.approx([0, 1, 2.5, 4, 4])
@@ -27,7 +27,7 @@ def test_acts_of_a_drawing_that_determines_the_feature_are_exact():
     weights = np.array([[[1, -1, 0, 2, 0, 0]], [[0, 1, 1, 0, 0, 0]], [[0, 0, 0, 0, -2, 1]]])
     scores = torch.from_numpy(weights).flatten(1) @ levels.T
     acts = (scores - scores.float().quantile(0.6, 1, keepdim=True).round()).clamp(min=0) / 64
-    fitted = fit_stand_ins(scores, activity_of(acts.T.tolist()))
+    fitted = fit_quantiles(scores, activity_of(acts.T.tolist()))
     assert predict_acts(fitted, scores).T == pytest.approx(acts, abs=1e-6)
 
 
@@ -35,7 +35,7 @@ def test_acts_are_linear_between_quantiles():
     rng = np.random.default_rng(0)
     levels, acts = rng.permutation(250), rng.random(250) ** 4 * (np.arange(250) < 170)
     scores = torch.from_numpy(levels)[None]
-    fitted = fit_stand_ins(scores, activity_of(acts[:, None].astype(np.float32).tolist()))
+    fitted = fit_quantiles(scores, activity_of(acts[:, None].astype(np.float32).tolist()))
     shares = np.linspace(0, 1, 65)
     picked = np.quantile(np.sort(levels)[-170:], shares)
     expected = np.interp(levels, picked, np.quantile(acts[:170], shares), left=0)
@@ -60,7 +60,7 @@ def test_hypotheses_about_planted_strokes_keep_the_predictions():
     world = planted_world()
     activity = collect_activity(world.layer, world.val.raw, world.val.labels)
     weights = np.stack([h.weights for h in world.hypotheses])
-    fitted = fit_stand_ins(scores_of(weights, world.discovery.levels), activity)
+    fitted = fit_quantiles(scores_of(weights, world.discovery.levels), activity)
     levels = world.discovery.canvas.levels(world.test.images)
     found = predict_acts(fitted, scores_of(weights, levels))
     acts = world.layer.feature_acts(world.test.raw)
