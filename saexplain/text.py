@@ -209,7 +209,8 @@ def confidence_words(confidence: str, replicated: bool | None) -> str:
     """The confidence, and whether the replication half gives it as well."""
     if confidence == CONFIDENCES[-1]:
         return confidence
-    words = {True: "replicated", False: "not replicated", None: "too few images to replicate"}
+    on = "on the other half"
+    words = {True: f"replicated {on}", False: f"not replicated {on}", None: f"too few images {on}"}
     return f"{confidence}, {words[replicated]}"
 
 
