@@ -53,7 +53,7 @@ function hypothesisCard(f) {
   if (of) lines.push(el("p", {}, classWords(f.hypothesis.classes, of), marked(results.classes)));
   for (const [verb, c] of Object.entries(effects ?? {}))
     lines.push(el("p", {}, `On these images ${logitWords(verb, c)} `, marked(results[verb])));
-  const again = { true: "; replicated on the other half", false: "; not replicated on the other half" };
+  const on = "replicated on the other half", again = { true: `; ${on}`, false: `; not ${on}` };
   return el("div", { class: "card" }, el("p", {}, el("b", {}, `“${f.caption}”`)),
     el("p", {}, "Confidence ", el("b", {}, f.confidence ?? "none"), again[f.replicated] ?? "",
       mark ? `; ${mark}` : ""), lines, own);

@@ -106,7 +106,7 @@ function shapesOf(weights, sign, free) {
   return { cells: regions.flat(), elsewhere: regions.map(region => placesElsewhere(region, free)) };
 }
 const sumAt = (cells, values) => cells.reduce((all, p) => all + values[p], 0);
-function otherCells(shapes, available) { /* each region at the two places where most can be changed */
+function otherCells(shapes, available) { /* of each region, at the two places with most */
   const found = new Set();
   for (const places of shapes.elsewhere) {
     const ordered = places.map((cells, n) => [sumAt(cells, available), n]);

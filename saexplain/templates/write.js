@@ -169,9 +169,9 @@ function showWriting() {
   parts.test.disabled = Boolean(h.tested) || !any || both || !isTestable("test_half", i);
   const looks = mine.looks.get(h.feature) ?? 0;
   write(parts.state, h.tested ? "This hypothesis is tested and stays as it is. Change anything, " +
-    "and it becomes a new one." : both ? "It cannot raise and lower the same logit." : looks ? `The next test is look ${looks + 1} at the test half. ` +
-    "Each look makes it weaker evidence." : "Each test is a look at the test half, and every " +
-    "further look makes it weaker evidence.");
+    "and it becomes a new one." : both ? "It cannot raise and lower the same logit." : looks
+    ? `The next test is look ${looks + 1} at the test half. Each look makes it weaker evidence.`
+    : "Each test is a look at the test half, and every further look makes it weaker evidence.");
   if (parts.result.dataset.of !== String(h.tested?.sha256)) {
     parts.result.dataset.of = String(h.tested?.sha256);
     parts.result.replaceChildren(...h.tested ? resultView(h) : []);
