@@ -55,7 +55,15 @@ from torch import Tensor, nn
 import feature_analysis as fa
 from saexplain import console, figures, page, report
 from saexplain.baselines import features_along
-from saexplain.fidelity import EVAL_ROWS, feature_stats, mean_l0, measure_fidelity, row_chunks
+from saexplain.fidelity import (
+    EVAL_ROWS,
+    STATS_ROWS,
+    feature_stats,
+    mean_l0,
+    measure_fidelity,
+    row_chunks,
+    rows_of,
+)
 from saexplain.files import (
     BusyError,
     InputError,
@@ -702,7 +710,8 @@ def sae_stage(
     if stage is not None:
         return stage
     with torch_threads(1):
-        before, history = train_sae(z[0], layer.logits_of_z, target, settings, freeze_decoder)
+        logits_of = None if layer.has_positions else layer.logits_of_z
+        before, history = train_sae(z[0], logits_of, target, settings, freeze_decoder)
     sae, shift = adjust_thresholds(before, z[1], target)
     if shift == -math.inf and not mean_l0(sae, z[0]):
         raise TrainingError(
@@ -737,7 +746,7 @@ def train_saes(
 ) -> dict[int, Trained]:
     """By target, the SAE of the run, those of further seeds, and where there are hypotheses a
     baseline; trained or reused."""
-    z = tuple(layer.standardize(layer.splits[name].raw) for name in ("train", "val"))
+    z = tuple(rows_of(layer, name) for name in ("train", "val"))
     head = replace(layer, splits={})  # what workers are sent besides z
     seeds = range(settings.seed, settings.seed + settings.stability_seeds + 1)
     fewer = replace(settings, epochs_sae_final=min(FROZEN_EPOCHS, settings.epochs_sae_final))
@@ -748,7 +757,8 @@ def train_saes(
             place = folder if seed == settings.seed else folder / f"stability_seed_{seed}"
             given = (head, z, target, replace(settings, seed=seed), made_from, place)
             tasks.append(workers.start("sae", sae_stage, *given, here=on_gpu or not tasks))
-    for target in settings.target_actives if settings.hypotheses else ():
+    drawn = settings.hypotheses and not layer.has_positions  # it is a baseline of drawings
+    for target in settings.target_actives if drawn else ():
         place = settings.folder_of(target) / "frozen_decoder"
         given = (head, z, target, fewer, made_from, place, True)
         frozen[target] = workers.start("frozen decoder", sae_stage, *given, here=on_gpu)
@@ -830,13 +840,14 @@ def finish_target(
     """`finish_report` with what only the trainer knows: the SAEs of other seeds, and as baselines
     the directions that training starts from, untrained and with a trained encoder."""
     layer, (stages, frozen) = draft.layer, trained
-    z = layer.standardize(layer.splits["val"].raw)
+    z = rows_of(layer, "val", STATS_ROWS if layer.has_positions else None)
     others = {seed: stage for seed, stage in stages.items() if seed != settings.seed}
+    # Those of another seed: the SAE's own started from the rows of its seed.
+    rows = starting_rows(z, settings.sae_latents, settings.seed + 1)
+    untrained = features_along(rows, z, *feature_stats(layer.sae, z))
     baselines = {}
     if others or frozen:
-        # Those of another seed: the SAE's own started from the rows of its seed.
-        rows = starting_rows(z, settings.sae_latents, settings.seed + 1)
-        baselines["untrained SAE"] = features_along(rows, z, *feature_stats(layer.sae, z))
+        baselines["untrained SAE"] = untrained
         baselines |= report.default_baselines(layer, settings.seed)
     if frozen:
         try:
@@ -847,7 +858,8 @@ def finish_target(
             print(f"no baseline with a frozen decoder: {error}")
     tasks = report.start_baselines(draft, baselines, workers)
     with draft.clock("fidelity"):
-        record = sae_record(layer, target, stages[settings.seed], data, settings)
+        stage = stages[settings.seed]
+        record = sae_record(layer, target, stage, data, settings, untrained)
     with draft.clock("reproducibility"):
         device = layer.device
         saes = {s: JumpReLUSAE.from_weights(stage.tensors, device) for s, stage in others.items()}
@@ -857,15 +869,21 @@ def finish_target(
 
 
 def sae_record(
-    layer: fa.ExplainedLayer, target: int, stage: Stage, data: Data, settings: Settings
+    layer: fa.ExplainedLayer,
+    target: int,
+    stage: Stage,
+    data: Data,
+    settings: Settings,
+    untrained: JumpReLUSAE | None = None,
 ) -> dict:
-    """What summary.json says about one SAE before its features are explained."""
+    """What summary.json says about one SAE before its features are explained; `untrained` is an
+    SAE to compare it with."""
     return {
         "target_actives": target,
         "lambda": stage.record["lambda"],
         "threshold_shift": stage.record["threshold_shift"],
         "achieved_actives_before_shift": stage.record["l0_before_shift"],
-        **measure_fidelity(layer, target),
+        **measure_fidelity(layer, target, untrained),
         **settings.chosen("sae_latents normalize_z seed"),
         "data": data.source,
         "device": str(layer.device),

@@ -51,8 +51,8 @@ def review(world):
 @pytest.fixture(scope="module")
 def effects(world):
     """Mean contributions (C, d_sae, C) by class."""
-    added, _ = contributions(world.layer, world.layer.splits["val"].raw, world.shown.activity)
-    return class_effects(world.shown.activity, added)
+    val = world.layer.splits["val"]
+    return class_effects(world.layer, val.raw, world.shown.activity)
 
 
 @pytest.fixture(scope="module")
