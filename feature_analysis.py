@@ -65,7 +65,7 @@ ROUNDING = 1e-4  # relative difference of two float32 results that is still roun
 
 
 class Positions(NamedTuple):
-    """The positions of a layer's output, row by row, after those that have no place in the image."""
+    """The positions of a layer's output, row by row, after those without a place in the image."""
 
     grid: tuple[int, int]  # rows and columns
     n_prefix: int = 0  # tokens before the grid, such as a class token

@@ -11,7 +11,7 @@ import torch
 from page_world import N_CLASSES, NASTY, arrays_of, meta_of, script, small_world, write
 
 from saexplain import page
-from saexplain.activity import Activity, coactivation_neighbors, contributions
+from saexplain.activity import Activity, coactivation_neighbors
 from saexplain.counterfactuals import class_effects, review_tests
 
 

@@ -14,7 +14,7 @@ from page_world import NASTY, meta_of, small_world, write
 
 import feature_analysis as fa
 from saexplain import page as html
-from saexplain.activity import collect_activity, contributions
+from saexplain.activity import collect_activity
 from saexplain.counterfactuals import class_effects, review_tests
 from saexplain.evaluation import collect_evidence, decide
 from saexplain.hypotheses import (
