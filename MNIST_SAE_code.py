@@ -55,6 +55,7 @@ from torch import Tensor, nn
 import feature_analysis as fa
 from saexplain import console, figures, page, report
 from saexplain.baselines import features_along
+from saexplain.datasets import check_split_leakage
 from saexplain.fidelity import EVAL_ROWS, feature_stats, mean_l0, measure_fidelity, row_chunks
 from saexplain.files import (
     BusyError,
@@ -70,7 +71,7 @@ from saexplain.files import (
     to_json,
 )
 from saexplain.hypotheses import load_frozen
-from saexplain.images import Data, Split, TensorLoader, check_split_leakage, digest_of, load_images
+from saexplain.images import Data, Split, TensorLoader, digest_of, load_images
 from saexplain.layers import (
     collect_activations,
     default_torch_state,

@@ -28,6 +28,7 @@ from saexplain import console, figures, page, text
 from saexplain.activity import collect_activity
 from saexplain.analysis import Analysis, analyze, by_influence, feature_record
 from saexplain.baselines import default_directions, evaluate_baseline, features_along
+from saexplain.datasets import load_own
 from saexplain.diagnoses import diagnose
 from saexplain.evaluation import (
     Agreements,
@@ -49,7 +50,7 @@ from saexplain.hypotheses import (
     propose_hypotheses,
     scores_of,
 )
-from saexplain.images import Data, as_ink, as_split, check_split_leakage, data_from_splits
+from saexplain.images import Data, as_ink
 from saexplain.ink import FULL_INK
 from saexplain.layers import (
     collect_activations,
@@ -382,20 +383,19 @@ def frontier_of(records: Sequence[dict]) -> list[dict]:
 # --------------------------------------------------------------------------------------------------
 
 
-def load_splits(net, classes: Sequence[str], train, val, test) -> Data:
-    """Data from three splits of one's own, each a pair of tensors, a Dataset or a DataLoader.
+def load_splits(net, classes: Sequence[str], train, val, test, **given) -> Data:
+    """Data from splits of one's own, in any form that `load_own` takes, with its arguments `given`.
 
     Raises InputError for what cannot be used.
     """
-    given = {"train": train, "val": val, "test": test}
-    splits = [as_split(split, name, net.device) for name, split in given.items()]
-    with torch.no_grad():
-        raw = net.preactivations(splits[0].images[: fa.PROBED])
-        n_classes = net.logits_from_preactivations(raw).shape[1]
-    fa.check_gradients(net, splits[0].images)
-    data = data_from_splits(splits, classes, n_classes)
-    check_split_leakage(data)
-    return data
+
+    def count_logits(images: Tensor) -> int:
+        raw = net.preactivations(images[: fa.PROBED])
+        fa.check_gradients(net, images)
+        return net.logits_from_preactivations(raw).shape[1]
+
+    known = {"classes": classes, "n_classes": count_logits, "device": net.device}
+    return load_own(train, val, test, **known, model=net.model, **given)
 
 
 @default_torch_state()
