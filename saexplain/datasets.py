@@ -15,6 +15,7 @@ their number of logits and the normalization in their config.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -28,7 +29,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saexplain.files import InputError
-from saexplain.images import SPLIT_NAMES, Data, Split, images_per_batch, split_by_class
+from saexplain.images import (
+    SPLIT_NAMES,
+    Data,
+    Split,
+    TensorLoader,
+    images_per_batch,
+    split_by_class,
+)
 from saexplain.normalization import find_display, given_normalization, model_normalization
 from saexplain.sources import (
     FORMS,
@@ -126,40 +134,40 @@ def read_source(source: Source, device: torch.device) -> Part:
 
     Raises InputError for images that cannot be used, and for a stream of too many.
     """
-    shape, n = tuple(source.some.shape[1:]), None if source.order is None else len(source.order)
-    image_bytes, limit = 4 * int(np.prod(shape)), memory_limit(device)
-    fits = n is not None and n * image_bytes <= limit
-    images = torch.empty(n, *shape, device=device) if fits else None
-    kept, labels, hashes, ranges, at = [], [], [], [], 0
-    bar = tqdm(total=n, desc=f"read {source.name}", leave=False, disable=None, delay=2)
-    for pixels, of_batch in source.batches(size=images_per_batch(shape)):
-        if not bool(torch.isfinite(pixels).all()):
-            raise InputError(f"{source.name} has pixels that are not finite float32 numbers")
-        ranges.append((pixels.amin((0, 2, 3)).cpu(), pixels.amax((0, 2, 3)).cpu()))
-        labels.append(of_batch)
-        hashes += image_hashes(pixels)
-        if fits:
-            images[at : at + len(pixels)] = pixels
+    shape, limit = tuple(source.some.shape[1:]), memory_limit(device)
+    n, n_most = source.n, limit // (4 * int(np.prod(shape)))
+    images = torch.empty(n, *shape, device=device) if n and n <= n_most else None
+    kept, facts, at = [], [], 0  # of a stream, of all batches
+    for pixels, labels in read_batches(source, images_per_batch(shape)):
+        facts.append((labels, image_hashes(pixels), pixels.amin((0, 2, 3)), pixels.amax((0, 2, 3))))
+        at += len(pixels)
+        if images is not None:
+            images[at - len(pixels) : at] = pixels
         elif n is None:
             kept.append(pixels.to(device))
-        at += len(pixels)
-        if n is None and at * image_bytes > limit:
+        if n is None and at > n_most:
             raise InputError(
                 f"{source.name} is a stream of more than {limit / 1e9:.2g} GB of images, more than "
                 f"{MEMORY_SHARE:.0%} of the memory available; give a Dataset with __getitem__ and "
                 f"__len__, which is read by index, or fewer images"
             )
-        bar.update(len(pixels))
-    bar.close()
     if at < 2:
         raise InputError(f"{source.name} must have two images at least, got {at}")
-    if n is None:
-        images = torch.cat(kept)
-    elif not fits:
-        images = LazyImages(source, shape, device, np.arange(n))
-    low, high = (torch.stack(ends) for ends in zip(*ranges, strict=True))
-    found = np.frombuffer(b"".join(hashes), np.uint8).reshape(at, -1)
-    return Part(images, torch.cat(labels), found, low.amin(0), high.amax(0))
+    if images is None:
+        images = torch.cat(kept) if kept else LazyImages(source, shape, device, np.arange(n))
+    labels, hashes, low, high = zip(*facts, strict=True)
+    low, high = torch.stack(low).amin(0).cpu(), torch.stack(high).amax(0).cpu()
+    return Part(images, torch.cat(labels), np.concatenate(hashes), low, high)
+
+
+def read_batches(source: Source, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """All batches of a source, with a bar. Raises InputError for values that are not finite."""
+    n_batches = math.ceil(source.n / size) if source.n else None
+    reading = {"desc": f"read {source.name}", "total": n_batches, "leave": False, "disable": None}
+    for pixels, labels in tqdm(source.batches(size=size), delay=2, **reading):
+        if not bool(torch.isfinite(pixels).all()):
+            raise InputError(f"{source.name} has pixels that are not finite float32 numbers")
+        yield pixels, labels
 
 
 def memory_limit(device: torch.device) -> float:
@@ -183,10 +191,11 @@ def available_memory() -> int:
     return 2**32
 
 
-def image_hashes(images: Tensor) -> list[bytes]:
-    """16 bytes of each image's SHA-256: by chance, no two of any number of images are equal."""
+def image_hashes(images: Tensor) -> np.ndarray:
+    """16 bytes (N, 16) of each image's SHA-256: no two different images of any set share them."""
     pixels = np.ascontiguousarray(images.detach().cpu().numpy())
-    return [hashlib.sha256(image).digest()[:16] for image in pixels]
+    hashes = [hashlib.sha256(image).digest()[:16] for image in pixels]
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 16)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -257,13 +266,12 @@ def check_split_leakage(data: Data) -> None:
     warn_leakage({name: hashes_of(getattr(data, name)) for name in SPLIT_NAMES})
 
 
-def hashes_of(split: Split) -> list[bytes]:
-    """The hash of each image of a split."""
-    batches = split.images.split(images_per_batch(split.images.shape[1:]))
-    return [found for batch in batches for found in image_hashes(batch)]
+def hashes_of(split: Split) -> np.ndarray:
+    """The hashes (N, 16) of a split's images."""
+    return np.concatenate([image_hashes(images) for images, _ in TensorLoader(split)])
 
 
-def warn_leakage(hashes: Mapping[str, Sequence[bytes]]) -> None:
+def warn_leakage(hashes: Mapping[str, np.ndarray]) -> None:
     """`check_split_leakage` of the images' hashes."""
     lines = []
     for (name, earlier), n in count_duplicates(hashes).items():
@@ -279,12 +287,13 @@ def warn_leakage(hashes: Mapping[str, Sequence[bytes]]) -> None:
         print(f"{', '.join(lines)}: what is found on them is not found on unseen images")
 
 
-def count_duplicates(hashes: Mapping[str, Sequence[bytes]]) -> dict[tuple[str, str], int]:
+def count_duplicates(hashes: Mapping[str, np.ndarray]) -> dict[tuple[str, str], int]:
     """Numbers of images that are also in an earlier split, by the names of the two splits."""
+    rows = {name: [row.tobytes() for row in found] for name, found in hashes.items()}
     found = {}
     for name, earlier in (("val", "train"), ("test", "train"), ("test", "val")):
-        known = set(hashes[earlier])
-        found[name, earlier] = sum(image in known for image in hashes[name])
+        known = set(rows[earlier])
+        found[name, earlier] = sum(row in known for row in rows[name])
     return {pair: n for pair, n in found.items() if n}
 
 
@@ -409,7 +418,7 @@ def load_own(
     display, shown = find_display(sources["train"], ends, given, model)
     parts, drawn = fill_splits(parts, seed)
     parts = {name: parts[name] for name in SPLIT_NAMES}
-    warn_leakage({name: [h.tobytes() for h in part.hashes] for name, part in parts.items()})
+    warn_leakage({name: part.hashes for name, part in parts.items()})
     splits = [Split(part.images, part.labels.to(device)) for part in parts.values()]
     n = sum(len(split.labels) for split in splits)
     source, names = f"{n:,} images of one's own", names or tuple(map(str, range(n_classes)))

@@ -11,7 +11,9 @@ module does not know of three splits, nor of the scale that a network expects.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -300,6 +302,10 @@ class ClassFolders:
         path, label = self.samples[i]
         return open_picture(path), label
 
+    def __getitems__(self, index: list[int]) -> list[tuple[Image.Image, int]]:
+        with ThreadPoolExecutor() as pool:  # Pillow decodes without Python's lock
+            return list(pool.map(self.__getitem__, index))
+
     def heads(self) -> Iterator[Image.Image]:
         """The pictures without their pixels, whose modes are known."""
         return (open_picture(path, load=False) for path, _ in self.samples)
@@ -340,7 +346,12 @@ class Source:
     reader: Reader
     order: np.ndarray | None  # the indices of the Dataset; None: a stream
     n_workers: int = 0
-    some: Tensor = field(default_factory=lambda: torch.empty(0))  # its first images
+    some: Tensor = field(default_factory=lambda: torch.empty(0))  # of its images
+
+    @property
+    def n(self) -> int | None:
+        """The number of images; None for a stream."""
+        return None if self.order is None else len(self.order)
 
     def batches(
         self, index: np.ndarray | None = None, size: int = CHUNK, workers: bool = True
@@ -350,12 +361,13 @@ class Source:
             yield from self.stream()
             return
         order = self.order if index is None else self.order[index]
+        is_child = multiprocessing.parent_process() is not None  # which may have no children
         loader = DataLoader(
             self.dataset,
             size,
             sampler=order.tolist(),
             collate_fn=self.reader,
-            num_workers=self.n_workers if workers else 0,
+            num_workers=self.n_workers if workers and not is_child else 0,
             generator=torch.Generator(),  # so that the global random numbers stay as they are
         )
         found = self.read(iter(loader))
@@ -411,10 +423,12 @@ class Source:
             except InputError as error:
                 raise InputError(f"{self.name}: {error}") from error
             except READ_ERRORS as error:
-                reason = " ".join(str(error).split())[:300]
+                lines = str(error).strip().splitlines() or [""]
+                is_remote = any("Traceback" in line for line in lines)  # of a loader's process
+                reason = lines[-1] if is_remote else f"{type(error).__name__}: {' '.join(lines)}"
                 raise InputError(
                     f"{self.name}, a {type(self.dataset).__name__}, gives no images and labels "
-                    f"({type(error).__name__}: {reason}); give {FORMS}"
+                    f"({reason[:300]}); give {FORMS}"
                 ) from error
 
 
