@@ -139,7 +139,12 @@ def read_source(source: Source, device: torch.device) -> Part:
     images = torch.empty(n, *shape, device=device) if n and n <= n_most else None
     kept, facts, at = [], [], 0  # of a stream, of all batches
     for pixels, labels in read_batches(source, images_per_batch(shape)):
-        facts.append((labels, image_hashes(pixels), pixels.amin((0, 2, 3)), pixels.amax((0, 2, 3))))
+        low, high = pixels.amin((0, 2, 3)), pixels.amax((0, 2, 3))
+        if not bool(
+            torch.isfinite(torch.cat([low, high])).all()
+        ):  # NaN is both the smallest and the largest
+            raise InputError(f"{source.name} has pixels that are not finite float32 numbers")
+        facts.append((labels, image_hashes(pixels), low, high))
         at += len(pixels)
         if images is not None:
             images[at - len(pixels) : at] = pixels
@@ -161,13 +166,10 @@ def read_source(source: Source, device: torch.device) -> Part:
 
 
 def read_batches(source: Source, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All batches of a source, with a bar. Raises InputError for values that are not finite."""
+    """All batches of a source, with a bar."""
     n_batches = math.ceil(source.n / size) if source.n else None
     reading = {"desc": f"read {source.name}", "total": n_batches, "leave": False, "disable": None}
-    for pixels, labels in tqdm(source.batches(size=size), delay=2, **reading):
-        if not bool(torch.isfinite(pixels).all()):
-            raise InputError(f"{source.name} has pixels that are not finite float32 numbers")
-        yield pixels, labels
+    yield from tqdm(source.batches(size=size), delay=2, **reading)
 
 
 def memory_limit(device: torch.device) -> float:

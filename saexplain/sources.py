@@ -44,6 +44,7 @@ READ_ERRORS = (
     LookupError,
     AttributeError,
     OSError,
+    SyntaxError,  # Pillow's for some damaged files
     Image.DecompressionBombError,
 )
 
@@ -120,9 +121,11 @@ class Reader:
     first: str = ""  # its name
 
     def __call__(self, items: object) -> tuple[Tensor, Tensor] | InputError:
-        """The batch, or what is wrong with it: an exception raised in another process would come
-        with a traceback in its message."""
+        """The batch, or what is wrong with it, as `Guarded` gives it."""
         try:
+            for position, item in enumerate(items) if isinstance(items, list) else ():
+                if isinstance(item, InputError):
+                    raise ItemError(position, str(item))
             if self.collate is None:
                 images, labels = self.read_items(items)
             else:
@@ -134,6 +137,8 @@ class Reader:
             return images, check_labels(labels, len(images))
         except InputError as error:
             return error
+        except READ_ERRORS as error:
+            return InputError(f"gives no images and labels ({describe_error(error)}); give {FORMS}")
 
     def read_items(self, items: Iterable) -> tuple[Tensor, list]:
         """Images and labels of items."""
@@ -308,18 +313,46 @@ class ClassFolders:
 
     def heads(self) -> Iterator[Image.Image]:
         """The pictures without their pixels, whose modes are known."""
-        return (open_picture(path, load=False) for path, _ in self.samples)
+        for path, _ in self.samples:
+            with suppress(*READ_ERRORS):  # reading has the better message
+                yield open_picture(path, load=False)
 
 
 def open_picture(path: str, load: bool = True) -> Image.Image:
-    """The picture of a file. Raises InputError where it cannot be read."""
-    try:
-        with Image.open(path) as picture:
-            if load:
-                picture.load()
-            return picture
-    except (*READ_ERRORS, SyntaxError) as error:  # Pillow's for some damaged files
-        raise InputError(f"{path} cannot be read ({error}); remove or replace it") from error
+    """The picture of a file."""
+    with Image.open(path) as picture:
+        if load:
+            picture.load()
+        return picture
+
+
+class Guarded:
+    """A Dataset that gives an InputError for an item that cannot be read, so that it has a number.
+
+    One raised in another process would come with a traceback in its message, and without a number.
+    """
+
+    def __init__(self, dataset: object):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> object:
+        try:
+            return self.dataset[i]
+        except READ_ERRORS as error:
+            return InputError(f"cannot be read ({describe_error(error)}); remove or replace it")
+
+    def __getitems__(self, index: list[int]) -> object:
+        with suppress(*READ_ERRORS):
+            return self.dataset.__getitems__(index)
+        return [self[i] for i in index]
+
+
+def describe_error(error: Exception) -> str:
+    """The kind of the error and what it says, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def is_picture(file: Path) -> bool:
@@ -363,7 +396,7 @@ class Source:
         order = self.order if index is None else self.order[index]
         is_child = multiprocessing.parent_process() is not None  # which may have no children
         loader = DataLoader(
-            self.dataset,
+            self.dataset if isinstance(self.dataset, Columns) else Guarded(self.dataset),
             size,
             sampler=order.tolist(),
             collate_fn=self.reader,
@@ -423,12 +456,9 @@ class Source:
             except InputError as error:
                 raise InputError(f"{self.name}: {error}") from error
             except READ_ERRORS as error:
-                lines = str(error).strip().splitlines() or [""]
-                is_remote = any("Traceback" in line for line in lines)  # of a loader's process
-                reason = lines[-1] if is_remote else f"{type(error).__name__}: {' '.join(lines)}"
                 raise InputError(
                     f"{self.name}, a {type(self.dataset).__name__}, gives no images and labels "
-                    f"({reason[:300]}); give {FORMS}"
+                    f"({describe_error(error)}); give {FORMS}"
                 ) from error
 
 

@@ -647,7 +647,7 @@ ONE_HOT = torch.nn.functional.one_hot(Y)
         (Rows(lambda x, y: ("a.png", y)), r"image 0 must have an image \(C, H, W\), got a str"),
         (Rows(lambda x, y: (x[None], y)), r"an image \(C, H, W\), got a Tensor of shape \(1, 3"),
         (Rows(lambda x, y: (x[:, y:], y)), "image 1 is 3 x 7 x 9 .* first image of train is 3 x 8"),
-        (Rows(lambda x, y: [][y]), r"a Rows, gives no images .*IndexError"),
+        (Rows(lambda x, y: [][y]), r"image 0 cannot be read \(IndexError: list"),
     ],
 )
 def test_splits_that_cannot_be_used_are_named(given, message):
@@ -743,8 +743,21 @@ def test_folders_that_cannot_be_used_are_named(tmp_path):
         ds.load_own(folder, tmp_path / "val")
 
 
-def test_errors_of_other_processes_are_one_line():
-    rows = Rows(lambda x, y: (x[:, y:], y))
-    with pytest.raises(InputError) as caught:
-        load(DataLoader(rows, 7, num_workers=1))
+@pytest.mark.parametrize("n_workers", [0, 1])
+@pytest.mark.parametrize("collate_fn", [None, collate])
+def test_an_item_that_cannot_be_read_has_a_number(n_workers, collate_fn):
+    def form(image, label):
+        if image is rows.images[51]:
+            raise KeyError("no such row")
+        return image, label
+
+    rows = Rows(form, list(X))
+    order = [*range(50), 57, 51, *range(52, 57)]  # image 51 is at place 51, and is not read early
+    loader = DataLoader(rows, 7, sampler=order, num_workers=n_workers, collate_fn=collate_fn)
+    message = r"^train: image 51 cannot be read \(KeyError: 'no such row'\); remove or replace it$"
+    with pytest.raises(InputError, match=message):
+        load(loader)
+    rows.form = lambda image, label: (image[:, 1:] if image is rows.images[51] else image, label)
+    with pytest.raises(InputError, match=r"^train: image 51 is 3 x 7 x 9 .*") as caught:
+        load(DataLoader(rows, 7, sampler=order, num_workers=n_workers))
     assert "\n" not in str(caught.value)
