@@ -93,6 +93,10 @@ class LazyImages:
         """Four."""
         return len(self.shape)
 
+    def to(self, device: torch.device) -> LazyImages:
+        """The same images, read onto another device."""
+        return LazyImages(self.source, self.image_shape, device, self.index)
+
     def subset(self, key: slice | Tensor | np.ndarray) -> LazyImages:
         """The images at these places, not read yet."""
         index = self.index[key.cpu().numpy() if isinstance(key, Tensor) else key]
@@ -427,6 +431,18 @@ def load_own(
     data = Data(*splits, names, source, digest_of_parts(parts.values()), display)
     print(describe(data, drawn, shown))
     return data
+
+
+def fit_data(data: Data, classes: Sequence[str], n_classes: int, device: torch.device) -> Data:
+    """The data on `device`. Raises InputError where they do not fit a network of `n_classes`."""
+    names = tuple(map(str, classes)) or data.classes
+    if len(names) != n_classes:
+        raise InputError(
+            f"the data have {len(names)} classes; the network has {n_classes} logits: give "
+            f"load_own(..., n_classes={n_classes}), and labels as the network counts them"
+        )
+    splits = [Split(split.images.to(device), split.labels.to(device)) for split in data[:3]]
+    return data._replace(**dict(zip(SPLIT_NAMES, splits, strict=True)), classes=names)
 
 
 def open_sources(given: Mapping[str, object], reader: Reader) -> dict[str, Source]:

@@ -28,7 +28,7 @@ from saexplain import console, figures, page, text
 from saexplain.activity import collect_activity
 from saexplain.analysis import Analysis, analyze, by_influence, feature_record
 from saexplain.baselines import default_directions, evaluate_baseline, features_along
-from saexplain.datasets import load_own
+from saexplain.datasets import fit_data, load_own
 from saexplain.diagnoses import diagnose
 from saexplain.evaluation import (
     Agreements,
@@ -383,8 +383,9 @@ def frontier_of(records: Sequence[dict]) -> list[dict]:
 # --------------------------------------------------------------------------------------------------
 
 
-def load_splits(net, classes: Sequence[str], train, val, test, **given) -> Data:
-    """Data from splits of one's own, in any form that `load_own` takes, with its arguments `given`.
+def load_splits(net, classes: Sequence[str], train, val=None, test=None, **given) -> Data:
+    """Data from splits of one's own, in any form that `load_own` takes, with its arguments `given`,
+    or of what it gives as `train`, on the network's device.
 
     Raises InputError for what cannot be used.
     """
@@ -394,6 +395,10 @@ def load_splits(net, classes: Sequence[str], train, val, test, **given) -> Data:
         fa.check_gradients(net, images)
         return net.logits_from_preactivations(raw).shape[1]
 
+    if isinstance(train, Data):
+        with torch.no_grad():
+            n_classes = count_logits(train.train.images[: fa.PROBED].to(net.device))
+        return fit_data(train, classes, n_classes, net.device)
     known = {"classes": classes, "n_classes": count_logits, "device": net.device}
     return load_own(train, val, test, **known, model=net.model, **given)
 
@@ -424,8 +429,9 @@ def explain_sae(
         model, layer, pool: as in `AtLayer`; layer None for a model that has the two methods itself.
         sae: has encode, decode, W_enc (d_in, d_sae) and W_dec; it reads (raw - mu) / std.
         mu, std: (d_in,); zeros and ones for an SAE that reads the layer's own output.
-        train, val, test: pairs of tensors (images, labels), Datasets or DataLoaders. Densities are
-            those of the first; hypotheses are made from the second and tested on the third.
+        train, val, test: pairs of tensors (images, labels), Datasets, DataLoaders or folders; None
+            for a split to be drawn from another; or `train` alone, what `load_own` gives. Densities
+            are those of the first; hypotheses are made from the second and tested on the third.
         options: fields of `Options`, by name.
 
     Returns the records of feature_report.json, the most influential feature first. Raises

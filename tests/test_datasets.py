@@ -20,6 +20,7 @@ from torch.utils.data import (
 
 from saexplain import datasets as ds
 from saexplain import images as im
+from saexplain import layers, report
 from saexplain.files import InputError
 
 N, C = 60, 3  # images and classes
@@ -67,6 +68,16 @@ class Streamed(IterableDataset):
 
     def __iter__(self):
         return ((X[i], int(Y[i])) for i in range(self.n))
+
+
+class Passes:
+    """Elements in their order, in each pass anew; nothing else is known of them."""
+
+    def __init__(self, elements):
+        self.elements = elements
+
+    def __iter__(self):
+        return iter(self.elements)
 
 
 class HubDataset:
@@ -180,6 +191,8 @@ FORMS = {
         collate_fn=lambda rows: as_dict(torch.stack([x for x, _ in rows]), [y for _, y in rows]),
     ),
     "stream": lambda: Streamed(),
+    "stream of items": lambda: Passes([as_dict(x, int(y)) for x, y in zip(X, Y, strict=True)]),
+    "stream of batches": lambda: Passes([as_dict(X[:50], Y[:50]), as_dict(X[50:], Y[50:])]),
     "DataLoader of a stream": lambda: DataLoader(Streamed(), 7),
     "DataLoader without batches": lambda: DataLoader(Rows(), batch_size=None),
     "Hugging Face": lambda: HubDataset(),
@@ -451,6 +464,23 @@ def test_the_number_of_classes_is_asked_for_before_all_images_are_read():
     ((shape, n_read),) = seen
     assert shape == X.shape[1:]
     assert n_read <= 100 < 600 <= len(read)
+
+
+def test_data_can_be_given_to_the_report(monkeypatch):
+    net = layers.AtLayer(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(216, 3)), "1")
+    loaded = load((X, Y), classes=("a", "b", "c"))
+    for cap in (None, 0):
+        monkeypatch.setattr(ds, "MEMORY_CAP", cap)
+        given = report.load_splits(net, (), load((X, Y), classes=("a", "b", "c")))
+        assert torch.equal(given.test.images[:], OTHERS[1][0])
+        assert given.classes == ("a", "b", "c")
+        assert given.digest == loaded.digest == report.load_splits(net, (), (X, Y), *OTHERS).digest
+    assert report.load_splits(net, ("d", "e", "f"), loaded).classes == ("d", "e", "f")
+    with pytest.raises(InputError, match="the data have 4 classes; the network has 3 logits"):
+        report.load_splits(net, (), load((X, Y), n_classes=4))
+    smaller = layers.AtLayer(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(216, 2)), "1")
+    with pytest.raises(InputError, match=r"labels of train run from 0 to 2; .* has 2 logits"):
+        report.load_splits(smaller, (), (X, Y), *OTHERS)
 
 
 # --- Images larger than memory --------------------------------------------------------------------
