@@ -463,7 +463,8 @@ def describe(data: Data, drawn: str, shown: str) -> str:
     present = torch.cat([split.labels for split in data[:3]]).unique().numel()
     if present < len(data.classes):
         words.append(f"images of {present} of these classes only")
-    lazy = [name for name in SPLIT_NAMES if isinstance(getattr(data, name).images, LazyImages)]
-    if lazy:
-        words.append(f"{', '.join(lazy)} larger than a part of memory: read whenever needed")
+    for name in SPLIT_NAMES:
+        images = getattr(data, name).images
+        if isinstance(images, LazyImages):
+            words.append(f"{name}, {4e-9 * math.prod(images.shape):.2g} GB, read when needed")
     return "data: " + "; ".join([*words, *([drawn] if drawn else []), shown])
