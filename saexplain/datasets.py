@@ -53,6 +53,7 @@ SPLIT_FOLDERS = {
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
+CGROUP = Path("/sys/fs/cgroup")  # of a container on Linux
 MEMORY_SHARE = 1 / 4  # of the memory available that one split may fill
 MEMORY_CAP: int | None = None  # bytes of a split that are kept in memory; None: MEMORY_SHARE
 SPLIT_PERCENT = (70, 10, 20)  # of each class for training, validation, test
@@ -144,9 +145,8 @@ def read_source(source: Source, device: torch.device) -> Part:
     kept, facts, at = [], [], 0  # of a stream, of all batches
     for pixels, labels in read_batches(source, images_per_batch(shape)):
         low, high = pixels.amin((0, 2, 3)), pixels.amax((0, 2, 3))
-        if not bool(
-            torch.isfinite(torch.cat([low, high])).all()
-        ):  # NaN is both the smallest and the largest
+        # NaN is both the smallest and the largest value.
+        if not bool(torch.isfinite(torch.cat([low, high])).all()):
             raise InputError(f"{source.name} has pixels that are not finite float32 numbers")
         facts.append((labels, image_hashes(pixels), low, high))
         at += len(pixels)
@@ -188,13 +188,18 @@ def memory_limit(device: torch.device) -> float:
 
 def available_memory() -> int:
     """Bytes of memory that can be used now; 4 GiB where the system does not know."""
+    found = []
     with suppress(OSError, LookupError, ValueError):  # Linux alone knows what it could free
         lines = Path("/proc/meminfo").read_text().splitlines()
         kilobytes = dict(line.split(":") for line in lines)["MemAvailable"].split()[0]
-        return 1024 * int(kilobytes)
-    with suppress(OSError, ValueError, AttributeError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return 2**32
+        found.append(1024 * int(kilobytes))
+    with suppress(OSError, ValueError):  # in a container that has a limit, which else is "max"
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        found.append(max(0, limit - used))
+    if not found:
+        with suppress(OSError, ValueError, AttributeError):
+            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    return min(found, default=2**32)
 
 
 def image_hashes(images: Tensor) -> np.ndarray:

@@ -123,9 +123,7 @@ class Reader:
     def __call__(self, items: object) -> tuple[Tensor, Tensor] | InputError:
         """The batch, or what is wrong with it, as `Guarded` gives it."""
         try:
-            for position, item in enumerate(items) if isinstance(items, list) else ():
-                if isinstance(item, InputError):
-                    raise ItemError(position, str(item))
+            check_read(items)
             if self.collate is None:
                 images, labels = self.read_items(items)
             else:
@@ -348,6 +346,13 @@ class Guarded:
         with suppress(*READ_ERRORS):
             return self.dataset.__getitems__(index)
         return [self[i] for i in index]
+
+
+def check_read(items: object) -> None:
+    """Raise ItemError for the first of the items of a `Guarded` Dataset that cannot be read."""
+    for position, item in enumerate(items if isinstance(items, list) else []):
+        if isinstance(item, InputError):
+            raise ItemError(position, str(item))
 
 
 def describe_error(error: Exception) -> str:
