@@ -91,8 +91,6 @@ from saexplain.optimization import (
 )
 from saexplain.own import read_hypotheses, report_own
 from saexplain.parallel import (
-    ONE_PROCESS,
-    Ranks,
     Stopwatch,
     Task,
     WorkerError,
@@ -103,7 +101,7 @@ from saexplain.reproducibility import compare_seeds
 from saexplain.rows import Batch, TrainingRows
 from saexplain.sae import JumpReLUSAE
 from saexplain.saelens import save_saelens
-from saexplain.stages import WantedSAE, sae_stages, start_saes, training_rows
+from saexplain.stages import Trained, WantedSAE, sae_stages, train_saes, training_rows
 from saexplain.sweep import combinations, run_sweep
 
 # --------------------------------------------------------------------------------------------------
@@ -219,7 +217,6 @@ class Settings:
 KINDS = get_type_hints(Settings)
 NO_RESULTS = ("fresh", "wait", "workers", "my_hypotheses")  # settings that change no result
 CLASSIFIER_SETTINGS = "hidden_units epochs_ffn batch_ffn lr_ffn weight_decay_ffn seed"
-SAE_SETTINGS = "sae_latents epochs_sae_final batch_sae lr_sae head_kl normalize_z seed"
 
 
 def flag_name(name: str) -> str:
@@ -693,52 +690,6 @@ def train_wanted(
     )
 
 
-FROZEN_EPOCHS = 2  # of the frozen decoder; 5 take 2.4 times as long, and lower FVU by 6%
-
-
-class Trained(NamedTuple):
-    """The SAEs of one target."""
-
-    stages: dict[int, Stage]  # by seed, the run's own and further ones
-    frozen: Task | None  # that trains one whose decoder stays as it starts, beside the analysis
-
-
-def train_saes(
-    layer: fa.ExplainedLayer,
-    settings: Settings,
-    made_from: dict[str, str],
-    workers: Workers,
-    ranks: Ranks = ONE_PROCESS,
-) -> dict[int, Trained]:
-    """By target, the SAE of the run, those of further seeds, and where there are hypotheses a
-    baseline; trained or reused."""
-    rows, targets = training_rows(layer, ranks), settings.target_actives
-    fewer = replace(settings, epochs_sae_final=min(FROZEN_EPOCHS, settings.epochs_sae_final))
-
-    def want(target: int, settings: Settings, subfolder: str, freeze: bool = False) -> WantedSAE:
-        folder = settings.folder_of(target) / subfolder
-        return WantedSAE(
-            target, settings, folder, settings.chosen(SAE_SETTINGS) | made_from, freeze
-        )
-
-    wanted = []
-    for seed in range(settings.seed, settings.seed + settings.stability_seeds + 1):
-        subfolder = "" if seed == settings.seed else f"stability_seed_{seed}"
-        own = replace(settings, seed=seed)
-        wanted += [want(target, own, subfolder) for target in targets]
-    given = (train_wanted, workers)
-    tasks = start_saes("sae", layer, rows, wanted, *given)
-    frozen = {}
-    for target in targets if settings.hypotheses else ():
-        one = [want(target, fewer, "frozen_decoder", freeze=True)]
-        (frozen[target],) = start_saes("frozen decoder", layer, rows, one, *given)
-    trained = {target: Trained({}, frozen.get(target)) for target in targets}
-    stages = itertools.chain.from_iterable(workers.results(tasks))
-    for one, stage in zip(wanted, stages, strict=True):
-        trained[one.target].stages[one.settings.seed] = stage
-    return trained
-
-
 # --------------------------------------------------------------------------------------------------
 # From activations to the finished folder
 # --------------------------------------------------------------------------------------------------
@@ -766,7 +717,7 @@ def explain_activations(
     """
     made_from = {"data_digest": data.digest, "network_sha256": network.digest}
     with clock("sae"):
-        trained = train_saes(layer, settings, made_from, workers)
+        trained = train_saes(layer, settings, made_from, train_wanted, workers)
     report.replace_results(Path(settings.out))
     options = report.Options(
         classes=data.classes,
@@ -1085,7 +1036,6 @@ def train_combination(settings: Settings) -> dict:
             model, classifier = classifier_stage(reusing, data, shared)
         layer = collect_activations(model, data, settings.normalize_z)
         made_from = {"data_digest": data.digest, "network_sha256": classifier.digest}
-        made_from = settings.chosen(SAE_SETTINGS) | made_from
         with folder_lock(folder, settings.wait):
             wanted = [WantedSAE(target, settings, folder, made_from)]
             (stage,) = sae_stages(layer, training_rows(layer), wanted, train_wanted)
