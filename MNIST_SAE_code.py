@@ -381,14 +381,20 @@ def auxiliary_loss(pre: Tensor, W_dec: Tensor, dying: Tensor, residual: Tensor) 
 
     After AuxK (Gao et al. 2024): a latent that is never active gets no gradient from the other
     losses. Here, on each image, the dying latents with the largest pre (B, d_sae) reconstruct the
-    residual x - x_hat (B, d_in), whether or not they exceed their thresholds. `dying` (n,) are the
-    indices of the dying latents; without any, the loss has no gradient.
+    residual x - x_hat (B, d_in), whether or not they exceed their thresholds. `dying` are the
+    indices (n,) of the dying latents, or a mask (d_sae,), whose True a GPU need not count; without
+    any, the loss has no gradient.
     """
-    dying_pre = pre.index_select(1, dying)  # (B, n)
+    is_mask = dying.dtype == torch.bool
     n_used = min(SCHEDULE.auxiliary_per_image, len(dying))
-    smallest_used = dying_pre.detach().topk(n_used, dim=1).values[:, -1:]
-    acts = dying_pre * (dying_pre.detach() >= smallest_used)
-    rows = W_dec.index_select(0, dying)  # (n, d_in)
+    dying_pre = pre if is_mask else pre.index_select(1, dying)  # (B, n)
+    rows = W_dec if is_mask else W_dec.index_select(0, dying)  # (n, d_in)
+    candidates = dying_pre.detach()
+    if is_mask:
+        candidates = candidates.masked_fill(~dying, -math.inf)
+    smallest_used = candidates.topk(n_used, dim=1).values[:, -1:]
+    is_used = candidates >= smallest_used
+    acts = dying_pre * (is_used & dying if is_mask else is_used)
     # The residual is a constant here: active latents do not learn from what dying ones explain.
     return (residual.detach() - acts @ rows).square().mean()
 
@@ -411,8 +417,8 @@ def compute_losses(
 ) -> Losses:
     """The losses of x (B, d_in), whose logits are teacher_logits (B, C).
 
-    `head_kl` weights the logit KL, 0 leaves it out. `dying` are the indices (n,) of dying latents,
-    None on steps without auxiliary loss.
+    `head_kl` weights the logit KL, 0 leaves it out. `dying` is that of `auxiliary_loss`, None on
+    steps without it.
     """
     pre = sae.pre_activations(x)  # (B, d_sae)
     feature_acts = sae.jump(pre)  # (B, d_sae)
@@ -586,8 +592,9 @@ class SAETrainer:
         teacher, dying = batch.teacher_logits, None
         head_kl = 0.0 if teacher is None else settings.head_kl
         if step % SCHEDULE.auxiliary_every == 0:
-            dying_below = SCHEDULE.dying_below * self.target / settings.sae_latents
-            dying = torch.nonzero(self.density < dying_below).flatten()
+            dying = self.density < SCHEDULE.dying_below * self.target / settings.sae_latents
+            if dying.device.type == "cpu":  # faster than a mask, but their number must be known
+                dying = torch.nonzero(dying).flatten()
 
         # One step of Adam; decoder rows keep unit norm, so that activations have a scale
         losses = compute_losses(sae, batch.x, teacher, self.rows.logits_of_x, head_kl, dying)
