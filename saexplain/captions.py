@@ -211,6 +211,28 @@ def caption_of(weights: np.ndarray, strength: np.ndarray | float = 1.0) -> str:
     return text[:1].upper() + text[1:]
 
 
+MOST_LETTERS = 60  # of a class in a caption without a drawing
+
+
+def caption_without_drawing(
+    images: Sequence[str], place: str, on_prefix: bool, raised: str | None, lowered: str | None
+) -> str:
+    """What a hypothesis names that has no drawing, in words: the `images` of classes, the place,
+    or the names of the logits that the feature raises and lowers."""
+    images = [fa.shortened(words, MOST_LETTERS) for words in images]
+    clauses = [listed(images)] if images else []
+    if on_prefix:
+        clauses.append("on a prefix token")
+    elif place:
+        clauses.append(f"in the {place}")
+    if not clauses:
+        moved = (("raises", raised), ("lowers", lowered))
+        names = [(verb, fa.shortened(name, MOST_LETTERS)) for verb, name in moved if name]
+        clauses = [f"{verb} the logit of {name}" for verb, name in names]
+    text = ", ".join(clauses) or "no class, place or logit stands out"
+    return text[:1].upper() + text[1:]
+
+
 # --------------------------------------------------------------------------------------------------
 # Words for classes and shares
 # --------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +29,6 @@ from saexplain.analysis import Analysis, analyze, by_influence, feature_record
 from saexplain.baselines import default_directions, evaluate_baseline, features_along
 from saexplain.diagnoses import diagnose
 from saexplain.evaluation import (
-    Agreements,
     Evaluation,
     Summary,
     evaluate_halves,
@@ -42,12 +40,10 @@ from saexplain.fidelity import feature_stats, measure_fidelity
 from saexplain.files import InputError, folder_lock, to_json, to_json_lines
 from saexplain.hypotheses import (
     Discovery,
-    Hypothesis,
     discover,
     freeze_hypotheses,
     load_frozen,
     propose_hypotheses,
-    scores_of,
 )
 from saexplain.images import Data, as_ink, as_split, check_split_leakage, data_from_splits
 from saexplain.ink import FULL_INK
@@ -62,11 +58,7 @@ from saexplain.parallel import Stopwatch, Task, Workers, torch_threads
 from saexplain.patterns import gradient_images
 from saexplain.reproducibility import Replicates
 from saexplain.sae import JumpReLUSAE
-from saexplain.substitution import (
-    agreement_of_drawings,
-    measure_agreement,
-    swap_by_rate,
-)
+from saexplain.substitution import measure_agreements
 
 N_PANELS = 5  # features, the most influential, that get a panel and a line on the terminal
 PICTURE_TASKS = 2  # each is sent all images, so not more than keep two cores busy
@@ -183,25 +175,10 @@ def evaluate_draft(draft: Draft) -> Evaluation:
     halves = split_test_images(layer.splits["test"])
     activity = collect_activity(layer, halves[0].raw, halves[0].labels)
     rows = evaluate_halves(hypotheses, layer, halves, discovery.canvas, rule, activity)
-    agreements = measure_agreements(draft, hypotheses, halves[0])
+    given = (layer, discovery, draft.analysis.activity, hypotheses, halves[0])
+    agreements = measure_agreements(*given)
     n_discovery = len(discovery.labels)
     return make_evaluation(hypotheses, rule, rows, activity, agreements, n_discovery)
-
-
-def measure_agreements(
-    draft: Draft, hypotheses: Sequence[Hypothesis], half: fa.Activations
-) -> Agreements:
-    """The agreements with the features, with their drawings, and with those of `swap_by_rate`."""
-    layer, discovery, activity = draft.layer, draft.discovery, draft.analysis.activity
-    weights = np.stack([h.weights for h in hypotheses])
-    scores = scores_of(weights, discovery.levels)
-    test_scores = scores_of(weights, discovery.canvas.levels(half.images))
-    other = swap_by_rate(activity)
-    return Agreements(
-        measure_agreement(layer, half.raw, layer.feature_acts(half.raw)),
-        agreement_of_drawings(layer, half.raw, scores, activity, test_scores),
-        agreement_of_drawings(layer, half.raw, scores[other], activity, test_scores[other]),
-    )
 
 
 def default_baselines(layer: fa.ExplainedLayer, seed: int) -> dict[str, JumpReLUSAE]:
