@@ -31,6 +31,7 @@ from saexplain.activity import (
 from saexplain.edits import Drawn, EditTest, edit_tests, edited_images
 from saexplain.hypotheses import (
     CONFIDENCES,
+    HIGH_PLACE_SHARE,
     LEAST_PLACE_SHARE,
     MIN_ACTIVE,
     Hypothesis,
@@ -388,7 +389,6 @@ image, and each edit as drawn changes the activity on {edit_difference:.0%} more
 the same edit elsewhere, with a 95% interval above 0. Medium: F1 is at least {medium_f1:g} and
 {medium_lift:g} above that of picking every image, and at least one edit is so confirmed. Low: the
 rest."""
-HIGH_PLACE_SHARE = 0.75  # of a feature's peaks that are in the place named, for confidence High
 UNDRAWN_RULE = """Of a hypothesis without a drawing: Medium: the classes or the place that it names
 are confirmed. High: so is another of its results, none is refuted, and the F1 of picking the images
 of the classes named is at least {high_f1:g} and {high_lift:g} above that of picking every image, or

@@ -494,6 +494,7 @@ def with_thresholds(
 # --------------------------------------------------------------------------------------------------
 
 LEAST_PLACE_SHARE = 0.5  # of a feature's peaks that must be in the place named
+HIGH_PLACE_SHARE = 0.75  # the same for confidence High
 VERTICAL, HORIZONTAL = ("upper", "middle", "lower"), ("left", "center", "right")
 
 
@@ -628,7 +629,12 @@ def freeze_hypotheses(
     in one step (`sed 2d FILE | sha256sum` computes it).
     """
     entries = ",\n".join(hypothesis_text(h) for h in hypotheses)
-    rest = f' "rule": {json.dumps((rule or Rule())._asdict())},\n "hypotheses": [\n{entries}\n]}}\n'
+    bars = ""
+    if any(h.undrawn for h in hypotheses):
+        of_places = {"least_place_share": LEAST_PLACE_SHARE, "high_place_share": HIGH_PLACE_SHARE}
+        bars = f' "places": {json.dumps(of_places)},\n'
+    rest = f' "rule": {json.dumps((rule or Rule())._asdict())},\n{bars}'
+    rest += f' "hypotheses": [\n{entries}\n]}}\n'
     digest = hashlib.sha256(f"{{\n{rest}".encode()).hexdigest()
     fa.write_whole(path, f'{{\n "sha256": "{digest}",\n{rest}'.encode())
     return digest

@@ -261,7 +261,8 @@ def write_hypotheses(
     content = text.hypotheses_markdown(evaluation, record, title, marks, classes)
     fa.write_whole(folder / "hypotheses.md", content.encode())
     summaries = {"SAE": evaluation.summary, **summaries}
-    fa.save_figure(figures.draw_explained(summaries), folder / "explained.png")
+    if evaluation.summary.agreement_hypotheses is not None:
+        fa.save_figure(figures.draw_explained(summaries), folder / "explained.png")
     fa.save_figure(figures.draw_influence(evaluation), folder / "influence.png")
 
 
@@ -304,7 +305,7 @@ def write_page(
     """
     layer, options, a = draft.layer, draft.options, draft.analysis
     canvas = draft.discovery.canvas if draft.discovery else None
-    results = [(r.on_page, console.shown_result(r, record)) for r in console.RESULTS if r.on_page]
+    results = console.page_results(record)
     title = f"{layer.d_sae} features of {options.network} ({options.source})"
     page.write_dashboard(
         draft.folder / "feature_report.html",
