@@ -269,7 +269,7 @@ def parts_of_name(name: str) -> set[str]:
     if len(words) == 1 and words[0].isdigit():
         return set(words[0])
     last = words[-1] if words else ""
-    ends = {f"-{last[i:]}" for i in range(1, len(last) - 2) if last.isalpha()}
+    ends = {f"-{last[i:]}" for i in range(len(last) - 2) if last.isalpha()}
     return {*words, *ends}
 
 
@@ -281,7 +281,7 @@ def shared_part(group: Sequence[int], names: Sequence[str]) -> tuple[str, int]:
     in_all = Counter(part for of_name in parts for part in of_name)
     most = max(3, MOST_OF_GROUP * len(group))
     found = [
-        (n / in_all[part], len(part), part)
+        (n / in_all[part], len(part.lstrip("-")), part)  # a word before an end
         for part, n in in_group.items()
         if n >= most and in_all[part] < SHARED_BY_FEW * len(names)
     ]

@@ -332,7 +332,7 @@ def check_hypotheses(
         fa.check_feature(h.feature, layer.d_sae)
         if h.is_drawn and canvas is None:
             raise ValueError(f"feature {h.feature} must have no drawing: there is no canvas")
-        if not h.undrawn and h.weights.shape != canvas.shape:
+        if canvas is not None and not h.undrawn and h.weights.shape != canvas.shape:
             raise ValueError(
                 f"the drawing of feature {h.feature} must have shape {canvas.shape}, got "
                 f"{h.weights.shape}"

@@ -102,9 +102,10 @@ def agreement_of_features(layer: fa.ExplainedLayer, raw: Tensor) -> float:
     with the SAE's reconstruction in its place, at all positions."""
     if not positions_of(layer):
         return measure_agreement(layer, raw, layer.feature_acts(raw))
-    kept = 0
-    for some in raw.split(layer.head_rows):
-        z_hat = layer.sae.decode(layer.sae.encode(layer.standardize(some)))
+    kept, at_once = 0, max(1, fa.ENTRIES // (raw.shape[1] * layer.d_sae))
+    for some in raw.split(at_once):
+        acts = layer.acts_at(some)
+        z_hat = layer.sae.decode(acts.flatten(0, 1)).unflatten(0, acts.shape[:2])
         spliced = layer.logits(layer.from_z(z_hat, some))
         kept += int((spliced.argmax(1) == layer.logits(some).argmax(1)).sum())
     return kept / len(raw)
