@@ -77,7 +77,7 @@ def diagnose(
     those of the stages "bank", "patterns", "effects" and "pictures"; advice uses the caller's
     `names`.
     """
-    maps = getattr(analysis, "maps", None)
+    maps = analysis.maps
     has_positions = maps is not None and maps.kind == "activation"
     found = pattern_diagnoses(analysis, features, names["noisy"])
     redundant = (analysis.nearest.cosine > 0.9).float().mean().item()
@@ -154,11 +154,10 @@ def diagnose(
 def pattern_diagnoses(analysis: Analysis, features: Sequence[int], noisy: str) -> list[Diagnosis]:
     """The diagnoses of input patterns; of their noise, with the advice `noisy`, where a pattern is
     shown."""
-    faithful = getattr(analysis, "faithful", None)
-    shown = features if faithful is None else [k for k in features if faithful[k]]
+    shown = [k for k in features if analysis.faithful[k]] if analysis.heats is not None else []
     correlation = analysis.pattern_correlation[features].median().item()
     found = []
-    if shown:
+    if shown and min(analysis.heats.shape[1:]) > 1:
         roughness = pattern_roughness(analysis.heats[shown]).median().item()
         what = "median roughness, 1 for white noise"
         found.append(Diagnosis("noisy patterns", roughness, 0.5, what, noisy))
@@ -185,6 +184,10 @@ def position_diagnoses(maps: Maps) -> list[Diagnosis]:
             "they may be read as positions, not as content: look at their mean maps",
         )
     ]
+    blank = (maps.blank_share > 0.5).float().mean().item()
+    what = "share whose peak is on a patch without contrast, on most of their strongest images"
+    advice = "they may carry what the whole image is about: look at their effects"
+    found.append(Diagnosis("features on blank background", blank, 0.2, what, advice))
     if maps.n_prefix:
         share = (maps.prefix_share > 0.5).float().mean().item()
         what = "share whose peak is on a prefix token, on most of the images that activate them"

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import feature_analysis as fa
 from saexplain.activity import Activity
-from saexplain.hypotheses import MIN_ACTIVE, Hypothesis, evenly_spaced, positions_of
+from saexplain.hypotheses import MIN_ACTIVE, Hypothesis, evenly_spaced
 from saexplain.ink import FULL_INK, Canvas
 from saexplain.statistics import wilson_interval
 
@@ -225,12 +225,8 @@ def make_edits(drawn: Drawn, active: Tensor, inactive: Tensor) -> dict[str, Pair
 
 def acts_of_feature(layer: fa.ExplainedLayer, k: int, images: Tensor) -> Tensor:
     """(B,) activations of feature k on images (B, C, H, W), the largest over positions."""
-    raw = layer.raw(images)
-    if positions_of(layer):
-        return layer.acts_of(raw, k).amax(1)
-    z = layer.standardize(raw)
-    encode_feature = getattr(layer.sae, "encode_feature", None)  # an SAE of one's own has none
-    return encode_feature(z, k) if encode_feature else layer.sae.encode(z)[:, k]
+    acts = layer.acts_of(layer.raw(images), k)
+    return acts.amax(1) if layer.has_positions else acts
 
 
 @torch.no_grad()

@@ -44,7 +44,6 @@ from saexplain.hypotheses import (
     label_histograms,
     null_effect,
     place_cells,
-    positions_of,
     scores_of,
     with_thresholds,
 )
@@ -158,7 +157,7 @@ def measure_effects(
     named = {verb: logit for verb, logit in named.items() if logit is not None}
     if not named:
         return {}
-    k, has_positions = h.feature, bool(positions_of(layer))
+    k, has_positions = h.feature, layer.has_positions
     at, acts = activity.of(k)
     most = EFFECT_IMAGES_OF_POSITIONS if has_positions else EFFECT_IMAGES
     some = evenly_spaced(torch.arange(len(at)), most)
@@ -296,7 +295,7 @@ def collect_evidence(
             evidence[i] = evidence[i]._replace(
                 picked=picked, detection=ranked[n], correlation=found[n], edits=edits
             )
-    places = Places.of(layer, activity) if positions_of(layer) else None
+    places = Places.of(layer, activity) if layer.has_positions else None
     for i, (h, e) in enumerate(zip(hypotheses, evidence, strict=True)):
         if not e.is_testable:
             continue

@@ -232,7 +232,7 @@ def discover(
     ValueError where no gradient leads from the layer to the pixels.
     """
     images, labels, raw = layer.splits["val"]
-    if positions_of(layer) or (drawable is not None and not drawable.any()):
+    if layer.has_positions or (drawable is not None and not drawable.any()):
         none = torch.empty(0)
         return Discovery(None, none, labels.cpu(), raw, none, none)
     unit_heats = unit_gradients(layer, images).sum(1) if unit_heats is None else unit_heats
@@ -289,7 +289,7 @@ def null_effect(
     positions). Each direction has the feature's norm, and may choose its logits, as the feature
     does.
     """
-    n_directions, n_images = NULL_OF_POSITIONS if positions_of(layer) else NULL_OF_VECTORS
+    n_directions, n_images = NULL_OF_POSITIONS if layer.has_positions else NULL_OF_VECTORS
     some = evenly_spaced(torch.arange(len(acts)), n_images).to(acts.device)
     raw, acts = raw[some], acts[some]
     norm = float(layer.sae.W_dec[k].norm())
@@ -305,7 +305,7 @@ def null_effect(
 def acts_on(layer: fa.ExplainedLayer, raw: Tensor, k: int, acts: Tensor) -> Tensor:
     """The activations of feature k on raw (n, ...): acts (n,), which are known, or (n, positions)
     of a layer with positions."""
-    return layer.acts_of(raw, k) if positions_of(layer) else acts.to(raw.device)
+    return layer.acts_of(raw, k) if layer.has_positions else acts.to(raw.device)
 
 
 def evenly_spaced(indices: Tensor, n: int) -> Tensor:
@@ -330,7 +330,7 @@ def changed_logits(
     if max(change.values()) < SMALLEST_EFFECT:
         return dict.fromkeys(logit)
     at, acts = activity.of(k)
-    _, n_images = NULL_OF_POSITIONS if positions_of(layer) else NULL_OF_VECTORS
+    _, n_images = NULL_OF_POSITIONS if layer.has_positions else NULL_OF_VECTORS
     some = evenly_spaced(torch.arange(len(at)), n_images)
     rows = raw[at[some].to(raw.device)]
     null = null_effect(k, layer, rows, acts_on(layer, rows, k, acts[some]), percentile)
@@ -382,7 +382,7 @@ def reasons_undrawn(
 ) -> dict[int, str]:
     """By feature, why it may not be drawn; without those that may."""
     every = range(layer.d_sae)
-    if positions_of(layer):
+    if layer.has_positions:
         return dict.fromkeys(every, POSITIONS_UNDRAWN)
     if faithful is None and discovery.canvas is None:
         return dict.fromkeys(every, "there is no canvas to draw on")
@@ -422,7 +422,7 @@ def propose_hypotheses(
     drawings = draw_features(layer, discovery, activity, features)
     histograms = label_histograms(activity, layer.n_classes)
     label_counts = torch.bincount(activity.labels, minlength=layer.n_classes).numpy()
-    places = Places.of(layer, activity) if positions_of(layer) else None
+    places = Places.of(layer, activity) if layer.has_positions else None
     n_active, n_images, hypotheses = activity.n_active.tolist(), len(discovery.labels), []
     for k, drawn in enumerate(drawings.weights):
         reason = undrawn.get(k, "")
@@ -498,12 +498,6 @@ HIGH_PLACE_SHARE = 0.75  # the same for confidence High
 VERTICAL, HORIZONTAL = ("upper", "middle", "lower"), ("left", "center", "right")
 
 
-def positions_of(layer: fa.ExplainedLayer) -> object | None:
-    """The grid and the number of prefix tokens of a layer with positions, as `fa.Positions`; None
-    for a layer that gives a vector."""
-    return getattr(layer, "positions", None)
-
-
 @functools.cache
 def place_cells(place: str, grid: tuple[int, int]) -> np.ndarray:
     """(h, w) bool, the cells of a grid whose centers are in one of PLACES."""
@@ -534,22 +528,22 @@ class Places(NamedTuple):
     """Where features are most active on the images that activate them."""
 
     grid: tuple[int, int]
-    cells: np.ndarray  # the grid cell of each pair of the activity, negative on a prefix token
-    start: np.ndarray  # (d_sae + 1,) as `Activity.start`
+    activity: Activity
+    n_prefix: int
     usual: np.ndarray  # (h, w) share of the pairs of all features
 
     @classmethod
     def of(cls, layer: fa.ExplainedLayer, activity: Activity) -> Places:
         """From the activity of a layer with positions."""
-        positions = positions_of(layer)
+        positions = layer.positions
         grid, cells = tuple(positions.grid), activity.position.numpy() - positions.n_prefix
         counts = np.bincount(cells[cells >= 0], minlength=math.prod(grid))
         usual = counts.reshape(grid) / max(1, len(cells))
-        return cls(grid, cells, activity.start.numpy(), usual)
+        return cls(grid, activity, positions.n_prefix, usual)
 
     def peaks(self, k: int) -> np.ndarray:
         """(n,) the grid cells of feature k's peaks, negative on prefix tokens."""
-        return self.cells[self.start[k] : self.start[k + 1]]
+        return self.activity.peaks_of(k).numpy() - self.n_prefix
 
     def is_on_prefix(self, k: int) -> bool:
         """Whether feature k is most active on a prefix token, on most of its images."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import feature_analysis as fa
 from saexplain.activity import Activity
-from saexplain.hypotheses import Discovery, Hypothesis, ink_levels, positions_of, scores_of
+from saexplain.hypotheses import Discovery, Hypothesis, ink_levels, scores_of
 
 LEAST_DRAWN_SHARE = 0.5  # of L0 that features with drawings must have for drawings to replace all
 N_KNOTS = 65  # quantiles of scores and of activations that are kept
@@ -84,7 +84,7 @@ def swap_by_rate(activity: Activity) -> Tensor:
 def measure_agreement(layer: fa.ExplainedLayer, raw: Tensor, acts: Tensor) -> float:
     """Share of images on which the network predicts the same when what the SAE decodes from
     activations (N, F) takes the place of the layer's output raw (N, d_in)."""
-    decoded = layer.logits_of_z(layer.sae.decode(acts.to(raw.device)))
+    decoded = layer.logits(layer.from_z(layer.sae.decode(acts.to(raw.device)), raw))
     return (decoded.argmax(1) == layer.logits(raw).argmax(1)).double().mean().item()
 
 
@@ -100,7 +100,7 @@ def agreement_of_drawings(
 def agreement_of_features(layer: fa.ExplainedLayer, raw: Tensor) -> float:
     """Share of images with the layer's output raw (N, ...) on which the network predicts the same
     with the SAE's reconstruction in its place, at all positions."""
-    if not positions_of(layer):
+    if not layer.has_positions:
         return measure_agreement(layer, raw, layer.feature_acts(raw))
     kept, at_once = 0, max(1, fa.ENTRIES // (raw.shape[1] * layer.d_sae))
     for some in raw.split(at_once):

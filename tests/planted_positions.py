@@ -8,7 +8,6 @@ Key: N images, P = 37 positions, S features, C classes.
 """
 
 import functools
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -23,44 +22,12 @@ CORNER, BOTTOM, ANYWHERE, PREFIX, RARE, WEAK = range(6)  # features
 N_FEATURES, D_IN = 6, 40
 
 
-class PositionsLayer(fa.ExplainedLayer):
-    """The methods of a layer with positions, without a network below it."""
-
-    @property
-    def positions(self) -> SimpleNamespace:
-        return SimpleNamespace(grid=GRID, n_prefix=N_PREFIX)
-
-    def acts_at(self, raw: Tensor) -> Tensor:
-        z = self.standardize(raw)
-        return self.sae.encode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-
-    def feature_acts(self, raw: Tensor) -> Tensor:
-        return self.acts_at(raw).amax(1)
-
-    def acts_of(self, raw: Tensor, k: int | Tensor) -> Tensor:
-        k = torch.as_tensor(k).expand(len(raw))
-        return self.acts_at(raw)[torch.arange(len(raw)), :, k]
-
-    def moved(self, raw: Tensor, step: Tensor, alpha: Tensor) -> Tensor:
-        alpha = torch.as_tensor(alpha)
-        alpha = alpha[:, None] if alpha.dim() == 1 else alpha
-        return raw + alpha[..., None] * (step if step.dim() == 1 else step[:, None])
-
-    def adding(self, raw: Tensor, k: int | Tensor, alpha: float | Tensor) -> Tensor:
-        return self.moved(raw, self.sae.W_dec[k] * self.std, alpha)
-
-    def without(self, raw: Tensor, k: int | Tensor, acts: Tensor | None = None) -> Tensor:
-        return self.adding(raw, k, -self.acts_of(raw, k))
-
-    def from_z(self, z: Tensor, raw: Tensor) -> Tensor:
-        return z * self.std + self.mu
-
-
 class Head(NamedTuple):
     """Logits that are linear in the mean over positions."""
 
     weights: Tensor  # (d_in, C)
     bias: Tensor  # (C,)
+    positions: fa.Positions = fa.Positions(GRID, N_PREFIX)
 
     def preactivations(self, images: Tensor) -> Tensor:
         return images.flatten(2).mT  # (B, P, d_in)
@@ -102,7 +69,7 @@ def draw_positions(seed: int) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def positions_layer() -> PositionsLayer:
+def positions_layer() -> fa.ExplainedLayer:
     """The layer, with splits "val" and "test" whose images are the layer's output itself."""
     std, mu = torch.linspace(0.8, 1.2, D_IN), torch.linspace(-0.1, 0.1, D_IN)
     reads = torch.eye(D_IN, N_FEATURES)
@@ -116,7 +83,7 @@ def positions_layer() -> PositionsLayer:
     head = torch.zeros(D_IN, N_CLASSES)
     head[CORNER, 0], head[BOTTOM, 1], head[BOTTOM, 2], head[PREFIX, 3] = 9.0, 5.0, 4.0, 9.0
     bias = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.05])  # where no feature is active
-    layer = PositionsLayer(Head(head, bias), JumpReLUSAE.from_weights(weights), mu, std)
+    layer = fa.ExplainedLayer(Head(head, bias), JumpReLUSAE.from_weights(weights), mu, std)
     for name, seed in (("val", 0), ("test", 1)):
         raw, labels = draw_positions(seed)
         layer.splits[name] = fa.Activations(raw.mT[..., None], labels, raw)

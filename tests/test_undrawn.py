@@ -460,8 +460,8 @@ def test_changes_of_logits_are_kept_where_there_are_many(layer, hypotheses, monk
     (many,) = ev.collect_evidence(*given)
     acts = layer.acts_at(layer.splits["test"].raw)[:, :, 0]
     lost = float(acts[acts.amax(1) > 0].mean(1).mean()) * 9.0
-    assert few.delta == ()
-    assert many.delta == pytest.approx([-lost, 0, 0, 0, 0], rel=1e-4, abs=1e-5)
+    assert few.delta == ()  # many: of 64 images
+    assert many.delta == pytest.approx([-lost, 0, 0, 0, 0], rel=0.02, abs=1e-5)
 
 
 def test_a_person_may_name_a_place_and_nothing_else(tmp_path):
@@ -498,20 +498,24 @@ def test_layers_with_positions_have_diagnoses_of_their_own():
     density = torch.tensor([0.5, 0.3, 0.1, 0.1])
     maps = SimpleNamespace(kind="activation", n_prefix=1, position_density=density)
     maps.place_only = torch.tensor([True, False, False, False])
+    maps.blank_share = torch.tensor([0.6, 0.6, 0.7, 0.5])
     maps.prefix_share = torch.tensor([0.9, 0.6, 0.5, 0.0])
-    known = {**analysis._asdict(), "maps": maps, "faithful": torch.zeros(12, dtype=torch.bool)}
+    patterns = analysis.patterns._replace(linear=False, correlation=torch.full((12,), 0.2))
+    analysis = analysis._replace(maps=maps, patterns=patterns)
     record = {"sae_latents": 12, "dead_features": 0, "delta_acc_boolean_scaled": 0.0}
     record |= {
         "dense_share_of_l0": 0.1,
         "hypotheses": {"summaries": {"SAE": {"agreement_hypotheses": None}}},
     }
     seconds = dict.fromkeys(("bank", "patterns", "effects", "pictures"), 1.0)
-    given = (record, SimpleNamespace(**known), [1, 2], seconds)
+    given = (record, analysis, [1, 2], seconds)
     found = {d.complaint: d for d in diagnoses.diagnose(*given)}
     assert found["dense features"].value == pytest.approx(0.8)
     assert "positions" in found["dense features"].what
     assert found["features that encode only a place"].value == 0.25
     assert found["features on prefix tokens"].value == 0.5
+    assert found["features on blank background"].value == 0.75
+    assert found["unfaithful patterns"].value == pytest.approx(0.8)
     assert not {"noisy patterns", "failing hypotheses"} & found.keys()
     maps.n_prefix, maps.position_density = 0, torch.zeros(4)
     found = {d.complaint: d for d in diagnoses.diagnose(*given)}
