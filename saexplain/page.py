@@ -507,7 +507,7 @@ def write_dashboard(
         review = review_tests(layer, test.raw, test.labels)
         arrays |= _test_arrays(review, test)
         test_fields = _test_fields(review, test)
-        for entry in entries:
+        for entry in entries if review.fixes is not None else ():
             entry["fixes"] = int(review.fixes[entry["feature"]])
             entry["breaks"] = int(review.breaks[entry["feature"]])
     places, packed = _pack(arrays)
