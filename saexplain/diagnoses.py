@@ -62,6 +62,11 @@ GIVEN_SAE_NAMES = {
     "features": "features=",
     "noisy": TRUST_IMAGES,
 }
+CALLER_NAMES = {
+    "script": SCRIPT_NAMES,
+    "explain": EXPLAIN_NAMES,
+    "explain_sae": GIVEN_SAE_NAMES,
+}
 
 
 def diagnose(

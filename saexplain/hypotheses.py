@@ -347,6 +347,7 @@ class Faithful(NamedTuple):
 
     drawable: Tensor  # bool, whether well enough for a drawing
     correlation: Tensor  # of the pattern's sum over an image with the pre-activation
+    reason: str = ""  # why none may be drawn, where it is not their correlation
 
 
 class Drawings(NamedTuple):
@@ -388,7 +389,8 @@ def reasons_undrawn(
         return dict.fromkeys(every, "there is no canvas to draw on")
     if faithful is None:
         return {}
-    reasons = [UNFAITHFUL.format(correlation=c) for c in faithful.correlation.tolist()]
+    correlation = faithful.correlation.tolist()
+    reasons = [faithful.reason or UNFAITHFUL.format(correlation=c) for c in correlation]
     return {k: reasons[k] for k in every if not faithful.drawable[k]}
 
 

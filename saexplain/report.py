@@ -27,7 +27,7 @@ from saexplain import console, figures, page, text
 from saexplain.activity import collect_activity
 from saexplain.analysis import Analysis, analyze, by_influence, feature_record
 from saexplain.baselines import default_directions, evaluate_baseline, features_along
-from saexplain.diagnoses import diagnose
+from saexplain.diagnoses import CALLER_NAMES, diagnose
 from saexplain.evaluation import (
     Evaluation,
     Summary,
@@ -40,6 +40,7 @@ from saexplain.fidelity import feature_stats, measure_fidelity, rows_of
 from saexplain.files import InputError, folder_lock, to_json, to_json_lines
 from saexplain.hypotheses import (
     Discovery,
+    Faithful,
     discover,
     freeze_hypotheses,
     load_frozen,
@@ -58,13 +59,15 @@ from saexplain.parallel import Stopwatch, Task, Workers, torch_threads
 from saexplain.patterns import gradient_images
 from saexplain.reproducibility import Replicates
 from saexplain.sae import JumpReLUSAE
-from saexplain.substitution import measure_agreements
+from saexplain.substitution import measure_agreements, reason_not_compared
+from saexplain.where import FAITHFUL
 
 N_PANELS = 5  # features, the most influential, that get a panel and a line on the terminal
 PICTURE_TASKS = 2  # each is sent all images, so not more than keep two cores busy
 RESULT_FILES = """settings.json summary.json frontier.png feature_report.json feature_report.html
 hypotheses.json hypotheses.md explained.png influence.png training.png run.log.jsonl
 saelens/cfg.json saelens/sae_weights.safetensors""".split()
+NO_GRADIENT = "no gradient leads from the layer to the pixels, so that it has no pattern"
 NO_DRAWING = "This page cannot compute the network, so you cannot draw for it; all else works."
 
 
@@ -84,6 +87,7 @@ class Options:
     hypotheses: bool = True  # propose, freeze and test a hypothesis about each feature
     features: int = 0  # report so many of the most influential features; 0: all
     seed: int = 0
+    caller: str = "explain_sae"  # whose arguments advice names, a key of CALLER_NAMES
 
     def __post_init__(self) -> None:
         for name, least in (("topk", 1), ("n_eval", 1), ("features", 0), ("seed", 0)):
@@ -100,6 +104,7 @@ class Draft(NamedTuple):
     features: list[int]  # those that are reported, the most influential first
     discovery: Discovery | None  # the validation images, if there are hypotheses
     frozen: str | None  # the SHA-256 of hypotheses.json, if there are hypotheses
+    not_compared: str  # why drawings take the place of no features, "" where they do
     pictures: list[Task]
     clock: Stopwatch
     shown: Tensor  # (N, 1, H, W) the validation images as pictures show them
@@ -140,26 +145,33 @@ def prepare_report(
         given += (analysis.ink_sign,)
         pictures.append(workers.start("pictures", fa.write_feature_pictures, *given))
     discovery = frozen = None
-    if options.hypotheses and not layer.has_positions:
+    not_compared = ""
+    if options.hypotheses:
         with clock("propose and freeze"):
-            discovery = discover(layer, analysis.unit_heats)
-            given = (analysis.activity, analysis.removed)
-            hypotheses = propose_hypotheses(layer, discovery, None, *given)
+            no_gradient = "" if analysis.patterns.gradients is not None else NO_GRADIENT
+            faithful = Faithful(analysis.faithful, analysis.pattern_correlation, no_gradient)
+            discovery = discover(layer, analysis.unit_heats, analysis.faithful)
+            given = (discovery, None, analysis.activity, analysis.removed)
+            named = {"faithful": faithful, "classes": options.classes}
+            hypotheses = propose_hypotheses(layer, *given, **named)
             frozen = freeze_hypotheses(hypotheses, folder / "hypotheses.json")
-    known = (analysis, features, discovery, frozen)
+            not_compared = reason_not_compared(hypotheses, analysis.activity)
+    known = (analysis, features, discovery, frozen, not_compared)
     return Draft(layer, folder, options, *known, pictures, clock, shown)
 
 
 def start_baselines(
     draft: Draft, baselines: Mapping[str, JumpReLUSAE], workers: Workers
 ) -> dict[str, Task]:
-    """By name, the tasks that propose and test hypotheses about the features of `baselines`."""
+    """By name, the tasks that propose and test hypotheses about the features of `baselines`; none
+    where drawings are not compared."""
     alone = replace(draft.layer, splits={})  # workers are sent only the images they need
     halves = split_test_images(draft.layer.splits["test"])
     on_gpu = draft.layer.device.type != "cpu"
     tasks = {}
-    for name, sae in baselines.items() if draft.frozen else ():
-        given = (sae, alone, draft.discovery, *halves)
+    least = None if draft.analysis.faithful.all() else FAITHFUL
+    for name, sae in baselines.items() if draft.frozen and not draft.not_compared else ():
+        given = (sae, alone, draft.discovery, *halves, least)
         tasks[name] = workers.start("baselines", evaluate_baseline, *given, here=on_gpu)
     return tasks
 
@@ -243,7 +255,8 @@ def finish_report(
         workers.results(draft.pictures)
     drawn = sum(task.seconds for task in draft.pictures)
     seconds = {**draft.clock.seconds, "pictures": drawn}
-    diagnoses = diagnose(record, draft.analysis, draft.features, seconds)
+    given = (record, draft.analysis, draft.features, seconds, CALLER_NAMES[options.caller])
+    diagnoses = diagnose(*given)
     record["diagnoses"] = [d.as_record() for d in diagnoses]
     return record, report, tasks
 
@@ -411,7 +424,7 @@ def explain_sae(
     alone, or an SAE that does not fit.
     """
     net, clock, folder = open_layer(model, layer, pool), Stopwatch(), Path(out)
-    known = {f.name for f in fields(Options)} - {"network", "source"}
+    known = {f.name for f in fields(Options)} - {"network", "source", "caller"}
     if unknown := sorted(options.keys() - known):
         raise InputError(f"explain_sae() has no option {unknown[0]!r}; it has {sorted(known)}")
     data = load_splits(net, options.pop("classes", ()), train, val, test)
@@ -434,7 +447,8 @@ def explain_sae(
             "data": data.source,
             **measure_fidelity(explained),
         }
-        baselines = default_baselines(explained, given.seed) if draft.frozen else {}
+        compared = draft.frozen and not draft.not_compared
+        baselines = default_baselines(explained, given.seed) if compared else {}
         tasks = start_baselines(draft, baselines, pool_of_workers)
         given = (draft, record, None, tasks, pool_of_workers)
         record, report, pending = finish_report(*given)

@@ -417,15 +417,14 @@ def test_the_terminal_shows_rows_that_a_record_has():
     rows = dict(line.rsplit(maxsplit=1) for line in table.splitlines() if "not comp" not in line)
     assert {name.strip(): value for name, value in rows.items()} == {
         "target": "4",
-        "L0, test": "4.00",
-        "per position": "4.00",
-        "per image, at any position": "75.2",
+        "L0 per position, test": "4.00",
+        "per image": "75.2",
         "of the untrained SAE": "0.5000",
         "seconds": "1.0",
     }
     assert "relative to PCs             not computed" in table
     shown = dict(console.page_results(record))
-    assert shown["... per image"] == "75.2"
+    assert shown["... per image, at any position"] == "75.2"
     assert "predictions kept with hypotheses in place of all features" not in shown
 
 
