@@ -218,12 +218,11 @@ MOST_LETTERS = 60  # of a class in a caption without a drawing
 
 
 def caption_without_drawing(
-    images: Sequence[str], place: str, on_prefix: bool, raised: str | None, lowered: str | None
+    images: str, place: str, on_prefix: bool, raised: str | None, lowered: str | None
 ) -> str:
     """What a hypothesis names that has no drawing, in words: the `images` of classes, the place,
     or the names of the logits that the feature raises and lowers."""
-    images = [fa.shortened(words, MOST_LETTERS) for words in images]
-    clauses = [listed(images)] if images else []
+    clauses = [images] if images else []
     if on_prefix:
         clauses.append("on a prefix token")
     elif place:
@@ -274,8 +273,9 @@ def parts_of_name(name: str) -> set[str]:
 
 
 def shared_part(group: Sequence[int], names: Sequence[str]) -> tuple[str, int]:
-    """The part of their names that at least MOST_OF_GROUP of the classes of a group share, and few
-    others, with the number of those that do; "" where there is none, or only two classes."""
+    """What the names of at least MOST_OF_GROUP of the classes of a group have in common, and few
+    others, as in "5 in their name", with the number of those that have it; "" where there is
+    nothing, or there are only two classes."""
     parts = [parts_of_name(name) for name in names]
     in_group = Counter(part for c in group for part in parts[c])
     in_all = Counter(part for of_name in parts for part in of_name)
@@ -286,7 +286,30 @@ def shared_part(group: Sequence[int], names: Sequence[str]) -> tuple[str, int]:
         if n >= most and in_all[part] < SHARED_BY_FEW * len(names)
     ]
     part = max(found)[-1] if found else ""
-    return part, in_group[part]
+    words = f"names that end in {part[1:]}" if part[:1] == "-" else f"{part} in their name"
+    return words if part else "", in_group[part]
+
+
+def classes_in_words(group: Sequence[int], names: Sequence[str]) -> str:
+    """A group of several classes by what their names share, as in "4 classes with red in their
+    name", or as their number."""
+    shared, n = shared_part(group, names)
+    if not shared:
+        return f"{len(group)} classes"
+    if n == len(group):
+        return f"{n} classes with {shared}"
+    return f"{len(group)} classes, {n} of them with {shared},"
+
+
+def images_of_classes(group: Sequence[int], classes: Sequence[str]) -> str:
+    """The images of a group of classes in words, as in "6s and 7s", or "images of 4 classes with
+    red in their name"; "" for none."""
+    plurals = [fa.shortened(images_of(classes, c), MOST_LETTERS) for c in group]
+    if len(group) < MOST_NAMED:
+        return listed(plurals)
+    names = list(classes) or [str(c) for c in range(max(group) + 1)]
+    words = f"images of {classes_in_words(group, names)}".removesuffix(",")
+    return words if "with" in words else f"{words} ({', '.join(plurals[: MOST_NAMED - 1])}, ...)"
 
 
 def group_words(change: Sequence[float], classes: Sequence[str], verb: str) -> str:
@@ -299,17 +322,10 @@ def group_words(change: Sequence[float], classes: Sequence[str], verb: str) -> s
     if len(group) == 1:
         return f"the logit of {names[group[0]]} {verb}s by {largest:.2f}"
     mean = sum(change[c] for c in group) / len(group)
-    part, n = shared_part(group, names)
-    where = f"names that end in {part[1:]}" if part[:1] == "-" else f"{part} in their name"
-    if not part:
-        which = f"{len(group)} classes"
-    elif n == len(group):
-        which = f"{n} classes with {where}"
-    else:
-        which = f"{len(group)} classes, {n} of them with {where},"
     first, *others = [fa.shortened(names[c], MOST_LETTERS) for c in group[: MOST_NAMED + 1]]
     others += ["..."] if len(group) > MOST_NAMED + 1 else []
     named = f"most for {first}, then {', '.join(others)}"
+    which = classes_in_words(group, names)
     return f"the logits of {which} {verb} by {mean:.2f} on average, {named}"
 
 

@@ -37,7 +37,7 @@ from torch import Tensor
 
 import feature_analysis as fa
 from saexplain.activity import Activity, Removals, collect_activity, removal_effects
-from saexplain.captions import caption_of, caption_without_drawing, images_of
+from saexplain.captions import caption_of, caption_without_drawing, images_of_classes
 from saexplain.ink import Canvas
 from saexplain.patterns import unit_gradients
 from saexplain.regions import choose_regions, local_covariance
@@ -200,7 +200,8 @@ def best_threshold(scores: np.ndarray, at: np.ndarray) -> int:
 # Propose
 # --------------------------------------------------------------------------------------------------
 
-MAX_CLASSES = 2  # named
+MAX_CLASSES = 2  # named beside a drawing
+MAX_CLASSES_UNDRAWN = 20  # named where they predict activity themselves
 N_DIRECTIONS = 64  # random ones, the same for all features
 NULL_OF_VECTORS = (N_DIRECTIONS, 16)  # random directions, and images from which they are removed
 NULL_OF_POSITIONS = (16, 4)  # fewer: the rest of the network is computed for each
@@ -268,6 +269,21 @@ def enriched_classes(
     most = np.argsort(-share, kind="stable").tolist()
     named = [c for c in most if share[c] > 0 and share[c] >= enrichment * usual[c]]
     return tuple(named[:MAX_CLASSES])
+
+
+def predictive_classes(
+    histogram: np.ndarray, label_counts: np.ndarray, enrichment: float
+) -> tuple[int, ...]:
+    """The labels whose images predict activity with the largest F1, of those whose share of the
+    active images is `enrichment` times their share of all, at most MAX_CLASSES_UNDRAWN; both (C,)
+    are counts of images. Those with the largest share of active images come first."""
+    share, usual = histogram / histogram.sum(), label_counts / label_counts.sum()
+    rate = histogram / np.maximum(label_counts, 1)  # of the images of a class that are active
+    ranked = [c for c in np.argsort(-rate, kind="stable") if share[c] > 0]
+    ranked = [c for c in ranked if share[c] >= enrichment * usual[c]][:MAX_CLASSES_UNDRAWN]
+    both, picked = histogram[ranked].cumsum(), label_counts[ranked].cumsum()
+    f1 = 2 * both / (picked + histogram.sum())
+    return tuple(int(c) for c in ranked[: int(f1.argmax()) + 1]) if ranked else ()
 
 
 @functools.cache
@@ -407,10 +423,11 @@ def propose_hypotheses(
     """A hypothesis about every feature, from the discovery images alone.
 
     The drawing has the regions that follow the feature's input pattern best, see `regions`; the
-    threshold has the largest F1; labels are those of `enriched_classes`, logits those of
-    `changed_logits`, the place that of `place_of`. Without `in_full` no logits are named, and there
-    are no captions. A feature with fewer than MIN_ACTIVE active, or inactive, images gets an empty
-    drawing; so does one that is not `faithful`, with the reason, and classes and a place.
+    threshold has the largest F1; labels are those of `enriched_classes`, or `predictive_classes`
+    where nothing is drawn, logits those of `changed_logits`, the place that of `place_of`. Without
+    `in_full` no logits are named, and there are no captions. A feature with fewer than MIN_ACTIVE
+    active, or inactive, images gets an empty drawing; so does one that is not `faithful`, with the
+    reason, and classes and a place.
 
     `activity` and `removed`, of the same images, are computed where they are not given; `classes`
     are the names that captions use where nothing is drawn.
@@ -432,7 +449,8 @@ def propose_hypotheses(
         if not is_testable or not (reason or drawn.any()):
             hypotheses.append(Hypothesis(k, np.zeros_like(drawn), undrawn=reason))
             continue
-        named = {"classes": enriched_classes(histograms[k], label_counts, rule.enrichment)}
+        choose = predictive_classes if reason else enriched_classes
+        named = {"classes": choose(histograms[k], label_counts, rule.enrichment)}
         if in_full:
             given = (removed.mean_delta[k], layer, discovery.raw, activity, rule.percentile)
             named |= changed_logits(k, *given)
@@ -463,7 +481,7 @@ def captioned(
         return replace(h, caption=caption_of(h.weights, strength))
     raised = None if h.raises is None else fa.class_name(classes, h.raises)
     lowered = None if h.lowers is None else fa.class_name(classes, h.lowers)
-    images = [images_of(classes, c) for c in h.classes]
+    images = images_of_classes(h.classes, classes)
     caption = caption_without_drawing(images, h.place, on_prefix, raised, lowered)
     return replace(h, caption=caption[:MAX_CAPTION])
 

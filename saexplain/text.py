@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import feature_analysis as fa
 from saexplain.baselines import MAX_TESTED
-from saexplain.captions import images_of, listed, logit_groups, percent
+from saexplain.captions import images_of, images_of_classes, listed, logit_groups, percent
 from saexplain.edits import EditTest
 from saexplain.evaluation import (
     CONFIDENCES,
@@ -27,7 +27,7 @@ from saexplain.evaluation import (
     Picked,
     Row,
 )
-from saexplain.hypotheses import MIN_ACTIVE, Hypothesis, hypothesis_record
+from saexplain.hypotheses import MIN_ACTIVE, POSITIONS_UNDRAWN, Hypothesis, hypothesis_record
 from saexplain.statistics import Detection, wilson_interval
 
 # --------------------------------------------------------------------------------------------------
@@ -159,8 +159,7 @@ def _edit_line(name: str, t: EditTest) -> str:
 
 def class_words(h: Hypothesis, e: Evidence, classes: Sequence[str]) -> str:
     """The share of the active images that are of the classes named, in words."""
-    named = listed([images_of(classes, c) for c in h.classes])
-    c = e.classes
+    c, named = e.classes, images_of_classes(h.classes, classes)
     share = f"{percent(c.share)} [{percent(c.low)}, {percent(c.high)}]"
     return f"{share} of the active images are {named}, of all images {percent(c.usual)}"
 
@@ -208,7 +207,8 @@ def measured_lines(
         pairs = zip(change.at_doses[1:], change.linear[1:], strict=True)
         doses = ", ".join(f"{found:+.2f} (linear {line:+.2f})" for found, line in pairs)
         name = fa.class_name(classes, change.logit)
-        lines.append(f"the logit of {name} with 0.5, 1, 2 times its mean activation: {doses}")
+        typical = "its own map" if h.undrawn == POSITIONS_UNDRAWN else "its mean activation"
+        lines.append(f"the logit of {name} with 0.5, 1, 2 times {typical}: {doses}")
     return lines
 
 

@@ -10,6 +10,7 @@ from saexplain.captions import (
     caption_of,
     caption_without_drawing,
     images_of,
+    images_of_classes,
     listed,
     logit_groups,
     percent,
@@ -247,12 +248,12 @@ def test_words_for_classes_and_shares():
 @pytest.mark.parametrize(
     ("given", "caption"),
     [
-        ((["6s", "7s"], "upper third", False, "6", None), "6s and 7s, in the upper third"),
-        (([], "lower left", False, "6", "7"), "In the lower left"),
-        ((["cats"], "", True, None, None), "Cats, on a prefix token"),
-        (([], "", False, "6", "7"), "Raises the logit of 6, lowers the logit of 7"),
-        (([], "", False, None, "0"), "Lowers the logit of 0"),
-        (([], "", False, None, None), "No class, place or logit stands out"),
+        (("6s and 7s", "upper third", False, "6", None), "6s and 7s, in the upper third"),
+        (("", "lower left", False, "6", "7"), "In the lower left"),
+        (("cats", "", True, None, None), "Cats, on a prefix token"),
+        (("", "", False, "6", "7"), "Raises the logit of 6, lowers the logit of 7"),
+        (("", "", False, None, "0"), "Lowers the logit of 0"),
+        (("", "", False, None, None), "No class, place or logit stands out"),
     ],
 )
 def test_captions_without_a_drawing(given, caption):
@@ -302,3 +303,23 @@ def test_words_and_endings_that_names_share_are_mentioned():
 def test_logits_that_hardly_move_are_not_mentioned():
     assert logit_groups([0.0, -0.019, 0.019]) == ""
     assert logit_groups([0.0, -0.5, 0.019]) == "without it the logit of 1 falls by 0.50"
+
+
+def test_images_of_several_classes_are_a_group():
+    names = [
+        "red disk",
+        "red ring",
+        "red box",
+        "red star",
+        "blue disk",
+        *(f"x{i}" for i in range(9)),
+    ]
+    found = [images_of_classes(some, names) for some in ((), (0,), (0, 4, 1))]
+    assert found == ["", "red disks", "red disks, blue disks and red rings"]
+    assert images_of_classes((3, 1, 0, 2), names) == "images of 4 classes with red in their name"
+    most = "images of 5 classes, 4 of them with red in their name"
+    assert images_of_classes((3, 1, 0, 2, 6), names) == most
+    assert (
+        images_of_classes((0, 5, 6, 7), names) == "images of 4 classes (red disks, x0s, x1s, ...)"
+    )
+    assert images_of_classes((9, 3, 5, 7), ()) == "images of 4 classes (9s, 3s, 5s, ...)"
