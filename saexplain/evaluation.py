@@ -90,7 +90,8 @@ def chance_f1(rate: float) -> float:
 DOSES = (0.0, 0.5, 1.0, 2.0)  # times the mean activation on the images tested
 TINY_DOSE = 1 / 64  # of the same, for the slope of the linear prediction
 EFFECT_IMAGES = 48  # active images from which the feature is removed
-EFFECT_IMAGES_OF_POSITIONS = 16  # the same where the rest of the network is slower
+EFFECT_IMAGES_OF_POSITIONS = 32  # the same where the rest of the network is slower ...
+DOSED_IMAGES_OF_POSITIONS = 8  # ... and those of them to which doses are added
 MANY_CLASSES = 20  # from more classes on, the change of each logit is kept
 
 
@@ -157,26 +158,29 @@ def measure_effects(
     named = {verb: logit for verb, logit in named.items() if logit is not None}
     if not named:
         return {}
-    k, has_positions = h.feature, layer.has_positions
-    at, acts = activity.of(k)
-    most = EFFECT_IMAGES_OF_POSITIONS if has_positions else EFFECT_IMAGES
-    some = evenly_spaced(torch.arange(len(at)), most)
+    k, (at, acts) = h.feature, activity.of(h.feature)
+    most = (EFFECT_IMAGES,) * 2
+    if layer.has_positions:
+        most = EFFECT_IMAGES_OF_POSITIONS, DOSED_IMAGES_OF_POSITIONS
+    some = evenly_spaced(torch.arange(len(at)), most[0])
+    few = evenly_spaced(torch.arange(len(some)), most[1]).to(raw.device)
     rows = raw[at[some].to(raw.device)]
     acts = acts_on(layer, rows, k, acts[some])
     without = layer.without(rows, k, acts)
-    typical = acts if has_positions else float(acts.mean())
-    states = [rows, without]
-    states += [layer.adding(without, k, typical * dose) for dose in (*DOSES[1:], TINY_DOSE)]
-    logits = torch.stack([layer.logits(state) for state in states]).cpu().double()
+    typical = acts[few] if layer.has_positions else float(acts.mean())
+    changed = [without] + [
+        layer.adding(without[few], k, typical * dose) for dose in (*DOSES[1:], TINY_DOSE)
+    ]
+    base, none, *dosed = (layer.logits(state).cpu().double() for state in (rows, *changed))
+    dosed = [logits - none[few.cpu()] for logits in dosed]
     null = null_effect(k, layer, rows, acts, percentile)
     found = {}
     for verb, logit in named.items():
-        base, none, *at_doses, tiny = logits[:, :, logit].numpy()
-        lost = (base - none) if verb == "raises" else (none - base)
+        lost = (base - none if verb == "raises" else none - base)[:, logit].numpy()
         reach = Z_95 * float(lost.std(ddof=1)) / np.sqrt(len(lost))
         mean = float(lost.mean())
-        curve = [float((dose - none).mean()) for dose in (none, *at_doses)]
-        slope = float((tiny - none).mean()) / TINY_DOSE
+        *at_doses, tiny = (float(change[:, logit].numpy().mean()) for change in dosed)
+        curve, slope = [0.0, *at_doses], tiny / TINY_DOSE
         line = [dose * slope for dose in DOSES]
         given = (mean, mean - reach, mean + reach, null[verb])
         found[verb] = LogitChange(logit, *given, tuple(curve), tuple(line))
