@@ -69,7 +69,11 @@ RESULTS = (
 RATIOS = ("ce_recovered", "fvu_to_pca", "dense_share_of_l0")  # may have 0 as their denominator
 
 
-INSTEAD = {"achieved_actives_test": "l0_position_test"}  # the same number with a better title
+INSTEAD = {  # what is left out where a record has another number, which says more
+    "achieved_actives_test": "l0_position_test",
+    "agreement_untrained": "agreement_hypotheses",  # then it is in the table of hypotheses.md
+    "fvu_untrained": "agreement_hypotheses",
+}
 
 
 def is_known(result: Result, record: Mapping) -> bool:
