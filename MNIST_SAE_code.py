@@ -54,6 +54,7 @@ from torch import Tensor, nn
 import feature_analysis as fa
 from saexplain import console, figures, page, report
 from saexplain.baselines import features_along
+from saexplain.datasets import check_split_leakage
 from saexplain.fidelity import feature_stats, measure_fidelity, rows_of
 from saexplain.files import (
     BusyError,
@@ -69,7 +70,7 @@ from saexplain.files import (
     to_json,
 )
 from saexplain.hypotheses import load_frozen
-from saexplain.images import Data, Split, TensorLoader, check_split_leakage, digest_of, load_images
+from saexplain.images import Data, Split, TensorLoader, digest_of, load_images
 from saexplain.layers import (
     AtLayer,
     collect_activations,

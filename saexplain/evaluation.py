@@ -41,6 +41,7 @@ from saexplain.hypotheses import (
     evenly_spaced,
     fit_canvas,
     ink_levels,
+    is_slow,
     label_histograms,
     null_effect,
     place_cells,
@@ -90,8 +91,8 @@ def chance_f1(rate: float) -> float:
 DOSES = (0.0, 0.5, 1.0, 2.0)  # times the mean activation on the images tested
 TINY_DOSE = 1 / 64  # of the same, for the slope of the linear prediction
 EFFECT_IMAGES = 48  # active images from which the feature is removed
-EFFECT_IMAGES_OF_POSITIONS = 32  # the same where the rest of the network is slower ...
-DOSED_IMAGES_OF_POSITIONS = 8  # ... and those of them to which doses are added
+EFFECT_IMAGES_SLOW = 32  # the same where the rest of the network takes long ...
+DOSED_IMAGES_SLOW = 8  # ... and those of them to which doses are added
 MANY_CLASSES = 20  # from more classes on, the change of each logit is kept
 
 
@@ -159,9 +160,8 @@ def measure_effects(
     if not named:
         return {}
     k, (at, acts) = h.feature, activity.of(h.feature)
-    most = (EFFECT_IMAGES,) * 2
-    if layer.has_positions:
-        most = EFFECT_IMAGES_OF_POSITIONS, DOSED_IMAGES_OF_POSITIONS
+    slow = EFFECT_IMAGES_SLOW, DOSED_IMAGES_SLOW
+    most = slow if is_slow(layer) else (EFFECT_IMAGES, EFFECT_IMAGES)
     some = evenly_spaced(torch.arange(len(at)), most[0])
     few = evenly_spaced(torch.arange(len(some)), most[1]).to(raw.device)
     rows = raw[at[some].to(raw.device)]

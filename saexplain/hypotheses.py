@@ -203,8 +203,8 @@ def best_threshold(scores: np.ndarray, at: np.ndarray) -> int:
 MAX_CLASSES = 2  # named beside a drawing
 MAX_CLASSES_UNDRAWN = 20  # named where they predict activity themselves
 N_DIRECTIONS = 64  # random ones, the same for all features
-NULL_OF_VECTORS = (N_DIRECTIONS, 16)  # random directions, and images from which they are removed
-NULL_OF_POSITIONS = (16, 4)  # fewer: the rest of the network is computed for each
+NULL_SIZE = (N_DIRECTIONS, 16)  # random directions, and images from which they are removed
+NULL_SIZE_SLOW = (16, 4)  # the same where the rest of the network takes long
 DIRECTIONS_SEED = 20_000_003  # no run's own: baselines must draw other directions
 EFFECT_MARGIN = 1.25  # times a random direction's effect that is needed to name a logit
 CANVAS_IMAGES = 2000  # to which a canvas is fitted where images are read from a disk
@@ -294,6 +294,11 @@ def random_directions(d_in: int) -> Tensor:
     return torch.nn.functional.normalize(noise, dim=1)
 
 
+def is_slow(layer: fa.ExplainedLayer) -> bool:
+    """Whether the rest of the network reads more than a vector, and so takes long."""
+    return layer.has_positions or getattr(layer.model, "head_entries", 0) > len(layer.mu)
+
+
 @torch.no_grad()
 def null_effect(
     k: int, layer: fa.ExplainedLayer, raw: Tensor, acts: Tensor, percentile: float
@@ -305,7 +310,7 @@ def null_effect(
     positions). Each direction has the feature's norm, and may choose its logits, as the feature
     does.
     """
-    n_directions, n_images = NULL_OF_POSITIONS if layer.has_positions else NULL_OF_VECTORS
+    n_directions, n_images = NULL_SIZE_SLOW if is_slow(layer) else NULL_SIZE
     some = evenly_spaced(torch.arange(len(acts)), n_images).to(acts.device)
     raw, acts = raw[some], acts[some]
     norm = float(layer.sae.W_dec[k].norm())
@@ -346,7 +351,7 @@ def changed_logits(
     if max(change.values()) < SMALLEST_EFFECT:
         return dict.fromkeys(logit)
     at, acts = activity.of(k)
-    _, n_images = NULL_OF_POSITIONS if layer.has_positions else NULL_OF_VECTORS
+    _, n_images = NULL_SIZE_SLOW if is_slow(layer) else NULL_SIZE
     some = evenly_spaced(torch.arange(len(at)), n_images)
     rows = raw[at[some].to(raw.device)]
     null = null_effect(k, layer, rows, acts_on(layer, rows, k, acts[some]), percentile)

@@ -136,7 +136,7 @@ def test_classes_places_and_logits_are_those_planted(hypotheses):
 
 
 def test_random_directions_are_removed_with_the_features_own_map(layer, monkeypatch):
-    monkeypatch.setattr(hy, "NULL_OF_POSITIONS", (5, 3))
+    monkeypatch.setattr(hy, "NULL_SIZE_SLOW", (5, 3))
     k, (_, _, raw) = pp.CORNER, layer.splits["val"]
     rows = raw[layer.acts_at(raw)[:, :, k].amax(1) > 0]
     acts = layer.acts_of(rows, k)
@@ -200,11 +200,11 @@ def test_doses_scale_the_features_own_map(layer, hypotheses, evidence):
     k = pp.CORNER
     acts = layer.acts_at(raw)[:, :, k]
     at = (acts.amax(1) > 0).nonzero()[:, 0]
-    some = at[np.linspace(0, len(at) - 1, ev.EFFECT_IMAGES_OF_POSITIONS).round()]
+    some = at[np.linspace(0, len(at) - 1, ev.EFFECT_IMAGES_SLOW).round()]
     lost = acts[some].mean(1) * 9.0  # the head's weight; the mean over positions
     change = evidence[k].effects["raises"]
     assert (change.logit, change.by) == (0, pytest.approx(float(lost.mean()), rel=1e-4))
-    few = np.linspace(0, len(some) - 1, ev.DOSED_IMAGES_OF_POSITIONS).round()
+    few = np.linspace(0, len(some) - 1, ev.DOSED_IMAGES_SLOW).round()
     doses = [dose * float(lost[few].mean()) for dose in ev.DOSES]
     assert change.at_doses == pytest.approx(doses, rel=1e-3, abs=1e-5)
     assert change.linear == pytest.approx(doses, rel=1e-2, abs=1e-5)
