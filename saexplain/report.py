@@ -13,12 +13,14 @@ It does not know how the SAE was trained.
 from __future__ import annotations
 
 import json
+import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ from saexplain.evaluation import (
     split_test_images,
 )
 from saexplain.fidelity import feature_stats, measure_fidelity, rows_of
-from saexplain.files import InputError, folder_lock, to_json, to_json_lines
+from saexplain.files import InputError, Stage, folder_lock, to_json, to_json_lines
 from saexplain.hypotheses import (
     Discovery,
     Faithful,
@@ -368,6 +370,37 @@ def frontier_of(records: Sequence[dict]) -> list[dict]:
     """What the page's frontier shows of each record of summary.json."""
     keys = {"l0": "achieved_actives_test", "fvu": "fvu", "agreement": "agreement_jumprelu"}
     return [{name: record[key] for name, key in keys.items()} for record in records]
+
+
+def sae_record(
+    layer: fa.ExplainedLayer, target: int, stage: Stage, settings: dict, untrained: object = None
+) -> dict:
+    """What summary.json says about a trained SAE before its features are explained.
+
+    `settings` are those that it names, `untrained` an SAE to compare it with.
+    """
+    return {
+        "target_actives": target,
+        "lambda": stage.record["lambda"],
+        "threshold_shift": stage.record["threshold_shift"],
+        "achieved_actives_before_shift": stage.record["l0_before_shift"],
+        **measure_fidelity(layer, target, untrained),
+        **settings,
+        "device": str(layer.device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }
+
+
+def write_summary(root: Path, records: list[dict], manifest: dict) -> None:
+    """frontier.png, summary.json, and settings.json, which makes the folder a finished run."""
+    if len(records) > 1:
+        fa.save_figure(figures.draw_frontier(records), root / "frontier.png")
+    fa.write_whole(root / "summary.json", to_json(records))
+    fa.write_whole(root / "settings.json", to_json(manifest))
 
 
 # --------------------------------------------------------------------------------------------------
