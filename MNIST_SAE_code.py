@@ -833,9 +833,7 @@ def write_summary(
         "network": network.title,
         "network_sha256": network.digest,
         "sae_sha256": {str(t): saes.stages[settings.seed].digest for t, saes in trained.items()},
-        "hypotheses_sha256": {
-            str(r["target_actives"]): r.get("hypotheses_sha256") for r in records
-        },
+        "hypotheses_sha256": frozen,
         "classes": data.classes,
     }
     report.write_summary(Path(settings.out), records, manifest)
