@@ -116,7 +116,7 @@ def small_world(d_sae: int = 24, zoom: int = 1) -> World:
 
 def write(path: Path, world: World, records: list[dict] | None = None, **options) -> Path:
     """A page of the world, with its network unless `network` is given."""
-    options.setdefault("network", world.layer.model)
+    options.setdefault("network", getattr(world.layer, "model", None))
     page.write_dashboard(path, records or world.records, world.layer, world.shown, **options)
     return path
 
@@ -135,3 +135,157 @@ def arrays_of(path: Path) -> dict[str, np.ndarray]:
     raw, places = gzip.decompress(base64.b64decode(script(path, "pack"))), meta_of(path)["arrays"]
     assert not any(p["offset"] % 4 for p in places.values())  # or a browser cannot read floats
     return {n: np.frombuffer(raw, p["type"], p["length"], p["offset"]) for n, p in places.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# A layer with positions, of images in color
+# --------------------------------------------------------------------------------------------------
+
+GRID, SIDE = (6, 8), (48, 64)  # positions, and pixels of an image
+
+
+class Maps(NamedTuple):
+    """The fields that a page needs of `saexplain.where.Maps`."""
+
+    grid: tuple[int, int]
+    n_prefix: int
+    kind: str
+    top: Tensor
+    mean: Tensor
+    spread: Tensor
+    position_density: Tensor
+    prefix_share: Tensor
+    place_only: Tensor
+    receptive: tuple[int, int]
+
+
+class Colors:
+    """The display of images whose pixels are 4 x - 2 of colors x."""
+
+    def pictures(self, images: Tensor) -> Tensor:
+        return (images + 2) / 4
+
+
+class PatchLayer(NamedTuple):
+    """A layer with positions: z (N, P, D) of patches, prefix first; logits of its mean."""
+
+    sae: JumpReLUSAE
+    head: Tensor  # (D, C)
+    n_prefix: int
+    splits: dict
+
+    has_positions = True
+    device = torch.device("cpu")
+    mu = property(lambda self: torch.zeros(len(self.head)))
+    d_sae = property(lambda self: self.sae.W_enc.shape[1])
+    n_classes = property(lambda self: self.head.shape[1])
+
+    def acts_at(self, raw: Tensor) -> Tensor:
+        return self.sae.encode(raw.flatten(0, 1)).unflatten(0, raw.shape[:2])
+
+    def feature_acts(self, raw: Tensor) -> Tensor:
+        return self.acts_at(raw).amax(1)
+
+    def acts_of(self, raw: Tensor, k: int | Tensor) -> Tensor:
+        acts = self.acts_at(raw)
+        return acts[..., k] if isinstance(k, int) else acts[torch.arange(len(raw)), :, k]
+
+    def without(self, raw: Tensor, k: int | Tensor, acts: Tensor | None = None) -> Tensor:
+        step = self.sae.W_dec[k].expand(len(raw), -1)
+        return raw - self.acts_of(raw, k)[:, :, None] * step[:, None]
+
+    def adding(self, raw: Tensor, k: int | Tensor, alpha: Tensor) -> Tensor:
+        own = self.acts_of(raw, k) * 0 + 1
+        return raw + alpha[:, None, None] * own[:, :, None] * self.sae.W_dec[k][:, None]
+
+    def logits(self, raw: Tensor) -> Tensor:
+        return raw.relu().mean(1) @ self.head
+
+
+def scenes(n: int, n_classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images (n, 3, *SIDE) in [0, 1] of one disc on a sloping ground, whose hue is the label."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[: SIDE[0], : SIDE[1]]
+    labels = rng.integers(0, n_classes, n)
+    images = np.empty((n, 3, *SIDE), np.float32)
+    for image, label in zip(images, labels, strict=True):
+        slope = rng.normal(size=2)
+        shade = 0.5 + 0.2 * (slope[0] * rows / SIDE[0] + slope[1] * columns / SIDE[1])
+        image[:] = (rng.uniform(0.5, 1, (3, 1, 1)) * shade).clip(0, 1)
+        y, x, r = rng.uniform(10, 38), rng.uniform(10, 54), rng.uniform(6, 12)
+        turn = 2 * np.pi * label / n_classes
+        hue = 0.5 + 0.5 * np.cos(turn + np.array([0, 2, 4]) * np.pi / 3)
+        image[:, np.hypot(rows - y, columns - x) < r] = hue[:, None]
+    images += rng.normal(0, 0.02, images.shape).astype(np.float32)
+    return torch.from_numpy(images.clip(0, 1)), torch.from_numpy(labels)
+
+
+def patch_layer(d_sae: int, n_classes: int, n: int = 160, n_prefix: int = 1) -> PatchLayer:
+    """A layer whose positions read the mean colors of patches, in a random basis."""
+    normal = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    turn = normal(9, D_IN)
+
+    def raw_of(images: Tensor) -> Tensor:
+        colors = torch.nn.functional.adaptive_avg_pool2d(images, GRID)
+        around = torch.nn.functional.avg_pool2d(colors, 3, 1, 1)
+        z = torch.cat([colors - 0.5, colors - around, around - 0.5], 1).flatten(2).mT @ turn
+        return torch.cat([z.mean(1, keepdim=True)] * n_prefix + [z], dim=1) * 3
+
+    splits = {}
+    for seed, name in enumerate(("val", "test")):
+        images, labels = scenes(n, n_classes, seed)
+        splits[name] = fa.Activations(4 * images - 2, labels, raw_of(images))
+    raw, labels = splits["val"].raw, splits["val"].labels
+    hot = torch.nn.functional.one_hot(labels, n_classes).float()
+    head = torch.linalg.lstsq(raw.relu().mean(1), hot).solution * 6
+    W_dec = torch.nn.functional.normalize(normal(d_sae, D_IN), dim=1)
+    weights = {"W_enc": W_dec.T.contiguous(), "b_enc": torch.zeros(d_sae), "W_dec": W_dec}
+    weights |= {"b_dec": torch.zeros(D_IN), "threshold": torch.linspace(1.0, 4.0, d_sae)}
+    weights["threshold"][-1] = 1e6
+    return PatchLayer(JumpReLUSAE.from_weights(weights), head, n_prefix, splits)
+
+
+def color_world(
+    d_sae: int = 24, n_classes: int = 6, kind: str = "activation", receptive=(24, 20)
+) -> World:
+    """A page's input of images in color, with maps; no pattern is faithful."""
+    layer = patch_layer(d_sae, n_classes, n_prefix=1 if kind == "activation" else 0)
+    images, labels, raw = layer.splits["val"]
+    bank, activity = fa.feature_bank(layer, raw, labels, 20), collect_activity(layer, raw, labels)
+    removed = removal_effects(layer, raw, activity)
+    acts = layer.acts_at(raw)[:, layer.n_prefix :].movedim(2, 0)  # (d_sae, N, P)
+    maps = acts.unflatten(2, GRID)
+    top = torch.stack([own[at.clamp(min=0)] for own, at in zip(maps, bank.top.index, strict=True)])
+    mean = maps.mean(1)
+    share = mean.flatten(1) / mean.sum((1, 2)).clamp(min=1e-9)[:, None]
+    spread = -(share * share.clamp(min=1e-9).log()).sum(1) / np.log(share.shape[1])
+    prefix = torch.rand(d_sae, generator=torch.Generator().manual_seed(0)) * layer.n_prefix
+    place_only = torch.arange(d_sae) == 2
+    density = (acts > 0).float().mean((1, 2))
+    where = Maps(
+        GRID, layer.n_prefix, kind, top.half(), mean, spread, density, prefix, place_only, receptive
+    )
+    records = [planted_fields(k) for k in range(d_sae)]
+    for k, histogram in enumerate(bank.label_histogram):
+        records[k] |= {
+            "feature": k,
+            "hypothesis": {"classes": [k % n_classes], "place": "upper third"},
+            "mean_active": float(bank.feature_density[k]),
+            "influence": float(removed.influence[k]),
+            "predictions_changed": float(removed.changes[k]),
+            "label_mode_when_active": int(histogram.argmax()) if histogram.any() else None,
+            "label_histogram": histogram.tolist(),
+            "ablation_delta_vector": removed.mean_delta[k].tolist(),
+            "logit_delta_vector": removed.mean_delta[k].tolist(),
+            "pattern_correlation": 0.21,
+            "measured": ["60% [50%, 70%] of them are red: confirmed", "active in 3% of places"],
+        }
+    shown = page.Shown(
+        bank,
+        activity,
+        torch.zeros(d_sae, *SIDE),
+        maps=where,
+        faithful=torch.zeros(d_sae, dtype=torch.bool),
+        display=Colors(),
+    )
+    return World(layer, records, shown)
