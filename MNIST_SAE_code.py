@@ -33,7 +33,6 @@ References
 from __future__ import annotations
 
 import argparse
-import copy
 import io
 import itertools
 import math
@@ -41,7 +40,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -55,7 +54,7 @@ from torch import Tensor, nn
 import feature_analysis as fa
 from saexplain import console, figures, page, report
 from saexplain.baselines import features_along
-from saexplain.fidelity import EVAL_ROWS, feature_stats, mean_l0, measure_fidelity, row_chunks
+from saexplain.fidelity import STATS_ROWS, feature_stats, measure_fidelity, rows_of
 from saexplain.files import (
     BusyError,
     InputError,
@@ -64,7 +63,6 @@ from saexplain.files import (
     folder_lock,
     load_cached,
     load_stage,
-    prepare_folder,
     read_json,
     save_stage,
     to_json,
@@ -92,10 +90,20 @@ from saexplain.optimization import (
     scaled_epochs,
 )
 from saexplain.own import read_hypotheses, report_own
-from saexplain.parallel import Stopwatch, Task, WorkerError, Workers, torch_threads
+from saexplain.parallel import (
+    ONE_PROCESS,
+    Ranks,
+    Stopwatch,
+    Task,
+    WorkerError,
+    Workers,
+    torch_threads,
+)
 from saexplain.reproducibility import compare_seeds
-from saexplain.sae import JumpReLUSAE, PCACoordinates
+from saexplain.rows import Batch, TrainingRows
+from saexplain.sae import JumpReLUSAE
 from saexplain.saelens import save_saelens
+from saexplain.stages import WantedSAE, sae_stages, start_saes, training_rows
 from saexplain.sweep import combinations, run_sweep
 
 # --------------------------------------------------------------------------------------------------
@@ -484,25 +492,26 @@ def latent_thresholds(threshold: Tensor, density: Tensor, l0_target: float) -> T
 # --------------------------------------------------------------------------------------------------
 
 
-def initial_rows(x: Tensor, d_sae: int, generator: torch.Generator) -> Tensor:
-    """Unit decoder rows (d_sae, d_in) towards images of x (N, d_in), drawn at random.
+def initial_rows(rows: TrainingRows, d_sae: int, generator: torch.Generator) -> Tensor:
+    """Unit decoder rows (d_sae, d_in) towards x of rows drawn at random.
 
     Directions of little variance are amplified: without it FVU is a twentieth worse. Where d_sae
-    exceeds N, the further rows have random directions.
+    exceeds the number of rows, the further ones have random directions.
     """
-    std = x.std(0)
+    std = rows.x_std
     std = std.clamp(min=1e-3 * std.max())  # a unit that never varies has none
-    drawn = torch.randperm(len(x), generator=generator, device=generator.device)[:d_sae]
-    missing = (d_sae - len(drawn), x.shape[1])
+    n = rows.n_images * rows.positions
+    drawn = torch.randperm(n, generator=generator, device=generator.device)[:d_sae]
+    missing = (d_sae - len(drawn), rows.d_in)
     random_rows = torch.randn(missing, generator=generator, device=generator.device)
-    return F.normalize(torch.cat([x[drawn] / std.sqrt(), random_rows]), dim=1)
+    return F.normalize(torch.cat([rows.x_of(drawn) / std.sqrt(), random_rows]), dim=1)
 
 
-def starting_rows(z: Tensor, d_sae: int, seed: int) -> Tensor:
+def starting_rows(z: Tensor | TrainingRows, d_sae: int, seed: int) -> Tensor:
     """Decoder rows (d_sae, d_in) of the untrained SAE of z (N, d_in): a baseline."""
-    generator = torch.Generator(z.device).manual_seed(seed)
-    coordinates = PCACoordinates.fit(z)
-    return initial_rows(coordinates.transform(z), d_sae, generator) @ coordinates.components.T
+    rows = TrainingRows.of(z)
+    generator = torch.Generator(rows.device).manual_seed(seed)
+    return initial_rows(rows, d_sae, generator) @ rows.coordinates.components.T
 
 
 @torch.no_grad()
@@ -536,122 +545,117 @@ def initial_sae(rows: Tensor, x: Tensor, start_l0: float) -> JumpReLUSAE:
 DEAD_BELOW = 1e-5  # density; with 128 images in a batch: inactive for the last 200 batches or more
 
 
-def train_sae(
-    z: Tensor,
-    logits_of: Callable[[Tensor], Tensor],
-    target: float,
-    settings: Settings,
-    freeze_decoder: bool = False,
-) -> tuple[JumpReLUSAE, list[dict]]:
-    """An SAE of z (N, d_in) with `target` active features per image on average, and its history.
+class SAETrainer:
+    """An SAE in training: `step` takes a batch, `finish` gives the SAE of z and its history.
 
-    The history has a row for each of the `logged_steps`: loss (share of the variance), l0 of the
-    batch, lambda (in units of z squared), dead latents.
-
-    `logits_of` maps standardized preactivations (B, d_in) to the classifier's logits (B, C). With
-    `freeze_decoder` W_dec keeps its initial rows, a baseline after Korznikov et al. 2026 (arXiv
-    2602.14111). Raises TrainingError on divergence.
+    With `freeze_decoder` W_dec keeps its initial rows, a baseline after Korznikov et al. 2026
+    (arXiv 2602.14111). On several ranks each has the same SAE, and its own rows of a batch.
     """
-    device, d_sae = z.device, settings.sae_latents
-    generator = torch.Generator(device).manual_seed(settings.seed)
-    epochs = scaled_epochs(settings.epochs_sae_final, len(z))
-    steps = n_steps(len(z), settings.batch_sae, epochs)
-    flag = (f"SAE training for {target} actives", "--lr-sae", settings.lr_sae)
 
-    # Adam scales each coordinate by itself, so training is better in principal components x.
-    coordinates = PCACoordinates.fit(z)
-    x_all = coordinates.transform(z)  # (N, d_in)
-    with torch.no_grad():  # the classifier may ask for gradients of its weights
-        teacher_logits = torch.cat([logits_of(chunk) for chunk in z.split(EVAL_ROWS)])  # (N, C)
+    def __init__(
+        self, rows: TrainingRows, target: float, settings: Settings, freeze_decoder: bool = False
+    ):
+        self.rows, self.target, self.settings = rows, target, settings
+        self.freeze_decoder, d_sae = freeze_decoder, settings.sae_latents
+        self.generator = torch.Generator(rows.device).manual_seed(settings.seed)
+        self.epochs = scaled_epochs(settings.epochs_sae_final, rows.n_images)
+        self.steps = n_steps(rows.n_images, settings.batch_sae, self.epochs)
+        self.flag = (f"SAE training for {target} actives", "--lr-sae", settings.lr_sae)
 
-    def logits_of_x(x: Tensor) -> Tensor:
-        return logits_of(coordinates.inverse_transform(x))
+        start_l0 = l0_target_at(0, target, d_sae)
+        drawn = initial_rows(rows, d_sae, self.generator)
+        sae = self.sae = initial_sae(drawn, rows.sample(16 * settings.batch_sae), start_l0)
+        for value in sae.state_dict().values() if rows.ranks.world > 1 else ():
+            rows.ranks.broadcast_(value)  # other machines may round otherwise
+        self.weights = [sae.W_enc, sae.b_enc, sae.b_dec] + ([] if freeze_decoder else [sae.W_dec])
+        self.optimizer = Adam(self.weights)
+        self.controller = LambdaController(start_l0, sae.threshold.mean())
+        self.density = torch.full_like(sae.threshold, start_l0 / d_sae)  # moving average
+        self.reconstruction = torch.zeros(self.steps, device=rows.device)
+        self.history, self.logged = [], logged_steps(self.steps)
 
-    start_l0 = l0_target_at(0, target, d_sae)
-    rows = initial_rows(x_all, d_sae, generator)
-    sae = initial_sae(rows, x_all[: 16 * settings.batch_sae], start_l0)
-    weights = [sae.W_enc, sae.b_enc, sae.b_dec] + ([] if freeze_decoder else [sae.W_dec])
-    optimizer = Adam(weights)
-    controller = LambdaController(start_l0, sae.threshold.mean())
-    density = torch.full((d_sae,), start_l0 / d_sae, device=device)  # moving average
-    dying_below = SCHEDULE.dying_below * target / d_sae
+    def batches(self) -> Iterator[Tensor]:
+        """The images of each step, to be asked for once."""
+        return self.rows.batches(self.settings.batch_sae, self.epochs, self.generator)
 
-    reconstruction = torch.zeros(steps, device=device)
-    history, logged = [], logged_steps(steps)
-    plan = batches(len(z), settings.batch_sae, epochs, generator)
-    for step, index in enumerate(progress_bar(plan, f"SAE, {target} active", steps)):
-        progress = (step + 0.5) / steps
-        l0_target = l0_target_at(progress, target, d_sae)
-        threshold = controller.threshold()  # sqrt(lambda)
-        sae.threshold.copy_(latent_thresholds(threshold, density, l0_target))
+    def step(self, step: int, batch: Batch) -> None:
+        """Take a step of Adam on the losses, and one of lambda; no GPU wait unless it is logged."""
+        sae, settings, progress = self.sae, self.settings, (step + 0.5) / self.steps
+        l0_target = l0_target_at(progress, self.target, settings.sae_latents)
+        threshold = self.controller.threshold()  # sqrt(lambda)
+        sae.threshold.copy_(latent_thresholds(threshold, self.density, l0_target))
 
         # Terms that count on some steps only
-        head_kl = settings.head_kl if progress > SCHEDULE.logit_kl_from else 0.0
-        dying = None
+        teacher, dying = batch.teacher_logits, None
+        head_kl = 0.0 if teacher is None else settings.head_kl
         if step % SCHEDULE.auxiliary_every == 0:
-            dying = torch.nonzero(density < dying_below).flatten()
+            dying_below = SCHEDULE.dying_below * self.target / settings.sae_latents
+            dying = torch.nonzero(self.density < dying_below).flatten()
 
         # One step of Adam; decoder rows keep unit norm, so that activations have a scale
-        x = x_all.index_select(0, index)  # (B, d_in); faster than x_all[index]
-        losses = compute_losses(sae, x, teacher_logits[index], logits_of_x, head_kl, dying)
-        gradients = torch.autograd.grad(losses.total, weights)
+        losses = compute_losses(sae, batch.x, teacher, self.rows.logits_of_x, head_kl, dying)
+        found = [*torch.autograd.grad(losses.total, self.weights)]
+        found += [losses.active.mean(0), losses.reconstruction]
+        *gradients, density, reconstruction = self.rows.ranks.mean(found, batch.share)
         rate = ramp(progress, SCHEDULE.warmup, SCHEDULE.decay_from)
-        optimizer.step(gradients, settings.lr_sae * rate)
-        if not freeze_decoder:
+        self.optimizer.step(gradients, settings.lr_sae * rate)
+        if not self.freeze_decoder:
             with torch.no_grad():
                 sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
 
         # Sparsity
-        batch_density = losses.active.mean(0)  # (d_sae,)
-        density.lerp_(batch_density, 1 - SCHEDULE.density_decay)
-        l0 = batch_density.sum()
-        controller.update(l0, l0_target)
+        self.density.lerp_(density, 1 - SCHEDULE.density_decay)
+        l0 = density.sum()
+        self.controller.update(l0, l0_target)
 
-        reconstruction[step] = losses.reconstruction
-        if step in logged:
-            row = {"step": step, "loss": losses.reconstruction.item(), "l0": l0.item()}
-            row["lambda"] = (threshold * coordinates.scale).square().item()
-            row["dead"] = int((density < DEAD_BELOW).sum())
-            history.append(row)
-        check_loss_finite(reconstruction, step, *flag)
-    check_weights_finite(sae, *flag)
-    return coordinates.sae_of_z(sae), history
+        self.reconstruction[step] = reconstruction
+        if step in self.logged:
+            row = {"step": step, "loss": reconstruction.item(), "l0": l0.item()}
+            row["lambda"] = (threshold * self.rows.coordinates.scale).square().item()
+            row["dead"] = int((self.density < DEAD_BELOW).sum())
+            self.history.append(row)
+        check_loss_finite(self.reconstruction, step, *self.flag)
 
-
-# --------------------------------------------------------------------------------------------------
-# Calibration of the thresholds
-# --------------------------------------------------------------------------------------------------
+    def finish(self) -> tuple[JumpReLUSAE, list[dict]]:
+        """The SAE of z, and a row for each of the `logged_steps`: loss (share of the variance), l0
+        of the batch, lambda (in units of z squared), dead latents."""
+        check_weights_finite(self.sae, *self.flag)
+        return self.rows.coordinates.sae_of_z(self.sae), self.history
 
 
-@torch.no_grad()
-def threshold_shift(sae: JumpReLUSAE, z: Tensor, target: float) -> float:
-    """What to add to every threshold so that L0 over z (N, d_in) is `target`.
+def train_together(trainers: Sequence[SAETrainer]) -> list[tuple[JumpReLUSAE, list[dict]]]:
+    """What each trainer finishes with, after all have taken the batches of the first: one read of
+    the rows serves all. With equal seeds each SAE is what it would be alone.
 
-    A feature is active when pre > max(threshold + shift, 0), that is, when pre > 0 and the excess
-    pre - threshold is above the shift. So the shift lies half way between two order statistics of
-    the excesses, the (target * N)-th largest and the next. Where these two are equal no shift is
-    exact; theirs is returned, which leaves the tied ones inactive. Where fewer pre are positive
-    than target * N, the shift is -inf: every threshold becomes 0.
+    The trainers have the same rows, batch size and epochs. Raises TrainingError on divergence.
     """
-    wanted = round(target * len(z))  # active features over all images
-    excesses = []
-    for chunk in row_chunks(sae, z):
-        pre = sae.pre_activations(chunk)
-        excesses.append((pre - sae.threshold)[pre > 0])
-    excess = torch.cat(excesses)  # (n,)
-    if len(excess) <= wanted:
-        return -math.inf
-    last_active, first_inactive = excess.topk(wanted + 1).values[-2:].tolist()
-    return (last_active + first_inactive) / 2  # in float64: it must not round onto one of them
+    first = trainers[0]
+    if any((t.rows, t.steps) != (first.rows, first.steps) for t in trainers):
+        raise ValueError("SAEs trained together must have the same rows, batch_sae and epochs")
+    use_logits = first.rows.logits_of is not None and any(t.settings.head_kl for t in trainers)
+    what = f"SAE, {', '.join(str(t.target) for t in trainers)} active"
+    for step, index in enumerate(progress_bar(first.batches(), what, first.steps)):
+        with_logits = use_logits and (step + 0.5) / first.steps > SCHEDULE.logit_kl_from
+        batch = first.rows.batch(index, with_logits)
+        for trainer in trainers:
+            trainer.step(step, batch)
+    return [trainer.finish() for trainer in trainers]
 
 
-@torch.no_grad()
-def adjust_thresholds(sae: JumpReLUSAE, z: Tensor, target: float) -> tuple[JumpReLUSAE, float]:
-    """A copy of the SAE whose L0 over z (N, d_in) is `target`, unless excesses tie; the shift."""
-    shift = threshold_shift(sae, z, target)
-    adjusted = copy.deepcopy(sae)
-    adjusted.threshold.copy_((sae.threshold.double() + shift).clamp(min=0))
-    return adjusted, shift
+def train_sae(
+    z: Tensor | TrainingRows,
+    logits_of: Callable[[Tensor], Tensor] | None,
+    target: float,
+    settings: Settings,
+    freeze_decoder: bool = False,
+) -> tuple[JumpReLUSAE, list[dict]]:
+    """An SAE of z (N, d_in) with `target` active features per row on average, and its history.
+
+    `logits_of` maps standardized preactivations (B, d_in) to the classifier's logits (B, C); None
+    leaves the logits out. Raises TrainingError on divergence.
+    """
+    rows = TrainingRows.of(z, logits_of)
+    return train_together([SAETrainer(rows, target, settings, freeze_decoder)])[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -680,46 +684,13 @@ def restore_classifier(tensors: dict[str, Tensor]) -> Classifier:
     return model.requires_grad_(False).eval()
 
 
-def sae_stage(
-    layer: fa.ExplainedLayer,
-    z: tuple[Tensor, Tensor],
-    target: int,
-    settings: Settings,
-    made_from: dict[str, str],
-    folder: Path,
-    freeze_decoder: bool = False,
-) -> Stage:
-    """The SAE of one target, trained on z[0] and calibrated on z[1], or reused.
-
-    z are the standardized training and validation activations (N, d_in); `made_from` holds the
-    digests of the data and of the stage before, `freeze_decoder` is that of `train_sae`.
-    """
-    prepare_folder(folder)
-    inputs = {"target_actives": target, **settings.chosen(SAE_SETTINGS), **made_from}
-    inputs |= {"device": layer.device.type, "torch": torch.__version__}
-    inputs |= {"freeze_decoder": True} if freeze_decoder else {}
-    stage = load_cached(folder, "sae", inputs, settings.fresh)
-    if stage is not None:
-        return stage
-    with torch_threads(1):
-        before, history = train_sae(z[0], layer.logits_of_z, target, settings, freeze_decoder)
-    sae, shift = adjust_thresholds(before, z[1], target)
-    if shift == -math.inf and not mean_l0(sae, z[0]):
-        raise TrainingError(
-            f"SAE training for {target} actives failed: no feature is active on any training "
-            f"image, whatever its threshold; lower --lr-sae (now {settings.lr_sae})"
-        )
-    tensors = {**sae.state_dict(), "threshold_before_shift": before.threshold}
-    tensors |= {"mu": layer.mu, "std": layer.std}
-    info = {
-        "threshold_shift": shift if math.isfinite(shift) else None,
-        "lambda": history[-1]["lambda"],
-        "l0_before_shift": mean_l0(before, z[1]),
-        "history": history,
-    }
-    if not freeze_decoder:  # a baseline, trained while the new results are made
-        report.replace_results(Path(settings.out))
-    return save_stage(folder, "sae", tensors, inputs, info)
+def train_wanted(
+    rows: TrainingRows, wanted: Sequence[WantedSAE]
+) -> list[tuple[JumpReLUSAE, list[dict]]]:
+    """What `sae_stages` asks for: the SAEs wanted, trained together, with their histories."""
+    return train_together(
+        [SAETrainer(rows, one.target, one.settings, one.freeze_decoder) for one in wanted]
+    )
 
 
 FROZEN_EPOCHS = 2  # of the frozen decoder; 5 take 2.4 times as long, and lower FVU by 6%
@@ -733,28 +704,40 @@ class Trained(NamedTuple):
 
 
 def train_saes(
-    layer: fa.ExplainedLayer, settings: Settings, made_from: dict[str, str], workers: Workers
+    layer: fa.ExplainedLayer,
+    settings: Settings,
+    made_from: dict[str, str],
+    workers: Workers,
+    ranks: Ranks = ONE_PROCESS,
 ) -> dict[int, Trained]:
     """By target, the SAE of the run, those of further seeds, and where there are hypotheses a
     baseline; trained or reused."""
-    z = tuple(layer.standardize(layer.splits[name].raw) for name in ("train", "val"))
-    head = replace(layer, splits={})  # what workers are sent besides z
-    seeds = range(settings.seed, settings.seed + settings.stability_seeds + 1)
+    rows, targets = training_rows(layer, ranks), settings.target_actives
     fewer = replace(settings, epochs_sae_final=min(FROZEN_EPOCHS, settings.epochs_sae_final))
-    on_gpu, tasks, frozen = layer.device.type != "cpu", [], {}  # a GPU takes one at a time
-    for target in settings.target_actives:
-        folder = settings.folder_of(target)
-        for seed in seeds:
-            place = folder if seed == settings.seed else folder / f"stability_seed_{seed}"
-            given = (head, z, target, replace(settings, seed=seed), made_from, place)
-            tasks.append(workers.start("sae", sae_stage, *given, here=on_gpu or not tasks))
-    for target in settings.target_actives if settings.hypotheses else ():
-        place = settings.folder_of(target) / "frozen_decoder"
-        given = (head, z, target, fewer, made_from, place, True)
-        frozen[target] = workers.start("frozen decoder", sae_stage, *given, here=on_gpu)
-    stages = iter(workers.results(tasks))
-    trained = {t: {seed: next(stages) for seed in seeds} for t in settings.target_actives}
-    return {target: Trained(of_seeds, frozen.get(target)) for target, of_seeds in trained.items()}
+
+    def want(target: int, settings: Settings, subfolder: str, freeze: bool = False) -> WantedSAE:
+        folder = settings.folder_of(target) / subfolder
+        return WantedSAE(
+            target, settings, folder, settings.chosen(SAE_SETTINGS) | made_from, freeze
+        )
+
+    wanted = []
+    for seed in range(settings.seed, settings.seed + settings.stability_seeds + 1):
+        subfolder = "" if seed == settings.seed else f"stability_seed_{seed}"
+        own = replace(settings, seed=seed)
+        wanted += [want(target, own, subfolder) for target in targets]
+    given = (train_wanted, workers)
+    tasks = start_saes("sae", layer, rows, wanted, *given)
+    frozen = {}
+    drawn = settings.hypotheses and not layer.has_positions  # it is a baseline of drawings
+    for target in targets if drawn else ():
+        one = [want(target, fewer, "frozen_decoder", freeze=True)]
+        (frozen[target],) = start_saes("frozen decoder", layer, rows, one, *given)
+    trained = {target: Trained({}, frozen.get(target)) for target in targets}
+    stages = itertools.chain.from_iterable(workers.results(tasks))
+    for one, stage in zip(wanted, stages, strict=True):
+        trained[one.target].stages[one.settings.seed] = stage
+    return trained
 
 
 # --------------------------------------------------------------------------------------------------
@@ -830,24 +813,26 @@ def finish_target(
     """`finish_report` with what only the trainer knows: the SAEs of other seeds, and as baselines
     the directions that training starts from, untrained and with a trained encoder."""
     layer, (stages, frozen) = draft.layer, trained
-    z = layer.standardize(layer.splits["val"].raw)
+    z = rows_of(layer, "val", STATS_ROWS if layer.has_positions else None)
     others = {seed: stage for seed, stage in stages.items() if seed != settings.seed}
+    # Those of another seed: the SAE's own started from the rows of its seed.
+    rows = starting_rows(z, settings.sae_latents, settings.seed + 1)
+    untrained = features_along(rows, z, *feature_stats(layer.sae, z))
     baselines = {}
     if others or frozen:
-        # Those of another seed: the SAE's own started from the rows of its seed.
-        rows = starting_rows(z, settings.sae_latents, settings.seed + 1)
-        baselines["untrained SAE"] = features_along(rows, z, *feature_stats(layer.sae, z))
+        baselines["untrained SAE"] = untrained
         baselines |= report.default_baselines(layer, settings.seed)
     if frozen:
         try:
             with draft.clock("frozen decoder, waited for"):
-                (stage,) = workers.results([frozen])
+                ((stage,),) = workers.results([frozen])
             baselines["frozen decoder"] = JumpReLUSAE.from_weights(stage.tensors, layer.device)
         except TrainingError as error:  # a baseline must not end the run
             print(f"no baseline with a frozen decoder: {error}")
     tasks = report.start_baselines(draft, baselines, workers)
     with draft.clock("fidelity"):
-        record = sae_record(layer, target, stages[settings.seed], data, settings)
+        stage = stages[settings.seed]
+        record = sae_record(layer, target, stage, data, settings, untrained)
     with draft.clock("reproducibility"):
         device = layer.device
         saes = {s: JumpReLUSAE.from_weights(stage.tensors, device) for s, stage in others.items()}
@@ -857,15 +842,21 @@ def finish_target(
 
 
 def sae_record(
-    layer: fa.ExplainedLayer, target: int, stage: Stage, data: Data, settings: Settings
+    layer: fa.ExplainedLayer,
+    target: int,
+    stage: Stage,
+    data: Data,
+    settings: Settings,
+    untrained: JumpReLUSAE | None = None,
 ) -> dict:
-    """What summary.json says about one SAE before its features are explained."""
+    """What summary.json says about one SAE before its features are explained; `untrained` is an
+    SAE to compare it with."""
     return {
         "target_actives": target,
         "lambda": stage.record["lambda"],
         "threshold_shift": stage.record["threshold_shift"],
         "achieved_actives_before_shift": stage.record["l0_before_shift"],
-        **measure_fidelity(layer, target),
+        **measure_fidelity(layer, target, untrained),
         **settings.chosen("sae_latents normalize_z seed"),
         "data": data.source,
         "device": str(layer.device),
@@ -1102,10 +1093,11 @@ def train_combination(settings: Settings) -> dict:
             reusing = replace(settings, fresh=False)  # --fresh is for the SAEs: this one is shared
             model, classifier = classifier_stage(reusing, data, shared)
         layer = collect_activations(model, data, settings.normalize_z)
-        z = tuple(layer.standardize(layer.splits[name].raw) for name in ("train", "val"))
         made_from = {"data_digest": data.digest, "network_sha256": classifier.digest}
+        made_from = settings.chosen(SAE_SETTINGS) | made_from
         with folder_lock(folder, settings.wait):
-            stage = sae_stage(layer, z, target, settings, made_from, folder)
+            wanted = [WantedSAE(target, settings, folder, made_from)]
+            (stage,) = sae_stages(layer, training_rows(layer), wanted, train_wanted)
     sae = JumpReLUSAE.from_weights(stage.tensors, layer.device)
     return sae_record(layer.with_sae(sae), target, stage, data, settings)
 

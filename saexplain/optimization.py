@@ -26,12 +26,19 @@ def scaled_epochs(epochs: int, n_train: int) -> int:
     return max(1, round(epochs * FULL_TRAIN_IMAGES / n_train))
 
 
-def batches(n: int, batch_size: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
+def batches(
+    n: int,
+    batch_size: int,
+    epochs: int,
+    generator: torch.Generator,
+    device: torch.device | None = None,
+) -> Iterator[Tensor]:
     """Index tensors (B,) of `epochs` shuffled passes over `n` images; an incomplete last batch is
-    left out."""
+    left out. They are on `device`, by default the generator's; that costs one copy for a pass."""
     batch_size = min(batch_size, n)
     for _ in range(epochs):
         order = torch.randperm(n, generator=generator, device=generator.device)
+        order = order.to(device or generator.device)
         yield from order[: n - n % batch_size].split(batch_size)
 
 

@@ -33,7 +33,6 @@ from saexplain.activity import (
     Activity,
     coactivation_neighbors,
     collect_activity,
-    contributions,
     top_similar_rows,
 )
 from saexplain.captions import images_of
@@ -106,7 +105,7 @@ class Shown(NamedTuple):
 
     bank: fa.FeatureBank
     activity: Activity
-    heats: Tensor  # (d_sae, H, W), input patterns
+    heats: Tensor | None  # (d_sae, H, W), input patterns, in crops for a layer with positions
     inked: np.ndarray | None = None  # (H, W) bool, pixels that images ink; None: all
     canvas: Canvas | None = None  # of drawings; None: fitted to the images of the split "val"
     maps: Maps | None = None  # where features are active
@@ -510,6 +509,7 @@ def _fewer_errors(review: TestReview, n: int) -> TestReview:
             start=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
             image=place[activity.image[own]],
             activation=activity.activation[own],
+            position=activity.position[own],
             labels=activity.labels[kept],
         ),
         added=review.added[own],
@@ -651,15 +651,21 @@ def _template() -> str:
     return page.replace("{{SCRIPT}}", "".join(read(f"{name}.js") for name in SCRIPTS))
 
 
+def _any_faithful(shown: Shown, features: Sequence[int]) -> bool:
+    """Whether there is a pattern that can be shown."""
+    if shown.heats is None:
+        return False
+    return shown.faithful is None or bool(shown.faithful[features].any())
+
+
 def _look(
     records: Sequence[dict], layer: fa.ExplainedLayer, shown: Shown, network: Network | None
 ) -> tuple[_Look, _Pictures]:
     """How the page shows things, at first with the largest thumbnails, and its pictures."""
     images, features = layer.splits["val"].images, [record["feature"] for record in records]
     color = shown.display is not None and images.shape[1] == 3
-    is_lazy, has_positions = not isinstance(images, Tensor), getattr(layer, "has_positions", False)
-    any_faithful = shown.faithful is None or bool(shown.faithful[features].any())
-    in_place = any_faithful and not is_lazy and not has_positions
+    is_lazy, any_faithful = not isinstance(images, Tensor), _any_faithful(shown, features)
+    in_place = any_faithful and not is_lazy and not layer.has_positions
     any_drawn = any((record.get("hypothesis") or {}).get("drawing") for record in records)
     whole = tuple(images.shape[2:])
     is_kept = network is not None or (not color and max(whole) <= WHOLE_SIDE)
@@ -737,7 +743,7 @@ def write_dashboard(
             review = _fewer_errors(review, COLOR_ERRORS)
 
     arrays = {}
-    if look.in_place or (shown.faithful is not None and shown.faithful[features].any()):
+    if _any_faithful(shown, features):
         arrays |= _pattern_arrays(shown, features, look)
     if look.in_place:
         arrays |= _mean_arrays(shown, val.images, features, n_classes, arrays["inked"].shape)
@@ -750,8 +756,7 @@ def write_dashboard(
         pair = review.pair if review else [0, 1]
         arrays |= class_tables(layer, val.raw, shown.activity, features, pair)
     else:
-        added, _ = contributions(layer, val.raw, shown.activity)
-        arrays["class_adds"] = class_effects(shown.activity, added)[:, features]
+        arrays["class_adds"] = class_effects(layer, val.raw, shown.activity)[:, features]
     if network is not None:
         arrays |= _weight_arrays(layer, network)
 
@@ -774,7 +779,7 @@ def write_dashboard(
     if review is not None:
         test_pictures = _Pictures(test.images, shown.display, look.color)
         arrays |= _image_arrays("tests", test_pictures, listed, look) | tests
-        for entry in entries:
+        for entry in entries if review.fixes is not None else ():
             entry["fixes"] = int(review.fixes[entry["feature"]])
             entry["breaks"] = int(review.breaks[entry["feature"]])
     places, packed = _pack(arrays)

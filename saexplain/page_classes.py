@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import feature_analysis as fa
-from saexplain.activity import Activity, contributions
+from saexplain.activity import Activity, contributions, removed_pairs
 
 FEW_CLASSES = 20  # of no more classes a page always has all effects
 FULL_ENTRIES = 2**18  # effects C F C of which it has all in any case
@@ -43,27 +43,9 @@ def sparse(values: Sequence[float], digits: int = 4) -> list[list[float]]:
     return [[c, float(f"{array[c]:.{digits}g}")] for c in some if array[c]]
 
 
-def some_pairs(activity: Activity, n_classes: int) -> tuple[Activity, Tensor]:
-    """The activity on some of the images of each feature, and how many each of them counts for.
-
-    Pairs are evenly spaced, so many that their logits are MOST_ENTRIES numbers at most.
-    """
-    most = max(1, MOST_ENTRIES // n_classes // len(activity.n_active))
-    counts = activity.n_active.clamp(max=most)
-    start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    feature = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    turn = torch.arange(int(start[-1])) - start[feature]  # of the pair among its feature's
-    rate = activity.n_active.double() / counts.clamp(min=1)
-    chosen = activity.start[feature] + (turn * rate[feature]).long()
-    kept = activity._replace(
-        start=start, image=activity.image[chosen], activation=activity.activation[chosen]
-    )
-    return kept, rate[feature]
-
-
 def class_tables(
     layer: fa.ExplainedLayer,
-    raw: object,
+    raw: fa.Rows,
     activity: Activity,
     features: Sequence[int],
     pair: Sequence[int],
@@ -75,7 +57,9 @@ def class_tables(
     there is none.
     """
     n_classes, n = layer.n_classes, len(features)
-    kept, weight = some_pairs(activity, n_classes)
+    kept = removed_pairs(layer, activity)
+    kept = kept.fewer(max(1, MOST_ENTRIES // n_classes // layer.d_sae))
+    weight = (activity.n_active / kept.n_active.clamp(min=1)).double()[kept.feature]
     added, logits = contributions(layer, raw, kept)
     place = torch.full((layer.d_sae,), -1)
     place[torch.tensor(features)] = torch.arange(n)

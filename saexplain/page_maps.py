@@ -13,12 +13,16 @@ Key: F features on the page, h x w positions of the grid.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import feature_analysis as fa
+
+if TYPE_CHECKING:
+    from saexplain.where import Maps
 
 STRENGTHS = 15  # values of a map above 0, as many as the eye tells apart: few compress well
 PER_POSITION = 12  # features listed at a position of a test image, the strongest
@@ -31,7 +35,7 @@ def quantize(values: Tensor, scale: Tensor) -> np.ndarray:
     return ((STRENGTHS * share).round() * (255 // STRENGTHS)).byte().cpu().numpy()
 
 
-def map_fields(maps, image_shape: Sequence[int]) -> dict:
+def map_fields(maps: Maps, image_shape: Sequence[int]) -> dict:
     """What the page must know of all maps."""
     shares = (side / of for side, of in zip(maps.receptive, image_shape, strict=True))
     return {
@@ -43,18 +47,19 @@ def map_fields(maps, image_shape: Sequence[int]) -> dict:
     }
 
 
-def feature_fields(maps, k: int) -> dict:
+def feature_fields(maps: Maps, k: int) -> dict:
     """Where feature k is active, in numbers."""
     return {
         "mean_peak": float(f"{float(maps.mean[k].max()):.4g}"),
         "spread": round(float(maps.spread[k]), 3),
         "position_density": float(f"{float(maps.position_density[k]):.4g}"),
         "prefix_share": round(float(maps.prefix_share[k]), 3),
+        "blank_share": round(float(maps.blank_share[k]), 3),
         "place_only": bool(maps.place_only[k]),
     }
 
 
-def mean_map_array(maps, features: Sequence[int]) -> np.ndarray:
+def mean_map_array(maps: Maps, features: Sequence[int]) -> np.ndarray:
     """(F, h, w) uint8 mean maps, each up to its largest."""
     mean = maps.mean[features].float()
     return quantize(mean, mean.amax((1, 2), keepdim=True))
@@ -62,7 +67,7 @@ def mean_map_array(maps, features: Sequence[int]) -> np.ndarray:
 
 @torch.no_grad()
 def example_maps(
-    layer: fa.ExplainedLayer, raw: object, maps, examples: Sequence[tuple[int, int, int]]
+    layer: fa.ExplainedLayer, raw: fa.Rows, maps: Maps, examples: Sequence[tuple[int, int, int]]
 ) -> tuple[Tensor, list[bool]]:
     """Maps (n, h, w) of examples (feature, image, rank), and which of them there are.
 
@@ -88,8 +93,8 @@ def example_maps(
 @torch.no_grad()
 def position_arrays(
     layer: fa.ExplainedLayer,
-    raw: object,
-    maps,
+    raw: fa.Rows,
+    maps: Maps,
     features: Sequence[int],
     largest: np.ndarray,
 ) -> dict[str, np.ndarray]:

@@ -22,9 +22,12 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import cloudpickle
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from saexplain.files import InputError
 
@@ -189,6 +192,15 @@ class Workers:
             task.future = self.threads.submit(self._run_in_worker, pickled)
         return task
 
+    def run(self, name: str, function: Callable, *args) -> Task:
+        """A task that has run here: `results` gives its result, or raises its error."""
+        task = Task(name, function, args, Future())
+        try:
+            task.future.set_result(cloudpickle.dumps(_timed(function, args)))
+        except Exception as error:
+            task.future.set_exception(error)
+        return task
+
     def _run_in_worker(self, pickled: bytes) -> bytes:
         return self.processes.submit(_run_pickled, pickled).result()
 
@@ -220,7 +232,7 @@ def worker_count(asked: int) -> int:
     """Number of worker processes: as asked, or for -1 one for each further core of this rank."""
     if asked >= 0:
         return asked
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, set by torchrun
+    ranks_here = environment_number("LOCAL_WORLD_SIZE")  # on this machine
     return min(max(available_cores() // ranks_here - 1, 0), MAX_WORKERS)
 
 
@@ -230,17 +242,140 @@ def worker_count(asked: int) -> int:
 
 
 @contextmanager
-def ranks() -> Iterator[tuple[int, int]]:
-    """(rank, number of ranks) of this process, from torchrun's environment; without it (0, 1).
-
-    Ranks exchange only small records, over gloo. Raises InputError where they cannot connect.
-    """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        yield 0, 1
-        return
+def _exchange() -> Iterator[None]:
+    """Raise WorkerError where an exchange with the other ranks fails inside."""
     try:
-        torch.distributed.init_process_group("gloo", timeout=RANK_TIMEOUT)
+        yield
+    except RuntimeError as error:  # gloo raises it bare, NCCL a subclass
+        raise WorkerError(
+            f"another rank ended or cannot be reached ({str(error).splitlines()[0][:120]}); run "
+            f"the same command again: finished stages are reused"
+        ) from error
+
+
+class Ranks:
+    """The processes that share one run; with a single one nothing is exchanged.
+
+    Every rank must call the same methods in the same order. Tensors on a GPU travel over NCCL,
+    all else over gloo. Raises WorkerError when another rank has ended.
+    """
+
+    def __init__(self, rank: int = 0, world: int = 1):
+        self.rank, self.world = rank, world
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and prints for all."""
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The tensor, with the sum over all ranks in place of its values."""
+        if self.world > 1:
+            with _exchange():
+                dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """The tensor, with the values of the first rank in place of its own."""
+        if self.world > 1:
+            with _exchange():
+                dist.broadcast(tensor, 0)
+        return tensor
+
+    def mean(self, means: Sequence[Tensor], share: float) -> list[Tensor]:
+        """Means over a batch, from those over this rank's `share` of it, 0 to 1; one exchange."""
+        if self.world == 1:
+            return list(means)
+        flat = torch.cat([part.reshape(-1) for part in means])
+        flat = flat.mul_(share) if share else flat.zero_()  # the mean of no rows is NaN
+        parts = self.sum_(flat).split([part.numel() for part in means])
+        return [part.view_as(like) for part, like in zip(parts, means, strict=True)]
+
+    def gather(self, value: object) -> list:
+        """The values of all ranks, in their order, on every rank."""
+        if self.world == 1:
+            return [value]
+        found = [None] * self.world
+        with _exchange():
+            dist.all_gather_object(found, value)
+        return found
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """On the first rank, the rows (n, ...) of all in the order of the ranks; on the others its
+        own."""
+        if self.world == 1:
+            return rows
+        sizes = self.gather(len(rows))
+        with _exchange():
+            if not self.is_first:
+                dist.send(rows.cpu().contiguous(), 0)
+                return rows
+            whole = torch.empty(sum(sizes), *rows.shape[1:], dtype=rows.dtype)
+            parts = whole.split(sizes)
+            parts[0].copy_(rows)
+            for rank in range(1, self.world):
+                dist.recv(parts[rank], rank)
+        return whole.to(rows.device)
+
+    def on_first(self, function: Callable, *args) -> Any:
+        """The result of function(*args), which runs on the first rank, on every rank; so are its
+        errors, except those that end the process."""
+        if self.world == 1:
+            return function(*args)
+        found = [None, None]
+        if self.is_first:
+            try:
+                found[0] = function(*args)
+            except Exception as error:
+                found[1] = error
+        with _exchange():
+            dist.broadcast_object_list(found, 0)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here; over gloo, so that no GPU is kept busy by it."""
+        self.sum_(torch.zeros(1))
+
+
+ONE_PROCESS = Ranks()
+
+
+def shard_of(n: int, ranks: Ranks) -> slice:
+    """This rank's part of n images: contiguous parts in the order of the ranks."""
+    return slice(n * ranks.rank // ranks.world, n * (ranks.rank + 1) // ranks.world)
+
+
+def environment_number(name: str) -> int:
+    """A number that torchrun sets; 1 where it is unset. Raises InputError for anything else."""
+    value = os.environ.get(name, "1")
+    if not value.isascii() or not value.isdigit() or int(value) < 1:
+        raise InputError(
+            f"{name} must be a whole number from 1 on, got {value!r}; torchrun sets it: unset it "
+            f"for a run of one process"
+        )
+    return int(value)
+
+
+@contextmanager
+def open_ranks() -> Iterator[Ranks]:
+    """The ranks of torchrun's environment; without it, one process.
+
+    With as many GPUs as ranks on this machine, "cuda" is the GPU of this rank afterwards. Raises
+    InputError where the ranks cannot connect.
+    """
+    world = environment_number("WORLD_SIZE")
+    if world == 1:
+        yield ONE_PROCESS
+        return
+    here = environment_number("LOCAL_WORLD_SIZE")
+    use_nccl = dist.is_nccl_available() and torch.cuda.device_count() >= here
+    if use_nccl:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "cpu:gloo,cuda:nccl" if use_nccl else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=RANK_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
@@ -248,15 +383,6 @@ def ranks() -> Iterator[tuple[int, int]]:
             f"torchrun, or unset WORLD_SIZE for a run of one process"
         ) from error
     try:
-        yield torch.distributed.get_rank(), world
+        yield Ranks(dist.get_rank(), world)
     finally:
-        torch.distributed.destroy_process_group()
-
-
-def gather_from_ranks(value: object) -> list:
-    """The values of all ranks, in their order, on every rank."""
-    if not torch.distributed.is_initialized():
-        return [value]
-    found = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, value)
-    return found
+        dist.destroy_process_group()

@@ -22,7 +22,7 @@ import feature_analysis as fa
 from saexplain.console import NOT_COMPUTED, text_table
 from saexplain.figures import Curve, draw_curves
 from saexplain.files import folder_lock, prepare_folder, to_json
-from saexplain.parallel import Workers, gather_from_ranks, ranks
+from saexplain.parallel import Workers, open_ranks
 from saexplain.reproducibility import mean_and_std
 
 if TYPE_CHECKING:
@@ -56,15 +56,15 @@ def run_sweep(
     writes sweep.json and sweep.png to `root` and prints the table; the others return no records.
     """
     prepare_folder(root)
-    with ranks() as (rank, n_ranks), Workers(n_workers) as workers:
-        mine = combinations[rank::n_ranks]
+    with open_ranks() as ranks, Workers(n_workers) as workers:
+        mine = combinations[ranks.rank :: ranks.world]
         tasks = [workers.start("sae", train_one, combination) for combination in mine]
-        parts = gather_from_ranks(workers.results(tasks))
-    if rank:
+        parts = ranks.gather(workers.results(tasks))
+    if not ranks.is_first:
         return []
     records: list = [None] * len(combinations)
     for i, part in enumerate(parts):
-        records[i::n_ranks] = part  # those of rank i, where the combinations were
+        records[i :: ranks.world] = part  # those of rank i, where the combinations were
     with folder_lock(root, wait):
         fa.write_whole(root / "sweep.json", to_json(records))
         fa.save_figure(draw_sweep(records), root / "sweep.png")

@@ -21,6 +21,7 @@ from saexplain.hypotheses import Rule, discover, hypothesis_record, propose_hypo
 from saexplain.images import SAMPLE_FILE
 from saexplain.sae import JumpReLUSAE
 from saexplain.text import evidence_record
+from saexplain.where import activation_maps
 
 NASTY = "</script><script>alert(1)</script> \"'& <b> line\u2028separator \ud800 lone"
 D_IN, N_CLASSES = 16, 10
@@ -116,7 +117,7 @@ def small_world(d_sae: int = 24, zoom: int = 1) -> World:
 
 def write(path: Path, world: World, records: list[dict] | None = None, **options) -> Path:
     """A page of the world, with its network unless `network` is given."""
-    options.setdefault("network", getattr(world.layer, "model", None))
+    options.setdefault("network", world.layer.model)
     page.write_dashboard(path, records or world.records, world.layer, world.shown, **options)
     return path
 
@@ -144,21 +145,6 @@ def arrays_of(path: Path) -> dict[str, np.ndarray]:
 GRID, SIDE = (6, 8), (48, 64)  # positions, and pixels of an image
 
 
-class Maps(NamedTuple):
-    """The fields that a page needs of `saexplain.where.Maps`."""
-
-    grid: tuple[int, int]
-    n_prefix: int
-    kind: str
-    top: Tensor
-    mean: Tensor
-    spread: Tensor
-    position_density: Tensor
-    prefix_share: Tensor
-    place_only: Tensor
-    receptive: tuple[int, int]
-
-
 class Colors:
     """The display of images whose pixels are 4 x - 2 of colors x."""
 
@@ -166,39 +152,25 @@ class Colors:
         return (images + 2) / 4
 
 
-class PatchLayer(NamedTuple):
-    """A layer with positions: z (N, P, D) of patches, prefix first; logits of its mean."""
+class Patches(NamedTuple):
+    """Positions read the mean colors of patches and of what is around them, in a random basis."""
 
-    sae: JumpReLUSAE
+    turn: Tensor  # (9, D)
     head: Tensor  # (D, C)
-    n_prefix: int
-    splits: dict
+    positions: fa.Positions
 
-    has_positions = True
-    device = torch.device("cpu")
-    mu = property(lambda self: torch.zeros(len(self.head)))
-    d_sae = property(lambda self: self.sae.W_enc.shape[1])
-    n_classes = property(lambda self: self.head.shape[1])
+    @property
+    def n_classes(self) -> int:
+        return self.head.shape[1]
 
-    def acts_at(self, raw: Tensor) -> Tensor:
-        return self.sae.encode(raw.flatten(0, 1)).unflatten(0, raw.shape[:2])
+    def preactivations(self, images: Tensor) -> Tensor:
+        colors = torch.nn.functional.adaptive_avg_pool2d((images + 2) / 4, GRID)
+        around = torch.nn.functional.avg_pool2d(colors, 3, 1, 1)
+        z = torch.cat([colors - 0.5, colors - around, around - 0.5], 1).flatten(2).mT @ self.turn
+        prefix = z.mean(1, keepdim=True).expand(-1, self.positions.n_prefix, -1)
+        return 3 * torch.cat([prefix, z], dim=1)
 
-    def feature_acts(self, raw: Tensor) -> Tensor:
-        return self.acts_at(raw).amax(1)
-
-    def acts_of(self, raw: Tensor, k: int | Tensor) -> Tensor:
-        acts = self.acts_at(raw)
-        return acts[..., k] if isinstance(k, int) else acts[torch.arange(len(raw)), :, k]
-
-    def without(self, raw: Tensor, k: int | Tensor, acts: Tensor | None = None) -> Tensor:
-        step = self.sae.W_dec[k].expand(len(raw), -1)
-        return raw - self.acts_of(raw, k)[:, :, None] * step[:, None]
-
-    def adding(self, raw: Tensor, k: int | Tensor, alpha: Tensor) -> Tensor:
-        own = self.acts_of(raw, k) * 0 + 1
-        return raw + alpha[:, None, None] * own[:, :, None] * self.sae.W_dec[k][:, None]
-
-    def logits(self, raw: Tensor) -> Tensor:
+    def logits_from_preactivations(self, raw: Tensor) -> Tensor:
         return raw.relu().mean(1) @ self.head
 
 
@@ -220,51 +192,36 @@ def scenes(n: int, n_classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images.clip(0, 1)), torch.from_numpy(labels)
 
 
-def patch_layer(d_sae: int, n_classes: int, n: int = 160, n_prefix: int = 1) -> PatchLayer:
-    """A layer whose positions read the mean colors of patches, in a random basis."""
+def patch_layer(d_sae: int, n_classes: int, n: int = 160, n_prefix: int = 1) -> fa.ExplainedLayer:
+    """A layer with positions that read patches; the images' pixels are 4 x - 2 of colors x."""
     normal = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    turn = normal(9, D_IN)
-
-    def raw_of(images: Tensor) -> Tensor:
-        colors = torch.nn.functional.adaptive_avg_pool2d(images, GRID)
-        around = torch.nn.functional.avg_pool2d(colors, 3, 1, 1)
-        z = torch.cat([colors - 0.5, colors - around, around - 0.5], 1).flatten(2).mT @ turn
-        return torch.cat([z.mean(1, keepdim=True)] * n_prefix + [z], dim=1) * 3
-
-    splits = {}
-    for seed, name in enumerate(("val", "test")):
-        images, labels = scenes(n, n_classes, seed)
-        splits[name] = fa.Activations(4 * images - 2, labels, raw_of(images))
-    raw, labels = splits["val"].raw, splits["val"].labels
+    positions, turn = fa.Positions(GRID, n_prefix), normal(9, D_IN)
+    model = Patches(turn, torch.zeros(D_IN, n_classes), positions)
+    (images, labels), tests = (scenes(n, n_classes, seed) for seed in (0, 1))
     hot = torch.nn.functional.one_hot(labels, n_classes).float()
-    head = torch.linalg.lstsq(raw.relu().mean(1), hot).solution * 6
+    read = model.preactivations(4 * images - 2).relu().mean(1)
+    model = model._replace(head=6 * torch.linalg.lstsq(read, hot).solution)
     W_dec = torch.nn.functional.normalize(normal(d_sae, D_IN), dim=1)
     weights = {"W_enc": W_dec.T.contiguous(), "b_enc": torch.zeros(d_sae), "W_dec": W_dec}
     weights |= {"b_dec": torch.zeros(D_IN), "threshold": torch.linspace(1.0, 4.0, d_sae)}
     weights["threshold"][-1] = 1e6
-    return PatchLayer(JumpReLUSAE.from_weights(weights), head, n_prefix, splits)
+    sae = JumpReLUSAE.from_weights(weights)
+    layer = fa.ExplainedLayer(model, sae, torch.zeros(D_IN), torch.ones(D_IN))
+    splits = {"val": (images, labels), "test": tests}
+    splits = {name: layer.activations(4 * x - 2, y) for name, (x, y) in splits.items()}
+    return replace(layer, splits=splits)
 
 
 def color_world(
     d_sae: int = 24, n_classes: int = 6, kind: str = "activation", receptive=(24, 20)
 ) -> World:
     """A page's input of images in color, with maps; no pattern is faithful."""
-    layer = patch_layer(d_sae, n_classes, n_prefix=1 if kind == "activation" else 0)
-    images, labels, raw = layer.splits["val"]
+    layer = patch_layer(d_sae, n_classes)
+    _, labels, raw = layer.splits["val"]
     bank, activity = fa.feature_bank(layer, raw, labels, 20), collect_activity(layer, raw, labels)
     removed = removal_effects(layer, raw, activity)
-    acts = layer.acts_at(raw)[:, layer.n_prefix :].movedim(2, 0)  # (d_sae, N, P)
-    maps = acts.unflatten(2, GRID)
-    top = torch.stack([own[at.clamp(min=0)] for own, at in zip(maps, bank.top.index, strict=True)])
-    mean = maps.mean(1)
-    share = mean.flatten(1) / mean.sum((1, 2)).clamp(min=1e-9)[:, None]
-    spread = -(share * share.clamp(min=1e-9).log()).sum(1) / np.log(share.shape[1])
-    prefix = torch.rand(d_sae, generator=torch.Generator().manual_seed(0)) * layer.n_prefix
-    place_only = torch.arange(d_sae) == 2
-    density = (acts > 0).float().mean((1, 2))
-    where = Maps(
-        GRID, layer.n_prefix, kind, top.half(), mean, spread, density, prefix, place_only, receptive
-    )
+    maps = activation_maps(layer, layer.splits["val"], bank, activity)
+    maps = maps._replace(kind=kind, receptive=receptive, place_only=torch.arange(d_sae) == 2)
     records = [planted_fields(k) for k in range(d_sae)]
     for k, histogram in enumerate(bank.label_histogram):
         records[k] |= {
@@ -284,7 +241,7 @@ def color_world(
         bank,
         activity,
         torch.zeros(d_sae, *SIDE),
-        maps=where,
+        maps=maps,
         faithful=torch.zeros(d_sae, dtype=torch.bool),
         display=Colors(),
     )

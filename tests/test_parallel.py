@@ -90,7 +90,7 @@ def test_ranks_that_cannot_connect_are_one_line(monkeypatch):
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match=r"WORLD_SIZE is 2, .*torchrun"), parallel.ranks():
+    with pytest.raises(InputError, match=r"WORLD_SIZE is 2, .*torchrun"), parallel.open_ranks():
         pass
 
 

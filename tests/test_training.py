@@ -9,8 +9,12 @@ import torch.nn.functional as F
 
 import MNIST_SAE_code as st
 from MNIST_SAE_code import SCHEDULE, Settings
+from saexplain import calibration, fidelity
+from saexplain import rows as rows_module
+from saexplain.calibration import adjust_thresholds, threshold_shift
 from saexplain.fidelity import mean_l0
 from saexplain.optimization import Adam, TrainingError
+from saexplain.rows import TrainingRows, mean_and_std
 from saexplain.sae import JumpReLUSAE, PCACoordinates
 
 TOY = dict(sae_latents=64, batch_sae=100, epochs_sae_final=1)
@@ -235,17 +239,18 @@ def test_latents_below_the_mean_density_have_lower_thresholds():
 
 
 def test_initial_rows_point_to_different_images():
-    x = torch.randn(50, 6, generator=generator()) * torch.tensor([4.0, 1, 1, 1, 1, 0.25])
-    rows = st.initial_rows(x, 20, generator(1))
+    z = torch.randn(50, 6, generator=generator()) * torch.tensor([4.0, 1, 1, 1, 1, 0.25])
+    rows = st.initial_rows(TrainingRows.of(z), 20, generator(1))
+    x = PCACoordinates.fit(z).transform(z)
     cosine = rows @ F.normalize(x / x.std(0).sqrt(), dim=1).T
     torch.testing.assert_close(cosine.amax(1), torch.ones(20))
     assert len(set(cosine.argmax(1).tolist())) == 20
 
 
 def test_initial_rows_with_more_latents_than_images_and_a_constant_unit():
-    x = torch.randn(5, 4, generator=generator())
-    x[:, 2] = 0
-    rows = st.initial_rows(x, 12, generator())
+    z = torch.randn(5, 4, generator=generator())
+    z[:, 2] = 0
+    rows = st.initial_rows(TrainingRows.of(z), 12, generator())
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(12))
     assert len(torch.unique(rows, dim=0)) == 12
 
@@ -347,6 +352,116 @@ def test_starting_rows_are_those_of_training(monkeypatch):
     assert torch.equal(st.starting_rows(z, 64, seed=3), expected)
 
 
+# --- Rows and several SAEs ------------------------------------------------------------------------
+
+
+def test_saes_trained_together_are_those_trained_alone():
+    """One read of the rows, three targets: bit for bit the same, whatever the others do."""
+    z = synthetic_z(1000)
+    settings = Settings(target_actives=(5,), **TOY)
+    rows = TrainingRows.of(z, head)
+    together = st.train_together([st.SAETrainer(rows, target, settings) for target in (2, 5, 9)])
+    for target, (sae, history) in zip((2, 5, 9), together, strict=True):
+        alone, its_history = st.train_sae(z, head, target, settings)
+        assert history == its_history
+        for name, value in alone.state_dict().items():
+            assert torch.equal(sae.state_dict()[name], value), name
+
+
+def test_saes_of_other_seeds_start_elsewhere_and_share_the_batches():
+    rows = TrainingRows.of(synthetic_z(1000))
+    trainers = [
+        st.SAETrainer(rows, 5, Settings(target_actives=(5,), seed=seed, **TOY)) for seed in (0, 1)
+    ]
+    assert not torch.equal(trainers[0].sae.W_dec, trainers[1].sae.W_dec)
+    seen = [[], []]
+    for number, trainer in enumerate(trainers):
+        usual = trainer.step
+        trainer.step = lambda step, batch, n=number, f=usual: (
+            seen[n].append(batch.x),
+            f(step, batch),
+        )
+    (sae, _), (other, _) = st.train_together(trainers)
+    assert all(a is b for a, b in zip(*seen, strict=True))
+    assert mean_l0(sae, synthetic_z(1000)) == pytest.approx(5, rel=0.1)
+    assert mean_l0(other, synthetic_z(1000)) == pytest.approx(5, rel=0.1)
+
+
+def test_saes_that_cannot_share_batches_are_not_trained_together():
+    rows = TrainingRows.of(synthetic_z(1000))
+    longer = {**TOY, "epochs_sae_final": 2}
+    trainers = [
+        st.SAETrainer(rows, 5, Settings(target_actives=(5,), **toy)) for toy in (TOY, longer)
+    ]
+    with pytest.raises(ValueError, match="the same rows, batch_sae and epochs"):
+        st.train_together(trainers)
+
+
+def positions_of(z: torch.Tensor, p: int = 4) -> torch.Tensor:
+    """raw (N, p, d_in), p rows of z an image, at another scale."""
+    scale = torch.linspace(0.5, 3, z.shape[1])
+    return (z * scale + 2).reshape(-1, p, z.shape[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_positions_are_rows_and_a_step_takes_those_of_a_batch_of_images(dtype):
+    z, settings = synthetic_z(8000), Settings(target_actives=(5,), **TOY)
+    raw = positions_of(z).to(dtype)
+    mu, std = raw.float().mean((0, 1)), raw.float().flatten(0, 1).std(0)
+    rows = TrainingRows(raw, mu, std)
+    assert (len(rows), rows.n_images, rows.positions, rows.d_in) == (8000, 2000, 4, 16)
+    standardized = (raw.float().flatten(0, 1) - mu) / std
+    torch.testing.assert_close(torch.cat([*rows.split(999)]), standardized)
+    torch.testing.assert_close(mean_and_std(raw), (mu, std))
+
+    index = next(rows.batches(100, 1, generator(3)))
+    batch = rows.batch(index)
+    of_images = standardized.reshape(2000, 4, 16)[index].flatten(0, 1)
+    torch.testing.assert_close(batch.x, rows.coordinates.transform(of_images))
+    assert batch.share == 1
+    numbers = torch.tensor([7, 7999, 12])
+    torch.testing.assert_close(
+        rows.x_of(numbers), rows.coordinates.transform(standardized[numbers])
+    )
+    of_sample = standardized[torch.tensor([0, 5, 10, 15, 16])]  # image by image, positions in turn
+    torch.testing.assert_close(rows.sample(5), rows.coordinates.transform(of_sample))
+    torch.testing.assert_close(rows.x_std, rows.coordinates.transform(standardized).std(0))
+
+    trainer = st.SAETrainer(rows, 5, settings)
+    assert trainer.steps == 24 * 20  # as many as of 2,000 images, of 400 rows each
+    ((sae, history),) = st.train_together([trainer])
+    assert mean_l0(sae, rows) == pytest.approx(5, rel=0.05)
+    fvu = ((standardized - sae(standardized)).square().sum() / standardized.square().sum()).item()
+    assert fvu < 0.13
+    assert np.mean([row["loss"] for row in history[-10:]]) == pytest.approx(fvu, rel=0.15)
+    adjusted, _ = adjust_thresholds(sae, rows, 3)
+    assert int((adjusted.encode(standardized) > 0).sum()) == 3 * 8000
+
+
+def test_coordinates_of_rows_are_those_of_all_of_them(monkeypatch):
+    """Sums over pieces against one product, about a mean far from 0."""
+    monkeypatch.setattr(rows_module, "MOMENT_ROWS", 300)
+    z = synthetic_z(4000) + 50
+    found = TrainingRows(z.reshape(1000, 4, 16)).coordinates
+    expected = PCACoordinates.fit(z.double())
+    torch.testing.assert_close(found.mean.double(), expected.mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.scale.double(), expected.scale, rtol=1e-5, atol=0)
+    alike = (found.components.double() * expected.components).sum(0).abs()
+    torch.testing.assert_close(alike, torch.ones(16, dtype=torch.float64), rtol=0, atol=1e-4)
+
+
+def test_logits_of_many_rows_are_computed_batch_by_batch(monkeypatch):
+    """x and logits beyond PRECOMPUTED numbers are not kept: the same SAE within rounding."""
+    z, settings = synthetic_z(1000), Settings(target_actives=(5,), **TOY)
+    settings = st.replace(settings, lr_sae=1e-3, batch_sae=1000, head_kl=20.0)
+    kept, _ = st.train_sae(z, head, 5, settings)
+    monkeypatch.setattr(rows_module, "PRECOMPUTED", 100)
+    found, _ = st.train_sae(z, head, 5, settings)
+    without, _ = st.train_sae(z, None, 5, settings)
+    difference, from_logits = (sae.W_dec - kept.W_dec for sae in (found, without))
+    assert difference.abs().max() < from_logits.abs().max() / 10
+
+
 def test_divergence_names_the_flag():
     settings = Settings(target_actives=(5,), lr_sae=1e38, **TOY)
     with pytest.raises(TrainingError, match=r"SAE training for 5 actives diverged.*--lr-sae"):
@@ -380,7 +495,7 @@ def n_active(sae: JumpReLUSAE, z: torch.Tensor) -> int:
 def test_adjusted_thresholds_give_exactly_the_target(target):
     sae, z = random_sae(), torch.randn(1000, 6, generator=generator(1))
     weights = {name: value.clone() for name, value in sae.state_dict().items()}
-    adjusted, shift = st.adjust_thresholds(sae, z, target)
+    adjusted, shift = adjust_thresholds(sae, z, target)
     assert n_active(adjusted, z) == round(target * 1000)
     assert mean_l0(adjusted, z) == round(target * 1000) / 1000
     torch.testing.assert_close(adjusted.threshold, (sae.threshold + shift).clamp(min=0))
@@ -393,7 +508,8 @@ def test_adjusted_thresholds_give_exactly_the_target(target):
 @pytest.mark.parametrize("digits", [1, 6])  # with one digit most excesses tie
 @torch.no_grad()
 def test_the_shift_is_that_of_a_sort(digits, monkeypatch):
-    monkeypatch.setattr(st, "EVAL_ROWS", 77)  # many pieces
+    monkeypatch.setattr(fidelity, "EVAL_ROWS", 77)  # many pieces
+    monkeypatch.setattr(calibration, "KEPT_AT_LEAST", 10)  # of which most excesses are dropped
     z = (10**digits * torch.randn(1000, 6, generator=generator(1))).round() / 10**digits
     sae = random_sae()
     sae.W_enc.mul_(10**digits).round_().div_(10**digits)
@@ -402,14 +518,14 @@ def test_the_shift_is_that_of_a_sort(digits, monkeypatch):
     for target in (0.001, 0.5, 2, 3.3):
         wanted = round(target * 1000)
         expected = (excess[wanted - 1] + excess[wanted]) / 2
-        assert st.threshold_shift(sae, z, target) == expected
+        assert threshold_shift(sae, z, target) == expected
 
 
 def test_tied_excesses_are_left_inactive():
     sae = JumpReLUSAE(1, 1)
     sae.W_enc.data.fill_(1)
     z = torch.tensor([[3.0], [2.0], [2.0], [1.0]])
-    adjusted, shift = st.adjust_thresholds(sae, z, 0.5)  # 2 of 4 images
+    adjusted, shift = adjust_thresholds(sae, z, 0.5)  # 2 of 4 images
     assert shift == 2
     assert n_active(adjusted, z) == 1
 
@@ -417,7 +533,7 @@ def test_tied_excesses_are_left_inactive():
 def test_with_too_few_positive_preactivations_every_threshold_becomes_0():
     sae, z = random_sae(), torch.randn(100, 6, generator=generator(1))
     positive = int((sae.pre_activations(z) > 0).sum())
-    adjusted, shift = st.adjust_thresholds(sae, z, (positive + 1) / 100)
+    adjusted, shift = adjust_thresholds(sae, z, (positive + 1) / 100)
     assert shift == -math.inf
     assert torch.equal(adjusted.threshold, torch.zeros(9))
     assert n_active(adjusted, z) == positive
@@ -426,7 +542,7 @@ def test_with_too_few_positive_preactivations_every_threshold_becomes_0():
 def test_thresholds_do_not_fall_below_0():
     sae, z = random_sae(), torch.randn(1000, 6, generator=generator(1))
     positive = int((sae.pre_activations(z) > 0).sum())
-    adjusted, shift = st.adjust_thresholds(sae, z, (positive - 5) / 1000)
+    adjusted, shift = adjust_thresholds(sae, z, (positive - 5) / 1000)
     assert shift < -sae.threshold.min()
     assert adjusted.threshold.min() == 0
     assert n_active(adjusted, z) == positive - 5

@@ -1,0 +1,150 @@
+"""Which SAEs are trained, and which are reused? All that are wanted of one layer's rows.
+
+    stages = sae_stages(layer, training_rows(layer, ranks), wanted, train)
+
+Takes a layer, what is wanted, and a function that trains; gives a `Stage` for each SAE, on every
+rank, calibrated and saved in its folder. It knows nothing of how an SAE is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import feature_analysis as fa
+from saexplain import report
+from saexplain.calibration import adjust_thresholds
+from saexplain.fidelity import mean_l0
+from saexplain.files import Stage, load_cached, prepare_folder, save_stage
+from saexplain.optimization import TrainingError
+from saexplain.parallel import ONE_PROCESS, Ranks, Task, Workers, torch_threads
+from saexplain.rows import TrainingRows
+from saexplain.sae import JumpReLUSAE
+
+
+class WantedSAE(NamedTuple):
+    """An SAE to be trained, or reused from its folder."""
+
+    target: int
+    settings: Any  # with its own seed: fresh, out, lr_sae, and what `train` reads
+    folder: Path
+    made_from: dict  # all else that decides it: its settings, digests of data and network
+    freeze_decoder: bool = False
+
+    def inputs(self, rows: TrainingRows) -> dict:
+        """Everything that decides the SAE trained on the rows."""
+        inputs = {"target_actives": self.target, **self.made_from}
+        inputs |= {"device": rows.device.type, "torch": torch.__version__}
+        inputs |= {"positions": rows.positions} if rows.raw.dim() == 3 else {}
+        return inputs | ({"freeze_decoder": True} if self.freeze_decoder else {})
+
+
+class Rows(NamedTuple):
+    """Of the layer that the SAEs read."""
+
+    train: TrainingRows  # shared by the ranks
+    val: TrainingRows  # of which the first rank has all
+
+
+Train = Callable[[TrainingRows, Sequence[WantedSAE]], list[tuple[JumpReLUSAE, list[dict]]]]
+
+
+def training_rows(layer: fa.ExplainedLayer, ranks: Ranks = ONE_PROCESS) -> Rows:
+    """The layer's rows to train on and to calibrate on.
+
+    For layers with positions the logits are left out: a batch has only some positions of an image.
+    """
+    train, val = (layer.splits[name].raw for name in ("train", "val"))
+    is_vector = len(train.shape) == 2 and torch.is_tensor(train)  # and nothing goes around it
+    logits_of = replace(layer, splits={}).logits_of_z if is_vector else None
+    return Rows(
+        TrainingRows(train, layer.mu, layer.std, logits_of, ranks),
+        TrainingRows(val, layer.mu, layer.std),
+    )
+
+
+def sae_stages(
+    layer: fa.ExplainedLayer, rows: Rows, wanted: Sequence[WantedSAE], train: Train
+) -> list[Stage]:
+    """The SAEs wanted, on every rank: reused, or trained together and calibrated."""
+    ranks = rows.train.ranks
+    stages = ranks.on_first(lambda: [load_sae(one, rows.train) for one in wanted])
+    missing = [i for i, stage in enumerate(stages) if stage is None]
+    if missing:
+        with torch_threads(1):
+            trained = train(rows.train, [wanted[i] for i in missing])
+        found = zip(missing, trained, strict=True)
+        made = ranks.on_first(lambda: [save_sae(layer, rows, wanted[i], *sae) for i, sae in found])
+        for i, stage in zip(missing, made, strict=True):
+            stages[i] = stage
+    return stages
+
+
+def load_sae(wanted: WantedSAE, rows: TrainingRows) -> Stage | None:
+    """The SAE in its folder, if it was made from the same; else None."""
+    prepare_folder(wanted.folder)
+    return load_cached(wanted.folder, "sae", wanted.inputs(rows), wanted.settings.fresh)
+
+
+def save_sae(
+    layer: fa.ExplainedLayer,
+    rows: Rows,
+    wanted: WantedSAE,
+    before: JumpReLUSAE,
+    history: list[dict],
+) -> Stage:
+    """The SAE `before`, as it was trained, calibrated and saved."""
+    sae, shift = adjust_thresholds(before, rows.val, wanted.target)
+    if shift == -math.inf and not mean_l0(sae, rows.train):
+        raise TrainingError(
+            f"SAE training for {wanted.target} actives failed: no feature is active on any "
+            f"training image, whatever its threshold; lower --lr-sae (now "
+            f"{wanted.settings.lr_sae})"
+        )
+    tensors = {**sae.state_dict(), "threshold_before_shift": before.threshold}
+    tensors |= {"mu": layer.mu, "std": layer.std}
+    info = {
+        "threshold_shift": shift if math.isfinite(shift) else None,
+        "lambda": history[-1]["lambda"],
+        "l0_before_shift": mean_l0(before, rows.val),
+        "history": history,
+    }
+    if not wanted.freeze_decoder:  # a baseline, trained while the new results are made
+        report.replace_results(Path(wanted.settings.out))
+    return save_stage(wanted.folder, "sae", tensors, wanted.inputs(rows.train), info)
+
+
+def start_saes(
+    name: str,
+    layer: fa.ExplainedLayer,
+    rows: Rows,
+    wanted: Sequence[WantedSAE],
+    train: Train,
+    workers: Workers,
+) -> list[Task]:
+    """Tasks whose results, one after the other, are the stages of the SAEs wanted.
+
+    Each is a task of its own, which a worker may take. SAEs whose rows are in a file are one task,
+    for one read; and what several ranks share is done at once, since all take part.
+    """
+    head, shared = replace(layer, splits={}), rows.train.ranks.world > 1
+    on_gpu = layer.device.type != "cpu"  # which takes one at a time
+    if rows.train.is_mapped:
+        groups = [wanted]
+    elif shared:  # SAEs of one seed have the same batches, together or alone
+        seeds = dict.fromkeys(one.settings.seed for one in wanted)
+        groups = [[one for one in wanted if one.settings.seed == seed] for seed in seeds]
+    else:
+        groups = [[one] for one in wanted]
+    tasks = []
+    for group in groups:
+        given = (name, sae_stages, head, rows, group, train)
+        # The first is left for this process, unless it is a baseline, trained beside the analysis.
+        here = on_gpu or rows.train.is_mapped or not (tasks or group[0].freeze_decoder)
+        tasks.append(workers.run(*given) if shared else workers.start(*given, here=here))
+    return tasks
