@@ -19,8 +19,8 @@ function mapSwitch() {
 /* ---------- colors ---------- */
 /* Gray and dim where a map is 0, in color with a warm tint where it is 1. */
 function warmed([r, g, b], share) {
-  const dim = 45 + .5 * (.299 * r + .587 * g + .114 * b), s = Math.sqrt(share);
-  return [.78 * r + .22 * 255, .78 * g + .22 * 150, .78 * b].map(v => dim + s * (v - dim));
+  const dim = 22 + .42 * (.299 * r + .587 * g + .114 * b), s = Math.sqrt(share);
+  return [.7 * r + .3 * 255, .7 * g + .3 * 165, .7 * b].map(v => dim + s * (v - dim));
 }
 /* A mean map alone: from dark to the warm tint. */
 const glow = share => [40 + 215 * share, 42 + 143 * share, 48 + 12 * share];
@@ -81,7 +81,7 @@ function mapLegend(f) {
   const words = WHERE.kind === "occlusion" ? "In color: places whose covering lowers the " +
     "activation; full color is the largest fall on these images."
     : "In color: where the feature is active; full color is its largest activation here.";
-  return [note(words), colorBar(["0", number(f.scale)], s => warmed([170, 170, 170], s))];
+  return [note(words), colorBar(["0", number(f.scale)], s => warmed([190, 190, 190], s))];
 }
 /* ---------- one feature ---------- */
 const CROPS = 6; /* strongest images whose crops are shown */
