@@ -878,7 +878,7 @@ def write_summary(
     """frontier.png, summary.json, and settings.json, which makes the folder a finished run."""
     root = Path(settings.out)
     if len(records) > 1:
-        fa.save_figure(figures.draw_frontier(records), root / "frontier.png")
+        figures.save_figure(figures.draw_frontier(records), root / "frontier.png")
     fa.write_whole(root / "summary.json", to_json(records))
     hypotheses = {str(r["target_actives"]): r.get("hypotheses_sha256") for r in records}
     kept = {k: v for k, v in asdict(settings).items() if k not in NO_RESULTS}

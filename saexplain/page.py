@@ -59,6 +59,7 @@ from saexplain.thumbnails import (
     SAMPLED,
     SIZES,
     PageSize,
+    Pictures,
     as_levels,
     encode_sheets,
     fit_page,
@@ -361,25 +362,8 @@ class _Look(NamedTuple):
         return self.in_place and not self.color and not self.is_reduced
 
 
-class _Pictures:
-    """The images of a split as a page shows them: in color, or as ink."""
-
-    def __init__(self, images: Tensor, display: Display | None, color: bool):
-        self.images, self.display, self.color = images, display, color
-        is_lazy = not isinstance(images, Tensor)
-        self.ink = None if color or is_lazy else as_ink(images.cpu())
-
-    def of(self, index: Sequence[int]) -> Tensor:
-        """(n, C, H, W) in [0, 1] of the images at `index`."""
-        at = torch.as_tensor(index)
-        if self.ink is not None:
-            return self.ink[at]
-        found = self.display.pictures(self.images[at.to(self.images.device)]).cpu()
-        return found if self.color else as_ink(found)
-
-
 def _image_arrays(
-    name: str, pictures: _Pictures, index: Sequence[int], look: _Look
+    name: str, pictures: Pictures, index: Sequence[int], look: _Look
 ) -> dict[str, np.ndarray]:
     """The images at `index` as levels, or as sheets of tiles in color."""
     parts = [torch.empty(0, 3 if look.color else 1, *look.shape)]
@@ -660,10 +644,11 @@ def _any_faithful(shown: Shown, features: Sequence[int]) -> bool:
 
 def _look(
     records: Sequence[dict], layer: fa.ExplainedLayer, shown: Shown, network: Network | None
-) -> tuple[_Look, _Pictures]:
+) -> tuple[_Look, Pictures]:
     """How the page shows things, at first with the largest thumbnails, and its pictures."""
     images, features = layer.splits["val"].images, [record["feature"] for record in records]
-    color = shown.display is not None and images.shape[1] == 3
+    pictures = Pictures(images, shown.display)
+    color = pictures.in_color
     is_lazy, any_faithful = not isinstance(images, Tensor), _any_faithful(shown, features)
     in_place = any_faithful and not is_lazy and not layer.has_positions
     any_drawn = any((record.get("hypothesis") or {}).get("drawing") for record in records)
@@ -678,11 +663,11 @@ def _look(
         whole if is_kept else reduced_shape(whole, SIZES[0].side),
         SIZES[0],
     )
-    return look, _Pictures(images, shown.display, color)
+    return look, pictures
 
 
 def _fitted_look(
-    look: _Look, records: Sequence[dict], shown: Shown, pictures: _Pictures, n_tests: int, used: int
+    look: _Look, records: Sequence[dict], shown: Shown, pictures: Pictures, n_tests: int, used: int
 ) -> _Look:
     """The look with thumbnails, and so many of them, that the page fits into PAGE_BYTES, of which
     other arrays take `used`."""
@@ -696,7 +681,7 @@ def _fitted_look(
                 n += len(part.index)
         return len(images), n
 
-    n_images = len(pictures.images)
+    n_images = len(pictures)
     sample = pictures.of(evenly_spaced(torch.arange(n_images), SAMPLED))
     cells = math.prod(shown.maps.grid) if shown.maps is not None else 0
     text = 1600 * len(records) + 300_000  # bytes of what is known of features, and of the scripts
@@ -777,7 +762,7 @@ def write_dashboard(
         arrays |= _map_arrays(layer, shown, entries, pictured)
     arrays = _image_arrays("images", pictures, pictured, look) | arrays
     if review is not None:
-        test_pictures = _Pictures(test.images, shown.display, look.color)
+        test_pictures = Pictures(test.images, shown.display)
         arrays |= _image_arrays("tests", test_pictures, listed, look) | tests
         for entry in entries if review.fixes is not None else ():
             entry["fixes"] = int(review.fixes[entry["feature"]])

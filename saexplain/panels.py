@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 import feature_analysis as fa
+from saexplain.figures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -138,7 +139,7 @@ def _draw_charts(histogram, logit_delta, ablation_delta, classes: Sequence[str] 
         ("change of each logit when it is removed", ablation_delta, (RED, BLUE)),
     )
     width, height = NUMBERS + CHART_WIDTH + fa.MARGIN, CHART_PITCH * len(charts)
-    figure = fa.new_figure(width, height)
+    figure = new_figure(width, height)
     for row, (title, values, colors) in enumerate(charts):
         bottom = height - CHART_PITCH * row - CHART_TITLE - CHART_HEIGHT
         box = NUMBERS / width, bottom / height, CHART_WIDTH / width, CHART_HEIGHT / height

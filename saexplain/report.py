@@ -284,8 +284,8 @@ def write_hypotheses(
     content = text.hypotheses_markdown(evaluation, record, title, marks, classes)
     fa.write_whole(folder / "hypotheses.md", content.encode())
     summaries = {"SAE": evaluation.summary, **summaries}
-    fa.save_figure(figures.draw_explained(summaries), folder / "explained.png")
-    fa.save_figure(figures.draw_influence(evaluation), folder / "influence.png")
+    figures.save_figure(figures.draw_explained(summaries), folder / "explained.png")
+    figures.save_figure(figures.draw_influence(evaluation), folder / "influence.png")
 
 
 def panel_notes(
@@ -368,7 +368,7 @@ def write_history(
     from_step = None if logits_from is None else logits_from * last
     given = (classifier_history, sae_history, target, from_step, dead_below)
     figure = figures.draw_training(figures.training_curves(*given))
-    fa.save_figure(figure, folder / "training.png")
+    figures.save_figure(figure, folder / "training.png")
 
 
 def frontier_of(records: Sequence[dict]) -> list[dict]:

@@ -1,10 +1,11 @@
-"""How do images fit into one page? Reduced, and in color as sheets of JPEG tiles.
+"""How do images fit into pictures and into one page? Reduced, in color as sheets of JPEG tiles.
 
+    pictures = Pictures(images, display)                         # in their own colors, or as ink
     size = fit_page(count, n_tests, samples, map_cells, budget)  # side and examples of a feature
     small = reduce_images(pictures, size.side)                   # (N, C, h, w), area means
     sheets = encode_sheets(small)                                # arrays of bytes, a JPEG file each
 
-Takes pictures (N, C, H, W) in [0, 1]; gives pixels and bytes. It knows no features.
+Takes images, or pictures (N, C, H, W) in [0, 1]; gives pixels and bytes. It knows no features.
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ from __future__ import annotations
 import io
 import math
 import zlib
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from saexplain.images import as_ink
+
+if TYPE_CHECKING:
+    from saexplain.images import Display
 
 PAGE_BYTES = 8_000_000  # of a page whose images can be reduced
 JPEG_QUALITY = 82
@@ -26,6 +32,31 @@ BLOCK = 16  # pixels: tiles start at multiples, so that JPEG blocks of two tiles
 ACROSS, DOWN = 20, 20  # tiles of a sheet: browsers limit the size of a picture
 SAMPLED = 48  # images from which the bytes of all are estimated
 MAP_BYTES = 0.5  # of a cell of a map, compressed
+
+
+class Pictures:
+    """The images of a split as they are shown: in their own colors, or, of gray ones, as ink.
+
+    Images are (N, C, H, W) as the model reads them, perhaps read from files when they are needed.
+    Without a `display`, colors are shown as ink as well.
+    """
+
+    def __init__(self, images: Tensor, display: Display | None = None):
+        self.images, self.display = images, display
+        self.in_color = display is not None and images.shape[1] == 3
+        is_lazy = not isinstance(images, Tensor)
+        self.ink = None if self.in_color or is_lazy else as_ink(images.cpu())
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def of(self, index: Sequence[int]) -> Tensor:
+        """(n, C, H, W) in [0, 1] of the images at `index`."""
+        at = torch.as_tensor(index)
+        if self.ink is not None:
+            return self.ink[at]
+        found = self.display.pictures(self.images[at.to(self.images.device)]).cpu()
+        return found if self.in_color else as_ink(found)
 
 
 class PageSize(NamedTuple):

@@ -17,6 +17,7 @@ from small_models import SAE, Model, Scene, bank_of, cells, drawn, exactly, make
 from torch.testing import assert_close
 
 import feature_analysis as fa
+from saexplain.figures import new_figure, save_figure
 from saexplain.analysis import pattern_roughness
 
 ALWAYS, RARE, DEAD, TOPK = sm.ALWAYS, sm.RARE, sm.DEAD, 7
@@ -466,7 +467,7 @@ def test_files_are_replaced_completely_or_not_at_all(tmp_path, monkeypatch, kind
     write = {
         "bytes": lambda: fa.write_whole(path, b"new"),
         "pixels": lambda: fa.save_pixels(np.eye(5, dtype=np.uint8), path),
-        "figure": lambda: fa.save_figure(fa.new_figure(9, 9), path),
+        "figure": lambda: save_figure(new_figure(9, 9), path),
     }[kind]
     fa.write_whole(path, b"old")
     with monkeypatch.context() as interrupted:
