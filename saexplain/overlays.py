@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from saexplain.where import Maps
 
 SIDE = 96  # pixels of an image in a gallery, at most
-BAR = 60, 10  # screen pixels across and down a color bar
+BAR = 40, 10  # screen pixels across and down a color bar
 WARM = 255, 165, 0  # the tint of places where a map is large
 TINT, LIGHT, DARK = 0.3, 0.42, 22  # its share there; what is left of light elsewhere, and added
 SEEN = {
-    "activation": "in color: where the feature is active",
-    "occlusion": "in color: how much covering this place lowers it",
+    "activation": "color: where the feature is active",
+    "occlusion": "color: how much covering this place lowers it",
 }
 GLOW = (40, 42, 48), (255, 185, 60)  # colors of a map alone, where it is 0 and where it is largest
 
@@ -116,8 +116,8 @@ class ColorGallery(fa.GalleryPainter):
         )[0]
         words = fa.text_pixels(f"{SEEN[self.maps.kind]}, up to {scale:.2f}", 11)
         left = page.shape[1] - fa.MARGIN - words.shape[1]
-        fa.paste(page, words, 9, left)
-        fa.paste(page, bar, 11, left - BAR[0] - fa.GAP)
+        fa.paste(page, words, fa.TITLE + 5, left)  # in line with the first header
+        fa.paste(page, bar, fa.TITLE + 8, left - BAR[0] - fa.GAP)
         return page
 
 

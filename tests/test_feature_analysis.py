@@ -543,7 +543,7 @@ def test_gallery_of_a_feature_that_is_never_active_has_no_tiles():
     assert "never active" in fa._gallery_title(1, sm.shown_bank()[0])
 
 
-@pytest.mark.parametrize("shape", [(40, 3, SIDE, SIDE), (SIDE, SIDE), (5, SIDE, SIDE)])
+@pytest.mark.parametrize("shape", [(40, 2, SIDE, SIDE), (SIDE, SIDE), (5, SIDE, SIDE)])
 @pytest.mark.parametrize("value", [1.0, 1.01, np.nan])
 def test_gallery_checks_its_images(shape, value):
     with pytest.raises((ValueError, IndexError), match="images"):
