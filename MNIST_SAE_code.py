@@ -54,12 +54,13 @@ from torch import Tensor, nn
 import feature_analysis as fa
 from saexplain import console, figures, page, report
 from saexplain.baselines import features_along
-from saexplain.fidelity import STATS_ROWS, feature_stats, measure_fidelity, rows_of
+from saexplain.fidelity import feature_stats, measure_fidelity, rows_of
 from saexplain.files import (
     BusyError,
     InputError,
     Stage,
     check_chain,
+    file_name,
     folder_lock,
     load_cached,
     load_stage,
@@ -70,6 +71,7 @@ from saexplain.files import (
 from saexplain.hypotheses import load_frozen
 from saexplain.images import Data, Split, TensorLoader, check_split_leakage, digest_of, load_images
 from saexplain.layers import (
+    AtLayer,
     collect_activations,
     default_torch_state,
     make_deterministic,
@@ -105,6 +107,7 @@ from saexplain.sae import JumpReLUSAE
 from saexplain.saelens import save_saelens
 from saexplain.stages import WantedSAE, sae_stages, start_saes, training_rows
 from saexplain.sweep import combinations, run_sweep
+from saexplain.targets import TARGETS, choose_target, compare_targets, targets_table
 
 # --------------------------------------------------------------------------------------------------
 # Settings: edit a line here, or give the flag of the same name (TARGET_ACTIVES: --target-actives)
@@ -813,7 +816,7 @@ def finish_target(
     """`finish_report` with what only the trainer knows: the SAEs of other seeds, and as baselines
     the directions that training starts from, untrained and with a trained encoder."""
     layer, (stages, frozen) = draft.layer, trained
-    z = rows_of(layer, "val", STATS_ROWS if layer.has_positions else None)
+    z = rows_of(layer, "val")
     others = {seed: stage for seed, stage in stages.items() if seed != settings.seed}
     # Those of another seed: the SAE's own started from the rows of its seed.
     rows = starting_rows(z, settings.sae_latents, settings.seed + 1)
@@ -988,17 +991,44 @@ def open_run(
     return Run(explained, settings, data._replace(classes=tuple(manifest["classes"])), place)
 
 
-def explain_settings(target: int, d_in: int, device: torch.device, given: dict) -> Settings:
-    """Settings of a call of explain(). Raises InputError for a name that is none."""
+EXPLAINED = "explained"  # folder of the results of explain(), by network and layer
+
+
+def explain_settings(net: AtLayer, raw: fa.Rows, target: int, given: dict) -> Settings:
+    """Settings of a call of explain() for a layer with outputs like raw (n, ...).
+
+    Raises InputError for a name that is none.
+    """
     decided = ["target_actives", "data", "device", "hidden_units"]  # by explain's own arguments
     decided += [f.name for f in fields(Settings) if f.name.endswith("_ffn")]  # of the classifier
     known = [f.name for f in fields(Settings) if f.name not in decided]
     for name in given:
         if name not in known:
             raise InputError(f"explain() has no setting {name!r}; it has {', '.join(known)}")
-    usual = {"sae_latents": 2 * max(d_in, target), "workers": 0, "out": "explained"}
+    width = LATENTS_AT_POSITIONS if len(raw.shape) == 3 else LATENTS_OF_VECTOR
+    usual = {"sae_latents": max(width * raw.shape[-1], 2 * target), "workers": 0}
+    usual["out"] = str(Path(EXPLAINED) / file_name(net.short_name))
     given = {**given, "out": str(given.get("out", usual["out"]))}
-    return Settings(target_actives=(target,), device=str(device), **{**usual, **given})
+    return Settings(target_actives=(target,), device=str(net.device), **{**usual, **given})
+
+
+LATENTS_OF_VECTOR, LATENTS_AT_POSITIONS = 2, 4  # per number of a row, where none are asked for
+
+
+def pick_target(layer: fa.ExplainedLayer, settings: Settings) -> int:
+    """The target for the layer, after short trainings with several, which are printed."""
+    rows = training_rows(layer).train
+    short = replace(settings, epochs_sae_final=1)
+    targets = [target for target in TARGETS if target < settings.sae_latents]
+
+    def train(pairs: Sequence[tuple[int, int]]) -> list[JumpReLUSAE]:
+        trainers = [SAETrainer(rows, t, replace(short, seed=seed)) for t, seed in pairs]
+        return [sae for sae, _ in train_together(trainers)]
+
+    compared = compare_targets(layer, train, targets, settings.seed)
+    chosen = choose_target(compared)
+    print(targets_table(compared, chosen))
+    return chosen
 
 
 @default_torch_state()
@@ -1010,13 +1040,17 @@ def explain(
     test: object,
     *,
     classes: Sequence[str] = (),
-    target: int = TARGET_ACTIVES[0],
+    target: int | None = None,
     pool: str | None = None,
+    layout: str | None = None,
+    grid: Sequence[int] | None = None,
+    prefix_tokens: int | None = None,
+    positions_per_image: int = 8,
     **settings: object,
 ) -> Run:
     """Train an SAE on a layer of any network, and explain its features: all that the script does.
 
-        run = explain(model, "features.7", train, val, test, classes=names, out="explained")
+        run = explain(model, "features.7", train, val, test, classes=names)
 
     Args:
         model: maps images (B, C, H, W) to logits (B, n_classes). It runs in evaluation mode where
@@ -1026,27 +1060,34 @@ def explain(
         train, val, test: pairs of tensors (images, labels), Datasets or DataLoaders. The SAE is
             trained on the first, hypotheses are made from the second, and tested on the third.
         classes: names of the logits.
-        target: mean number of active features per image.
-        pool: for a layer with positions, as in `saexplain.layers.AtLayer`.
+        target: mean number of active features of an image, or of a position; by default the
+            smallest of TARGETS that keeps the predictions in a short training.
+        pool, layout, grid, prefix_tokens: for a layer with positions, as in
+            `saexplain.layers.AtLayer`; by default they are recognized, and printed.
+        positions_per_image: random ones of each training image, on which the SAE is trained.
         settings: any other of `Settings`, by name: out, sae_latents, hypotheses, fresh, ... By
-            default out is "explained", there are twice as many latents as the layer has outputs,
-            or as the target if that is more, and no worker processes.
+            default out names network and layer, there are twice as many latents as the layer has
+            outputs, four times as many as a position has, and no worker processes.
 
     Returns the run as `load_run` does; its files are in `out`. A second call with the same network
     and images reuses the SAE. Raises InputError for what cannot be used, ValueError for a layer
-    that the logits do not depend on alone, or from which no gradient leads to the pixels.
+    whose output cannot be read or replaced.
     """
-    clock, net = Stopwatch(), open_layer(model, layer, pool)
+    clock, net = Stopwatch(), open_layer(model, layer, pool, layout, grid, prefix_tokens)
     data = report.load_splits(net, classes, train, val, test)
     with torch.no_grad():
-        d_in = net.preactivations(data.train.images[: fa.PROBED]).shape[1]
-    own = explain_settings(target, d_in, net.device, settings)
+        some = net.preactivations(data.train.images[: fa.PROBED])
+    own = explain_settings(net, some, target or max(TARGETS), settings)
     make_deterministic(net.device)
     with folder_lock(Path(own.out), own.wait), torch_threads(1), Workers(own.workers) as workers:
+        print(f"{net.title}: {net.in_words()}; results go to {own.out}")
         with clock("activations"):
-            activations = collect_activations(net, data, own.normalize_z)
+            activations = collect_activations(net, data, own.normalize_z, positions_per_image)
         warn_scale_shift(activations)
-        raw = [split.raw for split in activations.splits.values()]
+        if target is None:
+            with clock("target"):
+                own = replace(own, target_actives=(pick_target(activations, own),))
+        raw = [fa.values_of(split.raw) for split in activations.splits.values()]
         with torch.no_grad():  # of what the SAE learns from, not of code that cannot be hashed
             logits = activations.logits(activations.splits["val"].raw)
         digest = digest_of([*raw, logits, *net.model.state_dict().values()])

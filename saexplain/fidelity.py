@@ -26,7 +26,7 @@ DENSE_FROM = 0.1  # a feature that is active on a larger share of the images is 
 RARE_BELOW = 0.001  # share of images below which a feature is rare
 EVAL_ROWS = 4096  # rows encoded at once: bounds the memory
 EVAL_ENTRIES = 2**21  # activations at once: larger arrays are slow to allocate
-STATS_ROWS = 2**18  # rows of training images over which densities are counted, with positions
+STATS_ROWS = 2**18  # rows over which densities are counted, of layers with positions
 
 
 def row_chunks(sae, z: Tensor) -> tuple[Tensor, ...]:
@@ -65,13 +65,18 @@ def mean_l0(sae, z: Tensor) -> float:
     return int(l0_per_row(sae, z).sum()) / len(z)
 
 
-def rows_of(layer: fa.ExplainedLayer, name: str, most: int | None = None) -> Tensor:
-    """Standardized z (n, d_in) of a split, one row for each position kept of each image; with
-    `most` at most so many, evenly spaced."""
+def raw_rows(layer: fa.ExplainedLayer, name: str) -> Tensor:
+    """The layer's output (n, d_in) of a split, one row for each position kept of each image; of a
+    layer with positions at most STATS_ROWS, evenly spaced."""
     rows = fa.values_of(layer.splits[name].raw).flatten(0, -2)
-    if most is not None and len(rows) > most:
-        rows = rows[torch.linspace(0, len(rows) - 1, most).round().long()]
-    return layer.standardize(rows)
+    if layer.has_positions and len(rows) > STATS_ROWS:
+        rows = rows[torch.linspace(0, len(rows) - 1, STATS_ROWS).round().long()]
+    return rows
+
+
+def rows_of(layer: fa.ExplainedLayer, name: str) -> Tensor:
+    """`raw_rows`, standardized."""
+    return layer.standardize(raw_rows(layer, name))
 
 
 @torch.no_grad()
@@ -189,7 +194,7 @@ def measure_fidelity(
     training images, over positions.
     """
     sae, test = layer.sae, layer.splits["test"]
-    z_train = rows_of(layer, "train", STATS_ROWS if layer.has_positions else None)
+    z_train = rows_of(layer, "train")
     stats, z_mean = feature_stats(sae, z_train), z_train.mean(0)
     labels = test.labels.to(layer.device)
     l0, l0_image, sums = _l0_and_sums(layer, test.raw)
@@ -211,7 +216,7 @@ def measure_fidelity(
     dense, all_density = density > DENSE_FROM, density.sum()
     few = target < len(layer.mu)  # as many components as units leave nothing but rounding errors
     record = {
-        "achieved_actives_val": mean_l0(sae, rows_of(layer, "val")),
+        "achieved_actives_val": _l0_and_sums(layer, layer.splits["val"].raw)[0].mean().item(),
         "achieved_actives_test": l0.mean().item(),
         "l0_std_test": l0.std().item(),
         "baseline_acc": plain.accuracy,

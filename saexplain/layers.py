@@ -307,6 +307,7 @@ class AtLayer:
             raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
         self.model, self.name, self.pool = model, name, pool
         self.title = f"layer {name} of {type(model).__name__}"
+        self.short_name = f"{type(model).__name__}_{name}"
         self.layer = modules[name]
         like = parameter_like(model)
         self.device, self.dtype = like.device, like.dtype
@@ -323,6 +324,11 @@ class AtLayer:
     def positions(self) -> fa.Positions | None:
         """The positions of the output, None for a vector."""
         return self.layout.positions if self.layout else None
+
+    def in_words(self) -> str:
+        """What was recognized of the layer, once images are known."""
+        around = "; something goes around it, so each image runs again" if self.is_branch else ""
+        return self.layout.in_words() + around
 
     @property
     def head_entries(self) -> int:
@@ -497,10 +503,15 @@ class EvalMode:
     def __init__(self, model: nn.Module):
         self.model = model
         self.title = f"a layer of {type(model).__name__}"
+        self.short_name = type(model).__name__
         like = parameter_like(model)
         self.device, self.dtype = like.device, like.dtype
         self.output = like  # has the device and dtype of the layer's output, once that is known
         self.positions, self.is_branch = getattr(model, "positions", None), False
+
+    def in_words(self) -> str:
+        """What is known of the layer."""
+        return "its own preactivations"
 
     def preactivations(self, images: Tensor) -> Tensor:
         """images (B, ...) -> (B, d_in)"""

@@ -38,7 +38,7 @@ from saexplain.evaluation import (
     make_evaluation,
     split_test_images,
 )
-from saexplain.fidelity import feature_stats, measure_fidelity
+from saexplain.fidelity import feature_stats, measure_fidelity, rows_of
 from saexplain.files import InputError, folder_lock, to_json, to_json_lines
 from saexplain.hypotheses import (
     Discovery,
@@ -148,7 +148,7 @@ def prepare_report(
         given += (analysis.ink_sign,)
         pictures.append(workers.start("pictures", fa.write_feature_pictures, *given))
     discovery = frozen = None
-    if options.hypotheses:
+    if options.hypotheses and not layer.has_positions:
         with clock("propose and freeze"):
             discovery = discover(layer, analysis.unit_heats)
             given = (analysis.activity, analysis.removed)
@@ -207,7 +207,7 @@ def measure_agreements(
 def default_baselines(layer: fa.ExplainedLayer, seed: int) -> dict[str, JumpReLUSAE]:
     """The baselines that need no training: "random directions" and "neurons", with features that
     are active as often and as strongly as the SAE's."""
-    z = layer.standardize(layer.splits["val"].raw)
+    z = rows_of(layer, "val")
     stats = feature_stats(layer.sae, z)
     directions = default_directions(layer, seed)
     return {name: features_along(rows, z, *stats) for name, rows in directions.items()}
@@ -294,7 +294,8 @@ def panel_notes(
     """What a panel shows besides numbers: the hypothesis, in words and drawn, and the patterns of
     the feature's counterparts in other SAEs. `entry` is the feature's record."""
     counterparts = []
-    for found in entry.get("counterparts", []):
+    # A pattern that is no face of the feature is none of its counterpart's, either.
+    for found in entry.get("counterparts", []) if draft.analysis.maps is None else []:
         sae = replicates.saes[replicates.seeds.index(found["seed"])]
         at = gradient_images(draft.layer, draft.layer.splits["val"].images)
         given = (draft.layer.model, sae, draft.layer.mu, draft.layer.std, found["feature"])
@@ -392,7 +393,6 @@ def load_splits(net, classes: Sequence[str], train, val, test) -> Data:
     with torch.no_grad():
         raw = net.preactivations(splits[0].images[: fa.PROBED])
         n_classes = net.logits_from_preactivations(raw).shape[1]
-    fa.check_gradients(net, splits[0].images)
     data = data_from_splits(splits, classes, n_classes)
     check_split_leakage(data)
     return data
