@@ -776,6 +776,7 @@ def explain_activations(
         classes=data.classes,
         network=network.title,
         source=data.source,
+        display=getattr(data, "display", None),
         **settings.chosen("topk n_eval alpha hypotheses features seed"),
     )
     drafts, records, reports, writing = {}, {}, {}, []

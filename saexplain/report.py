@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ from saexplain.hypotheses import (
     propose_hypotheses,
     scores_of,
 )
-from saexplain.images import Data, as_ink, as_split, check_split_leakage, data_from_splits
+from saexplain.images import Data, as_split, check_split_leakage, data_from_splits
 from saexplain.ink import FULL_INK
 from saexplain.layers import (
     collect_activations,
@@ -57,6 +57,7 @@ from saexplain.layers import (
     make_deterministic,
     open_layer,
 )
+from saexplain.overlays import write_pictures
 from saexplain.panels import PanelNotes, Sketch, write_feature_panels
 from saexplain.parallel import Stopwatch, Task, Workers, torch_threads
 from saexplain.patterns import gradient_images
@@ -67,6 +68,10 @@ from saexplain.substitution import (
     measure_agreement,
     swap_by_rate,
 )
+from saexplain.thumbnails import Pictures
+
+if TYPE_CHECKING:
+    from saexplain.images import Display
 
 N_PANELS = 5  # features, the most influential, that get a panel and a line on the terminal
 PICTURE_TASKS = 2  # each is sent all images, so not more than keep two cores busy
@@ -92,6 +97,7 @@ class Options:
     hypotheses: bool = True  # propose, freeze and test a hypothesis about each feature
     features: int = 0  # report so many of the most influential features; 0: all
     seed: int = 0
+    display: Display | None = None  # of the images' own colors; None: all are shown as ink
 
     def __post_init__(self) -> None:
         for name, least in (("topk", 1), ("n_eval", 1), ("features", 0), ("seed", 0)):
@@ -110,7 +116,7 @@ class Draft(NamedTuple):
     frozen: str | None  # the SHA-256 of hypotheses.json, if there are hypotheses
     pictures: list[Task]
     clock: Stopwatch
-    shown: Tensor  # (N, 1, H, W) the validation images as pictures show them
+    shown: Pictures  # the validation images
 
 
 def remove_results(folder: Path) -> bool:
@@ -140,13 +146,13 @@ def prepare_report(
     validation images alone."""
     analysis = analyze(layer, options.topk, options.n_eval, options.alpha, clock)
     features = by_influence(analysis, options.features)
-    shown = as_ink(layer.splits["val"].images.cpu())
-    pictures = []
+    shown = Pictures(layer.splits["val"].images, options.display)
+    pictures, a = [], analysis
     for part in range(PICTURE_TASKS):
         own = features[part::PICTURE_TASKS]
-        given = (folder, own, analysis.bank, shown, analysis.heats, analysis.inked, options.classes)
-        given += (analysis.ink_sign,)
-        pictures.append(workers.start("pictures", fa.write_feature_pictures, *given))
+        given = (folder, own, a.bank, shown, a.heats, a.inked, options.classes, a.ink_sign)
+        given += (a.maps, a.faithful, a.pattern_correlation)
+        pictures.append(workers.start("pictures", write_pictures, *given))
     discovery = frozen = None
     if options.hypotheses and not layer.has_positions:
         with clock("propose and freeze"):
@@ -334,7 +340,16 @@ def write_page(
         draft.folder / "feature_report.html",
         report,
         layer,
-        page.Shown(a.bank, a.activity, a.shown_heats, a.inked, canvas),
+        page.Shown(
+            a.bank,
+            a.activity,
+            a.shown_heats,
+            a.inked,
+            canvas,
+            a.maps,
+            a.faithful,
+            options.display,
+        ),
         page.Overview(
             title,
             results,
@@ -433,11 +448,12 @@ def explain_sae(
     alone, or an SAE that does not fit.
     """
     net, clock, folder = open_layer(model, layer, pool), Stopwatch(), Path(out)
-    known = {f.name for f in fields(Options)} - {"network", "source"}
+    known = {f.name for f in fields(Options)} - {"network", "source", "display"}
     if unknown := sorted(options.keys() - known):
         raise InputError(f"explain_sae() has no option {unknown[0]!r}; it has {sorted(known)}")
     data = load_splits(net, options.pop("classes", ()), train, val, test)
-    given = Options(classes=data.classes, source=data.source, network=net.title, **options)
+    options |= {"classes": data.classes, "source": data.source, "network": net.title}
+    given = Options(display=getattr(data, "display", None), **options)
     sae = sae.to(net.device) if isinstance(sae, torch.nn.Module) else sae
     explained = fa.ExplainedLayer(net, sae, mu.to(net.device), std.to(net.device))
     with torch.no_grad():  # an SAE that does not fit is an error before anything is deleted

@@ -42,13 +42,13 @@ class Pictures:
     """
 
     def __init__(self, images: Tensor, display: Display | None = None):
-        self.images, self.display = images, display
         self.in_color = display is not None and images.shape[1] == 3
-        is_lazy = not isinstance(images, Tensor)
-        self.ink = None if self.in_color or is_lazy else as_ink(images.cpu())
+        is_ink = not self.in_color and isinstance(images, Tensor)
+        self.ink = as_ink(images.cpu()) if is_ink else None
+        self.images, self.display = (None if is_ink else images), display
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.images if self.ink is None else self.ink)
 
     def of(self, index: Sequence[int]) -> Tensor:
         """(n, C, H, W) in [0, 1] of the images at `index`."""
