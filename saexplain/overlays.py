@@ -114,7 +114,8 @@ class ColorGallery(fa.GalleryPainter):
             np.full((1, BAR[1], BAR[0], 3), 190, np.uint8),
             np.linspace(0, 1, BAR[0])[None, None].repeat(BAR[1], 1),
         )[0]
-        words = fa.text_pixels(f"{SEEN[self.maps.kind]}, up to {scale:.2f}", 11)
+        some = "" if self.maps.bands is not None else f"first {self.maps.top.shape[1]}, "
+        words = fa.text_pixels(f"{some}{SEEN[self.maps.kind]}, up to {scale:.2f}", 11)
         left = page.shape[1] - fa.MARGIN - words.shape[1]
         fa.paste(page, words, fa.TITLE + 5, left)  # in line with the first header
         fa.paste(page, bar, fa.TITLE + 8, left - BAR[0] - fa.GAP)

@@ -686,6 +686,8 @@ def _fitted_look(
     cells = math.prod(shown.maps.grid) if shown.maps is not None else 0
     text = 1600 * len(records) + 300_000  # bytes of what is known of features, and of the scripts
     size = fit_page(count, n_tests, sample, cells, (PAGE_BYTES - text) * 3 / 4 - used)
+    if shown.maps is not None and shown.maps.kind == "occlusion":  # examples that have a map
+        size = size._replace(n_top=min(size.n_top, shown.maps.top.shape[1]))
     shape = look.whole if not look.is_reduced else reduced_shape(look.whole, size.side)
     return look._replace(size=size, shape=shape)
 

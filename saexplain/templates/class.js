@@ -10,7 +10,8 @@ function separatingMost(a, b) { /* the feature that contributes most to a - b on
   return TABLES ? separating(a, b, 1) : largest(1, j => addsToDifference(a, j, a, b));
 }
 function classView() {
-  const c = fromAddress("class", C, 0), n = meta.of_class[c];
+  const first = Math.max(0, meta.of_class.findIndex(Boolean)); /* of which there are images */
+  const c = fromAddress("class", C, first), n = meta.of_class[c];
   const supporting = largest(12, i => ownEffect(c, i));
   const opposing = largest(8, i => -ownEffect(c, i));
   const figure = el("figure", { id: "onMean" });

@@ -19,8 +19,9 @@ function doses(f) {
 const marks = { confirmed: "✓", inconclusive: "?", refuted: "✗" };
 const marked = result => el("span", { class: result }, `${marks[result]} ${result}`);
 const interval = (low, high, write = v => percent(v, 0)) => `[${write(low)}, ${write(high)}]`;
+const OUTCOME = /^(.*): (confirmed|inconclusive|refuted)$/;
 function evidenceLine(line) { /* a measurement, with a mark where it was a test */
-  const [, words, outcome] = line.match(/^(.*): (confirmed|inconclusive|refuted)$/) ?? [, line];
+  const [, words, outcome] = line.match(OUTCOME) ?? [, line];
   const mark = outcome && el("b", { class: outcome }, `${marks[outcome]} ${outcome}: `);
   return el("li", {}, mark, words);
 }
@@ -47,19 +48,21 @@ function hypothesisCard(f) {
       `${detection.average_precision.toFixed(2)}; AUROC ${auroc(detection.auroc)} ` +
       interval(detection.auroc_low, detection.auroc_high, auroc) : "") +
       `; ${plural(f.found.n_images, "test image")}.`));
-  const edits = Object.keys(EDITS).filter(edit => results[edit]);
+  /* Without drawings every test has a line of its own, whatever was tested. */
+  const edits = Object.keys(EDITS).filter(edit => LOOK.can_write && results[edit]);
   if (edits.length) lines.push(el("p", {}, "Edits: ", edits.map((edit, n) =>
     [n ? "; " : "", `${EDITS[edit]} `, marked(results[edit])]), "."));
-  if (of) lines.push(el("p", {}, classWords(f.hypothesis.classes, of), marked(results.classes)));
-  for (const [verb, c] of Object.entries(effects ?? {}))
+  if (of && LOOK.can_write) lines.push(el("p", {}, classWords(f.hypothesis.classes, of), marked(results.classes)));
+  for (const [verb, c] of Object.entries(LOOK.can_write && effects || {}))
     lines.push(el("p", {}, `On these images ${logitWords(verb, c)} `, marked(results[verb])));
-  if (!LOOK.can_write) lines.push(el("ul", { class: "small plain" }, f.lines.map(evidenceLine)));
+  if (!LOOK.can_write) lines.push(el("ul", { class: "plain" },
+    f.lines.filter(line => OUTCOME.test(line)).map(evidenceLine)));
   const on = "replicated on the other half", again = { true: `; ${on}`, false: `; not ${on}` };
   return el("div", { class: "card" }, el("p", {}, el("b", {}, `“${f.caption}”`)),
     el("p", {}, "Confidence ", el("b", {}, f.confidence ?? "none"), again[f.replicated] ?? "",
       mark ? `; ${mark}` : ""), lines, own);
 }
-const evidence = f => LOOK.can_write && f.caption && el("details", {},
+const evidence = f => f.caption && el("details", {},
   el("summary", {}, "Details of the tests"),
   el("ul", { class: "small plain" }, f.lines.map(evidenceLine)));
 /* All classes; of many, the largest effects either way. */
@@ -78,7 +81,9 @@ const pushes = f => el("details", {}, el("summary", {}, "Effect of adding it to 
 const shortened = text => text.length > 5 ? `${text.slice(0, 4)}…` : text;
 function labelColumns(f) {
   const title = "Images on which it is active, by class";
-  if (!MANY) return columns(title, f.labels, names.map(text => C <= 12 ? shortened(text) : ""));
+  const wide = C > 10 && C <= 12 && names.some(text => text.length > 2) ? 420 : 300;
+  if (!MANY) return columns(title, f.labels, names.map(text => C <= 12 ? shortened(text) : ""),
+    110, wide);
   const most = largest(10, c => f.labels[c], C);
   return bars(title, most.map(c => ({ value: f.labels[c], label: names[c],
     text: number(f.labels[c]) })), { note: "The 10 classes with most of them." });

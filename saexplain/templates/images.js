@@ -19,8 +19,8 @@ function mapOnImage(i) {
 }
 const positionWords = at => at >= CELLS ? `prefix token ${at - CELLS + 1}`
   : `row ${Math.floor(at / GW) + 1}, column ${at % GW + 1}`;
-function paintLooking() {
-  const { t, at, k, parts } = looking, context = parts.canvas.getContext("2d");
+function paintLooking(k = looking.k) { /* the image with the map of feature k */
+  const { t, at, parts } = looking, context = parts.canvas.getContext("2d");
   const i = k === null ? undefined : position.get(k);
   const under = overlaid("tests", t, i === undefined || !hasPlaces() ? null : mapOnImage(i), "", 0,
     null), { width, height } = parts.canvas;
@@ -40,7 +40,9 @@ function removeIt(k) {
 }
 function lookingRow(k, value, add) {
   const i = position.get(k), off = looking.k === k;
-  return el("li", { class: "unit", "data-feature": k }, i === undefined ? el("span") : face(i, 64),
+  const show = { onpointerenter: () => paintLooking(k), onpointerleave: () => paintLooking() };
+  return el("li", { class: "unit", "data-feature": k, ...show },
+    i === undefined ? el("span") : face(i, 64),
     el("div", {}, i === undefined ? `Feature ${k}` : link(toFeature(k), `Feature ${k}`),
       i === undefined ? "" : `: ${inkCaption(features[i])}`, el("br"), el("span", { class: "soft" },
         value === null ? "" : `activation ${number(value)}`,
@@ -123,7 +125,8 @@ function imagesView() {
   const words = s => isError(s) ? `${name(meta.tests.labels[s])} → ${name(predicted(s))}`
     : name(meta.tests.labels[s]);
   const how = hasPlaces() ? "Point at a position of the image, tap it, or move over it with the " +
-    `arrow keys: the list shows the features active there, at most ${WHERE.per_position}. ` : "";
+    `arrow keys: the list shows the features active there, at most ${WHERE.per_position}. Point ` +
+    "at a feature to see its map. " : "";
   showMain(el("h2", {}, "Images"),
     el("p", {}, `Test image ${meta.tests.number[t]}: ${an(names[label])}, classified as `,
       el("b", {}, names[now]), ` (${probability(softmax(testLogits(t))[now])}). ${how}` +
