@@ -52,7 +52,8 @@ function hypothesisCard(f) {
   const edits = Object.keys(EDITS).filter(edit => LOOK.can_write && results[edit]);
   if (edits.length) lines.push(el("p", {}, "Edits: ", edits.map((edit, n) =>
     [n ? "; " : "", `${EDITS[edit]} `, marked(results[edit])]), "."));
-  if (of && LOOK.can_write) lines.push(el("p", {}, classWords(f.hypothesis.classes, of), marked(results.classes)));
+  if (of && LOOK.can_write)
+    lines.push(el("p", {}, classWords(f.hypothesis.classes, of), marked(results.classes)));
   for (const [verb, c] of Object.entries(LOOK.can_write && effects || {}))
     lines.push(el("p", {}, `On these images ${logitWords(verb, c)} `, marked(results[verb])));
   if (!LOOK.can_write) lines.push(el("ul", { class: "plain" },
