@@ -36,11 +36,10 @@ import argparse
 import io
 import itertools
 import math
-import os
 import platform
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -54,6 +53,7 @@ from torch import Tensor, nn
 import feature_analysis as fa
 from saexplain import console, figures, page, report
 from saexplain.baselines import features_along
+from saexplain.datasets import check_split_leakage
 from saexplain.fidelity import feature_stats, measure_fidelity, rows_of
 from saexplain.files import (
     BusyError,
@@ -66,12 +66,14 @@ from saexplain.files import (
     load_stage,
     read_json,
     save_stage,
+    sha256_of,
     to_json,
 )
 from saexplain.hypotheses import load_frozen
-from saexplain.images import Data, Split, TensorLoader, check_split_leakage, digest_of, load_images
+from saexplain.images import Data, Split, TensorLoader, digest_of, load_images
 from saexplain.layers import (
     AtLayer,
+    Storing,
     collect_activations,
     default_torch_state,
     make_deterministic,
@@ -99,13 +101,16 @@ from saexplain.parallel import (
     Task,
     WorkerError,
     Workers,
+    one_writer,
+    open_ranks,
+    printing_once,
     torch_threads,
 )
 from saexplain.reproducibility import compare_seeds
 from saexplain.rows import Batch, TrainingRows
 from saexplain.sae import JumpReLUSAE
 from saexplain.saelens import save_saelens
-from saexplain.stages import WantedSAE, sae_stages, start_saes, training_rows
+from saexplain.stages import Trained, WantedSAE, sae_stages, train_saes, training_rows
 from saexplain.sweep import combinations, run_sweep
 from saexplain.targets import TARGETS, choose_target, compare_targets, targets_table
 
@@ -222,7 +227,6 @@ class Settings:
 KINDS = get_type_hints(Settings)
 NO_RESULTS = ("fresh", "wait", "workers", "my_hypotheses")  # settings that change no result
 CLASSIFIER_SETTINGS = "hidden_units epochs_ffn batch_ffn lr_ffn weight_decay_ffn seed"
-SAE_SETTINGS = "sae_latents epochs_sae_final batch_sae lr_sae head_kl normalize_z seed"
 
 
 def flag_name(name: str) -> str:
@@ -387,14 +391,20 @@ def auxiliary_loss(pre: Tensor, W_dec: Tensor, dying: Tensor, residual: Tensor) 
 
     After AuxK (Gao et al. 2024): a latent that is never active gets no gradient from the other
     losses. Here, on each image, the dying latents with the largest pre (B, d_sae) reconstruct the
-    residual x - x_hat (B, d_in), whether or not they exceed their thresholds. `dying` (n,) are the
-    indices of the dying latents; without any, the loss has no gradient.
+    residual x - x_hat (B, d_in), whether or not they exceed their thresholds. `dying` are the
+    indices (n,) of the dying latents, or a mask (d_sae,), whose True a GPU need not count; without
+    any, the loss has no gradient.
     """
-    dying_pre = pre.index_select(1, dying)  # (B, n)
+    is_mask = dying.dtype == torch.bool
     n_used = min(SCHEDULE.auxiliary_per_image, len(dying))
-    smallest_used = dying_pre.detach().topk(n_used, dim=1).values[:, -1:]
-    acts = dying_pre * (dying_pre.detach() >= smallest_used)
-    rows = W_dec.index_select(0, dying)  # (n, d_in)
+    dying_pre = pre if is_mask else pre.index_select(1, dying)  # (B, n)
+    rows = W_dec if is_mask else W_dec.index_select(0, dying)  # (n, d_in)
+    candidates = dying_pre.detach()
+    if is_mask:
+        candidates = candidates.masked_fill(~dying, -math.inf)
+    smallest_used = candidates.topk(n_used, dim=1).values[:, -1:]
+    is_used = candidates >= smallest_used
+    acts = dying_pre * (is_used & dying if is_mask else is_used)
     # The residual is a constant here: active latents do not learn from what dying ones explain.
     return (residual.detach() - acts @ rows).square().mean()
 
@@ -417,8 +427,8 @@ def compute_losses(
 ) -> Losses:
     """The losses of x (B, d_in), whose logits are teacher_logits (B, C).
 
-    `head_kl` weights the logit KL, 0 leaves it out. `dying` are the indices (n,) of dying latents,
-    None on steps without auxiliary loss.
+    `head_kl` weights the logit KL, 0 leaves it out. `dying` is that of `auxiliary_loss`, None on
+    steps without it.
     """
     pre = sae.pre_activations(x)  # (B, d_sae)
     feature_acts = sae.jump(pre)  # (B, d_sae)
@@ -592,8 +602,9 @@ class SAETrainer:
         teacher, dying = batch.teacher_logits, None
         head_kl = 0.0 if teacher is None else settings.head_kl
         if step % SCHEDULE.auxiliary_every == 0:
-            dying_below = SCHEDULE.dying_below * self.target / settings.sae_latents
-            dying = torch.nonzero(self.density < dying_below).flatten()
+            dying = self.density < SCHEDULE.dying_below * self.target / settings.sae_latents
+            if dying.device.type == "cpu":  # faster than a mask, but their number must be known
+                dying = torch.nonzero(dying).flatten()
 
         # One step of Adam; decoder rows keep unit norm, so that activations have a scale
         losses = compute_losses(sae, batch.x, teacher, self.rows.logits_of_x, head_kl, dying)
@@ -696,53 +707,6 @@ def train_wanted(
     )
 
 
-FROZEN_EPOCHS = 2  # of the frozen decoder; 5 take 2.4 times as long, and lower FVU by 6%
-
-
-class Trained(NamedTuple):
-    """The SAEs of one target."""
-
-    stages: dict[int, Stage]  # by seed, the run's own and further ones
-    frozen: Task | None  # that trains one whose decoder stays as it starts, beside the analysis
-
-
-def train_saes(
-    layer: fa.ExplainedLayer,
-    settings: Settings,
-    made_from: dict[str, str],
-    workers: Workers,
-    ranks: Ranks = ONE_PROCESS,
-) -> dict[int, Trained]:
-    """By target, the SAE of the run, those of further seeds, and where there are hypotheses a
-    baseline; trained or reused."""
-    rows, targets = training_rows(layer, ranks), settings.target_actives
-    fewer = replace(settings, epochs_sae_final=min(FROZEN_EPOCHS, settings.epochs_sae_final))
-
-    def want(target: int, settings: Settings, subfolder: str, freeze: bool = False) -> WantedSAE:
-        folder = settings.folder_of(target) / subfolder
-        return WantedSAE(
-            target, settings, folder, settings.chosen(SAE_SETTINGS) | made_from, freeze
-        )
-
-    wanted = []
-    for seed in range(settings.seed, settings.seed + settings.stability_seeds + 1):
-        subfolder = "" if seed == settings.seed else f"stability_seed_{seed}"
-        own = replace(settings, seed=seed)
-        wanted += [want(target, own, subfolder) for target in targets]
-    given = (train_wanted, workers)
-    tasks = start_saes("sae", layer, rows, wanted, *given)
-    frozen = {}
-    drawn = settings.hypotheses and not layer.has_positions  # it is a baseline of drawings
-    for target in targets if drawn else ():
-        one = [want(target, fewer, "frozen_decoder", freeze=True)]
-        (frozen[target],) = start_saes("frozen decoder", layer, rows, one, *given)
-    trained = {target: Trained({}, frozen.get(target)) for target in targets}
-    stages = itertools.chain.from_iterable(workers.results(tasks))
-    for one, stage in zip(wanted, stages, strict=True):
-        trained[one.target].stages[one.settings.seed] = stage
-    return trained
-
-
 # --------------------------------------------------------------------------------------------------
 # From activations to the finished folder
 # --------------------------------------------------------------------------------------------------
@@ -763,20 +727,25 @@ def explain_activations(
     settings: Settings,
     clock: Stopwatch,
     workers: Workers,
+    ranks: Ranks = ONE_PROCESS,
 ) -> list[dict]:
     """Train the SAEs on the layer's activations and explain them; the records of summary.json.
 
-    The hypotheses of all targets are frozen before the first of them is tested.
+    The hypotheses of all targets are frozen before the first of them is tested. Of several ranks
+    all train, and the first explains; the others have no records.
     """
     made_from = {"data_digest": data.digest, "network_sha256": network.digest}
     with clock("sae"):
-        trained = train_saes(layer, settings, made_from, workers)
+        trained = train_saes(layer, settings, made_from, train_wanted, workers, ranks)
+    if not ranks.is_first:
+        ranks.barrier()  # until the first has explained them
+        return []
     report.replace_results(Path(settings.out))
     options = report.Options(
         classes=data.classes,
         network=network.title,
         source=data.source,
-        display=getattr(data, "display", None),
+        display=data.display,
         **settings.chosen("topk n_eval alpha hypotheses features seed"),
     )
     drafts, records, reports, writing = {}, {}, {}, []
@@ -803,6 +772,7 @@ def explain_activations(
     write_summary(settings, data, network, trained, list(records.values()))
     folders = {settings.folder_of(target): record for target, record in records.items()}
     console.print_results(Path(settings.out), folders, list(reports.values()))
+    ranks.barrier()
     return list(records.values())
 
 
@@ -1016,20 +986,22 @@ def explain_settings(net: AtLayer, raw: fa.Rows, target: int, given: dict) -> Se
 LATENTS_OF_VECTOR, LATENTS_AT_POSITIONS = 2, 4  # per number of a row, where none are asked for
 
 
-def pick_target(layer: fa.ExplainedLayer, settings: Settings) -> int:
+def pick_target(layer: fa.ExplainedLayer, settings: Settings, ranks: Ranks) -> int:
     """The target for the layer, after short trainings with several, which are printed."""
-    rows = training_rows(layer).train
+    rows = training_rows(layer, ranks).train
     short = replace(settings, epochs_sae_final=1)
     targets = [target for target in TARGETS if target < settings.sae_latents]
+    pairs = [(target, settings.seed + other) for other in (0, 1) for target in targets]
+    trainers = [SAETrainer(rows, target, replace(short, seed=seed)) for target, seed in pairs]
+    saes = [sae for sae, _ in train_together(trainers)]
 
-    def train(pairs: Sequence[tuple[int, int]]) -> list[JumpReLUSAE]:
-        trainers = [SAETrainer(rows, t, replace(short, seed=seed)) for t, seed in pairs]
-        return [sae for sae, _ in train_together(trainers)]
+    def choose() -> int:
+        compared = compare_targets(layer, targets, saes)
+        chosen = choose_target(compared)
+        print(targets_table(compared, chosen))
+        return chosen
 
-    compared = compare_targets(layer, train, targets, settings.seed)
-    chosen = choose_target(compared)
-    print(targets_table(compared, chosen))
-    return chosen
+    return ranks.on_first(choose)
 
 
 @default_torch_state()
@@ -1037,8 +1009,8 @@ def explain(
     model: nn.Module,
     layer: str | None,
     train: object,
-    val: object,
-    test: object,
+    val: object = None,
+    test: object = None,
     *,
     classes: Sequence[str] = (),
     target: int | None = None,
@@ -1047,56 +1019,71 @@ def explain(
     grid: Sequence[int] | None = None,
     prefix_tokens: int | None = None,
     positions_per_image: int = 8,
+    images: Mapping[str, object] | None = None,
     **settings: object,
 ) -> Run:
     """Train an SAE on a layer of any network, and explain its features: all that the script does.
 
-        run = explain(model, "features.7", train, val, test, classes=names)
+        run = explain(model, "layer3", "photos")  # a folder with a folder of images for each class
+        run = explain(model, "layer3", train, val, test, classes=names, out="explained")
 
     Args:
-        model: maps images (B, C, H, W) to logits (B, n_classes). It runs in evaluation mode where
-            it is, and is left as it was.
+        model: maps images (B, C, H, W) to logits (B, n_classes), alone, as `.logits`, or in a dict
+            or tuple. It runs in evaluation mode where it is, and is left as it was.
         layer: its name, as in `model.named_modules()`; None for a model that itself has the methods
             `preactivations` and `logits_from_preactivations`.
-        train, val, test: pairs of tensors (images, labels), Datasets or DataLoaders. The SAE is
-            trained on the first, hypotheses are made from the second, and tested on the third.
-        classes: names of the logits.
+        train, val, test: pairs of tensors (images, labels), Datasets, DataLoaders, folders, ..., as
+            `saexplain.datasets.load_own` takes them. The SAE is trained on the first, hypotheses
+            are made from the second, and tested on the third; missing ones are taken from train.
+        classes: names of the logits; by default those that the images have.
         target: mean number of active features of an image, or of a position; by default the
             smallest of TARGETS that keeps the predictions in a short training.
         pool, layout, grid, prefix_tokens: for a layer with positions, as in
             `saexplain.layers.AtLayer`; by default they are recognized, and printed.
         positions_per_image: random ones of each training image, on which the SAE is trained.
+        images: further arguments of `load_own`, such as {"mean": ..., "std": ...}.
         settings: any other of `Settings`, by name: out, sae_latents, hypotheses, fresh, ... By
             default out names network and layer, there are twice as many latents as the layer has
             outputs, four times as many as a position has, and no worker processes.
 
     Returns the run as `load_run` does; its files are in `out`. A second call with the same network
-    and images reuses the SAE. Raises InputError for what cannot be used, ValueError for a layer
-    whose output cannot be read or replaced.
+    and images reuses the SAE. Under torchrun all ranks train, and the first explains. Raises
+    InputError for what cannot be used, ValueError for a layer whose output cannot be read or
+    replaced.
     """
     clock, net = Stopwatch(), open_layer(model, layer, pool, layout, grid, prefix_tokens)
-    data = report.load_splits(net, classes, train, val, test)
-    with torch.no_grad():
-        some = net.preactivations(data.train.images[: fa.PROBED])
-    own = explain_settings(net, some, target or max(TARGETS), settings)
-    make_deterministic(net.device)
-    with folder_lock(Path(own.out), own.wait), torch_threads(1), Workers(own.workers) as workers:
-        print(f"{net.title}: {net.in_words()}; results go to {own.out}")
-        with clock("activations"):
-            activations = collect_activations(net, data, own.normalize_z, positions_per_image)
-        warn_scale_shift(activations)
-        if target is None:
-            with clock("target"):
-                own = replace(own, target_actives=(pick_target(activations, own),))
-        raw = [fa.values_of(split.raw) for split in activations.splits.values()]
-        with torch.no_grad():  # of what the SAE learns from, not of code that cannot be hashed
-            logits = activations.logits(activations.splits["val"].raw)
-        digest = digest_of([*raw, logits, *net.model.state_dict().values()])
-        network = Network(net.title, digest)
-        explain_activations(activations, data, network, own, clock, workers)
-        stage = load_stage(Path(own.out), "sae")
-        sae = JumpReLUSAE.from_weights(stage.tensors, activations.device)
-    return Run(activations.with_sae(sae), own, data, Path(own.out))
+    with open_ranks() as ranks, printing_once(ranks):
+        data = report.load_splits(net, classes, train, val, test, **(images or {}))
+        with torch.no_grad():
+            some = net.preactivations(data.train.images[: fa.PROBED])
+        own = explain_settings(net, some, target or max(TARGETS), settings)
+        make_deterministic(net.device)
+        root = Path(own.out)
+        with one_writer(root, own.wait, ranks), torch_threads(1), Workers(own.workers) as workers:
+            print(f"{net.title}: {net.in_words()}; results go to {root}")
+            made_from = {"data": data.digest, "layer": net.title}
+            made_from["weights"] = digest_of(net.model.state_dict().values())
+            storing = Storing(positions_per_image, root, made_from)
+            with clock("activations"):
+                found = collect_activations(net, data, own.normalize_z, storing, ranks)
+            warn_scale_shift(found)
+            if target is None:
+                with clock("target"):
+                    own = replace(own, target_actives=(pick_target(found, own, ranks),))
+            network = ranks.on_first(name_network, found, made_from)
+            explain_activations(found, data, network, own, clock, workers, ranks)
+            stage = load_stage(root, "sae")
+    sae = JumpReLUSAE.from_weights(stage.tensors, found.device)
+    return Run(found.with_sae(sae), own, data, root)
+
+
+@torch.no_grad()
+def name_network(layer: fa.ExplainedLayer, made_from: Mapping[str, str]) -> Network:
+    """The network with a digest of all that decides the SAE: also of outputs, since code that makes
+    them cannot be hashed."""
+    raw = layer.splits["val"].raw
+    outputs = digest_of([fa.values_of(raw), layer.logits(raw)])
+    return Network(layer.model.title, sha256_of(to_json({**made_from, "outputs": outputs})))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1107,17 +1094,23 @@ def explain(
 def run_once(settings: Settings) -> list[dict]:
     """Data, classifier, SAEs, reports; the records of summary.json."""
     clock, root = Stopwatch(), Path(settings.out)
-    with folder_lock(root, settings.wait), torch_threads(1), Workers(settings.workers) as workers:
+    with (
+        open_ranks() as ranks,
+        printing_once(ranks),
+        one_writer(root, settings.wait, ranks),
+        torch_threads(1),
+        Workers(settings.workers) as workers,
+    ):
         with clock("data"):
             data = load_images(settings.data, settings.seed, pick_device(settings.device))
         print(f"data: {data.in_words()}; device {settings.device}, seed {settings.seed}")
         check_split_leakage(data)
         with clock("classifier"):
-            model, stage = classifier_stage(settings, data, root)
+            model, stage = ranks.on_first(classifier_stage, settings, data, root)
         with clock("activations"):
-            layer = collect_activations(model, data, settings.normalize_z)
+            layer = collect_activations(model, data, settings.normalize_z, ranks=ranks)
         network = Network(OWN_NETWORK, stage.digest, stage.record["history"])
-        return explain_activations(layer, data, network, settings, clock, workers)
+        return explain_activations(layer, data, network, settings, clock, workers, ranks)
 
 
 def train_combination(settings: Settings) -> dict:
@@ -1136,7 +1129,6 @@ def train_combination(settings: Settings) -> dict:
             model, classifier = classifier_stage(reusing, data, shared)
         layer = collect_activations(model, data, settings.normalize_z)
         made_from = {"data_digest": data.digest, "network_sha256": classifier.digest}
-        made_from = settings.chosen(SAE_SETTINGS) | made_from
         with folder_lock(folder, settings.wait):
             wanted = [WantedSAE(target, settings, folder, made_from)]
             (stage,) = sae_stages(layer, training_rows(layer), wanted, train_wanted)
@@ -1167,8 +1159,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     if runs[0].my_hypotheses:
         return report_my_hypotheses(runs[0])
     if len(runs) == 1:
-        is_first_rank = os.environ.get("RANK", "0") == "0"  # torchrun's others share sweeps only
-        return run_once(runs[0]) if is_first_rank else []
+        return run_once(runs[0])
     first = runs[0]
     workers = first.workers if pick_device(first.device).type == "cpu" else 0
     return run_sweep(combinations(runs), train_combination, Path(first.out), workers, first.wait)

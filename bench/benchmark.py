@@ -3,9 +3,11 @@
     python bench/benchmark.py --data DIR                        # the default settings, three runs
     python bench/benchmark.py --latents 512 2048 8192           # and how each stage grows
     python bench/benchmark.py --vs "python old.py --out {out}"  # the whole command against another
+    python bench/benchmark.py --rows                            # SAE training alone, on rows
+    python bench/benchmark.py --ranks 2                         # and on two ranks of this machine
 
-All but --vs runs in one thread, without worker processes. Titles say over how many runs a number is
-the median.
+All but --vs and --ranks runs in one thread, without worker processes. Titles say over how many runs
+a number is the median.
 
 stages     Seconds of each stage of a run with default settings, as its summary.json has them.
            `growth` is b in seconds ~ latents^b, from the least to the most latents.
@@ -15,6 +17,13 @@ SAE step   A training on 4,096 rows, divided by its steps; its start, some 3%, i
            the optimizer and Python.
 command    Both commands take turns, each in a process of its own and a fresh folder in the place of
            {out}; the ratio is taken pair by pair.
+rows       Rows per second of a core in SAE training, 1,024 rows a step, beside a plain ReLU SAE
+           written here and overcomplete's TopK SAE where it is installed. The trainers take turns
+           on the same rows; `own / it` is the ratio of seconds, pair by pair. Seconds are those
+           that the core worked, so that other programs do not count. MB: growth of a fresh process
+           beyond its rows. And what that is for ImageNet.
+ranks      A training of about --seconds on one rank and on several, in turn. Where other programs
+           take the cores, only the seconds that a core worked count.
 """
 
 import argparse
@@ -36,6 +45,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import training_rows
 from torch.utils.flop_counter import FlopCounterMode
 
 import MNIST_SAE_code as driver
@@ -47,6 +57,7 @@ from saexplain.parallel import available_cores, torch_threads
 STEP_ROWS = 4096  # that the timed training steps draw from
 SIDES = {"cpu": 768, "cuda": 8192}  # of the square matrices whose product gives the machine's rate
 PRODUCTS = 50  # of which the fastest counts
+WIDTHS = ((128, 1024), (384, 3072), (768, 6144))  # of a CNN's block, ViT-S, ViT-B; with latents
 OWN = f"{shlex.quote(sys.executable)} {shlex.quote(driver.__file__)} --out {{out}}"
 
 
@@ -166,6 +177,26 @@ def compare_commands(commands: Sequence[str], n: int) -> None:
     print_table(f"seconds, {n} runs of each in turn", ["median", "least", "most"], rows)
 
 
+def time_rows(n: int) -> None:
+    """Print what SAE training on rows takes, for each of WIDTHS, and a projection."""
+    rates = {}
+    for width, latents in WIDTHS:
+        table = training_rows.measure_trainers(width, latents, n)
+        rates[width, latents] = table[0][1]
+        title = f"{width} wide, {latents:,} latents: median of {n} turns of {training_rows.STEPS}"
+        print_table(f"{title} steps", ["rows/s", "own / it", "MB"], table)
+    print()
+    for size in training_rows.PROJECTED:
+        print("\n".join(training_rows.projection(*size, rates[size])), flush=True)
+
+
+def time_ranks(ranks: int, seconds: float, n: int) -> None:
+    """Print the seconds of SAE training on one rank and on several, and their ratio."""
+    found = training_rows.measure_ranks(ranks, *WIDTHS[0], seconds, n)
+    rows = [[name, median(runs), min(runs), max(runs)] for name, runs in found.items()]
+    print_table(f"ranks, {n} runs of each in turn", ["median", "least", "most"], rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -176,10 +207,19 @@ def main() -> int:
     add("--seed", type=int, default=0, help="of every random choice")
     add("--vs", metavar="COMMAND", help="time only whole commands: --command against this one")
     add("--command", default=OWN, help="the first of the two (MNIST_SAE_code.py)")
+    add("--rows", action="store_true", help="time only SAE training on rows")
+    add("--ranks", type=int, default=1, help="time only SAE training on so many ranks")
+    add("--seconds", type=float, default=60, help="about, of the training with --ranks (60)")
     args = parser.parse_args()
     try:
         if args.vs:
             compare_commands((args.command, args.vs), max(1, args.runs))
+        if args.rows:
+            with torch_threads(1):
+                time_rows(max(1, args.runs))
+        if args.ranks > 1:
+            time_ranks(args.ranks, args.seconds, max(1, args.runs))
+        if args.vs or args.rows or args.ranks > 1:
             return 0
         given = {"data": args.data, "device": args.device, "seed": args.seed}
         settings = {d: driver.Settings(sae_latents=d, **given) for d in sorted(set(args.latents))}

@@ -16,14 +16,22 @@ import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import feature_analysis as fa
 from saexplain.files import InputError
-from saexplain.images import SPLIT_NAMES, Data, TensorLoader
+from saexplain.images import SPLIT_NAMES, Data, Split, TensorLoader
+from saexplain.optimization import progress_bar
+from saexplain.parallel import ONE_PROCESS, Ranks, shard_of
 from saexplain.positions import POOLS, Layout, find_layout, sampled_positions
+from saexplain.rows import mean_and_std
+from saexplain.store import MemoryStore, open_store
 
 METHODS = ("preactivations", "logits_from_preactivations")  # of a model that needs no hook
 LOW_PRECISION = 1e-2  # relative difference of equal results on GPUs, which may round to 10 bits
@@ -31,45 +39,86 @@ SCALE_SHIFT = 1.0  # standard deviations that units may lie off on average; one 
 SCALE_RATIO = 3.0  # times that they may spread further, or less far
 
 
+class Storing(NamedTuple):
+    """Which training positions are kept of each image, and where all outputs are kept."""
+
+    positions_per_image: int = 8
+    folder: Path | None = None  # for outputs that do not fit into memory; None: always memory
+    made_from: Mapping[str, str] = MappingProxyType({})  # all that decides the outputs
+
+
 @torch.no_grad()
 def collect_activations(
-    model, data: Data, normalize: bool = True, positions_per_image: int = 8
+    model,
+    data: Data,
+    normalize: bool = True,
+    storing: Storing | None = None,
+    ranks: Ranks = ONE_PROCESS,
 ) -> fa.ExplainedLayer:
     """The layer's output for every image of the three splits, from one pass over each.
 
-    Of training images, `positions_per_image` random positions are kept of a layer with positions,
-    all of the others. mu and std (d_in,) are those of the training images, over positions; 0 and 1
-    without `normalize`. A unit that never varies gets std 1: it carries nothing, and dividing by
-    zero would spread NaN. Raises InputError where no unit varies, and for a network that returns
-    probabilities.
+    Of training images some random positions are kept of a layer with positions, all of the others.
+    mu and std (d_in,) are those of the training images, over positions; 0 and 1 without
+    `normalize`. A unit that never varies gets std 1: it carries nothing, and dividing by zero would
+    spread NaN. Each of several ranks reads its part of the images, and keeps those for training;
+    the first gets all others. Raises InputError where no unit varies, and for a network that
+    returns probabilities.
     """
-    splits = {}
+    storing, outputs = storing or Storing(), {}
     for name in SPLIT_NAMES:
-        split, parts, n = getattr(data, name), [], 0
-        for images, _ in TensorLoader(split):
-            raw = fa.values_of(model.preactivations(images))
-            if name == "train" and raw.dim() == 3:
-                places = sampled_positions(n, len(raw), raw.shape[1], positions_per_image)
-                raw = raw.gather(1, places.to(raw.device)[:, :, None].expand(-1, -1, raw.shape[2]))
-            parts.append(raw)
-            n += len(raw)
-        splits[name] = torch.cat(parts)
-    train = splits["train"].flatten(0, -2)  # (rows, d_in)
+        raw = store_outputs(model, getattr(data, name), name, storing, ranks)
+        outputs[name] = raw if name == "train" else ranks.gather_rows(raw)
+    train = outputs["train"].flatten(0, -2)  # (rows, d_in)
     low, high = train.aminmax(dim=0)
     if (high - low).max() <= 1e-6 * train.abs().max():
         raise InputError(
             f"the layer must give different outputs for different images, but it gives the same "
-            f"for all {len(splits['train']):,} training images; are they blank, or all alike?"
+            f"for all {len(outputs['train']):,} training images; are they blank, or all alike?"
         )
-    mu, std = torch.zeros_like(train[0]), torch.ones_like(train[0])
+    mu, std = torch.zeros_like(low).float(), torch.ones_like(low).float()
     if normalize:
-        mu, std = train.mean(0), usable_std(train.std(0))
-    layer = fa.ExplainedLayer(model, None, mu, std)
-    for name, raw in splits.items():
-        split = getattr(data, name)
-        splits[name] = fa.Activations(*split, layer.rows(raw, split.images))
+        mu, std = mean_and_std(outputs["train"], ranks)
+    device = getattr(model, "device", low.device)  # outputs that are many may be elsewhere
+    mu, std = mu.to(device), usable_std(std).to(device)
+    layer, splits = fa.ExplainedLayer(model, None, mu, std), {}
+    for name, raw in outputs.items():
+        images, labels = getattr(data, name)
+        if ranks.world > 1 and (name == "train" or not ranks.is_first):  # this rank's part
+            own = shard_of(len(labels), ranks)
+            images, labels = part_of(images, own), labels[own]
+        splits[name] = fa.Activations(images, labels, layer.rows(raw, images))
     check_logits(layer, splits["val"].raw[: fa.PROBED])
-    return fa.ExplainedLayer(model, None, mu, std, splits)
+    return replace(layer, splits=splits)
+
+
+def store_outputs(model, split: Split, name: str, storing: Storing, ranks: Ranks) -> Tensor:
+    """The layer's output (n, ...) for this rank's part of a split, in memory or in a file."""
+    own = shard_of(len(split.labels), ranks)
+    images = part_of(split.images, own)
+    first = fa.values_of(model.preactivations(images[:1]))
+    p = 1 if first.dim() == 2 else first.shape[1]
+    kept = min(p, storing.positions_per_image) if name == "train" else p
+    shape, device = (len(images), kept, first.shape[-1]), first.device
+    if storing.folder is None:
+        store = MemoryStore(shape, device)
+    else:
+        folder = storing.folder / f"activations_{name}_{ranks.rank}"
+        made_from = {**storing.made_from, "part": [own.start, own.stop]}
+        store = open_store(shape, folder, made_from, device)
+    rest = part_of(images, slice(store.done, None))
+    loader = TensorLoader(Split(rest, split.labels[own][store.done :]))
+    for batch, _ in progress_bar(loader, f"{SPLIT_NAMES[name]} images", len(loader)):
+        raw = fa.values_of(model.preactivations(batch))
+        if kept < p:
+            places = sampled_positions(own.start + store.done, len(raw), p, kept).to(raw.device)
+            raw = raw.gather(1, places[:, :, None].expand(-1, -1, raw.shape[2]))
+        store[store.done : store.done + len(raw)] = raw if raw.dim() == 3 else raw[:, None]
+    return store.raw if first.dim() == 3 else store.raw[:, 0]
+
+
+def part_of(images, part: slice):
+    """Some of the images; lazy ones are not read."""
+    return images.subset(part) if hasattr(images, "subset") else images[part]
 
 
 def check_logits(layer: fa.ExplainedLayer, raw: fa.Rows) -> None:

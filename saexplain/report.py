@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from saexplain import console, figures, page, text
 from saexplain.activity import collect_activity
 from saexplain.analysis import Analysis, analyze, by_influence, feature_record
 from saexplain.baselines import default_directions, evaluate_baseline, features_along
+from saexplain.datasets import fit_data, load_own
 from saexplain.diagnoses import diagnose
 from saexplain.evaluation import (
     Agreements,
@@ -49,7 +50,7 @@ from saexplain.hypotheses import (
     propose_hypotheses,
     scores_of,
 )
-from saexplain.images import Data, as_split, check_split_leakage, data_from_splits
+from saexplain.images import Data, Display
 from saexplain.ink import FULL_INK
 from saexplain.layers import (
     collect_activations,
@@ -69,9 +70,6 @@ from saexplain.substitution import (
     swap_by_rate,
 )
 from saexplain.thumbnails import Pictures
-
-if TYPE_CHECKING:
-    from saexplain.images import Display
 
 N_PANELS = 5  # features, the most influential, that get a panel and a line on the terminal
 PICTURE_TASKS = 2  # each is sent all images, so not more than keep two cores busy
@@ -97,7 +95,7 @@ class Options:
     hypotheses: bool = True  # propose, freeze and test a hypothesis about each feature
     features: int = 0  # report so many of the most influential features; 0: all
     seed: int = 0
-    display: Display | None = None  # of the images' own colors; None: all are shown as ink
+    display: Display = Display()  # of the images' own colors
 
     def __post_init__(self) -> None:
         for name, least in (("topk", 1), ("n_eval", 1), ("features", 0), ("seed", 0)):
@@ -398,19 +396,23 @@ def frontier_of(records: Sequence[dict]) -> list[dict]:
 # --------------------------------------------------------------------------------------------------
 
 
-def load_splits(net, classes: Sequence[str], train, val, test) -> Data:
-    """Data from three splits of one's own, each a pair of tensors, a Dataset or a DataLoader.
+def load_splits(net, classes: Sequence[str], train, val=None, test=None, **given) -> Data:
+    """Data from splits of one's own, in any form that `load_own` takes, with its arguments `given`,
+    or of what it gives as `train`, on the network's device.
 
     Raises InputError for what cannot be used.
     """
-    given = {"train": train, "val": val, "test": test}
-    splits = [as_split(split, name, net.device) for name, split in given.items()]
-    with torch.no_grad():
-        raw = net.preactivations(splits[0].images[: fa.PROBED])
-        n_classes = net.logits_from_preactivations(raw).shape[1]
-    data = data_from_splits(splits, classes, n_classes)
-    check_split_leakage(data)
-    return data
+
+    def count_logits(images: Tensor) -> int:
+        raw = net.preactivations(images[: fa.PROBED])
+        return net.logits_from_preactivations(raw).shape[1]
+
+    if isinstance(train, Data):
+        with torch.no_grad():
+            n_classes = count_logits(train.train.images[: fa.PROBED].to(net.device))
+        return fit_data(train, classes, n_classes, net.device)
+    known = {"classes": classes, "n_classes": count_logits, "device": net.device}
+    return load_own(train, val, test, **known, model=net.model, **given)
 
 
 @default_torch_state()
@@ -439,8 +441,9 @@ def explain_sae(
         model, layer, pool: as in `AtLayer`; layer None for a model that has the two methods itself.
         sae: has encode, decode, W_enc (d_in, d_sae) and W_dec; it reads (raw - mu) / std.
         mu, std: (d_in,); zeros and ones for an SAE that reads the layer's own output.
-        train, val, test: pairs of tensors (images, labels), Datasets or DataLoaders. Densities are
-            those of the first; hypotheses are made from the second and tested on the third.
+        train, val, test: pairs of tensors (images, labels), Datasets, DataLoaders or folders; None
+            for a split to be drawn from another; or `train` alone, what `load_own` gives. Densities
+            are those of the first; hypotheses are made from the second and tested on the third.
         options: fields of `Options`, by name.
 
     Returns the records of feature_report.json, the most influential feature first. Raises
@@ -453,7 +456,7 @@ def explain_sae(
         raise InputError(f"explain_sae() has no option {unknown[0]!r}; it has {sorted(known)}")
     data = load_splits(net, options.pop("classes", ()), train, val, test)
     options |= {"classes": data.classes, "source": data.source, "network": net.title}
-    given = Options(display=getattr(data, "display", None), **options)
+    given = Options(display=data.display, **options)
     sae = sae.to(net.device) if isinstance(sae, torch.nn.Module) else sae
     explained = fa.ExplainedLayer(net, sae, mu.to(net.device), std.to(net.device))
     with torch.no_grad():  # an SAE that does not fit is an error before anything is deleted

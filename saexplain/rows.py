@@ -91,8 +91,10 @@ class TrainingRows:
         self.raw, self.mu, self.std, self.logits_of, self.ranks = raw, mu, std, logits_of, ranks
         self.device = raw.device if mu is None else mu.device
         self.positions, self.d_in = (1 if raw.dim() == 2 else raw.shape[1]), raw.shape[-1]
-        shards = ranks.gather(len(raw))
+        found = ranks.gather((len(raw), raw.dtype != torch.float32))
+        shards = [n for n, _ in found]
         self.n_images, self.first_image = sum(shards), sum(shards[: ranks.rank])
+        self.is_mapped = any(mapped for _, mapped in found)  # from a file that SAEs should share
 
     @classmethod
     def of(cls, z: Tensor | TrainingRows, logits_of: Callable | None = None) -> TrainingRows:
@@ -102,11 +104,6 @@ class TrainingRows:
     def __len__(self) -> int:
         """Number of rows of this rank."""
         return len(self.raw) * self.positions
-
-    @property
-    def is_mapped(self) -> bool:
-        """Whether they are read from a file, which several SAEs should share."""
-        return self.raw.dtype != torch.float32
 
     def split(self, n: int) -> Iterator[Tensor]:
         """This rank's rows, standardized, in pieces of about n: (n, d_in) each."""
@@ -176,7 +173,9 @@ class TrainingRows:
 
     def batches(self, size: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
         """Index tensors (B,) of images, shuffled anew in each pass; the same on all ranks."""
-        return batches(self.n_images, size, epochs, generator, self.raw.device)
+        # Ranks pick their own, whose number a GPU would be waited for.
+        device = self.raw.device if self.ranks.world == 1 else torch.device("cpu")
+        return batches(self.n_images, size, epochs, generator, device)
 
     @torch.no_grad()
     def batch(self, index: Tensor, with_logits: bool = False) -> Batch:
@@ -184,7 +183,7 @@ class TrainingRows:
         own = index
         if self.ranks.world > 1:
             own = own - self.first_image
-            own = own[(own >= 0) & (own < len(self.raw))]
+            own = own[(own >= 0) & (own < len(self.raw))].to(self.raw.device, non_blocking=True)
         z = None if self._is_precomputed else self._z(own)
         x = self._all_x.index_select(0, own) if z is None else self.coordinates.transform(z)
         teacher_logits = None

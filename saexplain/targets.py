@@ -1,15 +1,14 @@
 """How many features should be active? Short trainings at several targets, measured on the layer.
 
-    trials = compare_targets(layer, train, TARGETS)   # Trial for each target
-    chosen = choose_target(trials)                    # the smallest that keeps KEPT predictions
+    compared = compare_targets(layer, TARGETS, saes)  # two of each target, trained for a short time
+    target = choose_target(compared)                  # the smallest that keeps the predictions
 
-Takes an `ExplainedLayer` with activations, and a function that trains SAEs; gives numbers. It knows
-nothing of how an SAE is trained.
+Takes an `ExplainedLayer` with activations, and SAEs; gives numbers, and trains nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,17 +43,12 @@ class Comparison(NamedTuple):
     reproduced: float  # share of features that an SAE of another seed has, too
 
 
-Train = Callable[[Sequence[tuple[int, int]]], list[JumpReLUSAE]]  # of pairs (target, seed)
-
-
 @torch.no_grad()
 def compare_targets(
-    layer: fa.ExplainedLayer, train: Train, targets: Sequence[int], seed: int
+    layer: fa.ExplainedLayer, targets: Sequence[int], saes: Sequence[JumpReLUSAE]
 ) -> list[Comparison]:
-    """The targets compared: two SAEs are trained for each, with different seeds."""
-    pairs = [(target, seed + other) for other in (0, 1) for target in targets]
-    with torch.enable_grad():
-        saes = train(pairs)
+    """The targets compared by SAEs that were trained for each with one seed, then with another."""
+    pairs = list(zip(saes, [*targets, *targets], strict=True))
     val, n = layer.splits["val"], COMPARED_IMAGES
     few = fa.Activations(val.images, val.labels[:n], val.raw[:n])
     layer = fa.ExplainedLayer(layer.model, None, layer.mu, layer.std, {**layer.splits, "val": few})
@@ -62,10 +56,7 @@ def compare_targets(
     own = layer.logits(few.raw).argmax(1)
     total = (z - z.mean(0)).square().sum().item()
     rows, found = TrainingRows(few.raw, layer.mu, layer.std), []
-    adjusted = [
-        adjust_thresholds(sae, rows, target)[0]
-        for sae, (target, _) in zip(saes, pairs, strict=True)
-    ]
+    adjusted = [adjust_thresholds(sae, rows, target)[0] for sae, target in pairs]
     for target, sae, other in zip(targets, adjusted, adjusted[len(targets) :], strict=False):
         spliced = splice(layer, few.raw, sae)
         pca = Components.fit(z_train, target)

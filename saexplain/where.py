@@ -215,9 +215,8 @@ def occlusion_maps(
 
 
 def _patch(place: int, n: int, side: int) -> slice:
-    """The pixels of one of n patches along a side, with half a patch's overlap."""
-    size = side / n
-    return slice(max(0, round((place - 0.25) * size)), min(side, round((place + 1.25) * size)))
+    """The pixels of one of n patches along a side."""
+    return slice(round(place * side / n), round((place + 1) * side / n))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -307,12 +306,13 @@ def aligned_patterns(
     cell = math.ceil(max(side) / PATTERN_SIDE)
     cells = math.ceil(side[0] / cell), math.ceil(side[1] / cell)
     patterns = torch.zeros(layer.d_sae, images.shape[1], *cells)
+    inside, image_of_ones = torch.zeros(layer.d_sae, 1, *cells), torch.ones(1, height, width)
     for places, gradient in peak_gradients(layer, images, peaks):
         for at, own in zip(places.tolist(), gradient, strict=True):
-            crop = crop_around(own, center[at], side)
-            patterns[peaks.feature[at]] += _cells(crop, cell) * cell**2  # sums over cells
-    counts = torch.bincount(peaks.feature, minlength=layer.d_sae).clamp(min=1)
-    patterns /= counts[:, None, None, None]
+            k = peaks.feature[at]
+            patterns[k] += _cells(crop_around(own, center[at], side), cell) * cell**2  # sums
+            inside[k] += _cells(crop_around(image_of_ones, center[at], side), cell)
+    patterns /= inside.clamp(min=1)  # parts of crops beyond the border of an image do not count
     return Aligned(side, patterns, _crop_correlations(layer, split, patterns, side, cell))
 
 
@@ -321,16 +321,18 @@ def _receptive_side(gradients, center: Tensor, whole: tuple[int, int]) -> tuple[
     the whole image where that is nearly all of it."""
     height, width = whole
     row, column = torch.arange(height)[:, None] + 0.5, torch.arange(width) + 0.5
-    energy = torch.zeros(height + width)
+    energy = torch.zeros(2 * (height + width))  # by the side of the square that just has it
     for places, gradient in gradients:
         for at, own in zip(places.tolist(), gradient.square().sum(1), strict=True):
             far = torch.maximum((row - center[at, 0]).abs(), (column - center[at, 1]).abs())
             share = own / own.sum().clamp(min=1e-30)
-            energy += torch.bincount(far.flatten().ceil().long(), share.flatten(), len(energy))
+            energy += torch.bincount(
+                (2 * far + 1).ceil().long().flatten(), share.flatten(), len(energy)
+            )
     if not energy.sum():
         return whole
-    reach = int(torch.searchsorted(energy.cumsum(0) / energy.sum(), SEEN)) * 2
-    return whole if reach >= WHOLE * min(whole) else (reach, reach)
+    side = int(torch.searchsorted(energy.cumsum(0) / energy.sum(), SEEN))
+    return whole if side >= WHOLE * min(whole) else (side, side)
 
 
 def crop_around(image: Tensor, center: Tensor, side: tuple[int, int]) -> Tensor:

@@ -127,6 +127,21 @@ def test_auxiliary_loss_against_a_loop(per_image, monkeypatch):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dying", [[0, 2, 3, 7], [5], []])
+@pytest.mark.parametrize("per_image", [2, 20])
+def test_a_mask_of_dying_latents_is_the_same_as_their_indices(dying, per_image, monkeypatch):
+    monkeypatch.setattr(st, "SCHEDULE", SCHEDULE._replace(auxiliary_per_image=per_image))
+    sae, indices = random_sae(), torch.tensor(dying, dtype=torch.int64)
+    x, residual = torch.randn(2, 12, 6, generator=generator(2))
+    mask = torch.zeros(9, dtype=torch.bool).index_fill(0, indices, True)
+    found = []
+    for given in (indices, mask):
+        loss = st.auxiliary_loss(sae.pre_activations(x), sae.W_dec, given, residual)
+        found.append([loss, *torch.autograd.grad(loss, [sae.W_enc, sae.b_enc, sae.W_dec])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_auxiliary_loss_changes_dying_latents_only(monkeypatch):
     monkeypatch.setattr(st, "SCHEDULE", SCHEDULE._replace(auxiliary_per_image=1))
     sae = random_sae()
