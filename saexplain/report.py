@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +95,7 @@ class Options:
     hypotheses: bool = True  # propose, freeze and test a hypothesis about each feature
     features: int = 0  # report so many of the most influential features; 0: all
     seed: int = 0
-    display: Display = Display()  # of the images' own colors
+    display: Display = field(default_factory=Display)  # of the images' own colors
 
     def __post_init__(self) -> None:
         for name, least in (("topk", 1), ("n_eval", 1), ("features", 0), ("seed", 0)):
