@@ -31,6 +31,7 @@ SEEN = {
     "activation": "color: where the feature is active",
     "occlusion": "color: how much covering this place lowers it",
 }
+PREFIX_SHARE = 0.5  # of a feature's peaks on prefix tokens, from which its maps are not shown
 GLOW = (40, 42, 48), (255, 185, 60)  # colors of a map alone, where it is 0 and where it is largest
 
 
@@ -72,6 +73,10 @@ class ColorGallery(fa.GalleryPainter):
         found = reduce_images(self.pictures.of(index), SIDE).numpy()
         return found if self.pictures.in_color else (1 - found).repeat(3, 1)
 
+    def _has_maps(self, k: int) -> bool:
+        """Whether maps show where feature k is active."""
+        return self.maps is not None and float(self.maps.prefix_share[k]) < PREFIX_SHARE
+
     def _maps_of(self, k: int, numbers: Sequence[int]) -> np.ndarray:
         """Maps (n, h, w) of the images in tiles of feature k, NaN where there is none."""
         found = np.full((len(numbers), *self.maps.grid), np.nan, np.float32)
@@ -88,7 +93,7 @@ class ColorGallery(fa.GalleryPainter):
         if not len(index):
             return np.zeros((0, *(side // self.zoom for side in self.inner), 3), np.uint8)
         colors = (255 * self._reduced(index.tolist()) + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)
-        if self.maps is None:
+        if not self._has_maps(k):
             return colors
         found = self._maps_of(k, numbers)
         has_map = ~np.isnan(found).any((1, 2))
@@ -105,7 +110,7 @@ class ColorGallery(fa.GalleryPainter):
     def paint(self, k: int, bank: fa.FeatureBank) -> np.ndarray:
         """The gallery of feature k, with words on what its colors mean."""
         page = super().paint(k, bank)
-        if self.maps is None or not bank.n_active[k]:
+        if not self._has_maps(k) or not bank.n_active[k]:
             return page
         scale = float(self.maps.top[k].max())
         if self.maps.bands is not None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import feature_analysis as fa
+from saexplain.overlays import PREFIX_SHARE
 
 if TYPE_CHECKING:
     from saexplain.where import Maps
@@ -44,6 +45,7 @@ def map_fields(maps: Maps, image_shape: Sequence[int]) -> dict:
         "kind": maps.kind,
         "receptive": [round(min(1.0, share), 4) for share in shares],  # of the image's sides
         "per_position": PER_POSITION,
+        "prefix_share": PREFIX_SHARE,
     }
 
 

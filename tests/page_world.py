@@ -164,7 +164,8 @@ class Patches(NamedTuple):
         return self.head.shape[1]
 
     def preactivations(self, images: Tensor) -> Tensor:
-        colors = torch.nn.functional.adaptive_avg_pool2d((images + 2) / 4, GRID)
+        images = ((images + 2) / 4).expand(-1, 3, -1, -1)  # of gray ones as well
+        colors = torch.nn.functional.adaptive_avg_pool2d(images, GRID)
         around = torch.nn.functional.avg_pool2d(colors, 3, 1, 1)
         z = torch.cat([colors - 0.5, colors - around, around - 0.5], 1).flatten(2).mT @ self.turn
         prefix = z.mean(1, keepdim=True).expand(-1, self.positions.n_prefix, -1)
@@ -192,12 +193,16 @@ def scenes(n: int, n_classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images.clip(0, 1)), torch.from_numpy(labels)
 
 
-def patch_layer(d_sae: int, n_classes: int, n: int = 160, n_prefix: int = 1) -> fa.ExplainedLayer:
-    """A layer with positions that read patches; the images' pixels are 4 x - 2 of colors x."""
+def patch_layer(
+    d_sae: int, n_classes: int, n: int = 160, n_prefix: int = 1, channels: int = 3
+) -> fa.ExplainedLayer:
+    """A layer with positions that read patches; the images' pixels are 4 x - 2 of colors x, of
+    which `channels` are kept."""
     normal = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
     positions, turn = fa.Positions(GRID, n_prefix), normal(9, D_IN)
     model = Patches(turn, torch.zeros(D_IN, n_classes), positions)
     (images, labels), tests = (scenes(n, n_classes, seed) for seed in (0, 1))
+    images, tests = images[:, :channels], (tests[0][:, :channels], tests[1])
     hot = torch.nn.functional.one_hot(labels, n_classes).float()
     read = model.preactivations(4 * images - 2).relu().mean(1)
     model = model._replace(head=6 * torch.linalg.lstsq(read, hot).solution)
@@ -213,10 +218,14 @@ def patch_layer(d_sae: int, n_classes: int, n: int = 160, n_prefix: int = 1) -> 
 
 
 def color_world(
-    d_sae: int = 24, n_classes: int = 6, kind: str = "activation", receptive=(24, 20)
+    d_sae: int = 24,
+    n_classes: int = 6,
+    kind: str = "activation",
+    receptive: tuple[int, int] = (24, 20),
+    channels: int = 3,
 ) -> World:
-    """A page's input of images in color, with maps; no pattern is faithful."""
-    layer = patch_layer(d_sae, n_classes)
+    """A page's input of images in color, or in gray, with maps; no pattern is faithful."""
+    layer = patch_layer(d_sae, n_classes, channels=channels)
     _, labels, raw = layer.splits["val"]
     bank, activity = fa.feature_bank(layer, raw, labels, 20), collect_activity(layer, raw, labels)
     removed = removal_effects(layer, raw, activity)

@@ -44,6 +44,8 @@ function overlaid(source, slot, values, label, size, key) {
 }
 const example = ([slot, , , map], label, size) =>
   overlaid("images", slot, map === undefined ? null : mapAt(map), label, size, `map${map}`);
+/* Whether maps show where feature f is active: on prefix tokens it is nowhere. */
+const hasPlace = f => !(f.prefix_share >= WHERE?.prefix_share);
 function isCropped() {
   return WHERE !== null && WHERE.receptive.some(share => share < .95);
 }
@@ -67,6 +69,7 @@ function cropped(row, label, size) {
 function strongest(i, size, label = "") {
   const [row] = features[i].top;
   if (!row) return picture(label, size, "blank", () => [200, 200, 200]);
+  if (!WHERE || !hasPlace(features[i])) return digit("images", row[0], label, size);
   return isCropped() && row[3] !== undefined ? cropped(row, label, size)
     : example(row, label, size);
 }
@@ -87,7 +90,8 @@ function mapLegend(f) {
 const CROPS = 6; /* strongest images whose crops are shown */
 function examplesOf(title, f, list) {
   const size = LOOK.color ? 96 : 72;
-  const figures = list.map((row, n) => el("figure", {}, example(row, `${an(name(row[1]))}, ` +
+  const show = hasPlace(f) ? example : (row, ...more) => digit("images", row[0], ...more);
+  const figures = list.map(row => el("figure", {}, show(row, `${an(name(row[1]))}, ` +
     `activation ${row[2].toFixed(2)}`, size), el("figcaption", {},
     `${name(row[1])}: ${row[2].toFixed(1)}`)));
   return el("div", {}, el("h3", {}, title),
@@ -95,7 +99,7 @@ function examplesOf(title, f, list) {
 }
 function crops(f) {
   const some = f.top.filter(row => row[3] !== undefined).slice(0, CROPS);
-  if (!isCropped() || !some.length) return "";
+  if (!isCropped() || !some.length || !hasPlace(f)) return "";
   return el("div", {}, el("h3", {}, "What the hottest position sees"),
     el("div", { class: "thumbs" }, some.map(row => cropped(row,
       `the crop of ${an(name(row[1]))}`, 96))));
@@ -117,6 +121,8 @@ function placeMarks(f) {
     "the place.");
   if (f.prefix_share >= .05) marks.push(`On ${percent(f.prefix_share, 0)} of the images that ` +
     "activate it, it is strongest on prefix tokens, such as the class token: no place.");
+  if (f.blank_share >= .5) marks.push(`On ${percent(f.blank_share, 0)} of its strongest images ` +
+    "its peak is on a blank part of the image.");
   return marks.map(words => el("p", { class: "mark" }, words));
 }
 const positionDensity = f => WHERE?.kind === "activation"
@@ -128,6 +134,6 @@ function whereItIs(f, i) {
     `not faithful: correlation ${f.correlation.toFixed(2)} with the pre-activation. So it is not ` +
     "shown.") : "";
   return [placeMarks(f), mapSwitch(), examplesOf("Strongest images", f, f.top),
-    f.top.length ? mapLegend(f) : "",
+    f.top.length && hasPlace(f) ? mapLegend(f) : "",
     el("div", { class: "row" }, crops(f), meanMap(f, i)), words];
 }
