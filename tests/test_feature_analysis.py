@@ -17,8 +17,8 @@ from small_models import SAE, Model, Scene, bank_of, cells, drawn, exactly, make
 from torch.testing import assert_close
 
 import feature_analysis as fa
-from saexplain.figures import new_figure, save_figure
 from saexplain.analysis import pattern_roughness
+from saexplain.figures import new_figure, save_figure
 
 ALWAYS, RARE, DEAD, TOPK = sm.ALWAYS, sm.RARE, sm.DEAD, 7
 N, SIDE, D_IN, D_SAE, C = sm.N, sm.SIDE, sm.D_IN, sm.D_SAE, sm.C
