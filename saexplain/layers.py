@@ -106,8 +106,8 @@ def store_outputs(model, split: Split, name: str, storing: Storing, ranks: Ranks
         folder = storing.folder / f"activations_{name}_{ranks.rank}"
         made_from = {**storing.made_from, "part": [own.start, own.stop]}
         store = open_store(shape, folder, made_from, device)
-    rest = part_of(images, slice(store.done, None))
-    loader = TensorLoader(Split(rest, split.labels[own][store.done :]))
+    rest = Split(part_of(images, slice(store.done, None)), split.labels[own][store.done :])
+    loader = TensorLoader(rest) if len(rest.labels) else ()
     for batch, _ in progress_bar(loader, f"{SPLIT_NAMES[name]} images", len(loader)):
         raw = fa.values_of(model.preactivations(batch))
         if kept < p:
