@@ -36,11 +36,10 @@ import argparse
 import io
 import itertools
 import math
-import os
 import platform
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -54,22 +53,27 @@ from torch import Tensor, nn
 import feature_analysis as fa
 from saexplain import console, figures, page, report
 from saexplain.baselines import features_along
-from saexplain.fidelity import feature_stats, measure_fidelity
+from saexplain.datasets import check_split_leakage
+from saexplain.fidelity import feature_stats, measure_fidelity, rows_of
 from saexplain.files import (
     BusyError,
     InputError,
     Stage,
     check_chain,
+    file_name,
     folder_lock,
     load_cached,
     load_stage,
     read_json,
     save_stage,
+    sha256_of,
     to_json,
 )
 from saexplain.hypotheses import load_frozen
-from saexplain.images import Data, Split, TensorLoader, check_split_leakage, digest_of, load_images
+from saexplain.images import Data, Split, TensorLoader, digest_of, load_images
 from saexplain.layers import (
+    AtLayer,
+    Storing,
     collect_activations,
     default_torch_state,
     make_deterministic,
@@ -91,10 +95,15 @@ from saexplain.optimization import (
 )
 from saexplain.own import read_hypotheses, report_own
 from saexplain.parallel import (
+    ONE_PROCESS,
+    Ranks,
     Stopwatch,
     Task,
     WorkerError,
     Workers,
+    one_writer,
+    open_ranks,
+    printing_once,
     torch_threads,
 )
 from saexplain.reproducibility import compare_seeds
@@ -103,6 +112,7 @@ from saexplain.sae import JumpReLUSAE
 from saexplain.saelens import save_saelens
 from saexplain.stages import Trained, WantedSAE, sae_stages, train_saes, training_rows
 from saexplain.sweep import combinations, run_sweep
+from saexplain.targets import TARGETS, choose_target, compare_targets, targets_table
 
 # --------------------------------------------------------------------------------------------------
 # Settings: edit a line here, or give the flag of the same name (TARGET_ACTIVES: --target-actives)
@@ -717,14 +727,19 @@ def explain_activations(
     settings: Settings,
     clock: Stopwatch,
     workers: Workers,
+    ranks: Ranks = ONE_PROCESS,
 ) -> list[dict]:
     """Train the SAEs on the layer's activations and explain them; the records of summary.json.
 
-    The hypotheses of all targets are frozen before the first of them is tested.
+    The hypotheses of all targets are frozen before the first of them is tested. Of several ranks
+    all train, and the first explains; the others have no records.
     """
     made_from = {"data_digest": data.digest, "network_sha256": network.digest}
     with clock("sae"):
-        trained = train_saes(layer, settings, made_from, train_wanted, workers)
+        trained = train_saes(layer, settings, made_from, train_wanted, workers, ranks)
+    if not ranks.is_first:
+        ranks.barrier()  # until the first has explained them
+        return []
     report.replace_results(Path(settings.out))
     options = report.Options(
         classes=data.classes,
@@ -756,6 +771,7 @@ def explain_activations(
     write_summary(settings, data, network, trained, list(records.values()))
     folders = {settings.folder_of(target): record for target, record in records.items()}
     console.print_results(Path(settings.out), folders, list(reports.values()))
+    ranks.barrier()
     return list(records.values())
 
 
@@ -770,13 +786,14 @@ def finish_target(
     """`finish_report` with what only the trainer knows: the SAEs of other seeds, and as baselines
     the directions that training starts from, untrained and with a trained encoder."""
     layer, (stages, frozen) = draft.layer, trained
-    z = layer.standardize(layer.splits["val"].raw)
+    z = rows_of(layer, "val")
     others = {seed: stage for seed, stage in stages.items() if seed != settings.seed}
+    # Those of another seed: the SAE's own started from the rows of its seed.
+    rows = starting_rows(z, settings.sae_latents, settings.seed + 1)
+    untrained = features_along(rows, z, *feature_stats(layer.sae, z))
     baselines = {}
     if others or frozen:
-        # Those of another seed: the SAE's own started from the rows of its seed.
-        rows = starting_rows(z, settings.sae_latents, settings.seed + 1)
-        baselines["untrained SAE"] = features_along(rows, z, *feature_stats(layer.sae, z))
+        baselines["untrained SAE"] = untrained
         baselines |= report.default_baselines(layer, settings.seed)
     if frozen:
         try:
@@ -787,7 +804,8 @@ def finish_target(
             print(f"no baseline with a frozen decoder: {error}")
     tasks = report.start_baselines(draft, baselines, workers)
     with draft.clock("fidelity"):
-        record = sae_record(layer, target, stages[settings.seed], data, settings)
+        stage = stages[settings.seed]
+        record = sae_record(layer, target, stage, data, settings, untrained)
     with draft.clock("reproducibility"):
         device = layer.device
         saes = {s: JumpReLUSAE.from_weights(stage.tensors, device) for s, stage in others.items()}
@@ -797,15 +815,21 @@ def finish_target(
 
 
 def sae_record(
-    layer: fa.ExplainedLayer, target: int, stage: Stage, data: Data, settings: Settings
+    layer: fa.ExplainedLayer,
+    target: int,
+    stage: Stage,
+    data: Data,
+    settings: Settings,
+    untrained: JumpReLUSAE | None = None,
 ) -> dict:
-    """What summary.json says about one SAE before its features are explained."""
+    """What summary.json says about one SAE before its features are explained; `untrained` is an
+    SAE to compare it with."""
     return {
         "target_actives": target,
         "lambda": stage.record["lambda"],
         "threshold_shift": stage.record["threshold_shift"],
         "achieved_actives_before_shift": stage.record["l0_before_shift"],
-        **measure_fidelity(layer, target),
+        **measure_fidelity(layer, target, untrained),
         **settings.chosen("sae_latents normalize_z seed"),
         "data": data.source,
         "device": str(layer.device),
@@ -937,17 +961,46 @@ def open_run(
     return Run(explained, settings, data._replace(classes=tuple(manifest["classes"])), place)
 
 
-def explain_settings(target: int, d_in: int, device: torch.device, given: dict) -> Settings:
-    """Settings of a call of explain(). Raises InputError for a name that is none."""
+EXPLAINED = "explained"  # folder of the results of explain(), by network and layer
+
+
+def explain_settings(net: AtLayer, raw: fa.Rows, target: int, given: dict) -> Settings:
+    """Settings of a call of explain() for a layer with outputs like raw (n, ...).
+
+    Raises InputError for a name that is none.
+    """
     decided = ["target_actives", "data", "device", "hidden_units"]  # by explain's own arguments
     decided += [f.name for f in fields(Settings) if f.name.endswith("_ffn")]  # of the classifier
     known = [f.name for f in fields(Settings) if f.name not in decided]
     for name in given:
         if name not in known:
             raise InputError(f"explain() has no setting {name!r}; it has {', '.join(known)}")
-    usual = {"sae_latents": 2 * max(d_in, target), "workers": 0, "out": "explained"}
+    width = LATENTS_AT_POSITIONS if len(raw.shape) == 3 else LATENTS_OF_VECTOR
+    usual = {"sae_latents": max(width * raw.shape[-1], 2 * target), "workers": 0}
+    usual["out"] = str(Path(EXPLAINED) / file_name(net.short_name))
     given = {**given, "out": str(given.get("out", usual["out"]))}
-    return Settings(target_actives=(target,), device=str(device), **{**usual, **given})
+    return Settings(target_actives=(target,), device=str(net.device), **{**usual, **given})
+
+
+LATENTS_OF_VECTOR, LATENTS_AT_POSITIONS = 2, 4  # per number of a row, where none are asked for
+
+
+def pick_target(layer: fa.ExplainedLayer, settings: Settings, ranks: Ranks) -> int:
+    """The target for the layer, after short trainings with several, which are printed."""
+    rows = training_rows(layer, ranks).train
+    short = replace(settings, epochs_sae_final=1)
+    targets = [target for target in TARGETS if target < settings.sae_latents]
+    pairs = [(target, settings.seed + other) for other in (0, 1) for target in targets]
+    trainers = [SAETrainer(rows, target, replace(short, seed=seed)) for target, seed in pairs]
+    saes = [sae for sae, _ in train_together(trainers)]
+
+    def choose() -> int:
+        compared = compare_targets(layer, targets, saes)
+        chosen = choose_target(compared)
+        print(targets_table(compared, chosen))
+        return chosen
+
+    return ranks.on_first(choose)
 
 
 @default_torch_state()
@@ -955,55 +1008,81 @@ def explain(
     model: nn.Module,
     layer: str | None,
     train: object,
-    val: object,
-    test: object,
+    val: object = None,
+    test: object = None,
     *,
     classes: Sequence[str] = (),
-    target: int = TARGET_ACTIVES[0],
+    target: int | None = None,
     pool: str | None = None,
+    layout: str | None = None,
+    grid: Sequence[int] | None = None,
+    prefix_tokens: int | None = None,
+    positions_per_image: int = 8,
+    images: Mapping[str, object] | None = None,
     **settings: object,
 ) -> Run:
     """Train an SAE on a layer of any network, and explain its features: all that the script does.
 
-        run = explain(model, "features.7", train, val, test, classes=names, out="explained")
+        run = explain(model, "layer3", "photos")  # a folder with a folder of images for each class
+        run = explain(model, "layer3", train, val, test, classes=names, out="explained")
 
     Args:
-        model: maps images (B, C, H, W) to logits (B, n_classes). It runs in evaluation mode where
-            it is, and is left as it was.
+        model: maps images (B, C, H, W) to logits (B, n_classes), alone, as `.logits`, or in a dict
+            or tuple. It runs in evaluation mode where it is, and is left as it was.
         layer: its name, as in `model.named_modules()`; None for a model that itself has the methods
             `preactivations` and `logits_from_preactivations`.
-        train, val, test: pairs of tensors (images, labels), Datasets or DataLoaders. The SAE is
-            trained on the first, hypotheses are made from the second, and tested on the third.
-        classes: names of the logits.
-        target: mean number of active features per image.
-        pool: for a layer with positions, as in `saexplain.layers.AtLayer`.
+        train, val, test: pairs of tensors (images, labels), Datasets, DataLoaders, folders, ..., as
+            `saexplain.datasets.load_own` takes them. The SAE is trained on the first, hypotheses
+            are made from the second, and tested on the third; missing ones are taken from train.
+        classes: names of the logits; by default those that the images have.
+        target: mean number of active features of an image, or of a position; by default the
+            smallest of TARGETS that keeps the predictions in a short training.
+        pool, layout, grid, prefix_tokens: for a layer with positions, as in
+            `saexplain.layers.AtLayer`; by default they are recognized, and printed.
+        positions_per_image: random ones of each training image, on which the SAE is trained.
+        images: further arguments of `load_own`, such as {"mean": ..., "std": ...}.
         settings: any other of `Settings`, by name: out, sae_latents, hypotheses, fresh, ... By
-            default out is "explained", there are twice as many latents as the layer has outputs,
-            or as the target if that is more, and no worker processes.
+            default out names network and layer, there are twice as many latents as the layer has
+            outputs, four times as many as a position has, and no worker processes.
 
     Returns the run as `load_run` does; its files are in `out`. A second call with the same network
-    and images reuses the SAE. Raises InputError for what cannot be used, ValueError for a layer
-    that the logits do not depend on alone, or from which no gradient leads to the pixels.
+    and images reuses the SAE. Under torchrun all ranks train, and the first explains. Raises
+    InputError for what cannot be used, ValueError for a layer whose output cannot be read or
+    replaced.
     """
-    clock, net = Stopwatch(), open_layer(model, layer, pool)
-    data = report.load_splits(net, classes, train, val, test)
-    with torch.no_grad():
-        d_in = net.preactivations(data.train.images[: fa.PROBED]).shape[1]
-    own = explain_settings(target, d_in, net.device, settings)
-    make_deterministic(net.device)
-    with folder_lock(Path(own.out), own.wait), torch_threads(1), Workers(own.workers) as workers:
-        with clock("activations"):
-            activations = collect_activations(net, data, own.normalize_z)
-        warn_scale_shift(activations)
-        raw = [split.raw for split in activations.splits.values()]
-        with torch.no_grad():  # of what the SAE learns from, not of code that cannot be hashed
-            logits = activations.logits(activations.splits["val"].raw)
-        digest = digest_of([*raw, logits, *net.model.state_dict().values()])
-        network = Network(net.title, digest)
-        explain_activations(activations, data, network, own, clock, workers)
-        stage = load_stage(Path(own.out), "sae")
-        sae = JumpReLUSAE.from_weights(stage.tensors, activations.device)
-    return Run(activations.with_sae(sae), own, data, Path(own.out))
+    clock, net = Stopwatch(), open_layer(model, layer, pool, layout, grid, prefix_tokens)
+    with open_ranks() as ranks, printing_once(ranks):
+        data = report.load_splits(net, classes, train, val, test, **(images or {}))
+        with torch.no_grad():
+            some = net.preactivations(data.train.images[: fa.PROBED])
+        own = explain_settings(net, some, target or max(TARGETS), settings)
+        make_deterministic(net.device)
+        root = Path(own.out)
+        with one_writer(root, own.wait, ranks), torch_threads(1), Workers(own.workers) as workers:
+            print(f"{net.title}: {net.in_words()}; results go to {root}")
+            made_from = {"data": data.digest, "layer": net.title}
+            made_from["weights"] = digest_of(net.model.state_dict().values())
+            storing = Storing(positions_per_image, root, made_from)
+            with clock("activations"):
+                found = collect_activations(net, data, own.normalize_z, storing, ranks)
+            warn_scale_shift(found)
+            if target is None:
+                with clock("target"):
+                    own = replace(own, target_actives=(pick_target(found, own, ranks),))
+            network = ranks.on_first(name_network, found, made_from)
+            explain_activations(found, data, network, own, clock, workers, ranks)
+            stage = load_stage(root, "sae")
+    sae = JumpReLUSAE.from_weights(stage.tensors, found.device)
+    return Run(found.with_sae(sae), own, data, root)
+
+
+@torch.no_grad()
+def name_network(layer: fa.ExplainedLayer, made_from: Mapping[str, str]) -> Network:
+    """The network with a digest of all that decides the SAE: also of outputs, since code that makes
+    them cannot be hashed."""
+    raw = layer.splits["val"].raw
+    outputs = digest_of([fa.values_of(raw), layer.logits(raw)])
+    return Network(layer.model.title, sha256_of(to_json({**made_from, "outputs": outputs})))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1014,17 +1093,23 @@ def explain(
 def run_once(settings: Settings) -> list[dict]:
     """Data, classifier, SAEs, reports; the records of summary.json."""
     clock, root = Stopwatch(), Path(settings.out)
-    with folder_lock(root, settings.wait), torch_threads(1), Workers(settings.workers) as workers:
+    with (
+        open_ranks() as ranks,
+        printing_once(ranks),
+        one_writer(root, settings.wait, ranks),
+        torch_threads(1),
+        Workers(settings.workers) as workers,
+    ):
         with clock("data"):
             data = load_images(settings.data, settings.seed, pick_device(settings.device))
         print(f"data: {data.in_words()}; device {settings.device}, seed {settings.seed}")
         check_split_leakage(data)
         with clock("classifier"):
-            model, stage = classifier_stage(settings, data, root)
+            model, stage = ranks.on_first(classifier_stage, settings, data, root)
         with clock("activations"):
-            layer = collect_activations(model, data, settings.normalize_z)
+            layer = collect_activations(model, data, settings.normalize_z, ranks=ranks)
         network = Network(OWN_NETWORK, stage.digest, stage.record["history"])
-        return explain_activations(layer, data, network, settings, clock, workers)
+        return explain_activations(layer, data, network, settings, clock, workers, ranks)
 
 
 def train_combination(settings: Settings) -> dict:
@@ -1073,8 +1158,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     if runs[0].my_hypotheses:
         return report_my_hypotheses(runs[0])
     if len(runs) == 1:
-        is_first_rank = os.environ.get("RANK", "0") == "0"  # torchrun's others share sweeps only
-        return run_once(runs[0]) if is_first_rank else []
+        return run_once(runs[0])
     first = runs[0]
     workers = first.workers if pick_device(first.device).type == "cpu" else 0
     return run_sweep(combinations(runs), train_combination, Path(first.out), workers, first.wait)

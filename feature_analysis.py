@@ -50,7 +50,8 @@ PER_BAND = 5  # examples shown for each band
 SAMPLE_PER_FEATURE = 64  # active images kept per feature to find those bands
 LAST_INDEX = 2**31 - 1  # image indices and the bits of a positive float32 both fit into 31 bits
 ROWS = 512  # images in one forward pass: few enough to stay in the processor's cache
-HEAD_ROWS = 4096  # rows in one pass through the rest of the model
+HEAD_ROWS = 4096  # rows in one pass through the rest of the model, at most
+HEAD_ENTRIES = 2**22  # numbers in these rows, of all positions, at most
 GRADIENT_ROWS = 32  # images whose gradients, d_in of each, are in memory at once, at most
 GRADIENT_ENTRIES = 2**26  # numbers that these gradients may have
 ENTRIES = 2**21  # activations of which several copies are made: larger arrays are slow to allocate
@@ -63,12 +64,70 @@ ROUNDING = 1e-4  # relative difference of two float32 results that is still roun
 # --------------------------------------------------------------------------------------------------
 
 
+class Positions(NamedTuple):
+    """The positions of a layer's output, row by row, after those without a place in the image."""
+
+    grid: tuple[int, int]  # rows and columns
+    n_prefix: int = 0  # tokens before the grid, such as a class token
+
+    @property
+    def n(self) -> int:
+        return self.n_prefix + self.grid[0] * self.grid[1]
+
+
+class BranchRows:
+    """Outputs of a layer that something goes around, with the images that lead to the rest.
+
+    It is indexed and split like the tensor `raw` (N, ...), and copies no image before it must.
+    """
+
+    def __init__(self, raw: Tensor, images, index: Tensor | None = None):
+        self.raw, self._images = raw, images
+        self._index = torch.arange(len(raw)) if index is None else index  # (N,) into the images
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def __getitem__(self, at) -> BranchRows:
+        own = at.cpu() if isinstance(at, Tensor) else at
+        return BranchRows(self.raw[at], self._images, self._index[own])
+
+    @property
+    def device(self) -> torch.device:
+        return self.raw.device
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.raw.shape
+
+    @property
+    def images(self) -> Tensor:
+        """(N, ...)"""
+        return self._images[self._index.to(self._images.device)]
+
+    def split(self, n: int) -> list[BranchRows]:
+        """Pieces of n rows."""
+        return [self[i : i + n] for i in range(0, len(self), n)]
+
+    def like(self, raw: Tensor) -> BranchRows:
+        """Other outputs for the same images."""
+        return BranchRows(raw, self._images, self._index)
+
+
+Rows = Tensor | BranchRows  # (N, d_in) of a vector layer, (N, P, d_in) of one with P positions
+
+
+def values_of(raw: Rows) -> Tensor:
+    """The layer's output alone."""
+    return raw.raw if isinstance(raw, BranchRows) else raw
+
+
 class Activations(NamedTuple):
     """Images of one split, and the layer's output for them, computed once."""
 
     images: Tensor  # (N, ...) as the model takes them
     labels: Tensor  # (N,) int64
-    raw: Tensor  # (N, d_in), before standardization
+    raw: Rows  # before standardization
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +173,8 @@ class ExplainedLayer:
 
     @property
     def n_classes(self) -> int:
-        return self.logits(self.mu[None]).shape[1]
+        known = getattr(self.model, "n_classes", None)
+        return known or self.logits(self.mu[None]).shape[1]
 
     @torch.no_grad()
     def activations(self, images: Tensor, labels: Tensor) -> Activations:
@@ -126,11 +186,28 @@ class ExplainedLayer:
         if images.dim() and len(images) == 0:
             raise ValueError("images is empty: give at least one")
         check_deterministic(self, images)
-        raw = torch.cat([self.raw(some) for some in images.split(ROWS)])
+        raw = torch.cat([values_of(self.raw(some)) for some in images.split(ROWS)])
+        raw = self.rows(raw, images)
         return Activations(images, class_indices(labels, len(images), self.n_classes).cpu(), raw)
 
-    def raw(self, images: Tensor) -> Tensor:
-        """The layer's output (B, d_in) for images (B, ...).
+    @property
+    def positions(self) -> Positions | None:
+        """The positions of the layer's output, None where it is a vector."""
+        return getattr(self.model, "positions", None)
+
+    @property
+    def has_positions(self) -> bool:
+        return self.positions is not None
+
+    @property
+    def head_rows(self) -> int:
+        """Rows in one pass through the rest of the model: fewer where a row is large."""
+        n_positions = self.positions.n if self.has_positions else 1
+        entries = max(n_positions * len(self.mu), getattr(self.model, "head_entries", 0))
+        return max(1, min(HEAD_ROWS, HEAD_ENTRIES // entries))
+
+    def raw(self, images: Tensor) -> Rows:
+        """The layer's output for images (B, ...): (B, d_in), or (B, P, d_in) with positions.
 
         Raises ValueError when the model cannot take the images, or gives another shape than mu's,
         or numbers that are not finite.
@@ -145,48 +222,88 @@ class ExplainedLayer:
                 raise
             shape = tuple(images.shape)
             raise ValueError(f"the model cannot take images of shape {shape}: {error}") from error
-        shape, expected = tuple(raw.shape), tuple(self.mu.shape)
-        if shape[1:] != expected:
+        values, expected = values_of(raw), tuple(self.mu.shape)
+        shape = tuple(values.shape)
+        if shape[-1:] != expected or len(shape) != 2 + self.has_positions:
             raise ValueError(f"preactivations have shape {shape}, but mu has shape {expected}")
-        if not raw.isfinite().all():
+        if not values.isfinite().all():
             given = "finite" if images.isfinite().all() else "not finite"
             raise ValueError(f"preactivations are not finite, for images that are {given}")
         return raw
 
-    def standardize(self, raw: Tensor) -> Tensor:
-        """z (B, d_in), what the SAE reads, of raw (B, d_in)."""
-        return (raw - self.mu) / self.std
+    def rows(self, raw: Tensor, images) -> Rows:
+        """The layer's output raw for `images`, with them where the rest of the model reads them."""
+        return BranchRows(raw, images) if getattr(self.model, "is_branch", False) else raw
 
-    def feature_acts(self, raw: Tensor) -> Tensor:
-        """Feature activations (B, d_sae) of raw (B, d_in)."""
-        return self.sae.encode(self.standardize(raw))
+    def standardize(self, raw: Rows) -> Tensor:
+        """z, what the SAE reads, of raw, in its shape."""
+        return (values_of(raw) - self.mu) / self.std
 
-    def logits(self, raw: Tensor) -> Tensor:
-        """Logits (B, C) of raw (B, d_in), HEAD_ROWS at a time."""
+    def acts_at(self, raw: Rows) -> Tensor:
+        """Feature activations by position, (B, P, d_sae); P is 1 for a vector layer."""
+        z = self.standardize(raw)
+        return self.sae.encode(z.flatten(0, -2)).unflatten(0, (len(z), -1))
+
+    def peaks(self, raw: Rows) -> tuple[Tensor, Tensor]:
+        """Each feature's largest activation over positions (B, d_sae), and the first position that
+        has it (B, d_sae)."""
+        if not self.has_positions:
+            acts = self.sae.encode(self.standardize(raw))
+            return acts, torch.zeros_like(acts, dtype=torch.int64)
+        rows = max(1, ENTRIES // (self.positions.n * self.d_sae))
+        acts, position = zip(*(self.acts_at(some).max(1) for some in raw.split(rows)), strict=True)
+        return torch.cat(acts), torch.cat(position)
+
+    def feature_acts(self, raw: Rows) -> Tensor:
+        """Feature activations (B, d_sae) of raw, the largest over positions."""
+        return self.peaks(raw)[0]
+
+    def acts_of(self, raw: Rows, k: int | Tensor) -> Tensor:
+        """Activations (B,), or (B, P) with positions, of feature k: one for all rows, or (B,)."""
+        z = self.standardize(raw)
+        encode_feature = getattr(self.sae, "encode_feature", None)  # an SAE of one's own has none
+        if encode_feature is not None:
+            return encode_feature(z, k)
+        acts = self.sae.encode(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
+        return acts.movedim(-1, 1)[torch.arange(len(z), device=z.device), k]
+
+    def logits(self, raw: Rows) -> Tensor:
+        """Logits (B, C) of raw, `head_rows` at a time."""
         head = self.model.logits_from_preactivations
-        return torch.cat([head(some) for some in raw.split(HEAD_ROWS)])
+        return torch.cat([head(some) for some in raw.split(self.head_rows)])
 
     def logits_of_z(self, z: Tensor) -> Tensor:
-        """Logits (B, C) of standardized z (B, d_in)."""
+        """Logits (B, C) of standardized z, (B, d_in) or (B, P, d_in)."""
         return self.logits(torch.addcmul(self.mu, z, self.std))
 
-    def adding(self, raw: Tensor, k: int | Tensor, alpha: float | Tensor) -> Tensor:
-        """raw (B, d_in) with alpha times feature k added: raw + alpha W_dec[k] std.
+    def from_z(self, z: Tensor, raw: Rows) -> Rows:
+        """Rows like raw, with the values of standardized z, (B, d_in) or (B, P, d_in)."""
+        values = torch.addcmul(self.mu, z, self.std)
+        return raw.like(values) if isinstance(raw, BranchRows) else values
 
-        k and alpha are one for all rows, or (B,).
+    def moved(self, raw: Rows, step: Tensor, alpha: float | Tensor) -> Rows:
+        """raw + alpha step, step (d_in,) or (B, d_in), alpha a number, (B,), or (B, P)."""
+        values = values_of(raw)
+        if isinstance(alpha, Tensor) and alpha.dim():
+            alpha = alpha.reshape(alpha.shape + (1,) * (values.dim() - alpha.dim()))
+        step = step[:, None] if step.dim() == 2 and self.has_positions else step
+        values = values + alpha * step
+        return raw.like(values) if isinstance(raw, BranchRows) else values
+
+    def adding(self, raw: Rows, k: int | Tensor, alpha: float | Tensor) -> Rows:
+        """raw with alpha times feature k added, at all positions: raw + alpha W_dec[k] std.
+
+        k is one for all rows, or (B,); alpha a number, (B,), or (B, P) by position.
         """
-        step = self.sae.W_dec.detach()[k] * self.std
-        return raw + (alpha[:, None] if isinstance(alpha, Tensor) and alpha.dim() else alpha) * step
+        return self.moved(raw, self.sae.W_dec.detach()[k] * self.std, alpha)
 
-    def without(self, raw: Tensor, k: int | Tensor, acts: Tensor | None = None) -> Tensor:
-        """raw (B, d_in) without what feature k contributes to it: raw - f_k W_dec[k] std.
+    def without(self, raw: Rows, k: int | Tensor, acts: Tensor | None = None) -> Rows:
+        """raw without what feature k contributes to it, at all positions: raw - f_k W_dec[k] std.
 
-        k is one for all rows, or (B,); acts (B,) are the activations f_k where they are known. What
-        the SAE does not reconstruct stays, so its error is not mistaken for the feature's effect.
+        k is one for all rows, or (B,); acts are those of `acts_of` where they are known. What the
+        SAE does not reconstruct stays, so its error is not mistaken for the feature's effect.
         """
-        if acts is None:
-            acts = self.feature_acts(raw)[torch.arange(len(raw), device=raw.device), k]
-        return self.adding(raw, k, -acts)
+        return self.adding(raw, k, -(self.acts_of(raw, k) if acts is None else acts))
 
 
 def check_eval_mode(model: object) -> None:
@@ -208,7 +325,7 @@ def check_deterministic(layer: ExplainedLayer, images: Tensor, head: bool = True
     It finds dropout that is no module of its own. With `head`, logits are compared as well.
     """
     raw = layer.raw(images[:PROBED])
-    pairs = [(raw, layer.raw(images[:PROBED]))]
+    pairs = [(values_of(raw), values_of(layer.raw(images[:PROBED])))]
     if head:
         pairs.append((layer.logits(raw), layer.logits(raw)))
     if any((a - b).abs().max() > ROUNDING * a.abs().max() for a, b in pairs if a.numel()):
@@ -532,7 +649,7 @@ def is_linear(layer: ExplainedLayer, image_shape, images: Tensor | None = None) 
         some = images[: 2 * n].to(tried)
         tried = torch.cat([tried[:3], some[:n], tried[3:], some[n:]])
     a, b = tried.chunk(2)
-    at_a, at_b, between = layer.raw(a), layer.raw(b), layer.raw(0.3 * a + 0.7 * b)
+    at_a, at_b, between = (values_of(layer.raw(x)) for x in (a, b, 0.3 * a + 0.7 * b))
     bend = (0.3 * at_a + 0.7 * at_b - between).abs().amax(0)  # (d_in,)
     return not (bend > ROUNDING * torch.cat([at_a, at_b]).abs().amax(0)).any()
 
@@ -546,7 +663,7 @@ def check_gradients(model, images: Tensor) -> None:
         raise ValueError("input patterns need gradients: leave torch.inference_mode() for them")
     pixels = images[:1].float().clone().detach().requires_grad_()
     with torch.enable_grad():
-        raw = model.preactivations(pixels).sum()
+        raw = values_of(model.preactivations(pixels)).sum()
         # None of the pixels' where weights alone have a gradient.
         found = torch.autograd.grad(raw, pixels, allow_unused=True) if raw.requires_grad else [None]
     if found[0] is None:
@@ -554,6 +671,12 @@ def check_gradients(model, images: Tensor) -> None:
             "no gradient leads from the layer to the pixels: the network must not use no_grad() or "
             "detach() on the way; freeze weights with requires_grad_(False) instead"
         )
+
+
+def check_vector(layer: ExplainedLayer) -> None:
+    """Raise ValueError for a layer with positions, whose features have a pattern at each."""
+    if layer.has_positions:
+        raise ValueError("the layer has positions: saexplain.where gives the patterns of features")
 
 
 def _mean_jacobian(
@@ -574,7 +697,7 @@ def _mean_jacobian(
     check_gradients(layer.model, images.to(layer.device))
 
     def projected(pixels: Tensor) -> Tensor:
-        return (layer.raw(pixels) @ directions).sum(0)  # (n,): images do not mix
+        return (values_of(layer.raw(pixels)) @ directions).sum(0)  # (n,): images do not mix
 
     total = 0.0
     entries = directions.shape[1] * math.prod(images.shape[1:])  # of the gradients at one image
@@ -602,6 +725,7 @@ def feature_input_pattern(
     """
     layer = ExplainedLayer(model, sae, mu, std)
     k = check_feature(k, layer.d_sae)
+    check_vector(layer)
     direction = (sae.W_enc[:, k] / std)[:, None].detach()
     return _mean_jacobian(layer, direction, images, image_shape)[0]
 
@@ -614,6 +738,7 @@ def feature_input_patterns(
     Pre-activations are linear in the layer's output, so d_in gradients serve all features.
     """
     layer = ExplainedLayer(model, sae, mu, std)
+    check_vector(layer)
     basis = torch.eye(len(mu), device=mu.device, dtype=mu.dtype)
     jacobian = _mean_jacobian(layer, basis, images, image_shape)  # (d_in, H, W)
     return torch.tensordot((sae.W_enc.detach() / std[:, None]).T, jacobian, dims=1)
@@ -652,16 +777,21 @@ class LogitEffects(NamedTuple):
 def logit_effects(
     layer: ExplainedLayer, raw: Tensor, alpha: float = 1.0, features: Tensor | None = None
 ) -> LogitEffects:
-    """What adding alpha times each of `features` (n,), by default all, does to raw (N, d_in)."""
+    """What adding alpha times each of `features` (n,), by default all, does to the logits of raw.
+
+    A layer with positions gets it at all of them.
+    """
     features = torch.arange(layer.d_sae) if features is None else features
     if not abs(alpha) < 1e300:  # nan is not, either
         raise ValueError(f"alpha must be finite, got {alpha}")
     base = layer.logits(raw).sum(0, dtype=torch.float64)
     sums = torch.zeros(len(features), len(base), dtype=torch.float64, device=raw.device)
-    at_once = max(1, HEAD_ROWS // len(raw))  # features
+    n = len(raw)
+    at_once = max(1, layer.head_rows // n)  # features
     for out, some in zip(sums.split(at_once), features.split(at_once), strict=True):
-        moved = layer.adding(raw, some[:, None].to(raw.device), alpha)  # (n, N, d_in)
-        logits = layer.logits(moved.flatten(0, 1)).unflatten(0, moved.shape[:2])
+        image = torch.arange(n, device=raw.device).repeat(len(some))
+        moved = layer.adding(raw[image], some.to(raw.device).repeat_interleave(n), alpha)
+        logits = layer.logits(moved).unflatten(0, (len(some), n))
         out.copy_(logits.sum(1, dtype=torch.float64) - base)
     return LogitEffects.from_sums(sums, torch.full((len(features),), len(raw), device=raw.device))
 
@@ -687,8 +817,10 @@ def ablation_effects(
         wanted = active & (counts[:, None] + active.cumsum(1) <= n_eval)
         counts += wanted.sum(1)
         which, image = wanted.nonzero().unbind(1)  # each pair is a row of the head
-        for w, i in zip(which.split(HEAD_ROWS), image.split(HEAD_ROWS), strict=True):
-            without = layer.without(raw[i], features[w], feature_acts[i, w])
+        at_once = layer.head_rows
+        for w, i in zip(which.split(at_once), image.split(at_once), strict=True):
+            acts = None if layer.has_positions else feature_acts[i, w]
+            without = layer.without(raw[i], features[w], acts)
             sums.index_add_(0, w, (layer.logits(without) - base[i]).double())
     return LogitEffects.from_sums(sums, counts)
 
@@ -696,7 +828,11 @@ def ablation_effects(
 def _first_raw(layer: ExplainedLayer, loader: Iterable, n_eval: int) -> Tensor:
     """The layer's output (n, d_in) for the loader's first n_eval images."""
     n_eval = check_whole("n_eval", n_eval, 1)
-    return torch.cat([raw for raw, _ in raw_batches(layer, loader, n_eval)])
+    found = [raw for raw, _ in raw_batches(layer, loader, n_eval)]
+    if isinstance(found[0], BranchRows):
+        images = torch.cat([rows.images for rows in found])
+        return BranchRows(torch.cat([rows.raw for rows in found]), images)
+    return torch.cat(found)
 
 
 def feature_logit_effects(

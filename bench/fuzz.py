@@ -97,6 +97,7 @@ def try_input(kind: str, draw, folder: Path) -> None:
     elif kind == "splits":
         three = {name: (PIXELS + n, LABELS) for n, name in enumerate(("train", "val", "test"))}
         odd = st.tuples(TENSORS, TENSORS) | TENSORS | st.lists(st.tuples(TENSORS, VALUES)) | VALUES
+        odd |= st.dictionaries(one_of("image label train x".split()), TENSORS | VALUES)
         three[draw(one_of(sorted(three)))] = draw(odd)
         report.load_splits(NET, draw(st.just([]) | st.lists(st.text())), **three)
     elif kind == "arguments":

@@ -9,6 +9,8 @@ Where to look:
 
     how is a layer read and replaced?          layers.py
     where do images come from?                 images.py, and idx.py for MNIST's file format
+    where do images of one's own come from?    datasets.py; in which forms? sources.py
+    how do images look?                        normalization.py
     what is known about every feature?         analysis.py, activity.py
     what may a feature mean?                   ink.py, regions.py, hypotheses.py, captions.py
     where is an image edited?                  edits.py
@@ -37,6 +39,7 @@ _HOME = {  # of the names that can be imported from saexplain itself
     "evaluate_hypotheses": "evaluation",
     "explain_sae": "report",
     "load_images": "images",
+    "load_own": "datasets",
     "load_saelens": "saelens",
     "read_hypotheses": "own",
     "save_saelens": "saelens",

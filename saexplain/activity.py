@@ -5,8 +5,8 @@
     added, logits = contributions(layer, raw, activity)  # what each pair adds to its image's logits
     others, r = coactivation_neighbors(activity, 4)      # features active on the same images
 
-Takes an `ExplainedLayer`, its output raw (N, d_in) on some images and their labels (N,); gives
-tables of numbers. It does not interpret features, and imports only feature_analysis.
+Takes an `ExplainedLayer`, its output raw on some images and their labels (N,); gives tables of
+numbers. It does not interpret features, and imports only feature_analysis.
 
 Key: N images, C classes, d_sae features, P pairs of a feature and an image that activates it.
 """
@@ -24,6 +24,7 @@ from torch import Tensor
 import feature_analysis as fa
 
 PAIRS_AT_ONCE = 2**18  # pairs of features counted at once: few enough for the processor's cache
+REMOVED_FROM = 64  # images from which a feature of a layer with positions is removed, at most
 
 
 class Activity(NamedTuple):
@@ -31,13 +32,18 @@ class Activity(NamedTuple):
 
     start: Tensor  # (d_sae + 1,) int64; the pairs of feature k are start[k] .. start[k + 1] - 1
     image: Tensor  # (P,) int64, ascending within a feature
-    activation: Tensor  # (P,)
+    activation: Tensor  # (P,) the largest over positions
     labels: Tensor  # (N,) int64
+    position: Tensor  # (P,) int64, where it is; 0 for a vector layer
 
     def of(self, k: int) -> tuple[Tensor, Tensor]:
         """The images (n,) that activate feature k, and its activations there (n,)."""
         pairs = slice(int(self.start[k]), int(self.start[k + 1]))
         return self.image[pairs], self.activation[pairs]
+
+    def peaks_of(self, k: int) -> Tensor:
+        """(n,) the positions at which feature k is most active on the images that activate it."""
+        return self.position[int(self.start[k]) : int(self.start[k + 1])]
 
     def is_active(self, k: int) -> np.ndarray:
         """(N,) bool, whether each image activates feature k."""
@@ -54,6 +60,16 @@ class Activity(NamedTuple):
     def feature(self) -> Tensor:
         """(P,) the feature of each pair."""
         return torch.repeat_interleave(torch.arange(len(self.n_active)), self.n_active)
+
+    def fewer(self, n: int) -> Activity:
+        """The same with at most n pairs of each feature, evenly spaced."""
+        counts = self.n_active.clamp(max=n)
+        start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        nth = torch.arange(int(start[-1])) - start[:-1].repeat_interleave(counts)
+        step = (self.n_active / counts.clamp(min=1)).double().repeat_interleave(counts)
+        kept = self.start[:-1].repeat_interleave(counts) + (nth * step).long()
+        columns = self.image[kept], self.activation[kept], self.labels, self.position[kept]
+        return Activity(start, *columns)
 
 
 def check_activity(activity: Activity, layer: fa.ExplainedLayer, raw: Tensor) -> None:
@@ -84,18 +100,19 @@ def collect_activity(layer: fa.ExplainedLayer, raw: Tensor, labels: Tensor) -> A
     labels = fa.class_indices(labels.cpu(), len(raw), layer.n_classes)
     columns, n_pairs, at_once = None, 0, max(1, min(fa.ROWS, fa.ENTRIES // layer.d_sae))
     for number, batch in enumerate(raw.split(at_once)):
-        acts = layer.feature_acts(batch).cpu()
+        acts, position = (found.cpu() for found in layer.peaks(batch))
         fa.check_nonnegative(acts)
         image, feature = (acts > 0).nonzero().unbind(1)
-        new = (feature, number * at_once + image, acts[image, feature])
+        at = image, feature
+        new = (feature, number * at_once + image, acts[at], position[at])
         columns = columns or [column[:0] for column in new]  # empty, of the same dtypes
         columns = [_append(*given, n_pairs) for given in zip(columns, new, strict=True)]
         n_pairs += len(feature)
-    feature, image, activation = (column[:n_pairs] for column in columns)
+    feature, image, activation, position = (column[:n_pairs] for column in columns)
     counts = torch.bincount(feature, minlength=layer.d_sae)
     start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     order = torch.argsort(feature, stable=True)  # images stay ascending within a feature
-    return Activity(start, image[order], activation[order], labels)
+    return Activity(start, image[order], activation[order], labels, position[order])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -104,22 +121,30 @@ def collect_activity(layer: fa.ExplainedLayer, raw: Tensor, labels: Tensor) -> A
 
 
 def _logits_without(
-    layer: fa.ExplainedLayer, raw: Tensor, activity: Activity
+    layer: fa.ExplainedLayer, raw: fa.Rows, activity: Activity
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Features (n,), images (n,), and the logits (n, C) without the feature, in blocks of pairs."""
     columns = (activity.feature, activity.image, activity.activation)
-    for part in zip(*(column.split(fa.HEAD_ROWS) for column in columns), strict=True):
+    for part in zip(*(column.split(layer.head_rows) for column in columns), strict=True):
         k, image, acts = (column.to(raw.device) for column in part)
-        yield k, image, layer.logits(layer.without(raw[image], k, acts))
+        known = None if layer.has_positions else acts
+        yield k, image, layer.logits(layer.without(raw[image], k, known))
+
+
+def removed_pairs(layer: fa.ExplainedLayer, activity: Activity) -> Activity:
+    """The pairs of which the feature is removed: all, or REMOVED_FROM of each feature of a layer
+    with positions, where each runs much of the network."""
+    return activity.fewer(REMOVED_FROM) if layer.has_positions else activity
 
 
 class Removals(NamedTuple):
     """What removing each feature alone does, over all images that activate it."""
 
     mean_delta: Tensor  # (d_sae, C) float64, mean change of the logits, as `LogitEffects` has it
-    n_images: Tensor  # (d_sae,) int64, images that activate it
-    size: Tensor  # (d_sae,) float64, sum over images of the length of the change of centered logits
-    n_changed: Tensor  # (d_sae,) int64, images whose prediction changes
+    n_images: Tensor  # (d_sae,) int64, images that activate it and from which it is removed
+    size: Tensor  # (d_sae,) float64, sum over all images that activate it of the length of the
+    # change of centered logits: the mean over n_images times their number
+    n_changed: Tensor  # (d_sae,) int64, images among n_images whose prediction changes
 
     @property
     def influence(self) -> Tensor:
@@ -134,13 +159,14 @@ class Removals(NamedTuple):
 
 @torch.no_grad()
 def removal_effects(layer: fa.ExplainedLayer, raw: Tensor, activity: Activity) -> Removals:
-    """What removing each feature does to the logits of raw (N, d_in), whose `activity` is given.
+    """What removing each feature does to the logits of raw, whose `activity` is given.
 
-    Only the feature's own contribution is subtracted. Centered logits are less their mean over
-    classes, on which no prediction depends. Raises ValueError for an activity of another number of
-    images or features.
+    Only the feature's own contribution is subtracted, from the images of `removed_pairs`. Centered
+    logits are less their mean over classes, on which no prediction depends. Raises ValueError for
+    an activity of another number of images or features.
     """
     check_activity(activity, layer, raw)
+    n_active, activity = activity.n_active, removed_pairs(layer, activity)
     base = layer.logits(raw)
     predicted = base.argmax(1)
     sums = torch.zeros(layer.d_sae, base.shape[1], dtype=torch.float64, device=raw.device)
@@ -153,7 +179,8 @@ def removal_effects(layer: fa.ExplainedLayer, raw: Tensor, activity: Activity) -
         changed.index_add_(0, k, (logits.argmax(1) != predicted[image]).double())
     n = activity.n_active
     mean = sums.cpu() / n[:, None].clamp(min=1)
-    return Removals(mean, n, size.cpu(), changed.cpu().long())
+    size = size.cpu() * (n_active / n.clamp(min=1))  # 1 where no image is left out
+    return Removals(mean, n, size, changed.cpu().long())
 
 
 @torch.no_grad()
@@ -163,7 +190,7 @@ def contributions(
     """What each pair's feature adds to the logits of its image, (P, C), and these logits, (N, C).
 
     It is what the image loses with the feature: its logits before minus those after. What two
-    features add is not what both together add. raw is (N, d_in); raises like `removal_effects`.
+    features add is not what both together add. Raises like `removal_effects`.
     """
     check_activity(activity, layer, raw)
     logits = layer.logits(raw)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 import feature_analysis as fa
 from saexplain.activity import Activity, Removals, collect_activity, removal_effects
+from saexplain.hypotheses import evenly_spaced
 from saexplain.images import as_ink
-from saexplain.ink import ink_sign
+from saexplain.ink import SEEN, ink_sign
 from saexplain.parallel import Stopwatch
 from saexplain.patterns import (
     feature_patterns,
@@ -28,30 +29,63 @@ from saexplain.patterns import (
     pattern_roughness,
     unit_gradients,
 )
+from saexplain.where import FAITHFUL, Maps, activation_maps, aligned_patterns, occlusion_maps
 
 N_CORRELATED = 2000  # images over which patterns are compared with pre-activations
 INKED_SHARE = 0.01  # pixels inked in a smaller share of the training images count as never inked
+ADDED_TO = 16  # images to which a feature of a layer with positions is added
+
+
+class Patterns(NamedTuple):
+    """What pixels drive the features, as far as gradients show it."""
+
+    gradients: Tensor | None  # (d_sae, C, H, W), in crops for a layer with positions; None: no
+    # gradient leads to the pixels
+    correlation: Tensor  # (d_sae,) of a pattern's sum over an image with the pre-activation
+    units: Tensor | None = None  # (d_in, C, H, W) the same of the layer's units, without positions
+    receptive: tuple[int, int] | None = None  # pixels of the crops; None: the whole image
+    linear: bool = False  # whether the layer is linear in the pixels, so that patterns are exact
 
 
 class Analysis(NamedTuple):
     """All results about the features, from the validation images."""
 
     bank: fa.FeatureBank
-    heats: Tensor  # (d_sae, H, W) input patterns; of a color image, summed over channels
-    unit_heats: Tensor  # (d_in, H, W) the same of the layer's standardized units
+    patterns: Patterns
+    maps: Maps | None  # None for a layer that is linear in the pixels
     ink_sign: int  # 1 where ink raises a pixel's value, -1 where it lowers it
-    pattern_correlation: Tensor  # (d_sae,) of a pattern's sum over an image with the pre-activation
     logit: fa.LogitEffects
     ablation: fa.LogitEffects
     nearest: fa.NearestFeatures
-    inked: np.ndarray  # (H, W) bool, the pixels that images ink
+    inked: np.ndarray | None  # (H, W) bool, the pixels that images ink; None with positions
     activity: Activity
     removed: Removals
 
     @property
-    def shown_heats(self) -> Tensor:
+    def faithful(self) -> Tensor:
+        """(d_sae,) bool, the features that their pattern shows."""
+        return self.patterns.linear | (self.patterns.correlation >= FAITHFUL)
+
+    @property
+    def heats(self) -> Tensor | None:
+        """(d_sae, H, W) input patterns; of color images, summed over channels."""
+        gradients = self.patterns.gradients
+        return None if gradients is None else gradients.sum(1)
+
+    @property
+    def unit_heats(self) -> Tensor | None:
+        """(d_in, H, W) the same of the layer's standardized units."""
+        return None if self.patterns.units is None else self.patterns.units.sum(1)
+
+    @property
+    def pattern_correlation(self) -> Tensor:
+        """(d_sae,) of a pattern's sum over an image with the pre-activation, z W_enc."""
+        return self.patterns.correlation
+
+    @property
+    def shown_heats(self) -> Tensor | None:
         """(d_sae, H, W) the patterns as pictures show them: red where ink raises the feature."""
-        return self.ink_sign * self.heats
+        return None if self.heats is None else self.ink_sign * self.heats
 
 
 def analyze(
@@ -60,37 +94,96 @@ def analyze(
     """The analysis of all features of the layer's SAE, on its split "val".
 
     `topk` strongest images are kept of each feature; `n_eval` images and `alpha` are those of
-    `feature_logit_effect`. `clock` counts the seconds of "bank", "patterns" and "effects".
+    `feature_logit_effect`. `clock` counts the seconds of "bank", "patterns", "effects" and "maps".
     """
-    images, labels, raw = layer.splits["val"]
-    every = torch.arange(layer.d_sae)
+    split = layer.splits["val"]
+    images, labels, raw = split
     with clock("bank"):
         bank = fa.feature_bank(layer, raw, labels, topk)
         activity = collect_activity(layer, raw, labels)
     with clock("patterns"):
-        gradients = unit_gradients(layer, images)
-        unit_heats = gradients.sum(1)
-        heats = feature_patterns(layer, unit_heats)
-        some = fa.Activations(images[:N_CORRELATED], labels[:N_CORRELATED], raw[:N_CORRELATED])
-        correlation = pattern_correlations(layer, gradients, some)
-        inked = (as_ink(layer.splits["train"].images) > 0).float().mean(0)[0] >= INKED_SHARE
+        patterns = input_patterns(layer, split, bank)
+        inked = None
+        if not layer.has_positions and isinstance(layer.splits["train"].images, Tensor):
+            inked = (as_ink(layer.splits["train"].images) > 0).float().mean(0)[0] >= INKED_SHARE
     with clock("effects"):
-        logit = fa.logit_effects(layer, raw[:n_eval], alpha)
-        ablation = fa.ablation_effects(layer, raw.split(fa.HEAD_ROWS), every, n_eval)
         removed = removal_effects(layer, raw, activity)
+        logit, ablation = logit_effects(layer, raw, removed, n_eval, alpha)
+    maps = None
+    if not patterns.linear:
+        with clock("maps"):
+            order = torch.argsort(removed.influence, descending=True, stable=True).tolist()
+            maps = feature_maps(layer, split, bank, activity, order)
+            maps = maps._replace(receptive=patterns.receptive or maps.receptive)
     return Analysis(
         bank,
-        heats,
-        unit_heats,
-        ink_sign(images),
-        correlation,
+        patterns,
+        maps,
+        ink_sign(images[:SEEN]),
         fa.LogitEffects(*(tensor.cpu() for tensor in logit)),
         fa.LogitEffects(*(tensor.cpu() for tensor in ablation)),
         fa.nearest_features(layer.sae.W_dec),
-        inked.cpu().numpy(),
+        None if inked is None else inked.cpu().numpy(),
         activity,
         removed,
     )
+
+
+def input_patterns(
+    layer: fa.ExplainedLayer, split: fa.Activations, bank: fa.FeatureBank
+) -> Patterns:
+    """The patterns of all features; without gradients where none leads to the pixels."""
+    none = Patterns(None, torch.zeros(layer.d_sae))
+    if not has_gradients(layer, split.images):
+        return none
+    if layer.has_positions:
+        side, gradients, correlation = aligned_patterns(layer, split, bank)
+        return Patterns(gradients, correlation, receptive=side)
+    units = unit_gradients(layer, split.images)
+    some = fa.Activations(*(values[:N_CORRELATED] for values in split))
+    correlation = pattern_correlations(layer, units, some)
+    linear = fa.is_linear(layer, tuple(split.images.shape[1:]), split.images[:SEEN])
+    return Patterns(feature_patterns(layer, units), correlation, units, linear=linear)
+
+
+def has_gradients(layer: fa.ExplainedLayer, images) -> bool:
+    """Whether gradients lead from the layer to the pixels; a frozen extractor may have none."""
+    try:
+        fa.check_gradients(layer.model, images[:1].to(layer.device))
+    except ValueError:
+        return False
+    return True
+
+
+def logit_effects(
+    layer: fa.ExplainedLayer, raw: fa.Rows, removed: Removals, n_eval: int, alpha: float
+) -> tuple[fa.LogitEffects, fa.LogitEffects]:
+    """What adding each feature does to the logits, and what removing it does.
+
+    With positions fewer images serve: ADDED_TO, and those of `removed`.
+    """
+    every = torch.arange(layer.d_sae)
+    if layer.has_positions:
+        some = evenly_spaced(torch.arange(len(raw)), min(ADDED_TO, n_eval)).to(raw.device)
+        mean = removed.mean_delta.float()
+        top = torch.where(removed.n_images > 0, mean.argmax(1), -1)
+        ablation = fa.LogitEffects(mean, top, removed.n_images)
+        return fa.logit_effects(layer, raw[some], alpha), ablation
+    ablation = fa.ablation_effects(layer, raw.split(fa.HEAD_ROWS), every, n_eval)
+    return fa.logit_effects(layer, raw[:n_eval], alpha), ablation
+
+
+def feature_maps(
+    layer: fa.ExplainedLayer,
+    split: fa.Activations,
+    bank: fa.FeatureBank,
+    activity: Activity,
+    order: list[int],
+) -> Maps:
+    """Where features are active, by position, or by covering patches of the images."""
+    if layer.has_positions:
+        return activation_maps(layer, split, bank, activity)
+    return occlusion_maps(layer, split.images, bank, order)
 
 
 def by_influence(analysis: Analysis, limit: int = 0) -> list[int]:
@@ -105,7 +198,7 @@ def feature_record(k: int, analysis: Analysis) -> dict:
     histogram = bank.label_histogram[fa.check_feature(k, len(bank.label_histogram))]
     top = bank.top.of(k)
     n_active = int(histogram.sum())
-    return {
+    record = {
         "feature": k,
         "mean_active": float(bank.feature_density[k]),
         "mean_activation_when_active": float(bank.mean_activation_when_active[k]),
@@ -122,7 +215,25 @@ def feature_record(k: int, analysis: Analysis) -> dict:
         "nearest_feature": int(analysis.nearest.feature[k]),
         "nearest_cosine": float(analysis.nearest.cosine[k]),
         "pattern_correlation": float(analysis.pattern_correlation[k]),
-        "pattern_roughness": float(pattern_roughness(analysis.heats[k : k + 1])[0]),
+        "pattern_roughness": _roughness(k, analysis),
         "influence": float(analysis.removed.influence[k]),
         "predictions_changed": float(analysis.removed.changes[k]),
     }
+    if analysis.maps is not None and analysis.maps.kind == "activation":
+        maps = analysis.maps
+        record |= {
+            "position_density": float(maps.position_density[k]),
+            "map_spread": float(maps.spread[k]),
+            "prefix_share": float(maps.prefix_share[k]),
+            "blank_share": float(maps.blank_share[k]),
+            "place_only": bool(maps.place_only[k]),
+        }
+    return record
+
+
+def _roughness(k: int, analysis: Analysis) -> float | None:
+    """Roughness of the pattern of feature k; None where there is none, or it is a single row."""
+    heats = analysis.heats
+    if heats is None or min(heats.shape[1:]) < 2:
+        return None
+    return float(pattern_roughness(heats[k : k + 1])[0])

@@ -20,7 +20,7 @@ from torch import Tensor
 import feature_analysis as fa
 from saexplain.activity import collect_activity
 from saexplain.evaluation import Summary, evaluate_halves, summarize
-from saexplain.fidelity import feature_stats
+from saexplain.fidelity import feature_stats, rows_of
 from saexplain.hypotheses import Discovery, Rule, evenly_spaced, propose_hypotheses, scores_of
 from saexplain.sae import JumpReLUSAE
 from saexplain.substitution import agreement_of_drawings, measure_agreement
@@ -94,7 +94,7 @@ def directions_of_variance(z: Tensor, variance: Tensor, seed: int) -> Tensor:
 def default_directions(layer: fa.ExplainedLayer, seed: int) -> dict[str, Tensor]:
     """Directions (n, d_in) by name: random ones along which the validation activations vary as
     along the SAE's encoder, and the units, up and down, in random order."""
-    z = layer.standardize(layer.splits["val"].raw)
+    z = rows_of(layer, "val")
     n, d_in = min(layer.d_sae, MAX_BASELINE_FEATURES), z.shape[1]
     density, _ = feature_stats(layer.sae, z)
     falling = torch.argsort(density, descending=True, stable=True)

@@ -1,6 +1,6 @@
 """Which features does a prediction depend on? Features are removed until the prediction changes.
 
-    effects = class_effects(activity, added)  # (C, d_sae, C), mean contributions by class
+    effects = class_effects(layer, raw, activity)  # (C, d_sae, C), mean contributions by class
     fixes, breaks = flips_by_removal(activity, added, logits)  # errors fixed, predictions broken
     sets = minimal_flip_sets(layer, raw, goal)  # few features without which `goal` is predicted
     review = review_tests(layer, raw, labels)  # the errors of a test set, and all above
@@ -23,23 +23,30 @@ import torch
 from torch import Tensor
 
 import feature_analysis as fa
-from saexplain.activity import Activity, collect_activity, contributions
+from saexplain.activity import Activity, collect_activity, contributions, removed_pairs
 
 ERRORS_SHOWN = 300  # misclassified images, those of the largest margin first
 OTHERS_SHOWN = 60  # correctly classified images, the first of each class
 TOUR_FEATURES = 4  # features, at most, that the guided tour removes
+# The same of layers with positions, where each removal runs much of the network
+ERRORS_AT_POSITIONS, OTHERS_AT_POSITIONS = 24, 36
+FLIPS_AT_POSITIONS = 4  # features in a flip set, at most
+TOURS_TRIED = 40  # images among which that of the tour is searched
 
 
-def class_effects(activity: Activity, added: Tensor) -> np.ndarray:
+def class_effects(layer: fa.ExplainedLayer, raw: fa.Rows, activity: Activity) -> np.ndarray:
     """Mean contribution of each feature to each logit, by class of images, (C, d_sae, C) float32.
 
     The mean is over all images of a class; one that does not activate the feature counts as 0.
-    `added` (P, C) is that of `contributions` for this activity.
+    Where a feature is removed from some of its images only, each counts for several.
     """
+    pairs = removed_pairs(layer, activity)
+    added, _ = contributions(layer, raw, pairs)
     n_classes, d_sae = added.shape[1], len(activity.n_active)
-    row = activity.labels[activity.image] * d_sae + activity.feature  # (P,)
+    row = pairs.labels[pairs.image] * d_sae + pairs.feature  # (P,)
+    weight = (activity.n_active / pairs.n_active.clamp(min=1)).double()[pairs.feature]
     sums = torch.zeros(n_classes * d_sae, n_classes, dtype=torch.float64)
-    sums.index_add_(0, row, added.double())
+    sums.index_add_(0, row, added.double() * weight[:, None])
     images = torch.bincount(activity.labels, minlength=n_classes).clamp(
         min=1
     )  # a class may be empty
@@ -85,41 +92,69 @@ def minimal_flip_sets(
     if len(raw) == 0:
         none = torch.zeros(0, layer.d_sae, dtype=torch.bool)
         return FlipSets(none, torch.zeros(0, layer.n_classes), torch.zeros(0))
-    raw, goal = raw.clone(), goal.to(raw.device)
-    acts = layer.feature_acts(raw)
+    goal, state = goal.to(raw.device), _Removing(layer, raw)
     margin = before = logit_margin(layer.logits(raw), goal)
-    off = torch.zeros_like(acts, dtype=torch.bool)
+    off = torch.zeros_like(state.acts, dtype=torch.bool)
     steps = []  # (images, the feature removed from each), in order
-    for _ in range(most or acts.shape[1]):
-        image, k = ((acts > 0) & ~off & (margin <= 0)[:, None]).nonzero().unbind(1)
+    for _ in range(most or off.shape[1]):
+        image, k = ((state.acts > 0) & ~off & (margin <= 0)[:, None]).nonzero().unbind(1)
         if len(image) == 0:
             break
-        margins = torch.full_like(acts, -math.inf)  # after removing one feature more
-        for i, j in zip(image.split(fa.HEAD_ROWS), k.split(fa.HEAD_ROWS), strict=True):
-            without = layer.logits(layer.without(raw[i], j, acts[i, j]))
-            margins[i, j] = logit_margin(without, goal[i])
+        margins = torch.full_like(state.acts, -math.inf)  # after removing one feature more
+        for i, j in zip(image.split(layer.head_rows), k.split(layer.head_rows), strict=True):
+            margins[i, j] = logit_margin(layer.logits(state.without(i, j)), goal[i])
         margin, best = torch.where(margin <= 0, margins.amax(1), margin), margins.argmax(1)
         image = image.unique()
         k = best[image]
-        raw[image] = layer.without(raw[image], k, acts[image, k])
+        state.replace(image, state.without(image, k))
         off[image, k] = True
         steps.append((image, k))
 
     flipped = margin > 0
-    raw, off = _put_needless_back(layer, raw, goal, acts, off, steps, flipped)
-    return FlipSets((off & flipped[:, None]).cpu(), layer.logits(raw).cpu(), before.cpu())
+    _put_needless_back(state, goal, off, steps, flipped)
+    logits = layer.logits(state.rows())
+    return FlipSets((off & flipped[:, None]).cpu(), logits.cpu(), before.cpu())
+
+
+class _Removing:
+    """Rows of a layer of which features are removed one by one, and put back."""
+
+    def __init__(self, layer: fa.ExplainedLayer, raw: fa.Rows):
+        self.layer, self.before = layer, raw
+        self.acts = layer.feature_acts(raw)  # (n, d_sae), the largest over positions
+        self.now = fa.values_of(raw).clone()
+
+    def rows(self) -> fa.Rows:
+        """All rows as they are now."""
+        return self.before.like(self.now) if isinstance(self.before, fa.BranchRows) else self.now
+
+    def _acts_before(self, image: Tensor, k: Tensor) -> Tensor:
+        """Activations of features k (m,) on images (m,), before anything was removed."""
+        if self.layer.has_positions:
+            return self.layer.acts_of(self.before[image], k)
+        return self.acts[image, k]
+
+    def without(self, image: Tensor, k: Tensor) -> fa.Rows:
+        """Rows of images (m,) as they are now, each without one feature k (m,) more."""
+        return self.layer.without(self.rows()[image], k, self._acts_before(image, k))
+
+    def with_again(self, image: Tensor, k: Tensor) -> fa.Rows:
+        """Rows of images (m,) as they are now, each with one feature k (m,) put back."""
+        return self.layer.adding(self.rows()[image], k, self._acts_before(image, k))
+
+    def replace(self, image: Tensor, rows: fa.Rows) -> None:
+        """Make `rows` those of images (m,)."""
+        self.now[image] = fa.values_of(rows)
 
 
 def _put_needless_back(
-    layer: fa.ExplainedLayer,
-    raw: Tensor,
+    state: _Removing,
     goal: Tensor,
-    acts: Tensor,
     off: Tensor,
     steps: list[tuple[Tensor, Tensor]],
     flipped: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """`raw` (n, d_in) and `off` (n, d_sae) with every feature put back that the goal can spare.
+) -> None:
+    """Put every feature back that the goal can spare, in `state` and in `off` (n, d_sae).
 
     Only images `flipped` (n,) bool, on which the goal is reached, are changed.
     """
@@ -128,18 +163,21 @@ def _put_needless_back(
         for image, k in steps:
             still_off = off[image, k] & flipped[image]
             image, k = image[still_off], k[still_off]
-            restored = layer.adding(raw[image], k, acts[image, k])
-            needless = logit_margin(layer.logits(restored), goal[image]) > 0
+            if len(image) == 0:
+                continue
+            restored = state.with_again(image, k)
+            needless = logit_margin(state.layer.logits(restored), goal[image]) > 0
             image, k = image[needless], k[needless]
-            raw[image] = restored[needless]
+            state.replace(image, restored[needless])
             off[image, k] = False
             changed[image] = True
         flipped = changed
-    return raw, off
 
 
-def chosen_tests(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of the test images shown: at most ERRORS_SHOWN errors, OTHERS_SHOWN correct ones.
+def chosen_tests(
+    logits: Tensor, labels: Tensor, most: tuple[int, int] = (ERRORS_SHOWN, OTHERS_SHOWN)
+) -> tuple[Tensor, Tensor]:
+    """Numbers of the test images shown: errors and correct ones, at most so many of each.
 
     Errors come first whose label's logit is furthest below the largest; the correct ones are the
     first of each class, then the second of each, and so on.
@@ -147,12 +185,12 @@ def chosen_tests(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     behind = -logit_margin(logits, labels)
     correct = logits.argmax(1) == labels
     errors = torch.where(correct, -math.inf, behind).argsort(descending=True, stable=True)
-    errors = errors[: min(ERRORS_SHOWN, int((~correct).sum()))]
+    errors = errors[: min(most[0], int((~correct).sum()))]
 
     own = torch.nn.functional.one_hot(labels, logits.shape[1]) * correct[:, None]
     turn = own.cumsum(0).gather(1, labels[:, None])[:, 0]  # n-th correct image of its class
     others = torch.where(correct, turn, len(turn) + 1).argsort(stable=True)
-    return errors, others[: min(OTHERS_SHOWN, int(correct.sum()))]
+    return errors, others[: min(most[1], int(correct.sum()))]
 
 
 def confused_pair(logits: Tensor, labels: Tensor) -> list[int]:
@@ -184,6 +222,7 @@ def find_tour(
     """
     correct = logits.argmax(1) == labels
     (place,) = (correct & torch.isin(labels, torch.tensor(pair))).nonzero(as_tuple=True)
+    place = place[:TOURS_TRIED] if layer.has_positions else place
     goal = sum(pair) - labels[place]  # the other class of the pair
     sets = minimal_flip_sets(layer, raw[place], goal, TOUR_FEATURES)
     needed = sets.off.sum(1)
@@ -195,12 +234,12 @@ def find_tour(
     best = int(margin.argmax())
     features = sets.off[best].nonzero()[:, 0].tolist()
 
-    own = raw[place[best : best + 1]]
-    acts = layer.feature_acts(own)[0]
-    states = own.expand(2 ** len(features), -1)
+    states = raw[place[best].expand(2 ** len(features))]
+    acts = {k: layer.acts_of(states, k) for k in features}  # before any is removed
     for bit, k in enumerate(features):
-        is_off = (torch.arange(len(states), device=own.device) >> bit & 1).to(own)
-        states = layer.without(states, k, is_off * acts[k])
+        is_off = torch.arange(len(states), device=raw.device) >> bit & 1
+        each = (-1, *(1 for _ in acts[k].shape[1:]))  # one for each row
+        states = layer.without(states, k, is_off.view(each) * acts[k])
     without = layer.logits(states).cpu()
     return Tour(int(place[best]), int(goal[best]), features, without)
 
@@ -214,36 +253,40 @@ class TestReview(NamedTuple):
     added: Tensor  # (P, C) contributions of its pairs
     logits: Tensor  # (m, C)
     sets: FlipSets  # what fixes each error shown, (n_errors, ...)
-    fixes: Tensor  # (d_sae,) errors among the n that removing the feature alone fixes
-    breaks: Tensor  # (d_sae,) correct predictions among the n that it breaks
+    fixes: Tensor | None  # (d_sae,) errors among the n that removing the feature alone fixes;
+    breaks: Tensor | None  # (d_sae,) correct predictions it breaks; None: not from all n removed
     all_errors: int  # among the n
     pair: list[int]  # the two classes most often confused
     tour: Tour | None
 
 
 @torch.no_grad()
-def review_tests(layer: fa.ExplainedLayer, raw: Tensor, labels: Tensor) -> TestReview:
-    """The errors among test images raw (n, d_in), and what features contribute on some of them."""
-    labels = labels.cpu()
-    every = collect_activity(layer, raw, labels)
-    added, logits = contributions(layer, raw, every)
-    fixes, breaks = flips_by_removal(every, added, logits)
+def review_tests(layer: fa.ExplainedLayer, raw: fa.Rows, labels: Tensor) -> TestReview:
+    """The errors among n test images, and what features contribute on some of them."""
+    labels, fixes, breaks = labels.cpu(), None, None
+    if layer.has_positions:
+        logits, most = layer.logits(raw).cpu(), (ERRORS_AT_POSITIONS, OTHERS_AT_POSITIONS)
+    else:
+        every, most = collect_activity(layer, raw, labels), (ERRORS_SHOWN, OTHERS_SHOWN)
+        added, logits = contributions(layer, raw, every)
+        fixes, breaks = flips_by_removal(every, added, logits)
     pair = confused_pair(logits, labels)
     tour = find_tour(layer, raw, labels, logits, pair)
-    errors, others = chosen_tests(logits, labels)
+    errors, others = chosen_tests(logits, labels, most)
     shown = torch.cat([errors, others])
     if tour is not None and tour.image not in shown:
         shown = torch.cat([shown, torch.tensor([tour.image])])
 
     activity = collect_activity(layer, raw[shown], labels[shown])
     added, some = contributions(layer, raw[shown], activity)
+    most_removed = FLIPS_AT_POSITIONS if layer.has_positions else None
     return TestReview(
         image=shown,
         n_errors=len(errors),
         activity=activity,
         added=added,
         logits=some,
-        sets=minimal_flip_sets(layer, raw[errors], labels[errors]),
+        sets=minimal_flip_sets(layer, raw[errors], labels[errors], most_removed),
         fixes=fixes,
         breaks=breaks,
         all_errors=int((logits.argmax(1) != labels).sum()),

@@ -40,6 +40,7 @@ from saexplain.hypotheses import (
     with_thresholds,
 )
 from saexplain.ink import Canvas
+from saexplain.layers import part_of
 from saexplain.patterns import correlations
 from saexplain.statistics import Z_95, Detection, score_detections, wilson_interval
 
@@ -311,7 +312,11 @@ def split_test_images(test: fa.Activations) -> tuple[fa.Activations, fa.Activati
     Every other one, because the first and the second half of MNIST's test images were written by
     different people.
     """
-    return fa.Activations(*(v[0::2] for v in test)), fa.Activations(*(v[1::2] for v in test))
+    images, labels, raw = test
+    halves = []
+    for part in (slice(0, None, 2), slice(1, None, 2)):
+        halves.append(fa.Activations(part_of(images, part), labels[part], raw[part]))
+    return halves[0], halves[1]
 
 
 # --------------------------------------------------------------------------------------------------

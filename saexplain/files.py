@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -60,6 +61,11 @@ def read_json(path: Path) -> Any:
 def sha256_of(content: bytes) -> str:
     """The SHA-256 in hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
+
+
+def file_name(words: str) -> str:
+    """Words as the name of a folder: "layer 1.conv of ResNet" becomes layer_1.conv_of_ResNet."""
+    return re.sub(r"[^\w.-]+", "_", words)
 
 
 def prepare_folder(folder: Path) -> None:

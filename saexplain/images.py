@@ -2,14 +2,14 @@
 
     data = load_images("auto", seed=0)         # MNIST, downloaded if need be, or the bundled digits
     data = load_images("data/FashionMNIST")    # a folder with a set in MNIST's file format (IDX)
-    split = as_split(loader, "val", device)    # a pair of tensors, a Dataset or a DataLoader
+    data.display.pictures(data.val.images[:8]) # as they look: float32 (8, C, H, W) from 0 to 1
 
 To add another file format, write a module like idx.py with two functions, `is_in(folder) -> bool`
 and `read(folder) -> ImageSet`, and add the pair to FORMATS. Checks, names of classes, splits and
 the digest then follow as for IDX files.
 
-Takes names of folders or the caller's images; gives a `Data`. It augments and normalizes nothing,
-and writes nothing but a downloaded MNIST.
+Takes names of folders; gives a `Data`. It augments and normalizes nothing, and writes nothing but
+a downloaded MNIST. Images of one's own are for datasets.py.
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ import math
 import os
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-import feature_analysis as fa
 from saexplain.files import InputError
 from saexplain.idx import DIGITS, IDX_FILES, KNOWN_SETS, ImageSet, has_idx_file, read_idx_set
 
@@ -37,10 +35,24 @@ SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}  # in m
 PIXELS_AT_ONCE = 2**21  # in a batch: a network of many channels makes many more numbers of them
 
 
+class Display(NamedTuple):
+    """How images look: times std plus mean, for each channel or for all, undoes a normalization."""
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def pictures(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) or (N, H, W), as the model reads them, in their own colors: float32
+        (N, C, H, W) from 0 to 1."""
+        images = images[:, None] if images.dim() == 3 else images
+        mean, std = (images.new_tensor(v, dtype=torch.float32)[:, None, None] for v in self)
+        return (images.detach().float() * std + mean).clamp(0, 1)
+
+
 class Split(NamedTuple):
     """Images (N, C, H, W) float32, C = 1 or 3, and labels (N,) int64."""
 
-    images: Tensor
+    images: Tensor  # or datasets.LazyImages, which are read when they are indexed
     labels: Tensor
 
 
@@ -53,6 +65,7 @@ class Data(NamedTuple):
     classes: tuple[str, ...]  # the name of each label
     source: str  # in words
     digest: str  # SHA-256 of images, labels and splits
+    display: Display = Display()
 
     def in_words(self) -> str:
         """Source and numbers of images."""
@@ -60,13 +73,17 @@ class Data(NamedTuple):
         return f"{self.source}; {sizes} training, validation, test images"
 
 
+def images_per_batch(shape: Iterable[int]) -> int:
+    """How many images (C, H, W) make a batch."""
+    return min(2000, max(1, PIXELS_AT_ONCE // math.prod(shape)))
+
+
 class TensorLoader:
     """Batches of a Split in its own order, without copying; a `loader` for the analysis."""
 
     def __init__(self, split: Split, batch_size: int | None = None):
         self.split = split
-        n_pixels = math.prod(split.images.shape[1:])
-        self.batch_size = batch_size or min(2000, max(1, PIXELS_AT_ONCE // n_pixels))
+        self.batch_size = batch_size or images_per_batch(split.images.shape[1:])
 
     def __len__(self) -> int:
         return math.ceil(len(self.split.labels) / self.batch_size)
@@ -195,12 +212,14 @@ def read_sample() -> tuple[np.ndarray, np.ndarray]:
         return arrays["images"], arrays["labels"]
 
 
-def split_by_class(labels: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """Indices of 70, 10 and 20 percent of every class, each part in random order."""
-    parts: list[list[np.ndarray]] = [[], [], []]
+def split_by_class(
+    labels: np.ndarray, rng: np.random.Generator, percent: tuple[int, ...] = (70, 10, 20)
+) -> list[np.ndarray]:
+    """Indices of so many percent of every class, each part in random order."""
+    parts: list[list[np.ndarray]] = [[] for _ in percent]
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
-        cuts = [len(members) * 7 // 10, len(members) * 8 // 10]
+        cuts = [len(members) * end // 100 for end in np.cumsum(percent)[:-1].tolist()]
         for part, chosen in zip(parts, np.split(members, cuts), strict=True):
             part.append(chosen)
     return [rng.permutation(np.concatenate(part)) for part in parts]
@@ -249,103 +268,8 @@ def describe_set(folder: Path, known: str | None, n_images: int) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Tensors, Datasets and DataLoaders given to explain()
+# Digests and pictures
 # --------------------------------------------------------------------------------------------------
-
-
-def as_split(given: object, name: str, device: torch.device) -> Split:
-    """Images and labels on `device` of a pair of tensors, a Dataset or a DataLoader.
-
-    Only the values of the images count, not their dtype, layout or gradients. Raises InputError for
-    anything else, and for images of whole numbers, whose scale is ambiguous.
-    """
-    try:
-        images, labels = map(torch.as_tensor, images_and_labels(given))
-    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-        raise InputError(
-            f"{name}, a {type(given).__name__}, gives no images and labels ({error}); give a pair "
-            f"of tensors, a Dataset of such pairs, or a DataLoader that does not shuffle"
-        ) from error
-    images = images.clone() if images.is_inference() else images  # or no gradient flows to them
-    images = images.detach().contiguous()  # other memory formats would round differently
-    images = images[:, None] if images.dim() == 3 else images
-    fits = images.dim() == 4 and images.shape[1] in (1, 3) and labels.shape == images.shape[:1]
-    if not fits or len(images) < 2 or labels.is_floating_point():
-        raise InputError(
-            f"{name} has images of shape {tuple(images.shape)} and {labels.dtype} labels of shape "
-            f"{tuple(labels.shape)}; (N, C, H, W), C being 1 or 3, and whole numbers (N,) are "
-            f"needed, of two images at least"
-        )
-    if not images.is_floating_point():
-        raise InputError(
-            f"{name} must have images of floats on the scale that the network expects, got "
-            f"{images.dtype} up to {images.max()}; give images / 255 for 0 to 1, or images.float()"
-        )
-    images = images.to(device).float()
-    if not bool(torch.isfinite(images).all()):
-        raise InputError(f"{name} has pixels that are not finite float32 numbers")
-    return Split(images, labels.to(device).long())
-
-
-def images_and_labels(given: object) -> Sequence:
-    """Images and labels, as tensors or arrays. Raises what reading them raises."""
-    if isinstance(given, (tuple, list, Mapping)):
-        return fa.check_pair(given, "it")
-    # A generator of its own: global random numbers stay as they are.
-    own = {"batch_size": 512, "generator": torch.Generator()}
-    loader = given if isinstance(given, DataLoader) else DataLoader(given, **own)
-    fa.check_pair(next(iter(loader), None), "each batch")
-    images, labels = map(torch.cat, zip(*fa.fixed_order_batches(loader), strict=True))
-    if loader.drop_last and len(images) < len(loader.dataset):
-        raise ValueError(f"it drops {len(loader.dataset) - len(images)} images at its end")
-    return images, labels
-
-
-def data_from_splits(splits: Sequence[Split], classes: Sequence[str], n_classes: int) -> Data:
-    """The Data of three splits. Raises InputError for names or labels that do not fit."""
-    names = tuple(map(str, classes)) or tuple(map(str, range(n_classes)))
-    if len(names) != n_classes or len(set(names)) < n_classes:
-        raise InputError(
-            f"classes has {len(set(names))} different names; the network has {n_classes} logits"
-        )
-    for name, split in zip(SPLIT_NAMES, splits, strict=True):
-        low, high = int(split.labels.min()), int(split.labels.max())
-        if low < 0 or high >= n_classes:
-            raise InputError(
-                f"labels of {name} run from {low} to {high}; the network has {n_classes} logits, "
-                f"so 0 to {n_classes - 1} are needed"
-            )
-    n = sum(len(split.labels) for split in splits)
-    digest = digest_of(tensor for split in splits for tensor in split)
-    return Data(*splits, names, f"{n:,} images of one's own", digest)
-
-
-def check_split_leakage(data: Data) -> None:
-    """Print a line about images in two splits. Raises InputError where a split has no new image."""
-    lines = []
-    for (name, earlier), n in count_duplicates(data).items():
-        total = len(getattr(data, name).labels)
-        if n == total:
-            raise InputError(
-                f"all {n:,} images of {name} are in {earlier}, too, so none is unseen; give three "
-                f"splits without common images"
-            )
-        kind, other = SPLIT_NAMES[name], SPLIT_NAMES[earlier]
-        lines.append(f"{n:,} of {total:,} {kind} images are also {other} images")
-    if lines:
-        print(f"{', '.join(lines)}: what is found on them is not found on unseen images")
-
-
-def count_duplicates(data: Data) -> dict[tuple[str, str], int]:
-    """Numbers of images that are also in an earlier split, by the names of the two splits."""
-    hashes = {}  # 64 bits of each image: by chance two of a million are equal in 1 of 10^7 sets
-    for name in SPLIT_NAMES:
-        hashes[name] = [hash(x.tobytes()) for x in getattr(data, name).images.cpu().numpy()]
-    found = {}
-    for name, earlier in (("val", "train"), ("test", "train"), ("test", "val")):
-        known = set(hashes[earlier])
-        found[name, earlier] = sum(image in known for image in hashes[name])
-    return {pair: n for pair, n in found.items() if n}
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:

@@ -5,63 +5,127 @@
     layer.splits["val"].raw, layer.with_sae(sae)     # all that the analysis reads
 
 Takes a network and images; gives a `feature_analysis.ExplainedLayer`. It knows nothing of SAEs, and
-draws and writes nothing.
+draws and writes nothing. What shapes of output there are is in positions.py.
+
+Key: N images, B in a batch, C classes, d_in units of the layer, P positions.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import feature_analysis as fa
 from saexplain.files import InputError
-from saexplain.images import SPLIT_NAMES, Data, TensorLoader
+from saexplain.images import SPLIT_NAMES, Data, Split, TensorLoader
+from saexplain.optimization import progress_bar
+from saexplain.parallel import ONE_PROCESS, Ranks, shard_of
+from saexplain.positions import POOLS, Layout, find_layout, sampled_positions
+from saexplain.rows import mean_and_std
+from saexplain.store import MemoryStore, open_store
 
 METHODS = ("preactivations", "logits_from_preactivations")  # of a model that needs no hook
-POOLS = ("mean", "max", "flatten")  # ways to make (B, d_in) of an output with positions
 LOW_PRECISION = 1e-2  # relative difference of equal results on GPUs, which may round to 10 bits
 SCALE_SHIFT = 1.0  # standard deviations that units may lie off on average; one class stays below
 SCALE_RATIO = 3.0  # times that they may spread further, or less far
 
 
+class Storing(NamedTuple):
+    """Which training positions are kept of each image, and where all outputs are kept."""
+
+    positions_per_image: int = 8
+    folder: Path | None = None  # for outputs that do not fit into memory; None: always memory
+    made_from: Mapping[str, str] = MappingProxyType({})  # all that decides the outputs
+
+
 @torch.no_grad()
-def collect_activations(model, data: Data, normalize: bool = True) -> fa.ExplainedLayer:
+def collect_activations(
+    model,
+    data: Data,
+    normalize: bool = True,
+    storing: Storing | None = None,
+    ranks: Ranks = ONE_PROCESS,
+) -> fa.ExplainedLayer:
     """The layer's output for every image of the three splits, from one pass over each.
 
-    mu and std (d_in,) are those of the training images; 0 and 1 without `normalize`. A unit that
-    never varies gets std 1: it carries nothing, and dividing by zero would spread NaN. Raises
-    InputError where no unit varies, and for a network that returns probabilities.
+    Of training images some random positions are kept of a layer with positions, all of the others.
+    mu and std (d_in,) are those of the training images, over positions; 0 and 1 without
+    `normalize`. A unit that never varies gets std 1: it carries nothing, and dividing by zero would
+    spread NaN. Each of several ranks reads its part of the images, and keeps those for training;
+    the first gets all others. Raises InputError where no unit varies, and for a network that
+    returns probabilities.
     """
-    splits = {}
+    storing, outputs = storing or Storing(), {}
     for name in SPLIT_NAMES:
-        split = getattr(data, name)
-        parts = [model.preactivations(images) for images, _ in TensorLoader(split)]
-        splits[name] = fa.Activations(*split, torch.cat(parts))
-    train = splits["train"].raw
+        raw = store_outputs(model, getattr(data, name), name, storing, ranks)
+        outputs[name] = raw if name == "train" else ranks.gather_rows(raw)
+    train = outputs["train"].flatten(0, -2)  # (rows, d_in)
     low, high = train.aminmax(dim=0)
     if (high - low).max() <= 1e-6 * train.abs().max():
         raise InputError(
             f"the layer must give different outputs for different images, but it gives the same "
-            f"for all {len(train):,} training images; are they blank, or all alike?"
+            f"for all {len(outputs['train']):,} training images; are they blank, or all alike?"
         )
-    check_logits(model, train)
-    mu, std = torch.zeros_like(train[0]), torch.ones_like(train[0])
+    mu, std = torch.zeros_like(low).float(), torch.ones_like(low).float()
     if normalize:
-        mu, std = train.mean(0), usable_std(train.std(0))
-    return fa.ExplainedLayer(model, None, mu, std, splits)
+        mu, std = mean_and_std(outputs["train"], ranks)
+    device = getattr(model, "device", low.device)  # outputs that are many may be elsewhere
+    mu, std = mu.to(device), usable_std(std).to(device)
+    layer, splits = fa.ExplainedLayer(model, None, mu, std), {}
+    for name, raw in outputs.items():
+        images, labels = getattr(data, name)
+        if ranks.world > 1 and (name == "train" or not ranks.is_first):  # this rank's part
+            own = shard_of(len(labels), ranks)
+            images, labels = part_of(images, own), labels[own]
+        splits[name] = fa.Activations(images, labels, layer.rows(raw, images))
+    check_logits(layer, splits["val"].raw[: fa.PROBED])
+    return replace(layer, splits=splits)
 
 
-def check_logits(model, raw: Tensor) -> None:
-    """Raise InputError where the outputs for raw (N, d_in) are probabilities: softmax of them, for
-    cross entropy and KL, would be another distribution than the network's."""
-    some = raw[: fa.PROBED]
-    found = model.logits_from_preactivations(torch.cat([some, 2 * some + 1]))  # also far off
+def store_outputs(model, split: Split, name: str, storing: Storing, ranks: Ranks) -> Tensor:
+    """The layer's output (n, ...) for this rank's part of a split, in memory or in a file."""
+    own = shard_of(len(split.labels), ranks)
+    images = part_of(split.images, own)
+    first = fa.values_of(model.preactivations(images[:1]))
+    p = 1 if first.dim() == 2 else first.shape[1]
+    kept = min(p, storing.positions_per_image) if name == "train" else p
+    shape, device = (len(images), kept, first.shape[-1]), first.device
+    if storing.folder is None:
+        store = MemoryStore(shape, device)
+    else:
+        folder = storing.folder / f"activations_{name}_{ranks.rank}"
+        made_from = {**storing.made_from, "part": [own.start, own.stop]}
+        store = open_store(shape, folder, made_from, device)
+    rest = part_of(images, slice(store.done, None))
+    loader = TensorLoader(Split(rest, split.labels[own][store.done :]))
+    for batch, _ in progress_bar(loader, f"{SPLIT_NAMES[name]} images", len(loader)):
+        raw = fa.values_of(model.preactivations(batch))
+        if kept < p:
+            places = sampled_positions(own.start + store.done, len(raw), p, kept).to(raw.device)
+            raw = raw.gather(1, places[:, :, None].expand(-1, -1, raw.shape[2]))
+        store[store.done : store.done + len(raw)] = raw if raw.dim() == 3 else raw[:, None]
+    return store.raw if first.dim() == 3 else store.raw[:, 0]
+
+
+def part_of(images, part: slice):
+    """Some of the images; lazy ones are not read."""
+    return images.subset(part) if hasattr(images, "subset") else images[part]
+
+
+def check_logits(layer: fa.ExplainedLayer, raw: fa.Rows) -> None:
+    """Raise InputError where the outputs for raw are probabilities: softmax of them, for cross
+    entropy and KL, would be another distribution than the network's."""
+    far_off = layer.moved(raw, fa.values_of(raw) + 1, 1.0)
+    found = torch.cat([layer.logits(raw), layer.logits(far_off)])
     if (found >= 0).all() and ((found.sum(1) - 1).abs() < LOW_PRECISION).all():
         raise InputError(
             "the network must return logits, but it returns probabilities, which are positive and "
@@ -97,10 +161,10 @@ def make_deterministic(device: torch.device) -> None:
 def warn_scale_shift(layer: fa.ExplainedLayer) -> None:
     """Print a line for validation or test images on which the layer's output is scaled otherwise
     than on training images, as where some are normalized and others not."""
-    train = layer.splits["train"].raw
+    train = fa.values_of(layer.splits["train"].raw).flatten(0, -2)
     mean, std = train.mean(0), usable_std(train.std(0))
     for name in ("val", "test"):
-        z = (layer.splits[name].raw - mean) / std
+        z = ((fa.values_of(layer.splits[name].raw) - mean) / std).flatten(0, -2)
         off, spread = z.mean(0).abs().mean().item(), z.std(0).median().item()
         if off > SCALE_SHIFT or not 1 / SCALE_RATIO < spread < SCALE_RATIO:
             print(
@@ -126,10 +190,18 @@ def default_torch_state() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-def open_layer(model: object, layer: str | None, pool: str | None = None) -> AtLayer | EvalMode:
+def open_layer(
+    model: object,
+    layer: str | None,
+    pool: str | None = None,
+    layout: str | None = None,
+    grid: tuple[int, int] | None = None,
+    prefix_tokens: int | None = None,
+) -> AtLayer | EvalMode:
     """The network with the two METHODS; layer None for a model that has them itself.
 
-    Raises ValueError for an unknown layer, InputError for a model that cannot be used.
+    The other arguments are those of `AtLayer`. Raises ValueError for an unknown layer, InputError
+    for a model that cannot be used.
     """
     if isinstance(model, (AtLayer, EvalMode)) and layer is None:
         return model
@@ -141,7 +213,7 @@ def open_layer(model: object, layer: str | None, pool: str | None = None) -> AtL
             "it outside"
         )
     if layer is not None:
-        return AtLayer(model, layer, pool)
+        return AtLayer(model, layer, pool, None, layout, grid, prefix_tokens)
     if not all(callable(getattr(model, name, None)) for name in METHODS):
         raise InputError(
             f"{type(model).__name__} has no methods {' and '.join(METHODS)}; name one of its layers"
@@ -180,6 +252,61 @@ def parameter_like(model: nn.Module) -> Tensor:
     return next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
 
 
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside of DataParallel and torch.compile, whose names of layers are its own."""
+    while isinstance(model, WRAPPERS) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, WRAPPERS) else model._orig_mod
+    return model
+
+
+def path_to_tensor(output: object) -> tuple | None:
+    """The keys that lead to the first tensor (B, ...) in a layer's output; None without any."""
+    if isinstance(output, Tensor):
+        return () if output.dim() > 1 else None
+    items = enumerate(output) if isinstance(output, (tuple, list)) else ()
+    for key, value in output.items() if isinstance(output, Mapping) else items:
+        path = path_to_tensor(value)
+        if path is not None:
+            return (key, *path)
+    return None
+
+
+def with_tensor_at(output: object, path: tuple, new: Tensor) -> object:
+    """The output with another tensor at the end of the path."""
+    if not path:
+        return new
+    inner = with_tensor_at(output[path[0]], path[1:], new)
+    if isinstance(output, Mapping):  # also those of transformers, which take names only
+        return type(output)(**{**output, path[0]: inner})
+    items = [inner if i == path[0] else value for i, value in enumerate(output)]
+    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+
+
+def logits_in(result: object) -> Tensor | None:
+    """Logits (B, C) in what a model returns: a tensor, `.logits`, or the first of a dict or tuple
+    that has this shape. A single logit x becomes those of two classes, 0 and x. None without any.
+    """
+    if isinstance(result, Tensor):
+        if result.dim() == 1 and result.is_floating_point():
+            result = result[:, None]
+        if result.dim() != 2:
+            return None
+        return result if result.shape[1] > 1 else torch.cat([torch.zeros_like(result), result], 1)
+    named = getattr(result, "logits", None)
+    named = result.get("logits") if isinstance(result, Mapping) else named
+    if isinstance(named, Tensor):
+        return logits_in(named)
+    values = list(result.values()) if isinstance(result, Mapping) else result
+    for value in values if isinstance(values, (tuple, list)) else ():
+        found = logits_in(value)
+        if found is not None:
+            return found
+    return None
+
+
 class AtLayer:
     """The output of one layer of any network as activations, and the rest of the network as a head.
 
@@ -188,28 +315,40 @@ class AtLayer:
         logits = net.logits_from_preactivations(raw)  # (B, C), the layer's output replaced
 
     Nothing of the model is changed: it runs in evaluation mode, which is undone afterwards. For the
-    head, the model runs on one image, and a hook replaces the layer's output.
+    head, the model runs on one image, and a hook replaces the layer's output. Where something goes
+    around the layer, as around a residual branch, raw is a `fa.BranchRows` with the images, and the
+    model runs on them.
 
     Args:
-        model: maps images (B, ...) to logits (B, C).
+        model: maps images (B, ...) to logits (B, C), alone or in a dict, a tuple or as `.logits`.
         name: of the layer, as in `model.named_modules()`.
-        pool: of an output with positions, "mean" or "max" over them, which serves where the head
-            reads no more than that, or "flatten" for all of it. Positions may come after the
-            channels, (B, C, H, W), or before, (B, tokens, C): whichever gives the logits.
+        pool: of an output with positions: "mean" or "max" over them, which serves where the head
+            reads no more than that, or "flatten" for all of it. By default positions stay, and raw
+            is (B, P, d_in).
         images: (N, ...), one or more that the network can take; up to PROBED are used. Without,
             the first that `preactivations` is given.
+        layout, grid, prefix_tokens: of the output, where `find_layout` would take it otherwise.
 
-    Raises ValueError for an unknown layer; with the first images, for a layer whose output is not
-    one tensor, or has positions and no pool, and where the logits depend on more than this layer: a
-    connection around it, positions that the pool has lost, or the other images of a batch.
+    Raises ValueError for an unknown layer; with the first images, for a layer whose output has no
+    tensor, and where the logits depend on the other images of a batch, or the pool loses something.
     """
 
     runs_in_eval_mode = True  # by itself, so callers need not check
 
     def __init__(
-        self, model: nn.Module, name: str, pool: str | None = None, images: Tensor | None = None
+        self,
+        model: nn.Module,
+        name: str,
+        pool: str | None = None,
+        images: Tensor | None = None,
+        layout: str | None = None,
+        grid: Sequence[int] | None = None,
+        prefix_tokens: int | None = None,
     ):
+        model = unwrapped(model)
         modules = dict(model.named_modules())
+        for prefix in ("_orig_mod.", "module."):  # names of a compiled or parallel model
+            name = name.removeprefix(prefix) if name and name not in modules else name
         if name not in modules or not name:
             near = difflib.get_close_matches(name, modules, 5, 0) if name else list(modules)[1:6]
             raise ValueError(f"the model has no layer {name!r}; it has {', '.join(near)}, ...")
@@ -217,41 +356,86 @@ class AtLayer:
             raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
         self.model, self.name, self.pool = model, name, pool
         self.title = f"layer {name} of {type(model).__name__}"
+        self.short_name = f"{type(model).__name__}_{name}"
         self.layer = modules[name]
         like = parameter_like(model)
         self.device, self.dtype = like.device, like.dtype
-        self.output: Tensor | None = None  # (0, ...) with the shape, dtype and device of outputs
+        self.asked = (layout, grid, prefix_tokens)
+        self.layout: Layout | None = None  # of the output, once images are known
         self.before: Tensor | None = None  # (1, ...) an image that leads to the layer
+        self.is_branch = False  # whether something goes around the layer
         self.one_image = True  # whether one image is enough to run the head on many outputs
-        self.channels = 1  # the dimension of pooled outputs that is no position
+        self.n_classes = 0
         if images is not None:
             self._probe(images)
 
-    def preactivations(self, images: Tensor) -> Tensor:
-        """images (B, ...) -> (B, d_in) float32; gradients flow to images that ask for them"""
+    @property
+    def positions(self) -> fa.Positions | None:
+        """The positions of the output, None for a vector."""
+        return self.layout.positions if self.layout else None
+
+    def in_words(self) -> str:
+        """What was recognized of the layer, once images are known."""
+        around = "; something goes around it, so each image runs again" if self.is_branch else ""
+        return self.layout.in_words() + around
+
+    @property
+    def head_entries(self) -> int:
+        """Numbers in the input of one row's pass through the rest of the model."""
+        return self.before.numel() if self.is_branch else 0
+
+    def preactivations(self, images: Tensor) -> fa.Rows:
+        """images (B, ...) -> (B, d_in) or (B, P, d_in) float32; gradients flow to images that ask
+        for them."""
         if self.before is None:
             self._probe(images)
         if len(images) == 0:  # many networks cannot take an empty batch
-            return self._rows(self._output(self.before))[:0]
-        return self._rows(self._output(images))
+            return self.layout.to_rows(self._output(self.before))[:0]
+        raw = self.layout.to_rows(self._output(images))
+        return fa.BranchRows(raw, images) if self.is_branch else raw
 
-    def logits_from_preactivations(self, raw: Tensor) -> Tensor:
-        """raw (B, d_in) -> logits (B, C) float32; gradients flow to a raw that asks for them"""
+    def logits_from_preactivations(self, raw: fa.Rows) -> Tensor:
+        """raw (B, d_in) or (B, P, d_in) -> logits (B, C) float32; gradients flow to a raw that asks
+        for them."""
         if self.before is None:
             raise ValueError(f"{self.name}: give `images` first, or call `preactivations`")
-        if len(raw) == 0:
-            return self.logits_from_preactivations(raw.new_zeros(1, raw.shape[1]))[:0]
-        replaced, before = self._as_output(raw), self.before
-        if not self.one_image:
+        if self.is_branch and not isinstance(raw, fa.BranchRows):
+            raise ValueError(
+                f"the logits depend on more than layer {self.name!r}: give the `fa.BranchRows` of "
+                f"`preactivations`, which have the images"
+            )
+        values = fa.values_of(raw)
+        if len(values) == 0:
+            return values.new_zeros(0, self.n_classes)
+        replaced, before = self.layout.to_output(values), self.before
+        if self.is_branch:
+            before = raw.images
+        elif not self.one_image:
             before = before.expand(len(raw), *before.shape[1:])
-        return self._run(before, lambda *_: replaced, raw).float()
 
-    def _run(self, images: Tensor, hook: Callable, of: Tensor) -> Tensor:
+        def replace(_module, _given, output) -> object:
+            return with_tensor_at(output, path_to_tensor(output), replaced)
+
+        return self._logits(self._run(before, replace, values)).float()
+
+    def _logits(self, result: object) -> Tensor:
+        """Logits (B, C) of what the model returns. Raises ValueError where there are none."""
+        logits = logits_in(result)
+        if logits is None:
+            met = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise ValueError(
+                f"the model must give logits (B, C), alone, as `.logits`, or in a dict or tuple, "
+                f"but gives {met}"
+            )
+        return logits
+
+    def _run(self, images: Tensor, hook: Callable, of: Tensor) -> object:
         """The model's result for images, with a hook on the layer, and gradients if `of` asks."""
         handle = self.layer.register_forward_hook(hook)
         try:
             with eval_mode(self.model), gradients_if_asked(of):
-                return self.model(images.to(self.device, self.dtype))
+                # A copy: some models change their input.
+                return self.model(images.to(self.device, self.dtype, copy=True))
         finally:
             handle.remove()
 
@@ -269,42 +453,21 @@ class AtLayer:
             pass
         if not found:
             raise ValueError(f"layer {self.name!r} does not run when the model is given images")
-        if not isinstance(found[0], Tensor) or found[0].dim() < 2:
-            met = type(found[0]).__name__
-            raise ValueError(f"layer {self.name!r} must give a tensor (B, d_in), but gives a {met}")
-        return found[0].clone()
-
-    def _rows(self, output: Tensor) -> Tensor:
-        """The layer's output (B, ...) as (B, d_in)."""
-        shape = tuple(output.shape)
-        if math.prod(shape[2:]) > 1 and self.pool is None:
-            raise ValueError(
-                f"layer {self.name!r} gives {shape}, outputs with positions: use pool='mean' or "
-                f"'max' where the rest reads no more, or pool='flatten' for {math.prod(shape[1:])} "
-                f"numbers"
-            )
-        if self.pool in ("mean", "max") and len(shape) > 2:
-            positions = output.movedim(self.channels, 1).flatten(2)  # (B, d_in, positions)
-            output = positions.mean(2) if self.pool == "mean" else positions.amax(2)
-        return output.flatten(1).float()
-
-    def _as_output(self, raw: Tensor) -> Tensor:
-        """raw (B, d_in) as the layer would give it: the same at every position where pooled."""
-        shape = (len(raw), *self.output.shape[1:])
-        raw = raw.to(self.output.device, self.output.dtype)
-        if self.pool in ("mean", "max"):
-            one_position = [1] * len(shape)
-            one_position[0], one_position[self.channels] = raw.shape
-            return raw.reshape(one_position).expand(shape).clone()
-        return raw.reshape(shape).clone()
+        path, output = path_to_tensor(found[0]), found[0]
+        if path is None:
+            met = type(output).__name__
+            raise ValueError(f"layer {self.name!r} must give a tensor (B, ...), but gives a {met}")
+        for key in path:
+            output = output[key]
+        return output.clone()
 
     @torch.no_grad()
     def _probe(self, images: Tensor) -> None:
-        """Learn the shape of the layer's output, and check that the logits depend on it alone.
+        """Learn the layout of the layer's output, and check that its rows can be put in again.
 
         The first image leads to the layer, and the output for others, and for all with noise, is
-        put in there: the logits must be those of the others. And they must not depend on the images
-        beside them.
+        put in there: the logits must be those of the others. Where they are not, each must lead to
+        its own. And they must not depend on the images beside them.
         """
         places = torch.linspace(0, len(images) - 1, min(fa.PROBED, len(images))).round().long()
         some = images[places.to(images.device)].detach().float()
@@ -312,18 +475,24 @@ class AtLayer:
         noisy = some + (some.std() + 1) * noise.to(some)  # unlike the first, whatever that is
         tried = torch.cat([some, noisy])
         output = self._output(tried)
-        self._rows(output)  # raises where it has positions and no pool
+        self.layout = find_layout(output, some.shape, self.layer, self.pool, *self.asked)
         logits = self._probe_logits(tried)
+        rounding = max(LOW_PRECISION, 16 * torch.finfo(logits.dtype).eps)
+        again = self._logits(self._run(tried, lambda *_: None, tried))
+        if _distance(again, logits) > rounding:
+            raise ValueError(
+                "the model must be deterministic, but gives other logits for the same images the "
+                "second time, as a dropout does that is no module, or ignores self.training"
+            )
         if len(some) > 1:  # not every network takes a single image
-            halves = torch.cat([self._run(half, lambda *_: None, half) for half in tried.chunk(2)])
-            rounding = max(LOW_PRECISION, 16 * torch.finfo(logits.dtype).eps)
-            if _distance(halves, logits) > rounding:
+            halves = [self._run(half, lambda *_: None, half) for half in tried.chunk(2)]
+            if _distance(torch.cat([self._logits(half) for half in halves]), logits) > rounding:
                 raise ValueError(
                     "the model's logits for an image depend on the others of its batch"
                 )
-        self.output, self.before = output[:0].clone(), some[:1].clone()
+        self.before, self.n_classes = some[:1].clone(), logits.shape[1]
         try:
-            self._find_layout(output, logits)
+            self._find_head(tried, output, logits)
         except ValueError:
             self.before = None
             raise
@@ -331,49 +500,45 @@ class AtLayer:
     def _probe_logits(self, tried: Tensor) -> Tensor:
         """The model's logits. Raises ValueError unless they are (B, C), and the layer ran once."""
         runs = []
-        logits = self._run(tried, lambda *_: runs.append(1), tried)
-        if not isinstance(logits, Tensor) or logits.dim() != 2:
-            met = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"the model must give logits (B, C), but gives {met}")
+        logits = self._logits(self._run(tried, lambda *_: runs.append(1), tried))
         if len(runs) > 1:
             raise ValueError(f"layer {self.name!r} runs {len(runs)} times; name one that runs once")
         return logits
 
-    def _find_layout(self, output: Tensor, expected: Tensor) -> None:
-        """Set `channels` and `one_image` so that the output (B, ...), put in again, gives the
-        logits expected (B, C). Raises ValueError where nothing does."""
-        pooled = self.pool in ("mean", "max") and output.dim() > 2
-        least, failure = math.inf, None
-        for self.channels in (1, output.dim() - 1) if pooled else (1,):
-            for self.one_image in (True, False):  # a network may ask how many images there are
-                try:
-                    logits = self.logits_from_preactivations(self._rows(output))
-                except (RuntimeError, IndexError) as error:
-                    if fa.is_out_of_memory(error):
-                        raise
-                    failure = failure if self.one_image else error
-                    continue
-                off = _distance(logits, expected)
-                if not off > fa.ROUNDING:
-                    return
-                least = min(least, off)
-        if failure is not None and least == math.inf:
+    def _find_head(self, tried: Tensor, output: Tensor, expected: Tensor) -> None:
+        """Set `one_image`, or `is_branch`, so that the output (B, ...) for images tried (B, ...),
+        put in again, gives the logits expected (B, C). Raises ValueError where nothing does."""
+        off, failure = [], None
+        rows = self.layout.to_rows(output)
+        # A network may ask how many images there are.
+        for self.one_image, self.is_branch in ((True, False), (False, False), (False, True)):
+            given = fa.BranchRows(rows, tried) if self.is_branch else rows
+            try:
+                logits = self.logits_from_preactivations(given)
+            except (RuntimeError, IndexError) as error:
+                if fa.is_out_of_memory(error):
+                    raise
+                failure = error
+                continue
+            off.append(_distance(logits, expected))
+            if not off[-1] > fa.ROUNDING:
+                return
+        if not off:
             raise ValueError(
                 f"the model does not run with the output of layer {self.name!r} put in again "
                 f"({failure}); name another layer"
             ) from failure
-        lost = f", or reads more of it than pool={self.pool!r} keeps" if self.pool else ""
         raise ValueError(
-            f"the logits must depend on layer {self.name!r} alone, but a connection goes around it"
-            f"{lost}: with its output for an image but the input of another they are off by "
-            f"{least:.2g} of the largest; name a layer that everything passes through"
+            f"the model reads more of layer {self.name!r} than pool={self.pool!r} keeps: with it "
+            f"the logits are off by {min(off):.2g} of the largest; leave out pool, so that "
+            f"positions stay"
         )
 
 
 def _distance(logits: Tensor, expected: Tensor) -> float:
     """Between logits (B, C), relative to the largest of those expected; inf for other shapes."""
     if logits.shape != expected.shape:
-        return math.inf
+        return float("inf")
     logits, expected = logits.float(), expected.float()
     return float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
 
@@ -387,14 +552,20 @@ class EvalMode:
     def __init__(self, model: nn.Module):
         self.model = model
         self.title = f"a layer of {type(model).__name__}"
+        self.short_name = type(model).__name__
         like = parameter_like(model)
         self.device, self.dtype = like.device, like.dtype
         self.output = like  # has the device and dtype of the layer's output, once that is known
+        self.positions, self.is_branch = getattr(model, "positions", None), False
+
+    def in_words(self) -> str:
+        """What is known of the layer."""
+        return "its own preactivations"
 
     def preactivations(self, images: Tensor) -> Tensor:
         """images (B, ...) -> (B, d_in)"""
         with eval_mode(self.model), gradients_if_asked(images):
-            raw = self.model.preactivations(images.to(self.device, self.dtype))
+            raw = self.model.preactivations(images.to(self.device, self.dtype, copy=True))
         self.output = raw.detach()[:0].clone()
         return raw.float()
 

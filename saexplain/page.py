@@ -32,7 +32,6 @@ from saexplain.activity import (
     Activity,
     coactivation_neighbors,
     collect_activity,
-    contributions,
     top_similar_rows,
 )
 from saexplain.captions import images_of
@@ -491,7 +490,6 @@ def write_dashboard(
     images = as_ink(val.images.cpu())[:, 0]
     counts, largest = activation_histograms(shown.activity)
     entries, pictured = _entries(records, layer.sae, shown, largest)
-    added, _ = contributions(layer, val.raw, shown.activity)
     canvas = shown.canvas or Canvas.fit(val.images)
 
     arrays = {"images": _as_bytes(images[pictured])}
@@ -501,7 +499,7 @@ def write_dashboard(
     arrays["drawings"] = _drawing_array(records, canvas)
     arrays["canvas_inked"] = canvas.inked.numpy().astype(np.uint8)
     arrays["histograms"] = counts[features].astype(np.float32)
-    arrays["class_adds"] = class_effects(shown.activity, added)[:, features]
+    arrays["class_adds"] = class_effects(layer, val.raw, shown.activity)[:, features]
     if network is not None:
         arrays |= _weight_arrays(layer, network)
     test_fields = None
@@ -509,7 +507,7 @@ def write_dashboard(
         review = review_tests(layer, test.raw, test.labels)
         arrays |= _test_arrays(review, test)
         test_fields = _test_fields(review, test)
-        for entry in entries:
+        for entry in entries if review.fixes is not None else ():
             entry["fixes"] = int(review.fixes[entry["feature"]])
             entry["breaks"] = int(review.breaks[entry["feature"]])
     places, packed = _pack(arrays)

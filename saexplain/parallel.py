@@ -19,9 +19,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -29,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from saexplain.files import InputError
+from saexplain.files import InputError, folder_lock
 
 MAX_WORKERS = 7  # each holds a few hundred MB, and a run has few tasks at a time
 PARENT_CHECKED_EVERY = 1.0  # seconds between two looks of a worker at whether its parent lives
@@ -386,3 +387,22 @@ def open_ranks() -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), world)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def printing_once(ranks: Ranks) -> Iterator[None]:
+    """Only the first rank prints inside."""
+    if ranks.is_first:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
+@contextmanager
+def one_writer(folder: Path, wait: bool, ranks: Ranks) -> Iterator[None]:
+    """`folder_lock` by the first rank, for all of them."""
+    lock = folder_lock(folder, wait) if ranks.is_first else nullcontext()
+    with lock:
+        ranks.barrier()  # the folder is there
+        yield

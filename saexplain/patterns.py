@@ -11,6 +11,8 @@ Key: N images, d_in units of the layer, d_sae features, H x W pixels.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ import feature_analysis as fa
 from saexplain.sae import JumpReLUSAE
 
 GRADIENT_IMAGES = 128  # over which gradients that differ from image to image are averaged
+GRADIENT_NUMBERS = 2**27  # in the gradients of all units at these images: of large ones fewer serve
 
 
 def gradient_images(layer: fa.ExplainedLayer, images: Tensor) -> dict:
@@ -26,8 +29,10 @@ def gradient_images(layer: fa.ExplainedLayer, images: Tensor) -> dict:
     None if the layer is linear in the pixels, otherwise some of images (N, ...).
     """
     shape = tuple(images.shape[1:])
-    linear = fa.is_linear(layer, shape, images)
-    return {"images": None if linear else images[:GRADIENT_IMAGES], "image_shape": shape}
+    linear = fa.is_linear(layer, shape, images[:GRADIENT_IMAGES])
+    most = GRADIENT_NUMBERS // (len(layer.mu) * math.prod(shape))
+    some = images[: max(2, min(GRADIENT_IMAGES, most))]
+    return {"images": None if linear else some, "image_shape": shape}
 
 
 def unit_gradients(layer: fa.ExplainedLayer, images: Tensor) -> Tensor:

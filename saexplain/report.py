@@ -28,6 +28,7 @@ from saexplain import console, figures, page, text
 from saexplain.activity import collect_activity
 from saexplain.analysis import Analysis, analyze, by_influence, feature_record
 from saexplain.baselines import default_directions, evaluate_baseline, features_along
+from saexplain.datasets import fit_data, load_own
 from saexplain.diagnoses import diagnose
 from saexplain.evaluation import (
     Agreements,
@@ -38,7 +39,7 @@ from saexplain.evaluation import (
     make_evaluation,
     split_test_images,
 )
-from saexplain.fidelity import feature_stats, measure_fidelity
+from saexplain.fidelity import feature_stats, measure_fidelity, rows_of
 from saexplain.files import InputError, folder_lock, to_json, to_json_lines
 from saexplain.hypotheses import (
     Discovery,
@@ -49,7 +50,7 @@ from saexplain.hypotheses import (
     propose_hypotheses,
     scores_of,
 )
-from saexplain.images import Data, as_ink, as_split, check_split_leakage, data_from_splits
+from saexplain.images import Data, as_ink
 from saexplain.ink import FULL_INK
 from saexplain.layers import (
     collect_activations,
@@ -148,7 +149,7 @@ def prepare_report(
         given += (analysis.ink_sign,)
         pictures.append(workers.start("pictures", fa.write_feature_pictures, *given))
     discovery = frozen = None
-    if options.hypotheses:
+    if options.hypotheses and not layer.has_positions:
         with clock("propose and freeze"):
             discovery = discover(layer, analysis.unit_heats)
             given = (analysis.activity, analysis.removed)
@@ -207,7 +208,7 @@ def measure_agreements(
 def default_baselines(layer: fa.ExplainedLayer, seed: int) -> dict[str, JumpReLUSAE]:
     """The baselines that need no training: "random directions" and "neurons", with features that
     are active as often and as strongly as the SAE's."""
-    z = layer.standardize(layer.splits["val"].raw)
+    z = rows_of(layer, "val")
     stats = feature_stats(layer.sae, z)
     directions = default_directions(layer, seed)
     return {name: features_along(rows, z, *stats) for name, rows in directions.items()}
@@ -294,7 +295,8 @@ def panel_notes(
     """What a panel shows besides numbers: the hypothesis, in words and drawn, and the patterns of
     the feature's counterparts in other SAEs. `entry` is the feature's record."""
     counterparts = []
-    for found in entry.get("counterparts", []):
+    # A pattern that is no face of the feature is none of its counterpart's, either.
+    for found in entry.get("counterparts", []) if draft.analysis.maps is None else []:
         sae = replicates.saes[replicates.seeds.index(found["seed"])]
         at = gradient_images(draft.layer, draft.layer.splits["val"].images)
         given = (draft.layer.model, sae, draft.layer.mu, draft.layer.std, found["feature"])
@@ -382,20 +384,23 @@ def frontier_of(records: Sequence[dict]) -> list[dict]:
 # --------------------------------------------------------------------------------------------------
 
 
-def load_splits(net, classes: Sequence[str], train, val, test) -> Data:
-    """Data from three splits of one's own, each a pair of tensors, a Dataset or a DataLoader.
+def load_splits(net, classes: Sequence[str], train, val=None, test=None, **given) -> Data:
+    """Data from splits of one's own, in any form that `load_own` takes, with its arguments `given`,
+    or of what it gives as `train`, on the network's device.
 
     Raises InputError for what cannot be used.
     """
-    given = {"train": train, "val": val, "test": test}
-    splits = [as_split(split, name, net.device) for name, split in given.items()]
-    with torch.no_grad():
-        raw = net.preactivations(splits[0].images[: fa.PROBED])
-        n_classes = net.logits_from_preactivations(raw).shape[1]
-    fa.check_gradients(net, splits[0].images)
-    data = data_from_splits(splits, classes, n_classes)
-    check_split_leakage(data)
-    return data
+
+    def count_logits(images: Tensor) -> int:
+        raw = net.preactivations(images[: fa.PROBED])
+        return net.logits_from_preactivations(raw).shape[1]
+
+    if isinstance(train, Data):
+        with torch.no_grad():
+            n_classes = count_logits(train.train.images[: fa.PROBED].to(net.device))
+        return fit_data(train, classes, n_classes, net.device)
+    known = {"classes": classes, "n_classes": count_logits, "device": net.device}
+    return load_own(train, val, test, **known, model=net.model, **given)
 
 
 @default_torch_state()
@@ -424,8 +429,9 @@ def explain_sae(
         model, layer, pool: as in `AtLayer`; layer None for a model that has the two methods itself.
         sae: has encode, decode, W_enc (d_in, d_sae) and W_dec; it reads (raw - mu) / std.
         mu, std: (d_in,); zeros and ones for an SAE that reads the layer's own output.
-        train, val, test: pairs of tensors (images, labels), Datasets or DataLoaders. Densities are
-            those of the first; hypotheses are made from the second and tested on the third.
+        train, val, test: pairs of tensors (images, labels), Datasets, DataLoaders or folders; None
+            for a split to be drawn from another; or `train` alone, what `load_own` gives. Densities
+            are those of the first; hypotheses are made from the second and tested on the third.
         options: fields of `Options`, by name.
 
     Returns the records of feature_report.json, the most influential feature first. Raises

@@ -22,7 +22,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 import feature_analysis as fa
-from saexplain.fidelity import FeatureStats, feature_stats
+from saexplain.fidelity import FeatureStats, feature_stats, raw_rows
 
 MIN_SIMILARITY = 0.7  # cosine and correlation from which two features are the same
 MATCHED = 1024  # features whose similarities to all others are held at once: bounds the memory
@@ -203,7 +203,7 @@ def compare_seeds(
     """
     if not others:
         return None
-    raw = layer.splits["val"].raw
+    raw = raw_rows(layer, "val")
     z = layer.standardize(raw)
     saes = [layer.sae, *others.values()]
     stats = [feature_stats(sae, z) for sae in saes]

@@ -62,10 +62,19 @@ class JumpReLUSAE(nn.Module):
         """Feature activations (B, d_sae) of z (B, d_in)."""
         return self.jump(self.pre_activations(z))
 
-    def encode_feature(self, z: Tensor, k: int) -> Tensor:
-        """Activations (B,) of feature k alone, of z (B, d_in)."""
-        pre = z @ self.W_enc[:, k] + self.b_enc[k]
-        return pre * (pre > self.threshold[k])
+    def encode_feature(self, z: Tensor, k: int | Tensor) -> Tensor:
+        """Activations (...) of feature k alone, of z (..., d_in); k may be one for each row (B,) of
+        z (B, d_in) or (B, P, d_in)."""
+        W_enc = self.W_enc.T[k]  # (d_in,) or (B, d_in)
+        bias, threshold = self.b_enc[k], self.threshold[k]
+        if W_enc.dim() == 1:
+            pre = z @ W_enc + bias
+        else:
+            pre = torch.einsum("b...d,bd->b...", z, W_enc)
+            each = (-1, *(1 for _ in pre.shape[1:]))  # one for each row
+            bias, threshold = bias.view(each), threshold.view(each)
+            pre = pre + bias
+        return pre * (pre > threshold)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Reconstruction z_hat (B, d_in) of feature_acts (B, d_sae)."""
@@ -88,9 +97,10 @@ class TopKSAE(JumpReLUSAE):
         largest, place = pre.topk(self.k, dim=1)
         return torch.zeros_like(pre).scatter(1, place, largest.relu())
 
-    def encode_feature(self, z: Tensor, k: int) -> Tensor:
-        """Activations (B,) of feature k of z (B, d_in): whether it is active depends on all."""
-        return self.encode(z)[:, k]
+    def encode_feature(self, z: Tensor, k: int | Tensor) -> Tensor:
+        """Activations (...) of feature k of z (..., d_in): whether it is active depends on all."""
+        acts = self.encode(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
+        return acts.movedim(-1, 1)[torch.arange(len(z), device=z.device), k]
 
 
 class PCACoordinates(NamedTuple):

@@ -151,7 +151,8 @@ def train_saes(
     given = (layer, training_rows(layer, ranks), train, workers)
     tasks = start_saes("sae", wanted, *given)
     fewer = replace(settings, epochs_sae_final=min(FROZEN_EPOCHS, settings.epochs_sae_final))
-    for target in settings.target_actives if settings.hypotheses else ():
+    drawn = settings.hypotheses and not layer.has_positions  # it is a baseline of drawings
+    for target in settings.target_actives if drawn else ():
         folder = settings.folder_of(target) / "frozen_decoder"
         one = WantedSAE(target, fewer, folder, made_from, freeze_decoder=True)
         (frozen[target],) = start_saes("frozen decoder", [one], *given)

@@ -163,7 +163,9 @@ def activity_of(acts: list[list[float]]) -> Activity:
     feature, image = (columns > 0).nonzero(as_tuple=True)
     counts = torch.bincount(feature, minlength=len(columns))
     start = torch.tensor([0, *counts.cumsum(0).tolist()])
-    return Activity(start, image, columns[feature, image], torch.zeros(len(acts), dtype=int))
+    return Activity(
+        start, image, columns[feature, image], torch.zeros(len(acts), dtype=int), 0 * image
+    )
 
 
 def slow_effect(scene: Scene, images, change: Callable[[int], Tensor]) -> Tensor:

@@ -64,7 +64,7 @@ def slow_flip_set(layer, row: Tensor, goal: int, most: int) -> list[int]:
 def test_class_effects_are_means_over_all_images_of_a_class():
     layer, raw, labels = random_layer()
     activity = collect_activity(layer, raw, labels)
-    effects = cf.class_effects(activity, contributions(layer, raw, activity)[0])
+    effects = cf.class_effects(layer, raw, activity)
     counts = labels.bincount(minlength=N_CLASSES).tolist()
     assert 0 in counts  # a class without images
     for k in range(D_SAE):

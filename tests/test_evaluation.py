@@ -180,7 +180,9 @@ def effects_of(head=lambda z: z @ HEAD, raw=RAW, **named) -> dict[str, ev.LogitC
     sae = SimpleNamespace(W_enc=torch.zeros(4, 1), W_dec=torch.eye(4)[:1])
     layer = fa.ExplainedLayer(SimpleNamespace(logits_from_preactivations=head), sae, STD * 0, STD)
     labels = torch.zeros(len(RAW), dtype=torch.int64)
-    activity = Activity(torch.tensor([0, 40]), torch.arange(40), ACTS, labels)
+    activity = Activity(
+        torch.tensor([0, 40]), torch.arange(40), ACTS, labels, torch.zeros(40, dtype=int)
+    )
     return ev.measure_effects(drawing(0, [[1]], **named), layer, raw, activity, 0.95)
 
 

@@ -37,19 +37,33 @@ def case():
     return layer_of(3), z, (z + noise(400, 3, 5)).argmax(1)
 
 
-@pytest.mark.parametrize(("of_mean", "fvu"), [(False, 0), (True, 1)])
-def test_a_perfect_reconstruction_loses_nothing_and_the_mean_everything(case, of_mean, fvu):
+def measured(case, z_hat, scale: float = 1) -> fid.Fidelity:
+    """The fidelity of z_hat (400, 3) in place of z, both `scale` times as large."""
     layer, z, labels = case
+    own, mean = scale * z, (scale * z).mean(0).expand_as(z)
+    rows = iter((scale * z_hat).split(max(1, fid.EVAL_ENTRIES // 3)))
+    spliced = fid.splice(layer, own, lambda _z: next(rows))
+    total = fid._l0_and_sums(layer.with_sae(JumpReLUSAE(3, 2)), own)[2].about_mean()
+    return fid.fidelity(own, spliced, mean, labels, total)
+
+
+@pytest.mark.parametrize("entries", [fid.EVAL_ENTRIES, 90])
+@pytest.mark.parametrize(("of_mean", "fvu"), [(False, 0), (True, 1)])
+def test_a_perfect_reconstruction_loses_nothing_and_the_mean_everything(
+    case, of_mean, fvu, entries, monkeypatch
+):
+    monkeypatch.setattr(fid, "EVAL_ENTRIES", entries)
+    _, z, labels = case
     z_hat = z.mean(0).expand_as(z) if of_mean else z
-    found = fid.fidelity(layer, z, z_hat, labels, z.mean(0))
+    found = measured(case, z_hat)
     assert (found.fvu, found.ce_recovered) == pytest.approx((fvu, 1 - fvu), abs=1e-6)
     assert found.accuracy == pytest.approx((z_hat.argmax(1) == labels).double().mean().item())
 
 
 def test_fidelity_against_its_definitions_and_at_another_scale(case):
-    layer, z, labels = case
+    _, z, labels = case
     z_hat = z + 0.7 * noise(400, 3, 6)
-    found = fid.fidelity(layer, z, z_hat, labels, z.mean(0))
+    found = measured(case, z_hat)
     p, q, mean = (torch.softmax(a.double(), -1) for a in (z, z_hat, z.mean(0)))
     ce, ce_hat = (-a[range(400), labels].log().mean().item() for a in (p, q))
     ce_mean = -mean[labels].log().mean().item()
@@ -59,8 +73,7 @@ def test_fidelity_against_its_definitions_and_at_another_scale(case):
     assert found.agreement == pytest.approx((z.argmax(1) == z_hat.argmax(1)).double().mean().item())
     error, spread = (z - z_hat).double().square().sum(), (z - z.mean(0)).double().square().sum()
     assert found.fvu == pytest.approx((error / spread).item(), rel=1e-5)
-    scaled = fid.fidelity(layer, 9 * z, 9 * z_hat, labels, 9 * z.mean(0))
-    assert scaled.fvu == pytest.approx(found.fvu, rel=1e-5)
+    assert measured(case, z_hat, 9).fvu == pytest.approx(found.fvu, rel=1e-5)
 
 
 @pytest.fixture
@@ -85,7 +98,7 @@ def test_statistics_by_hand_do_not_depend_on_the_chunks(sae, entries, monkeypatc
     stats = fid.feature_stats(sae, Z)
     assert stats.feature_density.tolist() == pytest.approx([2 / 3, 2 / 3])
     assert stats.mean_activation.tolist() == [3, 3]
-    assert fid.l0_per_image(sae, Z).tolist() == [1, 2, 1]
+    assert fid.l0_per_row(sae, Z).tolist() == [1, 2, 1]
     assert fid.mean_l0(sae, Z) == 4 / 3
 
 

@@ -11,13 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from saexplain import images as im
 from saexplain.files import InputError
 from saexplain.idx import KNOWN_SETS, KnownSet
 
-CPU = torch.device("cpu")
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 PIXELS = np.random.default_rng(0).integers(0, 256, (150, 9, 11), np.uint8)  # of an unusual size
@@ -197,7 +195,8 @@ def test_the_sample_is_split_by_class_without_overlap():
     every = torch.cat([split.images.flatten(1) for split in data[:3]])
     original = np.unique(im.read_sample()[0].reshape(5000, -1), axis=0)
     assert np.array_equal(np.unique((every * 255).round().byte().numpy(), axis=0), original)
-    assert im.count_duplicates(data) == {}
+    train, val, test = ({x.numpy().tobytes() for x in split.images} for split in data[:3])
+    assert not train & val | train & test | val & test
     again, other = (im.load_images("sample", seed) for seed in (3, 4))
     assert again.digest == data.digest != other.digest
     assert torch.equal(again.train.images, data.train.images)
@@ -246,114 +245,16 @@ def test_a_download_is_found_by_the_next_run(tmp_path, monkeypatch):
     assert "150 images" in im.load_images("auto").source
 
 
-# --- Tensors, Datasets and DataLoaders ------------------------------------------------------------
+# --- Digests and batches --------------------------------------------------------------------------
 
 
-def pictures() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.rand(7, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(7)
-
-
-class Rows(Dataset):
-    """Items in a form of their own, by default (image, label)."""
-
-    def __init__(self, form=lambda image, label: (image, label)):
-        self.form, (self.images, self.labels) = form, pictures()
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        return self.form(self.images[i], int(self.labels[i]))
-
-
-X, Y = pictures()
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        [X, Y.int()],
-        (X.numpy(), Y.numpy()),
-        (X.clone().requires_grad_(), Y),
-        (torch.nn.Parameter(X), Y),
-        (X.to(memory_format=torch.channels_last), Y),
-        (X.double(), Y),
-        Rows(),
-        Rows(lambda x, y: (x.numpy(), y)),
-        TensorDataset(X, Y),
-        DataLoader(Rows(), batch_size=3),
-    ],
-)
-def test_only_the_values_of_images_count(given):
-    state = torch.get_rng_state()
-    images, labels = im.as_split(given, "train", CPU)
-    assert torch.equal(images, X)
-    assert torch.equal(labels, Y)
-    assert images.stride() == X.stride()
-    assert not images.requires_grad
-    assert isinstance(given, DataLoader) or torch.equal(torch.get_rng_state(), state)
-    assert im.as_split((X[:, 0], Y), "val", CPU).images.shape == (7, 1, 8, 8)
-
-
-def test_images_of_inference_mode_can_have_gradients():
-    with torch.inference_mode():
-        given = pictures()
-    images = im.as_split(given, "train", CPU).images
-    assert images.requires_grad_().sum().requires_grad
-
-
-def as_dict(image, label):
-    return {"image": image, "label": label}
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (DataLoader(Rows(), shuffle=True), "a DataLoader, .*must not shuffle"),
-        (Rows(lambda x, y: (x + torch.rand(1), y)), "must not shuffle or augment"),
-        (DataLoader(Rows(), 4, drop_last=True), "it drops 3 images at its end"),
-        (DataLoader(Rows(as_dict), 3), "each batch .*image, label"),
-        (DataLoader(Rows(lambda x, y: x), 2), "each batch must be .* got a Tensor"),
-        (DataLoader(Rows(lambda x, y: (x, y, 0)), 2), "each batch must be"),
-        (Rows(as_dict), "each batch must be .* image, label"),
-        (as_dict(X, Y), "got a dict with image, label"),
-        (X[:2], r"each batch must be \(images, labels\), got a Tensor"),
-        (5, "a int, gives no images and labels"),
-        ((X[:, :2], Y), "C being 1 or 3"),
-        ((X, Y[1:]), "labels of shape"),
-        ((X, Y.float()), "torch.float32 labels"),
-        ((X[:1], Y[:1]), "two images at least"),
-        ((X / 0, Y), "not finite"),
-        ((X.double() * 1e300, Y), "not finite"),
-        (DataLoader(Rows(), 2, collate_fn=lambda rows: ([0], [0])), "gives no images and labels"),
-        (((X * 255).byte(), Y), "scale .* torch.uint8 .* images / 255"),
-    ],
-)
-def test_splits_that_cannot_be_used_are_named(given, message):
-    with pytest.raises(InputError, match=f"^val.*{message}"):
-        im.as_split(given, "val", CPU)
-
-
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 3, 3)])
-def test_images_in_two_splits_are_counted(shape, capsys):
-    """Also beside images that agree with a training image but for one pixel."""
-    parts = [
-        torch.randn(n, *shape, generator=torch.Generator().manual_seed(n)) for n in (40, 12, 15)
-    ]
-    train, val, test = parts
-    test[3], test[14], val[11], test[0] = train[39], train[0], train[7], val[2]
-    test[5], val[5] = train[5], train[5]
-    test[5].view(-1)[0] += 1  # at the edge
-    val[5].view(-1)[val[5].numel() // 2] += 1  # in the middle
-    splits = [im.Split(part, torch.zeros(len(part))) for part in parts]
-    data = im.Data(*splits, classes=(), source="", digest="")
-    assert torch.equal(torch.cat([x for x, _ in im.TensorLoader(data.val, 5)]), val)
-    expected = {("val", "train"): 1, ("test", "train"): 2, ("test", "val"): 1}
-    assert im.count_duplicates(data) == expected
-    im.check_split_leakage(data)
-    printed = capsys.readouterr().out
-    for words in ("1 of 12 validation", "2 of 15 test", "1 of 15 test"):
-        assert words in printed
+def test_batches_of_a_split_are_its_images_in_order():
+    split = im.Split(torch.rand(12, 1, 3, 3), torch.arange(12))
+    batches = list(im.TensorLoader(split, 5))
+    assert [len(labels) for _, labels in batches] == [5, 5, 2]
+    assert len(im.TensorLoader(split, 5)) == 3
+    assert torch.equal(torch.cat([images for images, _ in batches]), split.images)
+    assert torch.equal(torch.cat([labels for _, labels in batches]), split.labels)
 
 
 def test_digests_depend_on_values_shapes_and_dtypes():
@@ -379,3 +280,20 @@ def test_ink_of_any_images():
     assert im.as_ink(color).numpy() == pytest.approx(1 - grey.numpy(), abs=1e-6)
     with pytest.raises(ValueError, match="C = 1 or 3"):
         im.as_ink(torch.zeros(2, 2, 4, 4))
+
+
+def test_a_display_undoes_a_normalization():
+    colors = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    normalized = torch.empty_like(colors)
+    for c in range(3):
+        normalized[:, c] = (colors[:, c] - mean[c]) / std[c]
+    shown = im.Display(mean, std).pictures(normalized.double())
+    assert shown.dtype == torch.float32
+    assert shown.numpy() == pytest.approx(colors.numpy(), abs=1e-6)
+    assert torch.equal(im.Display().pictures(colors), colors)
+    assert im.Display().pictures(torch.tensor([[[-1.0, 0.25], [2.0, 1.0]]])).tolist() == [
+        [[[0.0, 0.25], [1.0, 1.0]]]
+    ]
+    grey = im.Display((0.5,), (0.25,)).pictures(torch.tensor([[[[1.0, -1.0]]]]))
+    assert grey.tolist() == [[[[0.75, 0.25]]]]

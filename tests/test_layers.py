@@ -104,18 +104,27 @@ def test_gradients_are_those_of_the_network():
 
 
 @pytest.mark.parametrize("x", [some_images(), some_images(1), torch.zeros(5, 3, 8, 8)])
-def test_a_connection_around_the_layer_is_found(x):
-    with pytest.raises(ValueError, match="layer 'wide' alone, but a connection goes around it"):
-        AtLayer(network(around=True), "wide").preactivations(x)
+def test_a_branch_runs_the_images_themselves(x):
+    net = network(around=True)
+    at = AtLayer(net, "wide", images=x)
+    raw = at.preactivations(x)
+    assert at.is_branch
+    close(at.logits_from_preactivations(raw), net.eval()(x))
+    moved = raw.like(raw.raw + 1.5)
+    wide, head = by_hand(net, x)[0], net.rest[2]
+    expected = net(x) + ((wide + 1.5).clamp(min=0) - wide.clamp(min=0)) @ head.weight.T
+    close(at.logits_from_preactivations(moved), expected)
+    close(at.logits_from_preactivations(moved[1:2]), expected[1:2])
+    with pytest.raises(ValueError, match="depend on more than layer 'wide'"):
+        at.logits_from_preactivations(raw.raw)
 
 
 def test_a_connection_that_few_images_open_is_found():
     net, x = network(), some_images()
     net.register_forward_hook(lambda _net, given, logits: logits + 5 * (given[0][:, 0, 0, :1] < -7))
-    AtLayer(net, "wide", images=x)  # none of these opens the connection
+    assert not AtLayer(net, "wide", images=x).is_branch  # none of these opens the connection
     x[21, 0] = -9
-    with pytest.raises(ValueError, match="a connection goes around it"):
-        AtLayer(net, "wide", images=x)
+    assert AtLayer(net, "wide", images=x).is_branch
 
 
 def test_logits_that_depend_on_the_batch_are_found():
@@ -143,24 +152,34 @@ LAYOUTS = {"BCHW": (2, 3), "BHWC": (1, 2), "BTC": (1,)}  # and the dimensions of
 
 @pytest.mark.parametrize(("pool", "reduce"), [("mean", torch.mean), ("max", torch.amax)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_pool_is_over_the_positions_that_the_head_reads(layout, pool, reduce):
+def test_positions_are_rows_or_pooled(layout, pool, reduce):
     net, x = Positions(layout, lambda found: reduce(found, LAYOUTS[layout])), some_images()
-    with pytest.raises(ValueError, match=r"outputs with positions: use pool="):
-        AtLayer(net, "norm", images=x)
-    at = AtLayer(net, "norm", pool, x)
-    raw = at.preactivations(x)
+    rows = net.conv(x).flatten(2).mT  # (B, 36, 5)
+    at = AtLayer(net, "norm", images=x)
+    assert at.positions == fa.Positions((6, 6))
+    close(at.preactivations(x), rows)
+    close(at.logits_from_preactivations(rows), net(x))
+    rows[:, 7, 2] += 9
+    rows = rows.detach()
+    close(at.logits_from_preactivations(rows), net.head(reduce(rows, 1)))
+    pooled = AtLayer(net, "norm", pool, x)
+    raw = pooled.preactivations(x)
+    assert pooled.positions is None
     close(raw, reduce(net.conv(x), (2, 3)))
-    close(at.logits_from_preactivations(raw), net(x))
-    close(at.logits_from_preactivations(raw + 1), net.head(raw + 1))
+    close(pooled.logits_from_preactivations(raw), net(x))
+    close(pooled.logits_from_preactivations(raw + 1), net.head(raw + 1))
 
 
-def test_a_position_that_is_read_alone_needs_flatten():
+def test_a_position_that_is_read_alone_needs_all():
     net, x = Positions("BTC", lambda tokens: tokens[:, 0]), some_images()
-    with pytest.raises(ValueError, match="reads more of it than pool='mean' keeps"):
+    with pytest.raises(ValueError, match="reads more of layer 'norm' than pool='mean' keeps"):
         AtLayer(net, "norm", "mean", x)
     at = AtLayer(net, "norm", "flatten", x)
     assert at.preactivations(x).shape == (30, 36 * 5)
     close(at.logits_from_preactivations(at.preactivations(x)), net(x))
+    wide = nn.Sequential(nn.Conv2d(3, 40, 3), nn.Flatten(), nn.Linear(1440, 3))
+    with pytest.raises(ValueError, match=r"pool='flatten' makes 1,440 numbers of \(40, 6, 6\)"):
+        AtLayer(wide, "0", "flatten", x)
 
 
 class Half(nn.Module):
@@ -194,7 +213,12 @@ def network_that_takes_no_copy() -> nn.Sequential:
     return net
 
 
-PAIR, LINEAR = nn.LSTM(6, 6), nn.Linear(6, 6)
+class Numbers(nn.Module):
+    def forward(self, x):
+        return {"n": len(x)}
+
+
+LINEAR = nn.Linear(6, 6)
 TWICE = nn.Sequential(LINEAR, nn.ReLU(), LINEAR)
 TWICE[1].unused = nn.Linear(1, 1)
 
@@ -208,9 +232,9 @@ TWICE[1].unused = nn.Linear(1, 1)
         (TWICE, "0", None, "layer '0' runs 2 times"),
         (TWICE, "1.unused", None, "layer '1.unused' does not run"),
         (network_that_takes_no_copy(), "0", None, "does not run .*this is a copy"),
-        (nn.Sequential(PAIR), "0", None, r"layer '0' must give a tensor .* gives a tuple"),
+        (nn.Sequential(Half(), Numbers()), "1", None, "layer '1' must give a tensor .* a dict"),
         (nn.Sequential(LINEAR, nn.Unflatten(1, (2, 3))), "0", None, r"gives \(8, 2, 3\)"),
-        (nn.Sequential(LINEAR, PAIR), "0", None, r"must give logits \(B, C\), .* tuple"),
+        (nn.Sequential(LINEAR, Numbers()), "0", None, r"must give logits \(B, C\), .* a? ?dict"),
     ],
 )
 def test_layers_that_cannot_be_used_are_named(model, name, pool, message):

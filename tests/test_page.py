@@ -11,7 +11,7 @@ import torch
 from page_world import N_CLASSES, NASTY, arrays_of, meta_of, script, small_world, write
 
 from saexplain import page
-from saexplain.activity import Activity, coactivation_neighbors, contributions
+from saexplain.activity import Activity, coactivation_neighbors
 from saexplain.counterfactuals import class_effects, review_tests
 
 
@@ -220,8 +220,7 @@ def test_contributions_and_errors_reach_the_page(world, tmp_path):
     val, test = world.layer.splits["val"], world.layer.splits["test"]
     path = write(tmp_path / "page.html", world, [world.records[k] for k in (9, 2)])
     meta, arrays = meta_of(path), arrays_of(path)
-    added, _ = contributions(world.layer, val.raw, world.shown.activity)
-    effects = class_effects(world.shown.activity, added)[:, [9, 2]]
+    effects = class_effects(world.layer, val.raw, world.shown.activity)[:, [9, 2]]
     assert arrays["class_adds"] == pytest.approx(effects.flatten(), abs=1e-6)
     review, found = review_tests(world.layer, test.raw, test.labels), meta["tests"]
     assert found["errors"] == found["shown_errors"] == review.all_errors > 10
@@ -244,7 +243,7 @@ def test_contributions_and_errors_reach_the_page(world, tmp_path):
 
 def test_histograms_written_out():
     activation, labels = torch.tensor([0.5, 4.0, 3.0, 1.0, 0.9]), torch.zeros(5, dtype=int)
-    activity = Activity(torch.tensor([0, 5, 5]), torch.arange(5), activation, labels)
+    activity = Activity(torch.tensor([0, 5, 5]), torch.arange(5), activation, labels, 0 * labels)
     counts, largest = page.activation_histograms(activity, bins=4)
     assert counts.tolist() == [[2, 1, 0, 2], [0, 0, 0, 0]]
     assert largest.tolist() == [4.0, 0.0]

@@ -14,7 +14,7 @@ from page_world import NASTY, meta_of, small_world, write
 
 import feature_analysis as fa
 from saexplain import page as html
-from saexplain.activity import collect_activity, contributions
+from saexplain.activity import collect_activity
 from saexplain.counterfactuals import class_effects, review_tests
 from saexplain.evaluation import collect_evidence, decide
 from saexplain.hypotheses import (
@@ -51,8 +51,8 @@ def review(world):
 @pytest.fixture(scope="module")
 def effects(world):
     """Mean contributions (C, d_sae, C) by class."""
-    added, _ = contributions(world.layer, world.layer.splits["val"].raw, world.shown.activity)
-    return class_effects(world.shown.activity, added)
+    val = world.layer.splits["val"]
+    return class_effects(world.layer, val.raw, world.shown.activity)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,94 @@
+"""How many features should be active? Short trainings at several targets, measured on the layer.
+
+    compared = compare_targets(layer, TARGETS, saes)  # two of each target, trained for a short time
+    target = choose_target(compared)                  # the smallest that keeps the predictions
+
+Takes an `ExplainedLayer` with activations, and SAEs; gives numbers, and trains nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+import feature_analysis as fa
+from saexplain.calibration import adjust_thresholds
+from saexplain.fidelity import (
+    DENSE_FROM,
+    Components,
+    feature_stats,
+    raw_rows,
+    rows_of,
+    splice,
+)
+from saexplain.reproducibility import compute_reproducibility, match_features
+from saexplain.rows import TrainingRows
+from saexplain.sae import JumpReLUSAE
+
+TARGETS = (5, 10, 20)  # active features per row that are compared
+KEPT = 0.98  # share of the predictions that the SAE must keep
+COMPARED_IMAGES = 1000  # validation images on which the targets are compared
+
+
+class Comparison(NamedTuple):
+    """A short training at one target, measured on validation images."""
+
+    target: int
+    agreement: float  # share of predictions kept with the SAE spliced in
+    fvu: float
+    fvu_pca: float  # of as many principal components
+    dense_share: float  # share of L0 by features active on over a tenth of the rows
+    reproduced: float  # share of features that an SAE of another seed has, too
+
+
+@torch.no_grad()
+def compare_targets(
+    layer: fa.ExplainedLayer, targets: Sequence[int], saes: Sequence[JumpReLUSAE]
+) -> list[Comparison]:
+    """The targets compared by SAEs that were trained for each with one seed, then with another."""
+    pairs = list(zip(saes, [*targets, *targets], strict=True))
+    val, n = layer.splits["val"], COMPARED_IMAGES
+    few = fa.Activations(val.images, val.labels[:n], val.raw[:n])
+    layer = fa.ExplainedLayer(layer.model, None, layer.mu, layer.std, {**layer.splits, "val": few})
+    z, z_train = rows_of(layer, "val"), rows_of(layer, "train")
+    own = layer.logits(few.raw).argmax(1)
+    total = (z - z.mean(0)).square().sum().item()
+    rows, found = TrainingRows(few.raw, layer.mu, layer.std), []
+    adjusted = [adjust_thresholds(sae, rows, target)[0] for sae, target in pairs]
+    for target, sae, other in zip(targets, adjusted, adjusted[len(targets) :], strict=False):
+        spliced = splice(layer, few.raw, sae)
+        pca = Components.fit(z_train, target)
+        stats = feature_stats(sae, z)
+        density = stats.feature_density
+        dense = density[density > DENSE_FROM].sum() / density.sum().clamp(min=1e-9)
+        matches = match_features(layer.with_sae(sae), raw_rows(layer, "val"), other)
+        found.append(
+            Comparison(
+                target,
+                (spliced.logits.argmax(1) == own).double().mean().item(),
+                spliced.squared_error / total,
+                splice(layer, few.raw, pca.reconstruct).squared_error / total,
+                dense.item(),
+                compute_reproducibility(matches, *stats).features,
+            )
+        )
+    return found
+
+
+def choose_target(compared: Sequence[Comparison]) -> int:
+    """The smallest target that keeps KEPT of the predictions; the largest where none does."""
+    enough = [c.target for c in compared if c.agreement >= KEPT]
+    return min(enough, default=compared[-1].target)
+
+
+def targets_table(compared: Sequence[Comparison], chosen: int) -> str:
+    """The comparison in lines of text."""
+    lines = ["target  predictions kept     FVU  of as many PCs  dense share of L0  reproduced"]
+    for c in compared:
+        lines.append(
+            f"{c.target:>6}{c.agreement:>18.1%}{c.fvu:>8.3f}{c.fvu_pca:>16.3f}"
+            f"{c.dense_share:>19.0%}{c.reproduced:>12.0%}{'  chosen' * (c.target == chosen)}"
+        )
+    return "\n".join(lines)
