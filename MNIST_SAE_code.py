@@ -745,6 +745,7 @@ def explain_activations(
         classes=data.classes,
         network=network.title,
         source=data.source,
+        caller="script" if network.title == OWN_NETWORK else "explain",
         **settings.chosen("topk n_eval alpha hypotheses features seed"),
     )
     drafts, records, reports, writing = {}, {}, {}, []
