@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 import threading
 import time
@@ -247,10 +248,13 @@ def _exchange() -> Iterator[None]:
     """Raise WorkerError where an exchange with the other ranks fails inside."""
     try:
         yield
-    except RuntimeError as error:  # gloo raises it bare, NCCL a subclass
+    except RuntimeError as error:  # gloo raises it bare, after a line of its code; NCCL a subclass
+        reason = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0])[
+            :120
+        ]
         raise WorkerError(
-            f"another rank ended or cannot be reached ({str(error).splitlines()[0][:120]}); run "
-            f"the same command again: finished stages are reused"
+            f"another rank ended or cannot be reached ({reason}); run the same command again: "
+            f"finished stages are reused"
         ) from error
 
 
