@@ -943,29 +943,19 @@ def write_whole(path: str | Path, content: bytes) -> None:
         raise
 
 
-def save_pixels(pixels: np.ndarray, path: str | Path, palette: np.ndarray = GRAYS) -> None:
-    """Save a picture as PNG, completely or not at all.
-
-    pixels uint8: colors (height, width, 3), or indices (height, width) into a palette (n, 3).
-    """
+def png_bytes(pixels: np.ndarray, palette: np.ndarray = GRAYS) -> bytes:
+    """A picture as PNG: uint8 colors (height, width, 3), or indices into a palette (n, 3)."""
     image = Image.fromarray(pixels)
     if pixels.ndim == 2:  # with a palette, Pillow skips the filters, which take most of the time
         image.putpalette(palette.tobytes())
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)  # many small files: speed before size
-    write_whole(path, buffer.getvalue())
-
-
-def figure_png(figure: Figure) -> bytes:
-    """The figure as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})
     return buffer.getvalue()
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Save a Figure as PNG, completely or not at all."""
-    write_whole(path, figure_png(figure))
+def save_pixels(pixels: np.ndarray, path: str | Path, palette: np.ndarray = GRAYS) -> None:
+    """Save a picture as PNG, completely or not at all."""
+    write_whole(path, png_bytes(pixels, palette))
 
 
 @functools.cache
@@ -979,25 +969,17 @@ def pattern_palette() -> np.ndarray:
     return np.concatenate([colors, grays, GRAYS[[224]]])
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """A Figure of width x height screen pixels, unknown to pyplot: it needs no closing."""
+def figure_of(pixels: np.ndarray, save_path: str | Path | None, palette=GRAYS) -> Figure:
+    """A Figure that shows a picture pixel for pixel, unknown to pyplot: it needs no closing. It is
+    saved as well where there is a path. Picture and palette are those of `save_pixels`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    FigureCanvasAgg(figure)
-    figure._repr_png_ = functools.partial(figure_png, figure)  # by which a notebook shows it
-    return figure
-
-
-def figure_of(pixels: np.ndarray, save_path: str | Path | None, palette=GRAYS) -> Figure:
-    """A Figure that shows a picture pixel for pixel; it is saved as well where there is a path.
-
-    Picture and palette are those of `save_pixels`.
-    """
     if save_path is not None:
         save_pixels(pixels, save_path, palette)
-    figure = new_figure(pixels.shape[1], pixels.shape[0])
+    figure = Figure(figsize=(pixels.shape[1] / DPI, pixels.shape[0] / DPI), dpi=DPI)
+    FigureCanvasAgg(figure)
+    figure._repr_png_ = functools.partial(png_bytes, pixels, palette)  # a notebook shows it by this
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     colors = palette[pixels] if pixels.ndim == 2 else pixels
@@ -1048,20 +1030,19 @@ def as_array(values) -> np.ndarray:
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
-def gray_images(images) -> np.ndarray:
-    """Images as an array (N, H, W) with ink in [0, 1].
+def as_pictures(images) -> np.ndarray:
+    """Images as an array (N, H, W) with ink in [0, 1], or (N, 3, H, W) in color.
 
     Raises ValueError for images of another shape or scale.
     """
     array = as_array(images)
-    if array.ndim == 4 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.ndim != 3 or 0 in array.shape[1:]:
-        raise ValueError(f"images must have shape (N, H, W) or (N, 1, H, W), got {array.shape}")
+    array = array[:, 0] if array.ndim == 4 and array.shape[1] == 1 else array
+    if array.ndim not in (3, 4) or array.shape[1:-2] not in ((), (3,)) or 0 in array.shape[1:]:
+        raise ValueError(f"images must be (N, H, W) or (N, C, H, W), C = 1 or 3: got {array.shape}")
     low, high = array.min(initial=0), array.max(initial=0)
     if not (low >= 0 and high <= 1):  # in this form NaN is an error as well
         met = f"pixels run from {low:.3g} to {high:.3g}"
-        raise ValueError(f"images: {met}; pictures need ink from 0 to 1: give as_ink(images)")
+        raise ValueError(f"images: {met}; pictures need 0 to 1: give as_ink(images)")
     return array
 
 
@@ -1132,8 +1113,8 @@ class GalleryPainter:
     """Painter of galleries, which paints once what all of them have in common."""
 
     def __init__(self, images, classes: Sequence[str] = ()):
-        self.images, self.classes = gray_images(images), classes
-        height, width = self.images.shape[1:]
+        self.images, self.classes = as_pictures(images), classes
+        height, width = self.images.shape[-2:]
         self.zoom = zoom_factor((height, width), TILE)
         self.tile = self.zoom * height + 2, self.zoom * width + 2  # with its frame
 
@@ -1145,12 +1126,21 @@ class GalleryPainter:
         self.places = [(top, left) for top in tops for left in lefts]  # of the tiles
 
         size = tops[-1] + pitch + MARGIN, lefts[-1] + self.tile[1] + GAP + MARGIN
-        self.background = np.full(size, WHITE, np.uint8)
+        self.channels = (3,) * (self.images.ndim == 4)  # none in gray
+        self.background = np.full(size + self.channels, WHITE, np.uint8)
         for row, column, text in GALLERY_HEADERS:
             paste(self.background, text_pixels(text), tops[row] - HEADER + 5, lefts[column])
 
+    def paint_images(self, k: int, numbers: Sequence[int], index: np.ndarray) -> np.ndarray:
+        """The images at index (n,), for these tiles of feature k: uint8 (n, H, W), in color
+        (n, H, W, 3)."""
+        shown = self.images[index].clip(0, 1)
+        if self.channels:
+            return (255 * shown + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)
+        return (255.5 - 255 * shown).astype(np.uint8)
+
     def paint(self, k: int, bank: FeatureBank) -> np.ndarray:
-        """The gallery of feature k, gray (height, width) uint8.
+        """The gallery of feature k, uint8 (height, width), or (height, width, 3) in color.
 
         Raises IndexError for a k out of range and for images that are not the bank's.
         """
@@ -1160,9 +1150,9 @@ class GalleryPainter:
         if last >= len(self.images):
             met = f"only {len(self.images)} were given"
             raise IndexError(f"images must hold image {last}, which activates feature {k}; {met}")
-        grays = (255.5 - 255 * self.images[index].clip(0, 1)).astype(np.uint8)
-        tiles = np.full((len(index), *self.tile), FRAME, np.uint8)
-        tiles[:, 1:-1, 1:-1] = enlarged(grays, self.zoom)
+        shown = self.paint_images(k, numbers, index)
+        tiles = np.full((len(index), *self.tile, *self.channels), FRAME, np.uint8)
+        tiles[:, 1:-1, 1:-1] = shown.repeat(self.zoom, 1).repeat(self.zoom, 2)
 
         page = self.background.copy()
         paste(page, text_pixels(_gallery_title(k, bank), 15, BOLD), 8, MARGIN)
@@ -1188,9 +1178,9 @@ def show_feature_gallery(
 ) -> Figure:
     """The images that activate feature k: the strongest, then five from each quarter of its range.
 
-    `images` (N, H, W) or (N, 1, H, W) are those the bank was collected on, in the same order;
-    `classes` are the names of the labels. Raises IndexError for a k out of range or too few images,
-    ValueError for images of another shape or scale.
+    `images` (N, H, W), ink, or (N, 3, H, W), colors, are those the bank was collected on, in the
+    same order; `classes` are the names of the labels. Raises IndexError for a k out of range or too
+    few images, ValueError for images of another shape or scale.
     """
     return figure_of(GalleryPainter(images, classes).paint(k, bank), save_path)
 
@@ -1216,34 +1206,27 @@ def pattern_colors(heat: np.ndarray, scale: float, inked: np.ndarray | None) -> 
     return colors
 
 
-class PatternPainter:
-    """Painter of patterns: red pixels raise the feature, blue ones lower it, gray are not inked."""
+def paint_pattern(heat: np.ndarray, k: int, inked=None, words: str = "") -> np.ndarray:
+    """The pattern `heat` (H, W) of feature k, (height, width) uint8 into `pattern_palette`: red
+    pixels raise it, blue ones lower it, gray ones are not inked. `words` replace the note on top.
+    """
+    zoom, mask = zoom_factor(heat.shape, PATTERN), as_mask(inked, heat.shape)
+    height, width = zoom * heat.shape[0], zoom * heat.shape[1]
+    top, left = TITLE + len(text_pixels("", 11, MONO)) + 4, width + 2 * MARGIN  # of pattern, bar
+    page = np.full((top + height + MARGIN, left + 76), TEXT[1], np.uint8)
+    bar = np.linspace(2 * STEPS, 0, height).round().astype(np.uint8)
+    paste(page, bar[:, None].repeat(12, 1), top, left)
+    for share, text in ((0.0, "raises"), (0.5, "0"), (1.0, "lowers")):
+        line = text_pixels(text, 11, levels=TEXT)
+        paste(page, line, top + round(share * (height - len(line))), left + 18)
 
-    def __init__(self, shape: tuple[int, int], inked: np.ndarray | None = None):
-        self.zoom, self.inked = zoom_factor(shape, PATTERN), as_mask(inked, shape)
-        self.top = TITLE + len(text_pixels("", 11, MONO)) + 4  # of the pattern
-        height, width = self.zoom * shape[0], self.zoom * shape[1]
-        left = width + 2 * MARGIN  # of the color bar
-        self.background = np.full((self.top + height + MARGIN, left + 76), TEXT[1], np.uint8)
-
-        bar = np.linspace(2 * STEPS, 0, height).round().astype(np.uint8)
-        paste(self.background, bar[:, None].repeat(12, 1), self.top, left)
-        for share, text in ((0.0, "raises"), (0.5, "0"), (1.0, "lowers")):
-            line = text_pixels(text, 11, levels=TEXT)
-            top = self.top + round(share * (height - len(line)))
-            paste(self.background, line, top, left + 18)
-
-    def paint(self, heat: np.ndarray, k: int) -> np.ndarray:
-        """The pattern `heat` (H, W) of feature k, (height, width) uint8 into `pattern_palette`."""
-        scale = display_scale(heat, self.inked)
-        colors = pattern_colors(heat, scale, self.inked)
-        title = f"Feature {k}: pixels that drive it"
-        note = f"full color = {scale:.2g} per unit of ink"
-        page = self.background.copy()
-        paste(page, enlarged(colors, self.zoom), self.top, MARGIN)
-        paste(page, text_pixels(title, 14, BOLD, TEXT), 6, MARGIN)
-        paste(page, text_pixels(note, 11, MONO, TEXT), TITLE, MARGIN)
-        return page
+    scale = display_scale(heat, mask)
+    paste(page, enlarged(pattern_colors(heat, scale, mask), zoom), top, MARGIN)
+    title, note = f"Feature {k}: pixels that drive it", f"full color = {scale:.2g} per unit of ink"
+    paste(page, text_pixels(title, 14, BOLD, TEXT), 6, MARGIN)
+    line = text_pixels(words, 11, levels=TEXT) if words else text_pixels(note, 11, MONO, TEXT)
+    paste(page, line, TITLE, MARGIN)
+    return page
 
 
 def visualize_feature_pattern(
@@ -1255,32 +1238,26 @@ def visualize_feature_pattern(
     scale: images that leave a pixel empty are no evidence about it. Raises ValueError for other
     shapes.
     """
-    heat = as_array(heat)
-    pixels = PatternPainter(heat.shape, inked).paint(heat, k)
-    return figure_of(pixels, save_path, pattern_palette())
+    return figure_of(paint_pattern(as_array(heat), k, inked), save_path, pattern_palette())
 
 
 def write_feature_pictures(
-    folder: str | Path,
-    features: Iterable,
-    bank: FeatureBank,
-    images,
-    heats,
-    inked=None,
-    classes=(),
-    ink_sign=1,
+    folder, features: Iterable, bank, images, heats, inked=None, classes=(), ink_sign=1, words=None
 ) -> None:
     """Write feature_{k}_gallery.png, _pattern.png and _pattern.npy for every k of `features`.
 
     `heats` (d_sae, H, W) come from `feature_input_patterns`; the .npy holds them, the PNG times
-    `ink_sign`: -1 where ink lowers a pixel's value. Raises OSError when a file cannot be written.
+    `ink_sign`: -1 where ink lowers a pixel's value; `words`, by feature, are above patterns. None:
+    no patterns. `images` may be a `GalleryPainter`. Raises OSError for files it cannot write.
     """
-    heats = as_patterns(heats)
-    gallery, pattern = GalleryPainter(images, classes), PatternPainter(heats.shape[1:], inked)
+    gallery = images if isinstance(images, GalleryPainter) else GalleryPainter(images, classes)
+    heats = None if heats is None else as_patterns(heats)
     for k in features:
         name = f"{folder}/feature_{k}"
         save_pixels(gallery.paint(k, bank), f"{name}_gallery.png")
-        save_pixels(pattern.paint(ink_sign * heats[k], k), f"{name}_pattern.png", pattern_palette())
-        stored = io.BytesIO()
-        np.save(stored, heats[k])
-        write_whole(f"{name}_pattern.npy", stored.getvalue())
+        if heats is not None:
+            pixels = paint_pattern(ink_sign * heats[k], k, inked, (words or {}).get(k, ""))
+            save_pixels(pixels, f"{name}_pattern.png", pattern_palette())
+            stored = io.BytesIO()
+            np.save(stored, heats[k])
+            write_whole(f"{name}_pattern.npy", stored.getvalue())

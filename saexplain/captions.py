@@ -262,11 +262,11 @@ SHARED_BY_FEW = 0.5  # share of all classes below which a shared part says somet
 
 
 def parts_of_name(name: str) -> set[str]:
-    """What a class name may share with others: its words, the digits of a number, and the ends of
-    three letters or more of its last word."""
+    """What a class name may share with others: its words, and the ends of three letters or more of
+    its last word, as "-dog"; of a number its digits, the first as "5-", the last as "-5"."""
     words = re.findall(r"[^\W_]+", name.lower())
     if len(words) == 1 and words[0].isdigit():
-        return set(words[0])
+        return {*words[0], f"{words[0][0]}-", f"-{words[0][-1]}"}
     last = words[-1] if words else ""
     ends = {f"-{last[i:]}" for i in range(len(last) - 2) if last.isalpha()}
     return {*words, *ends}
@@ -281,13 +281,17 @@ def shared_part(group: Sequence[int], names: Sequence[str]) -> tuple[str, int]:
     in_all = Counter(part for of_name in parts for part in of_name)
     most = max(3, MOST_OF_GROUP * len(group))
     found = [
-        (n / in_all[part], len(part.lstrip("-")), part)  # a word before an end
+        (n / in_all[part], len(part.strip("-")), part)  # of equal ones, a word before an end
         for part, n in in_group.items()
         if n >= most and in_all[part] < SHARED_BY_FEW * len(names)
     ]
     part = max(found)[-1] if found else ""
-    words = f"names that end in {part[1:]}" if part[:1] == "-" else f"{part} in their name"
-    return words if part else "", in_group[part]
+    words = f"{part} in their name" if part else ""
+    if part[:1] == "-":
+        words = f"names that end in {part[1:]}"
+    elif part[-1:] == "-":
+        words = f"names that begin with {part[:-1]}"
+    return words, in_group[part]
 
 
 def classes_in_words(group: Sequence[int], names: Sequence[str]) -> str:

@@ -101,13 +101,7 @@ def diagnose(
             "share with a neighbor above cosine 0.9",
             fewer,
         ),
-        Diagnosis(
-            "low boolean fidelity",
-            record["delta_acc_boolean_scaled"],
-            0.02,
-            "accuracy lost when features are on or off",
-            f"compare several targets ({target})",
-        ),
+        *boolean_diagnoses(record, target),
         Diagnosis(
             "dead latents",
             record["dead_features"] / record["sae_latents"],
@@ -154,6 +148,16 @@ def diagnose(
             )
         )
     return found + (position_diagnoses(maps) if has_positions else [])
+
+
+def boolean_diagnoses(record: dict, target: str) -> list[Diagnosis]:
+    """The diagnosis of features that are only on or off, where that was measured."""
+    lost = record.get("delta_acc_boolean_scaled")
+    if lost is None:
+        return []
+    what = "accuracy lost when features are on or off"
+    advice = f"compare several targets ({target})"
+    return [Diagnosis("low boolean fidelity", lost, 0.02, what, advice)]
 
 
 def pattern_diagnoses(analysis: Analysis, features: Sequence[int], noisy: str) -> list[Diagnosis]:

@@ -195,7 +195,7 @@ def measure_effects(
 
 class Evidence(NamedTuple):
     """What was measured about one hypothesis; None or empty where it says nothing, and for all of a
-    feature that is active, or inactive, on fewer than MIN_ACTIVE images."""
+    feature that is not testable."""
 
     feature: int
     n_active: int
@@ -220,7 +220,10 @@ class Evidence(NamedTuple):
 
     @property
     def is_testable(self) -> bool:
-        return MIN_ACTIVE <= self.n_active <= self.n_images - MIN_ACTIVE
+        """Whether enough images are active and, unless nothing is drawn, inactive."""
+        return self.n_active >= MIN_ACTIVE and (
+            self.undrawn or self.n_images - self.n_active >= MIN_ACTIVE
+        )
 
     @property
     def f1(self) -> float | None:

@@ -1,21 +1,23 @@
 """What did training, a sweep of targets and the tests find? The plots of a run.
 
     figure = draw_frontier(records)  # records of summary.json
-    fa.save_figure(figure, folder / "frontier.png")
+    save_figure(figure, folder / "frontier.png")
 
 Takes finished records and evaluations; gives matplotlib Figures, and writes nothing.
 
-To add a plot, write a function that returns a Figure made by `fa.new_figure(width, height)`, in
-screen pixels; call `fa.save_figure` where its records are complete; add the file's name to
+To add a plot, write a function that returns a Figure made by `new_figure(width, height)`, in
+screen pixels; call `save_figure` where its records are complete; add the file's name to
 RESULT_FILES of saexplain/report.py, which the next run deletes, and to `places_to_look` of
 saexplain/console.py, which the terminal shows.
 """
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -33,9 +35,26 @@ PANEL_WIDTH = 250  # screen pixels of one panel in a row of them
 TINY, SMALL, NORMAL, LARGE = 7, 8.5, 9.5, 11  # points: numbers, ticks, titles of panels, of all
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """A Figure of width x height screen pixels, unknown to pyplot: it needs no closing."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / fa.DPI, height / fa.DPI), dpi=fa.DPI)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Save a Figure as PNG, completely or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})
+    fa.write_whole(path, buffer.getvalue())
+
+
 def _row_of_panels(n: int, height: float, title: str) -> tuple[Figure, Sequence[Axes]]:
     """A Figure with n panels side by side under a title."""
-    figure = fa.new_figure(PANEL_WIDTH * n, height)
+    figure = new_figure(PANEL_WIDTH * n, height)
     figure.set_layout_engine("constrained")
     figure.suptitle(title, fontsize=LARGE)
     panels = figure.subplots(1, n, squeeze=False)[0]
@@ -226,7 +245,7 @@ def _draw_bands(axes: Axes, summaries: dict[str, Summary]) -> None:
 def draw_explained(summaries: dict[str, Summary]) -> Figure:
     """How well hypotheses about several sets of features, by name, replace them, and how well
     they predict activity in each band of rates; "SAE" is among them."""
-    figure = fa.new_figure(1050, 400)
+    figure = new_figure(1050, 400)
     left = figure.add_axes((0.06, 0.17, 0.42, 0.65))
     right = figure.add_axes((0.55, 0.17, 0.43, 0.65))
     _draw_agreements(left, summaries)
@@ -247,7 +266,7 @@ def draw_influence(evaluation: Evaluation) -> Figure:
     confidences = np.array([row.decision.confidence for row in order])
     ranks = np.arange(1, len(order) + 1)
 
-    figure = fa.new_figure(1050, 400)
+    figure = new_figure(1050, 400)
     axes = figure.add_axes((0.07, 0.14, 0.86, 0.72))
     for name, color in CONFIDENCE_COLORS.items():
         some = confidences == name

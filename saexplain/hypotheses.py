@@ -432,7 +432,7 @@ def propose_hypotheses(
     where nothing is drawn, logits those of `changed_logits`, the place that of `place_of`. Without
     `in_full` no logits are named, and there are no captions. A feature with fewer than MIN_ACTIVE
     active, or inactive, images gets an empty drawing; so does one that is not `faithful`, with the
-    reason, and classes and a place.
+    reason, and, if enough images are active, classes and a place.
 
     `activity` and `removed`, of the same images, are computed where they are not given; `classes`
     are the names that captions use where nothing is drawn.
@@ -450,8 +450,10 @@ def propose_hypotheses(
     n_active, n_images, hypotheses = activity.n_active.tolist(), len(discovery.labels), []
     for k, drawn in enumerate(drawings.weights):
         reason = undrawn.get(k, "")
-        is_testable = MIN_ACTIVE <= n_active[k] <= n_images - MIN_ACTIVE
-        if not is_testable or not (reason or drawn.any()):
+        enough = n_active[k] >= MIN_ACTIVE
+        if not reason:
+            enough &= n_images - n_active[k] >= MIN_ACTIVE and bool(drawn.any())
+        if not enough:
             hypotheses.append(Hypothesis(k, np.zeros_like(drawn), undrawn=reason))
             continue
         choose = predictive_classes if reason else enriched_classes

@@ -16,12 +16,13 @@ h x w = P cells of the canvas.
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import math
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -42,19 +43,50 @@ from saexplain.hypotheses import MIN_ACTIVE, Rule, evenly_spaced, weights_of_row
 from saexplain.images import as_ink
 from saexplain.ink import Canvas
 from saexplain.own import digest_of_sae
+from saexplain.page_classes import FEW_CLASSES, class_tables, needs_tables, sparse, test_tables
+from saexplain.page_maps import (
+    IMAGES_SHOWN,
+    example_maps,
+    feature_fields,
+    map_fields,
+    mean_map_array,
+    position_arrays,
+    quantize,
+)
+from saexplain.thumbnails import (
+    ACROSS,
+    PAGE_BYTES,
+    SAMPLED,
+    SIZES,
+    PageSize,
+    Pictures,
+    as_levels,
+    encode_sheets,
+    fit_page,
+    reduce_images,
+    reduced_shape,
+    tile_shape,
+)
+
+if TYPE_CHECKING:
+    from saexplain.images import Display
+    from saexplain.where import Maps
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 # files of templates/, joined in this order: later ones use what earlier ones define
-SCRIPTS = """core dom parts story class pair errors features feature draw score store write yours
-main""".split()
-TOP_SHOWN = 12  # strongest images of a feature
-BAND_SHOWN = 3  # images from each quarter of its active range
+SCRIPTS = """core dom where parts story class pair errors images features feature draw score store
+write yours main""".split()
+TOP_SHOWN, BAND_SHOWN = SIZES[0][1:]  # strongest images of a feature, and of each quarter, at most
 HISTOGRAM_BINS = 24
 NEIGHBORS = 4  # similar features listed with a feature, by direction and by coactivation
 MAP_NEIGHBORS = 5  # features that the map tries to keep near a feature
 SAE_WEIGHTS = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")  # with which the page computes
 MAX_IMAGES = 2000  # of each of SPLITS, on which a reader's hypotheses are measured
 MAX_LEVELS = 5_000_000  # bytes of all their ink: of larger images there are fewer
+MAX_COLOR_LEVELS = 1_500_000  # the same beside images in color, which need space themselves
+WHOLE_SIDE = 96  # pixels: gray images up to this side are shown as they are
+PATTERN_SIDE = 48  # pixels of a pattern, at most, where images are reduced or in color
+COLOR_ERRORS = 100  # misclassified images shown where there are many classes, or colors
 SPLITS = ("val", "test_half", "replication_half")
 ARRAY_KINDS = {
     "uint8": "u1",
@@ -66,13 +98,20 @@ ARRAY_KINDS = {
 
 
 class Shown(NamedTuple):
-    """What is shown of the features; bank, activity and images are of the same images."""
+    """What is shown of the features; bank, activity and images are of the same images.
+
+    `display` gives the images' own colors; without one, or where they are gray, they are shown as
+    `saexplain.images.as_ink` makes them.
+    """
 
     bank: fa.FeatureBank
     activity: Activity
-    heats: Tensor  # (d_sae, H, W), input patterns
+    heats: Tensor | None  # (d_sae, H, W), input patterns, in crops for a layer with positions
     inked: np.ndarray | None = None  # (H, W) bool, pixels that images ink; None: all
     canvas: Canvas | None = None  # of drawings; None: fitted to the images of the split "val"
+    maps: Maps | None = None  # where features are active
+    faithful: Tensor | None = None  # (d_sae,) bool, patterns that say what the SAE reads; None: all
+    display: Display | None = None
 
 
 class Overview(NamedTuple):
@@ -164,20 +203,59 @@ def _rounded(values: Iterable[float], digits: int = 4) -> list[float]:
     return [float(f"{value:.{digits}g}") for value in values]
 
 
-def _example_rows(examples: fa.Examples, slots: dict[int, int]) -> list[tuple]:
+def _example_rows(examples: fa.Examples, slots: dict[int, int]) -> list[list]:
     """Examples (m,) as (slot, label, activation); `slots` gains the images it lacks."""
     places = [slots.setdefault(image, len(slots)) for image in examples.index.tolist()]
     activations = _rounded(examples.activation.tolist())
-    return list(zip(places, examples.label.tolist(), activations, strict=True))
+    return [list(row) for row in zip(places, examples.label.tolist(), activations, strict=True)]
 
 
-def _examples(bank: fa.FeatureBank, k: int, slots: dict[int, int]) -> dict:
+def _shown_examples(
+    bank: fa.FeatureBank, k: int, n_top: int, n_band: int
+) -> tuple[fa.Examples, list[fa.Examples]]:
     """The strongest images of feature k, and some of each quarter of its active range."""
-    top = fa.Examples(*(column[:TOP_SHOWN] for column in bank.top.of(k)))
-    bands = bank.bands(k, per_band=BAND_SHOWN)
+    top = fa.Examples(*(column[:n_top] for column in bank.top.of(k)))
+    return top, bank.bands(k, per_band=n_band) if n_band else []
+
+
+def _examples(bank: fa.FeatureBank, k: int, slots: dict[int, int], size: PageSize) -> dict:
+    """The examples of feature k as rows."""
+    top, bands = _shown_examples(bank, k, size.n_top, size.n_band)
     return {
         "top": _example_rows(top, slots),
         "bands": [_example_rows(band, slots) for band in bands],
+    }
+
+
+def _map_arrays(
+    layer: fa.ExplainedLayer, shown: Shown, entries: Sequence[dict], images: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """The maps of all examples, those of a feature up to its largest, and the mean maps.
+
+    `images` are those of the slots. Entries gain their numbers, and rows the number of their map.
+    """
+    rows, examples = [], []
+    for entry in entries:
+        for rank, row in enumerate(entry["top"]):
+            examples.append((entry["feature"], images[row[0]], rank))
+            rows.append(row)
+        for row in itertools.chain(*entry["bands"]):
+            examples.append((entry["feature"], images[row[0]], -1))
+            rows.append(row)
+    found, has_map = example_maps(layer, layer.splits["val"].raw, shown.maps, examples)
+    feature = torch.tensor([k for k, _, _ in examples], dtype=torch.int64)
+    scales = torch.zeros(layer.d_sae).scatter_reduce_(0, feature, found.amax((1, 2)), "amax")
+    kept = torch.tensor(has_map, dtype=torch.bool)
+    for row, place, there in zip(rows, (kept.cumsum(0) - 1).tolist(), has_map, strict=True):
+        if there:
+            row.append(place)
+    for entry in entries:
+        entry |= feature_fields(shown.maps, entry["feature"])
+        entry["scale"] = _rounded([float(scales[entry["feature"]])])[0]
+    features = [entry["feature"] for entry in entries]
+    return {
+        "maps": quantize(found[kept], scales[feature[kept]][:, None, None]),
+        "mean_maps": mean_map_array(shown.maps, features),
     }
 
 
@@ -209,15 +287,19 @@ def _hypothesis_fields(record: dict) -> dict:
 
 def _measured_fields(record: dict) -> dict:
     """What is known of a feature without any hypothesis."""
+    supports = _rounded(-delta for delta in record["ablation_delta_vector"])
+    pushes, labels = _rounded(record["logit_delta_vector"]), record["label_histogram"]
+    if len(supports) > FEW_CLASSES:
+        supports, pushes, labels = sparse(supports), sparse(pushes), sparse(labels, 12)
     return {
         "feature": record["feature"],
         "density": float(f"{record['mean_active']:.6g}"),
         "influence": _rounded([record["influence"]])[0],
         "changes": _rounded([record["predictions_changed"]])[0],
         "mode": record["label_mode_when_active"],
-        "labels": record["label_histogram"],
-        "supports": _rounded(-delta for delta in record["ablation_delta_vector"]),
-        "pushes": _rounded(record["logit_delta_vector"]),
+        "labels": labels,
+        "supports": supports,
+        "pushes": pushes,
     }
 
 
@@ -228,7 +310,7 @@ def _neighbor_rows(neighbors: tuple[Tensor, Tensor]) -> list[list[list]]:
 
 
 def _entries(
-    records: Sequence[dict], sae, shown: Shown, largest: np.ndarray
+    records: Sequence[dict], sae, shown: Shown, largest: np.ndarray, size: PageSize
 ) -> tuple[list[dict], list[int]]:
     """What the page shows of each feature (F,), and the images that it shows.
 
@@ -245,9 +327,12 @@ def _entries(
     for record, nearest in zip(records, near, strict=True):
         k = record["feature"]
         entry = _measured_fields(record) | _hypothesis_fields(record)
-        entry |= _examples(shown.bank, k, slots)
+        entry |= _examples(shown.bank, k, slots, size)
         entry |= {"near": nearest, "coactive": coactive[k]}
         entry["largest"], entry["threshold"] = _rounded([largest[k], threshold[k]])
+        if shown.faithful is not None and not shown.faithful[k]:
+            entry["faithful"] = False
+            entry["correlation"] = _rounded([record.get("pattern_correlation", 0.0)])[0]
         entries.append(entry)
     return entries, list(slots)
 
@@ -257,34 +342,78 @@ def _entries(
 # --------------------------------------------------------------------------------------------------
 
 
-def _as_bytes(images: Tensor) -> np.ndarray:
-    """Images with ink in [0, 1] as uint8."""
-    ink = images.detach().cpu().clamp(0, 1)
-    return ink.mul_(255).round_().to(torch.uint8).numpy()
+class _Look(NamedTuple):
+    """How a page shows images, patterns and classes."""
+
+    color: bool  # images in their own colors
+    in_place: bool  # patterns lie over images, and some of them are faithful
+    can_write: bool  # readers can draw hypotheses
+    has_tables: bool  # of the effects on classes only the largest are on the page
+    whole: tuple[int, int]  # height and width of the images
+    shape: tuple[int, int]  # the same on the page
+    size: PageSize
+
+    @property
+    def is_reduced(self) -> bool:
+        return self.shape != self.whole
+
+    @property
+    def is_default(self) -> bool:
+        return self.in_place and not self.color and not self.is_reduced
 
 
-def _pattern_arrays(shown: Shown, features: Sequence[int]) -> dict[str, np.ndarray]:
-    """Input patterns from -127 to 127, full color, and the pixels (H, W) that images ink."""
+def _image_arrays(
+    name: str, pictures: Pictures, index: Sequence[int], look: _Look
+) -> dict[str, np.ndarray]:
+    """The images at `index` as levels, or as sheets of tiles in color."""
+    parts = [torch.empty(0, 3 if look.color else 1, *look.shape)]
+    for some in torch.as_tensor(index).split(fa.ROWS):
+        parts.append(reduce_images(pictures.of(some), max(look.shape)))
+    images = torch.cat(parts)
+    if not look.color:
+        return {name: as_levels(images[:, 0])}
+    return {f"{name}_{n}": sheet for n, sheet in enumerate(encode_sheets(images))}
+
+
+def _pattern_arrays(shown: Shown, features: Sequence[int], look: _Look) -> dict[str, np.ndarray]:
+    """Input patterns from -127 to 127, full color, and the pixels (h, w) that images ink.
+
+    A pattern that is not faithful is blank.
+    """
     patterns = fa.as_patterns(shown.heats)[features]
+    mask = None if look.color else fa.as_mask(shown.inked, patterns.shape[1:])
+    if not look.is_default:
+        side = max(look.shape) if look.in_place else PATTERN_SIDE
+        patterns = reduce_images(torch.from_numpy(patterns)[:, None], min(side, PATTERN_SIDE))
+        patterns = patterns[:, 0].numpy()
+        mask = None if mask is None or mask.shape != patterns.shape[1:] else mask
     shape = patterns.shape[1:]
-    mask = fa.as_mask(shown.inked, shape)
 
     scales = np.ones((len(features), 1, 1))
     for row, heat in enumerate(patterns):
         scales[row] = fa.display_scale(heat, mask) or 1.0  # 0 for a pattern of zeros
     heats = 127 * (patterns / scales).clip(-1, 1)
+    if shown.faithful is not None:
+        heats[~fa.as_array(shown.faithful)[features]] = 0
     inked = np.ones(shape) if mask is None else mask
     return {"heats": heats.round().astype(np.int8), "inked": inked.astype(np.uint8)}
 
 
 def _mean_arrays(
-    shown: Shown, images: Tensor, features: Sequence[int], n_classes: int
+    shown: Shown, images: Tensor, features: Sequence[int], n_classes: int, shape: tuple[int, int]
 ) -> dict[str, np.ndarray]:
-    """Means of the images (N, H, W) that activate each feature, and of each class, as uint8."""
-    flat, activity = images.flatten(1), shown.activity
+    """Means of the images (N, C, H, W) that activate each feature, and of each class, as uint8.
+
+    They have the shape (h, w) of the patterns.
+    """
+    ink = as_ink(images.cpu())
+    flat = reduce_images(ink, max(shape)).flatten(1) if ink.shape[2:] != shape else ink.flatten(1)
+    activity = shown.activity
     by_feature = torch.nn.functional.embedding_bag(
         activity.image, flat, activity.start[:-1], mode="mean"
     )[features]
+    if shown.faithful is not None:
+        by_feature[~shown.faithful[features]] = 0
     by_class = flat.new_zeros(n_classes, flat.shape[1]).index_add_(0, activity.labels, flat)
     pictures = {}
     for name, means in (("means", by_feature), ("class_means", by_class)):
@@ -302,21 +431,28 @@ def _images_of_splits(layer: fa.ExplainedLayer) -> dict[str, Tensor]:
     return {split: of for split, of in of_split.items() if len(of)}
 
 
-def images_on_page(layer: fa.ExplainedLayer, canvas: Canvas | None = None) -> dict[str, Tensor]:
+def images_on_page(
+    layer: fa.ExplainedLayer, canvas: Canvas | None = None, in_color: bool = False
+) -> dict[str, Tensor]:
     """The images on which the page measures hypotheses, evenly spaced, at most MAX_IMAGES of each
     of SPLITS: indices into "val", and, for both halves of the test images, into "test"."""
     canvas = canvas or Canvas.fit(layer.splits["val"].images)
-    most = min(MAX_IMAGES, max(1, MAX_LEVELS // (len(SPLITS) * math.prod(canvas.shape))))
+    levels = MAX_COLOR_LEVELS if in_color else MAX_LEVELS
+    most = min(MAX_IMAGES, max(1, levels // (len(SPLITS) * math.prod(canvas.shape))))
     return {split: evenly_spaced(of, most) for split, of in _images_of_splits(layer).items()}
 
 
 def _split_arrays(
-    layer: fa.ExplainedLayer, canvas: Canvas, features: Sequence[int], largest: np.ndarray
+    layer: fa.ExplainedLayer,
+    canvas: Canvas,
+    features: Sequence[int],
+    largest: np.ndarray,
+    in_color: bool,
 ) -> dict[str, np.ndarray]:
     """The images of `images_on_page`, their labels, and which of them activate each feature, from 1
     to 255 by its `largest` activation (d_sae,)."""
     arrays = {}
-    for split, some in images_on_page(layer, canvas).items():
+    for split, some in images_on_page(layer, canvas, in_color).items():
         whole = layer.splits["val" if split == "val" else "test"]
         images, labels, raw = (values[some.to(values.device)] for values in whole)
         activity = collect_activity(layer, raw, labels)
@@ -343,14 +479,43 @@ def _drawing_array(records: Sequence[dict], canvas: Canvas) -> np.ndarray:
     return drawings
 
 
-def _test_arrays(review: TestReview, test: fa.Activations) -> dict[str, np.ndarray]:
-    """The test images shown, and the features active on each, its pairs from `pair_start` on."""
+def _fewer_errors(review: TestReview, n: int) -> TestReview:
+    """The review with at most n errors, those of the largest margin."""
+    n, kept = min(n, review.n_errors), torch.ones(len(review.image), dtype=torch.bool)
+    kept[n : review.n_errors] = False
+    activity, place = review.activity, kept.cumsum(0) - 1
+    own = kept[activity.image]
+    counts = torch.bincount(activity.feature[own], minlength=len(activity.n_active))
+    return review._replace(
+        image=review.image[kept],
+        n_errors=n,
+        activity=activity._replace(
+            start=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
+            image=place[activity.image[own]],
+            activation=activity.activation[own],
+            position=activity.position[own],
+            labels=activity.labels[kept],
+        ),
+        added=review.added[own],
+        logits=review.logits[kept],
+        sets=type(review.sets)(*(column[:n] for column in review.sets)),
+    )
+
+
+def _spread_tests(review: TestReview) -> list[int]:
+    """The places of the test images whose positions can be explored: errors, and as many others."""
+    errors = torch.arange(min(review.n_errors, IMAGES_SHOWN // 2))
+    others = torch.arange(review.n_errors, len(review.image))
+    return [*errors.tolist(), *others[: IMAGES_SHOWN - len(errors)].tolist()]
+
+
+def _test_arrays(review: TestReview, has_tables: bool) -> dict[str, np.ndarray]:
+    """The features active on each test image shown, its pairs from `pair_start` on."""
     activity = review.activity
     order = activity.image.argsort(stable=True)  # from features in order to images in order
     counts = torch.bincount(activity.image, minlength=len(review.image))
     start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    return {
-        "tests": _as_bytes(as_ink(test.images.cpu())[review.image]),
+    arrays = {
         "test_logits": review.logits.numpy(),
         "pair_start": start.int().numpy(),
         "pair_feature": activity.feature[order].int().numpy(),
@@ -358,6 +523,12 @@ def _test_arrays(review: TestReview, test: fa.Activations) -> dict[str, np.ndarr
         "pair_adds": review.added[order].numpy(),
         "fixed_logits": review.sets.logits.numpy(),
     }
+    if has_tables:
+        forced = torch.tensor(review.pair).expand(len(review.image), -1)
+        forced = torch.cat([activity.labels[:, None], forced], dim=1)
+        given = (review.logits, review.added[order], activity.image[order], review.sets.logits)
+        arrays |= test_tables(*given, forced)
+    return arrays
 
 
 def _test_fields(review: TestReview, test: fa.Activations) -> dict:
@@ -409,9 +580,12 @@ def _pack(arrays: dict[str, np.ndarray]) -> tuple[dict[str, dict], str]:
 
 
 def _testing_fields(
-    layer: fa.ExplainedLayer, canvas: Canvas, network: Network | None
+    layer: fa.ExplainedLayer, canvas: Canvas | None, network: Network | None
 ) -> dict[str, object]:
-    """What the page needs to measure and test the hypotheses of its reader."""
+    """What the page needs to measure and test the hypotheses of its reader; little without a
+    canvas, as they cannot be drawn then."""
+    if canvas is None:
+        return {"sae": digest_of_sae(layer.sae), "canvas": (0, 0), "cell": 1}
     plain = canvas.cell == canvas.sign == 1 and not canvas.low.any() and (canvas.span == 1).all()
     return {
         "sae": digest_of_sae(layer.sae),
@@ -461,6 +635,63 @@ def _template() -> str:
     return page.replace("{{SCRIPT}}", "".join(read(f"{name}.js") for name in SCRIPTS))
 
 
+def _any_faithful(shown: Shown, features: Sequence[int]) -> bool:
+    """Whether there is a pattern that can be shown."""
+    if shown.heats is None:
+        return False
+    return shown.faithful is None or bool(shown.faithful[features].any())
+
+
+def _look(
+    records: Sequence[dict], layer: fa.ExplainedLayer, shown: Shown, network: Network | None
+) -> tuple[_Look, Pictures]:
+    """How the page shows things, at first with the largest thumbnails, and its pictures."""
+    images, features = layer.splits["val"].images, [record["feature"] for record in records]
+    pictures = Pictures(images, shown.display)
+    color = pictures.in_color
+    is_lazy, any_faithful = not isinstance(images, Tensor), _any_faithful(shown, features)
+    in_place = any_faithful and not is_lazy and not layer.has_positions
+    any_drawn = any((record.get("hypothesis") or {}).get("drawing") for record in records)
+    whole = tuple(images.shape[2:])
+    is_kept = network is not None or (not color and max(whole) <= WHOLE_SIDE)
+    look = _Look(
+        color,
+        in_place,
+        in_place and bool(any_drawn or shown.maps is None),
+        needs_tables(shown.bank.label_histogram.shape[1], len(features)),
+        whole,
+        whole if is_kept else reduced_shape(whole, SIZES[0].side),
+        SIZES[0],
+    )
+    return look, pictures
+
+
+def _fitted_look(
+    look: _Look, records: Sequence[dict], shown: Shown, pictures: Pictures, n_tests: int, used: int
+) -> _Look:
+    """The look with thumbnails, and so many of them, that the page fits into PAGE_BYTES, of which
+    other arrays take `used`."""
+
+    def count(n_top: int, n_band: int) -> tuple[int, int]:
+        images, n = set(), 0
+        for record in records:
+            top, bands = _shown_examples(shown.bank, record["feature"], n_top, n_band)
+            for part in (top, *bands):
+                images.update(part.index.tolist())
+                n += len(part.index)
+        return len(images), n
+
+    n_images = len(pictures)
+    sample = pictures.of(evenly_spaced(torch.arange(n_images), SAMPLED))
+    cells = math.prod(shown.maps.grid) if shown.maps is not None else 0
+    text = 1600 * len(records) + 300_000  # bytes of what is known of features, and of the scripts
+    size = fit_page(count, n_tests, sample, cells, (PAGE_BYTES - text) * 3 / 4 - used)
+    if shown.maps is not None and shown.maps.kind == "occlusion":  # examples that have a map
+        size = size._replace(n_top=min(size.n_top, shown.maps.top.shape[1]))
+    shape = look.whole if not look.is_reduced else reduced_shape(look.whole, size.side)
+    return look._replace(size=size, shape=shape)
+
+
 def write_dashboard(
     path: str | Path,
     records: Sequence[dict],
@@ -478,35 +709,63 @@ def write_dashboard(
         network: the layer's model, which the page then computes: one can draw an image and remove
             features. The SAE needs all SAE_WEIGHTS.
 
-    Images are shown in gray, as `saexplain.images.as_ink` makes them. Raises ValueError for images
-    of other than one or three channels, patterns or `inked` of another shape, and classes that are
-    not one name for each logit.
+    Images that are large or in color are reduced so that the page stays below PAGE_BYTES. Raises
+    ValueError for images of other than one or three channels, patterns or `inked` of another shape,
+    and classes that are not one name for each logit.
     """
     overview = overview or Overview()
     features = [record["feature"] for record in records]
     n_classes = shown.bank.label_histogram.shape[1]
     names = _class_names(overview, n_classes)
     val, test = layer.splits["val"], layer.splits.get("test")
-    images = as_ink(val.images.cpu())[:, 0]
+    look, pictures = _look(records, layer, shown, network)
     counts, largest = activation_histograms(shown.activity)
-    entries, pictured = _entries(records, layer.sae, shown, largest)
-    canvas = shown.canvas or Canvas.fit(val.images)
-
-    arrays = {"images": _as_bytes(images[pictured])}
-    arrays |= _pattern_arrays(shown, features)
-    arrays |= _mean_arrays(shown, images, features, n_classes)
-    arrays |= _split_arrays(layer, canvas, features, largest)
-    arrays["drawings"] = _drawing_array(records, canvas)
-    arrays["canvas_inked"] = canvas.inked.numpy().astype(np.uint8)
-    arrays["histograms"] = counts[features].astype(np.float32)
-    arrays["class_adds"] = class_effects(layer, val.raw, shown.activity)[:, features]
-    if network is not None:
-        arrays |= _weight_arrays(layer, network)
-    test_fields = None
+    canvas = None
+    if look.can_write:
+        canvas = shown.canvas or Canvas.fit(val.images)
+    review = None
     if test is not None:
         review = review_tests(layer, test.raw, test.labels)
-        arrays |= _test_arrays(review, test)
+        if look.color or look.has_tables:
+            review = _fewer_errors(review, COLOR_ERRORS)
+
+    arrays = {}
+    if _any_faithful(shown, features):
+        arrays |= _pattern_arrays(shown, features, look)
+    if look.in_place:
+        arrays |= _mean_arrays(shown, val.images, features, n_classes, arrays["inked"].shape)
+    if look.can_write:
+        arrays |= _split_arrays(layer, canvas, features, largest, look.color)
+        arrays["drawings"] = _drawing_array(records, canvas)
+        arrays["canvas_inked"] = canvas.inked.numpy().astype(np.uint8)
+    arrays["histograms"] = counts[features].astype(np.float32)
+    if look.has_tables:
+        pair = review.pair if review else [0, 1]
+        arrays |= class_tables(layer, val.raw, shown.activity, features, pair)
+    else:
+        arrays["class_adds"] = class_effects(layer, val.raw, shown.activity)[:, features]
+    if network is not None:
+        arrays |= _weight_arrays(layer, network)
+
+    tests, listed, test_fields = {}, [], None
+    if review is not None:
+        tests, listed = _test_arrays(review, look.has_tables), review.image.tolist()
         test_fields = _test_fields(review, test)
+    if shown.maps is not None and listed:
+        some = _spread_tests(review)
+        if shown.maps.kind == "activation":
+            raw = test.raw[torch.tensor(listed)[some].to(test.raw.device)]
+            tests |= position_arrays(layer, raw, shown.maps, features, largest)
+    if look.color or look.is_reduced or shown.maps is not None:
+        used = len(_pack(arrays | tests)[1]) * 3 // 4
+        look = _fitted_look(look, records, shown, pictures, len(listed), used)
+    entries, pictured = _entries(records, layer.sae, shown, largest, look.size)
+    if shown.maps is not None:
+        arrays |= _map_arrays(layer, shown, entries, pictured)
+    arrays = _image_arrays("images", pictures, pictured, look) | arrays
+    if review is not None:
+        test_pictures = Pictures(test.images, shown.display)
+        arrays |= _image_arrays("tests", test_pictures, listed, look) | tests
         for entry in entries if review.fixes is not None else ():
             entry["fixes"] = int(review.fixes[entry["feature"]])
             entry["breaks"] = int(review.breaks[entry["feature"]])
@@ -515,7 +774,7 @@ def write_dashboard(
     cells, side, kept = map_places(layer.sae.W_dec[features])
     meta = {
         **overview._asdict(),
-        "shape": arrays["inked"].shape,
+        "shape": look.shape,
         "classes": names,
         "plurals": [images_of(names, c) for c in range(n_classes)],  # as in "6s", "trousers"
         "of_class": torch.bincount(shown.activity.labels, minlength=n_classes).tolist(),
@@ -528,6 +787,19 @@ def write_dashboard(
         "tests": test_fields,
         "arrays": places,
     }
+    if not look.is_default:
+        shape = arrays["heats"].shape[1:] if "heats" in arrays else (1, 1)
+        meta["look"] = {
+            "whole": look.whole,
+            "in_place": look.in_place,
+            "can_write": look.can_write,
+            "pattern": shape,
+            "color": {"tile": tile_shape(*look.shape), "across": ACROSS} if look.color else None,
+        }
+    if look.has_tables:
+        meta["tables"] = True
+    if shown.maps is not None:
+        meta["where"] = map_fields(shown.maps, look.whole) | {"tests": some if listed else []}
     page = _template().replace("{{PACK}}", packed)
     page = page.replace("{{META}}", _safe_json(meta))  # last: its text may contain the other marks
     fa.write_whole(path, page.encode("utf-8"))

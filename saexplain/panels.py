@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 import feature_analysis as fa
+from saexplain.figures import new_figure
+from saexplain.overlays import make_gallery, paint_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -138,7 +140,7 @@ def _draw_charts(histogram, logit_delta, ablation_delta, classes: Sequence[str] 
         ("change of each logit when it is removed", ablation_delta, (RED, BLUE)),
     )
     width, height = NUMBERS + CHART_WIDTH + fa.MARGIN, CHART_PITCH * len(charts)
-    figure = fa.new_figure(width, height)
+    figure = new_figure(width, height)
     for row, (title, values, colors) in enumerate(charts):
         bottom = height - CHART_PITCH * row - CHART_TITLE - CHART_HEIGHT
         box = NUMBERS / width, bottom / height, CHART_WIDTH / width, CHART_HEIGHT / height
@@ -165,6 +167,7 @@ class PanelNotes(NamedTuple):
     inked: object = None  # (H, W) bool as in `visualize_feature_pattern`
     counterparts: tuple[tuple[str, np.ndarray], ...] = ()  # words and pattern (H, W) of each
     sketch: Sketch | None = None
+    mean_map: np.ndarray | None = None  # (h, w) where the feature is active on average
 
 
 def _paint_pattern(heat: np.ndarray, mask: np.ndarray | None, width: int) -> np.ndarray:
@@ -193,19 +196,28 @@ def _paint_panel(
     gallery: fa.GalleryPainter,
     k: int,
     bank: fa.FeatureBank,
-    heat: np.ndarray,
+    heat: np.ndarray | None,
     effects: tuple,
     notes: PanelNotes,
 ) -> np.ndarray:
-    """The panel of feature k, (height, width, 3) uint8; `effects` are logit and ablation delta."""
-    mask = fa.as_mask(notes.inked, heat.shape)
+    """The panel of feature k, (height, width, 3) uint8; `effects` are logit and ablation delta.
+
+    Without a pattern `heat` none is shown.
+    """
+    mask = None if heat is None else fa.as_mask(notes.inked, heat.shape)
     images = gallery.paint(k, bank)
     charts = _draw_charts(bank.label_histogram[k], *effects, gallery.classes)
     lines = []
     for paragraph in notes.caption.splitlines():
         lines += textwrap.wrap(paragraph, CAPTION_LETTERS)
 
-    beside = [("red raises, blue lowers", _paint_pattern(heat, mask, PANEL_PATTERN))]
+    beside = []
+    if heat is not None:
+        beside.append(("red raises, blue lowers", _paint_pattern(heat, mask, PANEL_PATTERN)))
+    if notes.mean_map is not None:
+        tall = round(PANEL_PATTERN * gallery.tile[0] / gallery.tile[1])
+        picture = paint_map(notes.mean_map, (tall, PANEL_PATTERN))
+        beside.append(("active there on average", picture))
     if notes.sketch is not None:
         beside.append(("its hypothesis", _paint_sketch(notes.sketch, PANEL_PATTERN)))
     if notes.counterparts:
@@ -214,7 +226,7 @@ def _paint_panel(
     left, top = images.shape[1] + NUMBERS, fa.HEADER + fa.MARGIN  # of the pattern
     across = NUMBERS + sum(picture.shape[1] + 2 * fa.MARGIN for _, picture in beside)
     across -= 2 * fa.MARGIN if notes.counterparts else fa.MARGIN  # these bring their own margin
-    charts_top = top + max(len(picture) for _, picture in beside) + fa.MARGIN
+    charts_top = top + max((len(picture) for _, picture in beside), default=0) + fa.MARGIN
     caption_end = len(images) + CAPTION_LINE * len(lines) + fa.MARGIN
     height = max(caption_end, charts_top + len(charts))
     width = images.shape[1] + max(charts.shape[1], across)
@@ -243,11 +255,13 @@ def show_feature_panel(
 ) -> Figure:
     """Everything about feature k in one picture: gallery, pattern, labels and both logit effects.
 
-    `heat` (H, W) comes from `feature_input_pattern`, `logit_delta` and `ablation_delta` (C,) from
-    `feature_logit_effect` and `feature_ablation_effect`; the rest is as in `show_feature_gallery`.
+    `heat` (H, W), or None, comes from `feature_input_pattern`, `logit_delta` and `ablation_delta`
+    (C,) from `feature_logit_effect` and `feature_ablation_effect`; the rest is as in
+    `show_feature_gallery`. Images may be `Pictures`.
     """
-    gallery, effects = fa.GalleryPainter(images, classes), (logit_delta, ablation_delta)
-    pixels = _paint_panel(gallery, k, bank, fa.as_array(heat), effects, notes or PanelNotes())
+    gallery, effects = make_gallery(images, classes), (logit_delta, ablation_delta)
+    heat = None if heat is None else fa.as_array(heat)
+    pixels = _paint_panel(gallery, k, bank, heat, effects, notes or PanelNotes())
     return fa.figure_of(pixels, save_path)
 
 
@@ -261,13 +275,18 @@ def write_feature_panels(
     """Write feature_{k}_panel.png of each feature k of `notes`, and feature_{k}_hypothesis.png of
     those with a sketch.
 
-    `images` are those the bank was collected on. Raises like `fa.write_feature_pictures`.
+    `images` are those the bank was collected on, ink or `Pictures`. A pattern that is not faithful
+    is left out. Raises like `fa.write_feature_pictures`.
     """
-    heats = fa.as_patterns(analysis.shown_heats)
-    gallery = fa.GalleryPainter(images, classes)
+    heats, maps = analysis.shown_heats, analysis.maps
+    heats = None if heats is None else fa.as_patterns(heats)
+    gallery = make_gallery(images, classes, maps)
     for k, note in notes.items():
         effects = analysis.logit.mean_delta[k], analysis.ablation.mean_delta[k]
-        pixels = _paint_panel(gallery, k, analysis.bank, heats[k], effects, note)
+        heat = heats[k] if heats is not None and analysis.faithful[k] else None
+        if maps is not None:
+            note = note._replace(mean_map=maps.mean[k].numpy())
+        pixels = _paint_panel(gallery, k, analysis.bank, heat, effects, note)
         fa.save_pixels(pixels, Path(folder) / f"feature_{k}_panel.png")
         if note.sketch is not None:
             picture = paint_hypothesis(note.sketch, k)

@@ -13,12 +13,14 @@ It does not know how the SAE was trained.
 from __future__ import annotations
 
 import json
+import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ from saexplain.evaluation import (
     split_test_images,
 )
 from saexplain.fidelity import feature_stats, measure_fidelity, rows_of
-from saexplain.files import InputError, folder_lock, to_json, to_json_lines
+from saexplain.files import InputError, Stage, folder_lock, to_json, to_json_lines
 from saexplain.hypotheses import (
     Discovery,
     Faithful,
@@ -47,7 +49,7 @@ from saexplain.hypotheses import (
     load_frozen,
     propose_hypotheses,
 )
-from saexplain.images import Data, as_ink
+from saexplain.images import Data, Display
 from saexplain.ink import FULL_INK
 from saexplain.layers import (
     collect_activations,
@@ -55,12 +57,14 @@ from saexplain.layers import (
     make_deterministic,
     open_layer,
 )
+from saexplain.overlays import write_pictures
 from saexplain.panels import PanelNotes, Sketch, write_feature_panels
 from saexplain.parallel import Stopwatch, Task, Workers, torch_threads
 from saexplain.patterns import gradient_images
 from saexplain.reproducibility import Replicates
 from saexplain.sae import JumpReLUSAE
 from saexplain.substitution import measure_agreements, reason_not_compared
+from saexplain.thumbnails import Pictures
 from saexplain.where import FAITHFUL
 
 N_PANELS = 5  # features, the most influential, that get a panel and a line on the terminal
@@ -89,6 +93,7 @@ class Options:
     features: int = 0  # report so many of the most influential features; 0: all
     seed: int = 0
     caller: str = "explain_sae"  # whose arguments advice names, a key of CALLER_NAMES
+    display: Display = field(default_factory=Display)  # of the images' own colors
 
     def __post_init__(self) -> None:
         for name, least in (("topk", 1), ("n_eval", 1), ("features", 0), ("seed", 0)):
@@ -108,7 +113,7 @@ class Draft(NamedTuple):
     not_compared: str  # why drawings take the place of no features, "" where they do
     pictures: list[Task]
     clock: Stopwatch
-    shown: Tensor  # (N, 1, H, W) the validation images as pictures show them
+    shown: Pictures  # the validation images
 
 
 def remove_results(folder: Path) -> bool:
@@ -138,13 +143,13 @@ def prepare_report(
     validation images alone."""
     analysis = analyze(layer, options.topk, options.n_eval, options.alpha, clock)
     features = by_influence(analysis, options.features)
-    shown = as_ink(layer.splits["val"].images.cpu())
-    pictures = []
+    shown = Pictures(layer.splits["val"].images, options.display)
+    pictures, a = [], analysis
     for part in range(PICTURE_TASKS):
         own = features[part::PICTURE_TASKS]
-        given = (folder, own, analysis.bank, shown, analysis.heats, analysis.inked, options.classes)
-        given += (analysis.ink_sign,)
-        pictures.append(workers.start("pictures", fa.write_feature_pictures, *given))
+        given = (folder, own, a.bank, shown, a.heats, a.inked, options.classes, a.ink_sign)
+        given += (a.maps, a.faithful, a.pattern_correlation)
+        pictures.append(workers.start("pictures", write_pictures, *given))
     discovery = frozen = None
     not_compared = ""
     if options.hypotheses:
@@ -276,8 +281,8 @@ def write_hypotheses(
     fa.write_whole(folder / "hypotheses.md", content.encode())
     summaries = {"SAE": evaluation.summary, **summaries}
     if evaluation.summary.agreement_hypotheses is not None:
-        fa.save_figure(figures.draw_explained(summaries), folder / "explained.png")
-    fa.save_figure(figures.draw_influence(evaluation), folder / "influence.png")
+        figures.save_figure(figures.draw_explained(summaries), folder / "explained.png")
+    figures.save_figure(figures.draw_influence(evaluation), folder / "influence.png")
 
 
 def panel_notes(
@@ -326,7 +331,16 @@ def write_page(
         draft.folder / "feature_report.html",
         report,
         layer,
-        page.Shown(a.bank, a.activity, a.shown_heats, a.inked, canvas),
+        page.Shown(
+            a.bank,
+            a.activity,
+            a.shown_heats,
+            a.inked,
+            canvas,
+            a.maps,
+            a.faithful,
+            options.display,
+        ),
         page.Overview(
             title,
             results,
@@ -361,13 +375,44 @@ def write_history(
     from_step = None if logits_from is None else logits_from * last
     given = (classifier_history, sae_history, target, from_step, dead_below)
     figure = figures.draw_training(figures.training_curves(*given))
-    fa.save_figure(figure, folder / "training.png")
+    figures.save_figure(figure, folder / "training.png")
 
 
 def frontier_of(records: Sequence[dict]) -> list[dict]:
     """What the page's frontier shows of each record of summary.json."""
     keys = {"l0": "achieved_actives_test", "fvu": "fvu", "agreement": "agreement_jumprelu"}
     return [{name: record[key] for name, key in keys.items()} for record in records]
+
+
+def sae_record(
+    layer: fa.ExplainedLayer, target: int, stage: Stage, settings: dict, untrained: object = None
+) -> dict:
+    """What summary.json says about a trained SAE before its features are explained.
+
+    `settings` are those that it names, `untrained` an SAE to compare it with.
+    """
+    return {
+        "target_actives": target,
+        "lambda": stage.record["lambda"],
+        "threshold_shift": stage.record["threshold_shift"],
+        "achieved_actives_before_shift": stage.record["l0_before_shift"],
+        **measure_fidelity(layer, target, untrained),
+        **settings,
+        "device": str(layer.device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }
+
+
+def write_summary(root: Path, records: list[dict], manifest: dict) -> None:
+    """frontier.png, summary.json, and settings.json, which makes the folder a finished run."""
+    if len(records) > 1:
+        figures.save_figure(figures.draw_frontier(records), root / "frontier.png")
+    fa.write_whole(root / "summary.json", to_json(records))
+    fa.write_whole(root / "settings.json", to_json(manifest))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -430,11 +475,12 @@ def explain_sae(
     alone, or an SAE that does not fit.
     """
     net, clock, folder = open_layer(model, layer, pool), Stopwatch(), Path(out)
-    known = {f.name for f in fields(Options)} - {"network", "source", "caller"}
+    known = {f.name for f in fields(Options)} - {"network", "source", "caller", "display"}
     if unknown := sorted(options.keys() - known):
         raise InputError(f"explain_sae() has no option {unknown[0]!r}; it has {sorted(known)}")
     data = load_splits(net, options.pop("classes", ()), train, val, test)
-    given = Options(classes=data.classes, source=data.source, network=net.title, **options)
+    options |= {"classes": data.classes, "source": data.source, "network": net.title}
+    given = Options(display=data.display, **options)
     sae = sae.to(net.device) if isinstance(sae, torch.nn.Module) else sae
     explained = fa.ExplainedLayer(net, sae, mu.to(net.device), std.to(net.device))
     with torch.no_grad():  # an SAE that does not fit is an error before anything is deleted

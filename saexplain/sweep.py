@@ -20,7 +20,7 @@ import numpy as np
 
 import feature_analysis as fa
 from saexplain.console import NOT_COMPUTED, text_table
-from saexplain.figures import Curve, draw_curves
+from saexplain.figures import Curve, draw_curves, save_figure
 from saexplain.files import folder_lock, prepare_folder, to_json
 from saexplain.parallel import Workers, open_ranks
 from saexplain.reproducibility import mean_and_std
@@ -67,7 +67,7 @@ def run_sweep(
         records[i :: ranks.world] = part  # those of rank i, where the combinations were
     with folder_lock(root, wait):
         fa.write_whole(root / "sweep.json", to_json(records))
-        fa.save_figure(draw_sweep(records), root / "sweep.png")
+        save_figure(draw_sweep(records), root / "sweep.png")
     print(sweep_table(records))
     return records
 

@@ -293,7 +293,8 @@ HOW_UNDRAWN = """
 {undrawn} hypotheses have no drawing, for the reason given with each. They name classes, and, where
 the layer has positions, the place in which the feature's peak is on at least half of the images
 that activate it, and {enrichment} times as often as the peaks of all features. The images of the
-classes named are predicted to activate the feature, which gives an F1 by class.
+classes named are predicted to activate the feature, which gives an F1 by class. A feature that is
+active on all images is tested as well.
 """
 HOW_EDITED = """
 - Erasing: the ink in wanted cells is removed from active images. Filling: unwanted cells of
@@ -414,6 +415,8 @@ def undrawn_rows(sets: Sequence[dict]) -> list[list[str]]:
 
 
 def _confirmed_words(counts: dict) -> str:
+    if not counts["named"]:
+        return "none named"
     return f"{_number(counts['confirmed'], '{:.0%}')} of {counts['named']}"
 
 
@@ -438,7 +441,9 @@ def headline(record: dict) -> str:
             text += f" ({best}: {summaries[best]['agreement_hypotheses']:.1%})"
     if own["f1_by_influence"] is not None:
         high, f1 = percent(own["influence_high"]), own["f1_by_influence"]
-        text += f"; F1 {f1:.2f} weighted by influence; {high} of it with confidence High"
+        text += f"; F1 {f1:.2f} weighted by influence"
+        if own["agreement_hypotheses"] is not None:
+            text += f"; {high} of it with confidence High"
     counts = record["features_that_make_influence"]
     made = ", ".join(f"{n} make up {share}" for share, n in counts.items())
     return f"{text}. Features by influence on the test images: {made}."

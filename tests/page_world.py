@@ -21,6 +21,7 @@ from saexplain.hypotheses import Rule, discover, hypothesis_record, propose_hypo
 from saexplain.images import SAMPLE_FILE
 from saexplain.sae import JumpReLUSAE
 from saexplain.text import evidence_record
+from saexplain.where import activation_maps
 
 NASTY = "</script><script>alert(1)</script> \"'& <b> line\u2028separator \ud800 lone"
 D_IN, N_CLASSES = 16, 10
@@ -135,3 +136,122 @@ def arrays_of(path: Path) -> dict[str, np.ndarray]:
     raw, places = gzip.decompress(base64.b64decode(script(path, "pack"))), meta_of(path)["arrays"]
     assert not any(p["offset"] % 4 for p in places.values())  # or a browser cannot read floats
     return {n: np.frombuffer(raw, p["type"], p["length"], p["offset"]) for n, p in places.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# A layer with positions, of images in color
+# --------------------------------------------------------------------------------------------------
+
+GRID, SIDE = (6, 8), (48, 64)  # positions, and pixels of an image
+
+
+class Colors:
+    """The display of images whose pixels are 4 x - 2 of colors x."""
+
+    def pictures(self, images: Tensor) -> Tensor:
+        return (images + 2) / 4
+
+
+class Patches(NamedTuple):
+    """Positions read the mean colors of patches and of what is around them, in a random basis."""
+
+    turn: Tensor  # (9, D)
+    head: Tensor  # (D, C)
+    positions: fa.Positions
+
+    @property
+    def n_classes(self) -> int:
+        return self.head.shape[1]
+
+    def preactivations(self, images: Tensor) -> Tensor:
+        images = ((images + 2) / 4).expand(-1, 3, -1, -1)  # of gray ones as well
+        colors = torch.nn.functional.adaptive_avg_pool2d(images, GRID)
+        around = torch.nn.functional.avg_pool2d(colors, 3, 1, 1)
+        z = torch.cat([colors - 0.5, colors - around, around - 0.5], 1).flatten(2).mT @ self.turn
+        prefix = z.mean(1, keepdim=True).expand(-1, self.positions.n_prefix, -1)
+        return 3 * torch.cat([prefix, z], dim=1)
+
+    def logits_from_preactivations(self, raw: Tensor) -> Tensor:
+        return raw.relu().mean(1) @ self.head
+
+
+def scenes(n: int, n_classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images (n, 3, *SIDE) in [0, 1] of one disc on a sloping ground, whose hue is the label."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[: SIDE[0], : SIDE[1]]
+    labels = rng.integers(0, n_classes, n)
+    images = np.empty((n, 3, *SIDE), np.float32)
+    for image, label in zip(images, labels, strict=True):
+        slope = rng.normal(size=2)
+        shade = 0.5 + 0.2 * (slope[0] * rows / SIDE[0] + slope[1] * columns / SIDE[1])
+        image[:] = (rng.uniform(0.5, 1, (3, 1, 1)) * shade).clip(0, 1)
+        y, x, r = rng.uniform(10, 38), rng.uniform(10, 54), rng.uniform(6, 12)
+        turn = 2 * np.pi * label / n_classes
+        hue = 0.5 + 0.5 * np.cos(turn + np.array([0, 2, 4]) * np.pi / 3)
+        image[:, np.hypot(rows - y, columns - x) < r] = hue[:, None]
+    images += rng.normal(0, 0.02, images.shape).astype(np.float32)
+    return torch.from_numpy(images.clip(0, 1)), torch.from_numpy(labels)
+
+
+def patch_layer(
+    d_sae: int, n_classes: int, n: int = 160, n_prefix: int = 1, channels: int = 3
+) -> fa.ExplainedLayer:
+    """A layer with positions that read patches; the images' pixels are 4 x - 2 of colors x, of
+    which `channels` are kept."""
+    normal = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    positions, turn = fa.Positions(GRID, n_prefix), normal(9, D_IN)
+    model = Patches(turn, torch.zeros(D_IN, n_classes), positions)
+    (images, labels), tests = (scenes(n, n_classes, seed) for seed in (0, 1))
+    images, tests = images[:, :channels], (tests[0][:, :channels], tests[1])
+    hot = torch.nn.functional.one_hot(labels, n_classes).float()
+    read = model.preactivations(4 * images - 2).relu().mean(1)
+    model = model._replace(head=6 * torch.linalg.lstsq(read, hot).solution)
+    W_dec = torch.nn.functional.normalize(normal(d_sae, D_IN), dim=1)
+    weights = {"W_enc": W_dec.T.contiguous(), "b_enc": torch.zeros(d_sae), "W_dec": W_dec}
+    weights |= {"b_dec": torch.zeros(D_IN), "threshold": torch.linspace(1.0, 4.0, d_sae)}
+    weights["threshold"][-1] = 1e6
+    sae = JumpReLUSAE.from_weights(weights)
+    layer = fa.ExplainedLayer(model, sae, torch.zeros(D_IN), torch.ones(D_IN))
+    splits = {"val": (images, labels), "test": tests}
+    splits = {name: layer.activations(4 * x - 2, y) for name, (x, y) in splits.items()}
+    return replace(layer, splits=splits)
+
+
+def color_world(
+    d_sae: int = 24,
+    n_classes: int = 6,
+    kind: str = "activation",
+    receptive: tuple[int, int] = (24, 20),
+    channels: int = 3,
+) -> World:
+    """A page's input of images in color, or in gray, with maps; no pattern is faithful."""
+    layer = patch_layer(d_sae, n_classes, channels=channels)
+    _, labels, raw = layer.splits["val"]
+    bank, activity = fa.feature_bank(layer, raw, labels, 20), collect_activity(layer, raw, labels)
+    removed = removal_effects(layer, raw, activity)
+    maps = activation_maps(layer, layer.splits["val"], bank, activity)
+    maps = maps._replace(kind=kind, receptive=receptive, place_only=torch.arange(d_sae) == 2)
+    records = [planted_fields(k) for k in range(d_sae)]
+    for k, histogram in enumerate(bank.label_histogram):
+        records[k] |= {
+            "feature": k,
+            "hypothesis": {"classes": [k % n_classes], "place": "upper third"},
+            "mean_active": float(bank.feature_density[k]),
+            "influence": float(removed.influence[k]),
+            "predictions_changed": float(removed.changes[k]),
+            "label_mode_when_active": int(histogram.argmax()) if histogram.any() else None,
+            "label_histogram": histogram.tolist(),
+            "ablation_delta_vector": removed.mean_delta[k].tolist(),
+            "logit_delta_vector": removed.mean_delta[k].tolist(),
+            "pattern_correlation": 0.21,
+            "measured": ["60% [50%, 70%] of them are red: confirmed", "active in 3% of places"],
+        }
+    shown = page.Shown(
+        bank,
+        activity,
+        torch.zeros(d_sae, *SIDE),
+        maps=maps,
+        faithful=torch.zeros(d_sae, dtype=torch.bool),
+        display=Colors(),
+    )
+    return World(layer, records, shown)

@@ -284,6 +284,9 @@ def test_classes_whose_logits_move_together_are_one_group():
     )
     some = logit_groups(changes(100, fall=[*fives[:9], 80]), PAIRS)
     assert "of 10 classes, 9 of them with 5 in their name, fall by" in some
+    first, last = (logit_groups(changes(100, fall=at), PAIRS) for at in (range(50, 60), fives[1:6]))
+    assert "of 10 classes with names that begin with 5 fall by" in first
+    assert "of 5 classes with names that end in 5 fall by" in last
     few = logit_groups(changes(100, fall=[50, 51]), PAIRS)  # two classes say little
     assert few == "without it the logits of 2 classes fall by 5.95 on average, most for 50, then 51"
     assert "of 3 classes fall by" in logit_groups(changes(100, fall=[12, 34, 67]), PAIRS)

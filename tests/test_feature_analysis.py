@@ -18,6 +18,7 @@ from torch.testing import assert_close
 
 import feature_analysis as fa
 from saexplain.analysis import pattern_roughness
+from saexplain.figures import new_figure, save_figure
 
 ALWAYS, RARE, DEAD, TOPK = sm.ALWAYS, sm.RARE, sm.DEAD, 7
 N, SIDE, D_IN, D_SAE, C = sm.N, sm.SIDE, sm.D_IN, sm.D_SAE, sm.C
@@ -466,7 +467,7 @@ def test_files_are_replaced_completely_or_not_at_all(tmp_path, monkeypatch, kind
     write = {
         "bytes": lambda: fa.write_whole(path, b"new"),
         "pixels": lambda: fa.save_pixels(np.eye(5, dtype=np.uint8), path),
-        "figure": lambda: fa.save_figure(fa.new_figure(9, 9), path),
+        "figure": lambda: save_figure(new_figure(9, 9), path),
     }[kind]
     fa.write_whole(path, b"old")
     with monkeypatch.context() as interrupted:
@@ -542,7 +543,7 @@ def test_gallery_of_a_feature_that_is_never_active_has_no_tiles():
     assert "never active" in fa._gallery_title(1, sm.shown_bank()[0])
 
 
-@pytest.mark.parametrize("shape", [(40, 3, SIDE, SIDE), (SIDE, SIDE), (5, SIDE, SIDE)])
+@pytest.mark.parametrize("shape", [(40, 2, SIDE, SIDE), (SIDE, SIDE), (5, SIDE, SIDE)])
 @pytest.mark.parametrize("value", [1.0, 1.01, np.nan])
 def test_gallery_checks_its_images(shape, value):
     with pytest.raises((ValueError, IndexError), match="images"):

@@ -1,5 +1,6 @@
 """The data and the text in the file that the page is, against numbers computed otherwise."""
 
+import io
 import itertools
 import json
 import re
@@ -8,9 +9,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from page_world import N_CLASSES, NASTY, arrays_of, meta_of, script, small_world, write
+from page_world import (
+    N_CLASSES,
+    NASTY,
+    Colors,
+    arrays_of,
+    color_world,
+    meta_of,
+    script,
+    small_world,
+    write,
+)
+from PIL import Image
 
-from saexplain import page
+from saexplain import page, page_classes
 from saexplain.activity import Activity, coactivation_neighbors
 from saexplain.counterfactuals import class_effects, review_tests
 
@@ -264,3 +276,177 @@ def test_map_keeps_similar_directions_together():
     assert page.map_places(directions) == (places, side, kept)
     for n in (1, 2, 3):
         assert len({tuple(place) for place in page.map_places(directions[:n])[0]}) == n
+
+
+# --------------------------------------------------------------------------------------------------
+# Where features are active, colors, and many classes
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def colored():
+    return color_world()
+
+
+@pytest.fixture(scope="module")
+def color_page(colored, tmp_path_factory):
+    return write(tmp_path_factory.mktemp("page") / "page.html", colored, network=None)
+
+
+def test_default_page_has_nothing_of_this(written):
+    meta = meta_of(written)
+    assert not {"look", "where", "tables"} & set(meta)
+    assert not {"maps", "at_start", "images_0"} & set(meta["arrays"])
+
+
+def test_images_travel_in_their_own_colors(colored, color_page):
+    meta, arrays = meta_of(color_page), arrays_of(color_page)
+    assert meta["shape"] == [48, 64]
+    assert not {"images", "tests", "means", "heats", "drawings", "val_levels"} & set(arrays)
+    test, number = colored.layer.splits["test"], meta["tests"]["number"]
+    sheet = np.asarray(Image.open(io.BytesIO(arrays["tests_0"].tobytes()))).astype(float)
+    for slot in (0, len(number) - 1):
+        row, column = divmod(slot, meta["look"]["color"]["across"])
+        tile = sheet[48 * row : 48 * (row + 1), 64 * column : 64 * (column + 1)]
+        own = 255 * Colors().pictures(test.images[number]).permute(0, 2, 3, 1).numpy()
+        error = np.abs(tile - own).mean((1, 2, 3))
+        assert error.argmin() == slot
+        assert error[slot] < 6  # JPEG, of noise
+
+
+def test_maps_of_examples_reach_the_page(colored, color_page):
+    entries, arrays = meta_of(color_page)["features"], arrays_of(color_page)
+    maps, shown = arrays["maps"].reshape(-1, 6, 8), colored.shown
+    raw = colored.layer.splits["val"].raw
+    rows = [row for entry in entries for row in (*entry["top"], *itertools.chain(*entry["bands"]))]
+    assert [row[3] for row in rows] == list(range(len(maps)))  # each has its own, in order
+    for k in (0, 3):
+        top = shown.bank.top.index[k, : page.TOP_SHOWN]
+        bands = shown.bank.bands(k, per_band=page.BAND_SHOWN)
+        index = torch.cat([top, *(band.index for band in bands)])
+        own = colored.layer.acts_at(raw[index])[:, 1:, k].unflatten(1, (6, 8))
+        assert entries[k]["scale"] == pytest.approx(float(own.max()), rel=1e-3)
+        found = maps[entries[k]["top"][0][3] :][: len(index)] / 255
+        assert found == pytest.approx((own / own.max()).numpy(), abs=0.034)  # half of a step
+        mean = colored.layer.acts_at(raw)[:, 1:, k].mean(0)
+        assert entries[k]["mean_peak"] == pytest.approx(float(mean.max()), rel=1e-3)
+        shares = arrays["mean_maps"].reshape(-1, 48)[k] / 255
+        assert shares == pytest.approx((mean / mean.max()).numpy(), abs=0.034)
+    assert [entry["place_only"] for entry in entries[:4]] == [False, False, True, False]
+    assert entries[3]["prefix_share"] == round(float(shown.maps.prefix_share[3]), 3)
+    assert meta_of(color_page)["where"]["receptive"] == [0.5, 0.3125]  # 24 of 48, 20 of 64
+
+
+def test_features_at_positions_of_test_images_reach_the_page(colored, color_page):
+    meta, arrays = meta_of(color_page), arrays_of(color_page)
+    some, number = meta["where"]["tests"], meta["tests"]["number"]
+    assert len(some) == min(60, len(number)) == len(set(some))
+    raw = colored.layer.splits["test"].raw
+    largest = colored.layer.feature_acts(colored.layer.splits["val"].raw).amax(0)
+    for n, position in ((0, 0), (0, 17), (7, 48)):  # 48: the prefix token
+        acts = colored.layer.acts_at(raw[[number[some[n]]]])[0, (position + 1) % 49]
+        row = 49 * n + position
+        pairs = slice(*arrays["at_start"][row : row + 2])
+        expected = acts.argsort(descending=True)[: min(12, int((acts > 0).sum()))].tolist()
+        assert arrays["at_feature"][pairs].tolist() == expected
+        share = (acts / largest.clamp(min=1e-9))[expected].clamp(max=1).numpy()
+        assert arrays["at_activation"][pairs] / 255 == pytest.approx(share, abs=0.004)
+
+
+def test_a_pattern_that_is_not_faithful_is_not_on_the_page(world, tmp_path):
+    faithful = torch.arange(24) != 5
+    shown = world.shown._replace(faithful=faithful)
+    records = [record | {"pattern_correlation": 0.123456} for record in world.records]
+    path = write(tmp_path / "page.html", world._replace(shown=shown), records)
+    heats, means = (arrays_of(path)[name].reshape(24, 784) for name in ("heats", "means"))
+    assert (heats.any(1) == faithful.numpy()).all()
+    assert not means[5].any()
+    entries = meta_of(path)["features"]
+    assert [entry.get("faithful") for entry in entries] == [None] * 5 + [False] + [None] * 18
+    assert entries[5]["correlation"] == 0.1235
+
+
+def test_pages_of_large_images_stay_small(colored, color_page, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "PAGE_BYTES", 0)  # the smallest that there is
+    path = write(tmp_path / "page.html", colored, network=None)
+    assert path.stat().st_size < color_page.stat().st_size
+    meta = meta_of(path)
+    assert (meta["shape"], meta["look"]["whole"]) == ([24, 32], [48, 64])
+    assert [len(meta["features"][3][name]) for name in ("top", "bands")] == [4, 0]
+    assert meta["look"]["color"]["tile"] == [32, 32]
+
+
+def test_occlusion_maps_are_those_of_the_strongest_images(colored, tmp_path):
+    maps = colored.shown.maps
+    maps = maps._replace(kind="occlusion", top=maps.top[:, :3], bands=None, receptive=(48, 64))
+    world = colored._replace(shown=colored.shown._replace(maps=maps))
+    path = write(tmp_path / "page.html", world, network=None)
+    entry, arrays = meta_of(path)["features"][3], arrays_of(path)
+    assert [len(row) for row in entry["top"]] == [4] * 3  # only images that have a map
+    assert all(len(row) == 3 for row in itertools.chain(*entry["bands"]))
+    assert "at_start" not in arrays
+    found = arrays["maps"].reshape(-1, 6, 8)[entry["top"][1][3]] / 255
+    expected = maps.top[3, 1].float() / maps.top[3].float().max()
+    assert found == pytest.approx(expected.numpy(), abs=0.034)
+
+
+def test_tables_of_many_classes_have_the_largest_effects(colored, tmp_path, monkeypatch):
+    monkeypatch.setattr(page_classes, "FEW_CLASSES", 3)
+    monkeypatch.setattr(page_classes, "FULL_ENTRIES", 0)
+    monkeypatch.setattr(page_classes, "N_LOGITS", 2)
+    val, test = colored.layer.splits["val"], colored.layer.splits["test"]
+    path = write(tmp_path / "page.html", colored, network=None)
+    meta, arrays = meta_of(path), arrays_of(path)
+    assert meta["tables"] is True
+    assert "class_adds" not in arrays
+    effects = class_effects(colored.layer, val.raw, colored.shown.activity)  # (C, d_sae, C)
+    own, values = (arrays[f"class_{name}"].reshape(6, 20) for name in ("feature", "value"))
+    rivals = arrays["rivals"].reshape(6, 5)
+    pairs = arrays["pair_of_feature"].reshape(6, 5, 8)
+    of_pairs = arrays["pair_of_value"].reshape(6, 5, 8)
+    logits = colored.layer.logits(val.raw)
+    for c in range(6):
+        order = effects[c, :, c].argsort()[::-1]
+        above = [k for k in order[:12] if effects[c, k, c] > 0]
+        below = [k for k in order[::-1][:8] if effects[c, k, c] < 0]
+        assert own[c].tolist()[: len(above)] == above
+        assert own[c].tolist()[12 : 12 + len(below)] == below
+        listed = own[c] >= 0
+        assert values[c, listed] == pytest.approx(effects[c, own[c, listed], c], abs=1e-5)
+        mean = logits[val.labels == c].mean(0)
+        expected = [r for r in mean.argsort(descending=True).tolist() if r != c]
+        pair = meta["tests"]["pair"]
+        if c in pair:  # the classes confused most are compared in any case
+            other = sum(pair) - c
+            expected = [other, *(r for r in expected if r != other)]
+        assert rivals[c].tolist() == expected
+        difference = effects[c, :, c] - effects[c, :, rivals[c, 2]]
+        first = int(difference.argmax())
+        assert pairs[c, 2, 0] == first
+        assert of_pairs[c, 2, 0] == pytest.approx(difference[first], abs=1e-5)
+
+    review = review_tests(colored.layer, test.raw, test.labels)
+    known = arrays["test_classes"].reshape(len(review.image), -1)
+    columns = known.shape[1] + 1
+    found = arrays["test_logits"].reshape(-1, columns)
+    for t in (0, 5):
+        others = [c for c in range(6) if c not in known[t]]
+        assert {int(review.logits[t].argmax()), meta["tests"]["labels"][t]} <= set(known[t])
+        assert found[t, :-1] == pytest.approx(review.logits[t, known[t]].numpy(), abs=1e-5)
+        rest = torch.logsumexp(review.logits[t, others], 0)
+        assert found[t, -1] == pytest.approx(float(rest), abs=1e-5)
+        first = arrays["pair_start"][t]
+        adds = review.added[review.activity.image == t][0]
+        after = found[t] - arrays["pair_adds"].reshape(-1, columns)[first]
+        expected = review.logits[t] - adds
+        assert after[:-1] == pytest.approx(expected[known[t]].numpy(), abs=1e-4)
+        assert after[-1] == pytest.approx(float(torch.logsumexp(expected[others], 0)), abs=1e-4)
+
+
+def test_sparse_values_are_the_largest_either_way():
+    values = np.zeros(50)
+    values[7], values[9], values[40] = 2.0, -1.23456, 0.5
+    assert page_classes.sparse(values) == [[7, 2.0], [9, -1.235], [40, 0.5]]
+    dense = np.arange(-25.0, 25)
+    found = page_classes.sparse(dense)
+    assert [c for c, _ in found] == [*range(10), *range(40, 50)]

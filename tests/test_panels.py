@@ -108,15 +108,18 @@ def test_panels_and_sketches_check_shapes():
         panel_of(2)
 
 
-def test_folder_of_panels_equals_the_single_ones(tmp_path):
-    scene = make_scene("conv")
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_folder_of_panels_equals_the_single_ones(tmp_path, kind):
+    scene = make_scene(kind)
     analysis = analysis_of(scene)
     notes = {k: PanelNotes(f"A caption of {k}.", analysis.inked) for k in (0, 1, 11)}
     panels.write_feature_panels(tmp_path, notes, analysis, scene.images)
     assert {p.name for p in tmp_path.iterdir()} == {f"feature_{k}_panel.png" for k in notes}
     for k, note in notes.items():
         effects = analysis.logit.mean_delta[k], analysis.ablation.mean_delta[k]
-        heat = analysis.heats[k]
+        heat = analysis.heats[k] if kind == "linear" or analysis.faithful[k] else None
+        if kind == "conv":  # not linear in the pixels: it has maps
+            note = note._replace(mean_map=analysis.maps.mean[k].numpy())
         single = show_feature_panel(k, analysis.bank, scene.images, heat, *effects, notes=note)
         assert np.array_equal(drawn(single), read(tmp_path / f"feature_{k}_panel.png"))
 

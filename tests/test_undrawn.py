@@ -135,6 +135,18 @@ def test_classes_places_and_logits_are_those_planted(hypotheses):
     assert captions[pp.RARE] == "nothing drawn"
 
 
+def test_features_that_are_always_active_are_tested_without_a_drawing(layer):
+    weights = {name: values.clone() for name, values in layer.sae.state_dict().items()}
+    weights["b_enc"][pp.CORNER] += 10
+    always = layer.with_sae(JumpReLUSAE.from_weights(weights))
+    h = hy.propose_hypotheses(always, hy.discover(always))[pp.CORNER]
+    assert (h.classes, h.is_drawn, h.caption != "nothing drawn") == ((), False, True)
+    (e,) = ev.collect_evidence([h], always, layer.splits["test"], None)
+    assert (e.n_active, e.is_testable) == (e.n_images, True)
+    assert not e._replace(undrawn=False).is_testable
+    assert not e._replace(n_active=7).is_testable
+
+
 def test_random_directions_are_removed_with_the_features_own_map(layer, monkeypatch):
     monkeypatch.setattr(hy, "NULL_SIZE_SLOW", (5, 3))
     k, (_, _, raw) = pp.CORNER, layer.splits["val"]

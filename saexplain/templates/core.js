@@ -5,6 +5,11 @@ const features = meta.features, F = features.length;
 const names = meta.classes, C = names.length, classes = [...names.keys()];
 const plurals = meta.plurals; /* names of several images of a class, as in "6s" */
 const [H, W] = meta.shape, P = H * W;
+/* How things are shown, where not as ink with patterns in the images' own coordinates. */
+const LOOK = meta.look ?? { whole: [H, W], in_place: true, can_write: true, pattern: [H, W],
+  color: null };
+const [PH, PW] = LOOK.pattern; /* of patterns and mean images */
+const MANY = C > 20, TABLES = meta.tables ?? false; /* only the largest effects are here */
 const [CH, CW] = meta.testing.canvas, CP = CH * CW; /* cells of drawings */
 const CELL = meta.testing.cell; /* pixels in the side of a cell */
 const position = new Map( /* of each feature among those on the page */
@@ -22,6 +27,38 @@ async function unpack() {
   for (const [name, a] of Object.entries(meta.arrays))
     arrays[name] = new kinds[a.type](buffer, a.offset, a.length);
   if (meta.network) transposeW1();
+  if (MANY) features.forEach(expandEffects);
+  if (LOOK.color) for (const source of ["images", "tests"]) await decodeSheets(source);
+}
+/* Lists of [class, value] become arrays by class. */
+function expandEffects(f) {
+  for (const field of ["labels", "supports", "pushes"]) {
+    const values = new Float32Array(C);
+    for (const [c, v] of f[field]) values[c] = v;
+    f[field] = values;
+  }
+}
+const sheets = { images: [], tests: [] };
+async function decodeSheets(source) {
+  for (let n = 0; `${source}_${n}` in arrays; n++) {
+    const blob = new Blob([arrays[`${source}_${n}`]], { type: "image/jpeg" });
+    const sheet = await createImageBitmap(blob, { colorSpaceConversion: "none" });
+    const canvas = document.createElement("canvas");
+    [canvas.width, canvas.height] = [sheet.width, sheet.height];
+    const context = canvas.getContext("2d", { willReadFrequently: true });
+    context.drawImage(sheet, 0, 0);
+    sheets[source].push(context.getImageData(0, 0, sheet.width, sheet.height));
+    delete arrays[`${source}_${n}`];
+  }
+}
+/* The color of pixel p of an image: its own, or ink as gray. */
+function colorOf(source, slot, p) {
+  if (!LOOK.color) return Array(3).fill(255 - arrays[source][slot * P + p]);
+  const { tile: [high, wide], across } = LOOK.color;
+  const rows = sheets[source][0].height / high, tiles = rows * across;
+  const { data, width } = sheets[source][Math.floor(slot / tiles)], at = slot % tiles;
+  const y = Math.floor(at / across) * high + Math.floor(p / W), x = at % across * wide + p % W;
+  return data.subarray(4 * (y * width + x), 4 * (y * width + x) + 3);
 }
 
 /* ---------- data from Python ---------- */
@@ -33,16 +70,52 @@ function softmax(logits) {
 }
 /* Contribution of feature i to logit `to`, the mean over all images of class `of`. */
 const adds = (of, i, to) => arrays.class_adds[(of * F + i) * C + to];
+/* Its contribution to the logit of class c itself; null where it is not among the largest. */
+const ownEffect = (c, i) => TABLES ? inTable("class_feature", "class_value", c, i) : adds(c, i, c);
+function inTable(names, values, row, i) {
+  const [own, n] = tableRow(names, row), at = own.indexOf(i);
+  return at < 0 ? null : arrays[values][row * n + at];
+}
+function tableRow(name, row) {
+  const n = arrays[name].length / (name === "class_feature" ? C : arrays.rivals.length);
+  return [arrays[name].subarray(row * n, (row + 1) * n), n];
+}
+/* The classes that class a is compared with. */
+const rivals = a => TABLES
+  ? [...arrays.rivals.subarray(a * arrays.rivals.length / C, (a + 1) * arrays.rivals.length / C)]
+  : classes.filter(c => c !== a);
+const pairRow = (a, b) => rivals(a).includes(b)
+  ? a * arrays.rivals.length / C + rivals(a).indexOf(b) : null;
 const frequency = (i, c) => features[i].labels[c] / Math.max(1, meta.of_class[c]);
 /* Contribution of feature i to the logit difference a - b, the mean over images of class `of`. */
-const addsToDifference = (of, i, a, b) => adds(of, i, a) - adds(of, i, b);
-const testLogits = t => arrays.test_logits.subarray(t * C, (t + 1) * C);
+function addsToDifference(of, i, a, b) {
+  if (!TABLES) return adds(of, i, a) - adds(of, i, b);
+  const [own, other] = of === a ? [a, b] : [b, a], row = pairRow(own, other);
+  const value = row === null ? null : inTable("pair_of_feature", "pair_of_value", row, i);
+  return value === null || of === a ? value : -value;
+}
+/* With tables an image has the values of some classes, and one that counts for all others. */
+const testClasses = t => {
+  const n = arrays.test_classes.length / meta.tests.labels.length;
+  return arrays.test_classes.subarray(t * n, (t + 1) * n);
+};
+const isKnown = (t, c) => !TABLES || testClasses(t).includes(c);
+function byClassOf(t, name, row, spread = 0) {
+  if (!TABLES) return arrays[name].subarray(row * C, (row + 1) * C);
+  const own = testClasses(t), n = own.length + 1, values = arrays[name].subarray(row * n);
+  const all = new Float32Array(C).fill(values[n - 1] - spread);
+  own.forEach((c, at) => { all[c] = values[at]; });
+  return all;
+}
+const restOf = t => TABLES ? Math.log(Math.max(1, C - testClasses(t).length)) : 0;
+const testLogits = t => byClassOf(t, "test_logits", t, restOf(t));
+const fixedLogits = t => byClassOf(t, "fixed_logits", t, restOf(t));
 /* The features k active on test image t, their activations and contributions to each logit. */
 function activeOn(t) {
   const list = [];
   for (let p = arrays.pair_start[t]; p < arrays.pair_start[t + 1]; p++)
     list.push({ k: arrays.pair_feature[p], activation: arrays.pair_activation[p],
-      adds: arrays.pair_adds.subarray(p * C, (p + 1) * C) });
+      adds: byClassOf(t, "pair_adds", p) });
   return list;
 }
 const pixelsOf = t => Float32Array.from(arrays.tests.subarray(t * P, (t + 1) * P), v => v / 255);

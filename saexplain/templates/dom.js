@@ -12,6 +12,10 @@ function put(node, attributes, children) {
 }
 const el = (tag, attributes = {}, ...children) =>
   put(document.createElement(tag), attributes, children);
+const showMain = (...children) => {
+  main.replaceChildren();
+  put(main, {}, children);
+};
 const svg = (tag, attributes = {}, ...children) =>
   put(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 const announce = words => { byId("status").textContent = words; };
@@ -48,7 +52,8 @@ function number(x) {
   if (Number.isInteger(x)) return (x || 0).toLocaleString("en"); /* -0 is 0 */
   return Math.abs(x) < .001 ? x.toExponential(1) : x.toFixed(Math.abs(x) < 1 ? 3 : 2);
 }
-const signed = x => (x >= .005 ? "+" : x <= -.005 ? "−" : "") + Math.abs(x).toFixed(2);
+const sign = x => x >= .005 ? "+" : x <= -.005 ? "−" : "";
+const signed = x => Number.isNaN(x) ? "small" : sign(x) + Math.abs(x).toFixed(2);
 const auroc = a => (Math.floor(a * 1000) / 1000).toFixed(3); /* never rounded up to 1 */
 const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
 const name = c => c === null || c === undefined ? "none" : names[c];
@@ -59,32 +64,40 @@ const to = (view, more = {}) => "#" +
   new URLSearchParams({ view, ...more }).toString().replaceAll("%2C", ",").replaceAll("%3A", ":");
 const toFeature = k => to("feature", { feature: k });
 const link = (href, ...words) => el("a", { href }, ...words);
+/* Links, or, where they would be many, a list to choose from. */
+function chooser(label, links, chosen) {
+  if (links.length <= 21) return linkBar(label, links, chosen);
+  return el("select", { id: label.replaceAll(" ", ""), "aria-label": label,
+    onchange: e => { location.hash = e.target.value; } }, links.map(([text, href, value]) =>
+    el("option", { value: href, selected: value === chosen }, text)));
+}
 const linkBar = (label, links, chosen) => el("nav", { "aria-label": label },
   links.map(([text, href, value]) => el("a", { href, "aria-current": value === chosen && "true" },
     text)));
 
 /* ---------- pictures ---------- */
 const painted = new Map();
-function imageData(key, paint) { /* cached by key; null: not cached */
+function imageData(key, paint, w = W, h = H) { /* cached by key; null: not cached */
   if (painted.has(key)) return painted.get(key);
-  const pixels = new ImageData(W, H);
-  for (let p = 0; p < P; p++) {
+  const pixels = new ImageData(w, h);
+  for (let p = 0; p < w * h; p++) {
     const [r, g, b] = paint(p);
     pixels.data.set([r, g, b, 255], 4 * p);
   }
   if (key !== null) painted.set(key, pixels);
   return pixels;
 }
-function picture(label, size, key, paint) { /* no label: decoration, described beside it */
+function picture(label, size, key, paint, w = W, h = H) { /* no label: described beside it */
   const aria = label ? { role: "img", "aria-label": label } : { "aria-hidden": "true" };
-  const canvas = el("canvas", { width: W, height: H, class: "pix", ...aria });
+  const kind = LOOK.color ? "photo" : "pix";
+  const canvas = el("canvas", { width: w, height: h, class: kind, ...aria });
   if (size) canvas.style.width = `${size}px`;
-  canvas.getContext("2d").putImageData(imageData(key, paint), 0, 0);
+  canvas.getContext("2d").putImageData(imageData(key, paint, w, h), 0, 0);
   return canvas;
 }
 const gray = v => [v, v, v];
 const digit = (source, slot, label, size) => picture(label, size, `${source}${slot}`,
-  p => gray(255 - arrays[source][slot * P + p]));
+  p => colorOf(source, slot, p));
 const an = name => `${/^[aeiou8]/i.test(name) ? "an" : "a"} ${name}`;
 const testDigit = (t, size, label = an(name(meta.tests.labels[t]))) =>
   digit("tests", t, label, size);
@@ -100,25 +113,34 @@ const driving = (ink, v) => mixed(255 - ink, v, Math.sqrt(Math.abs(v)));
 /* How common ink is at pixel p, from 0 to 1: a third of the mean ink in some class counts as 1. */
 function common(p) {
   arrays.common ??= Float32Array.from({ length: P }, (_, q) =>
-    Math.min(1, Math.max(...classes.map(c => 3 * arrays.class_means[c * P + q] / 255))));
+    Math.min(1, Math.max(...classes.map(c => 3 * classMean(c, q) / 255))));
   return arrays.common[p];
 }
-const heat = (i, p) => arrays.heats[i * P + p] / 127;
+/* Patterns and means may be coarser than images: the place there of pixel p. */
+const coarse = p => PH === H && PW === W ? p
+  : Math.floor(Math.floor(p / W) * PH / H) * PW + Math.floor(p % W * PW / W);
+const heat = (i, p) => arrays.heats[i * PH * PW + coarse(p)] / 127;
+const inkedAt = p => arrays.inked[coarse(p)];
+const meanAt = (i, p) => arrays.means[i * PH * PW + coarse(p)];
+const classMean = (c, p) => arrays.class_means[c * PH * PW + coarse(p)];
+const isFaithful = i => features[i].faithful !== false && "heats" in arrays;
 const pattern = (i, size) =>
-  picture(`pixels whose ink raises (red) or lowers (blue) feature ${features[i].feature}`, size,
-    `heat${i}`, p => arrays.inked[p] ? heatColor(heat(i, p)) : [224, 224, 224]);
+  picture(`${LOOK.color ? "places where light" : "pixels whose ink"} raises (red) or lowers ` +
+    `(blue) feature ${features[i].feature}`, size, `heat${i}`, p => arrays.inked[p]
+    ? heatColor(arrays.heats[i * PH * PW + p] / 127) : [224, 224, 224], PW, PH);
 /* The pattern of feature i over the mean of the images on which it is active. */
 const portrait = (i, size, label = "") => picture(label, size, `portrait${i}`,
-  p => tinted(p, arrays.means[i * P + p], arrays.inked[p] ? heat(i, p) : 0));
+  p => tinted(p, meanAt(i, p), inkedAt(p) ? heat(i, p) : 0));
 /* What a drawing lies on: gray values by pixel. */
-const onMean = i => p => 255 - .7 * arrays.means[i * P + p];
-const onClass = c => p => 255 - .7 * arrays.class_means[c * P + p];
-const onTest = t => p => 255 - arrays.tests[t * P + p];
+const onMean = i => p => 255 - .7 * meanAt(i, p);
+const onClass = c => p => 255 - .7 * classMean(c, p);
+const onTest = t => p => colorOf("tests", t, p).reduce((a, b) => a + b) / 3;
 /* A drawing: ink wanted in red, unwanted in blue, strongly in the darker tone. */
 const TONE_SHARES = [0, .42, .8];
 const drawingOf = i => arrays.drawings.subarray(i * CP, (i + 1) * CP);
-const isDrawn = i => drawingOf(i).some(Boolean);
-const cellAt = p => Math.floor(Math.floor(p / W) / CELL) * CW + Math.floor(p % W / CELL);
+const isDrawn = i => LOOK.can_write && drawingOf(i).some(Boolean);
+const cellAt = p => Math.floor(Math.floor(Math.floor(p / W) * LOOK.whole[0] / H) / CELL) * CW +
+  Math.floor(Math.floor(p % W * LOOK.whole[1] / W) / CELL);
 function drawn(weights, base, size, label = "", key = null) {
   return picture(label, size, key, p => {
     const w = weights[cellAt(p)];
@@ -134,8 +156,14 @@ const sketch = (i, size, base = null) => drawn(drawingOf(i), base ?? onMean(i), 
   `drawing of the hypothesis of feature ${features[i].feature}: ${cellsInWords(drawingOf(i))}`,
   base ? null : `sketch${i}`);
 /* The one picture of a feature in lists, described beside it. */
-const face = (i, size) => isDrawn(i) ? drawn(drawingOf(i), onMean(i), size, "", `sketch${i}`)
-  : portrait(i, size);
+function face(i, size) {
+  if (isDrawn(i)) return drawn(drawingOf(i), onMean(i), size, "", `sketch${i}`);
+  if (!isFaithful(i)) return strongest(i, size);
+  return LOOK.in_place ? portrait(i, size) : pattern(i, size);
+}
+/* The hypothesis on a class, or else the face. */
+const onMeanOf = (c, i, size) =>
+  LOOK.in_place && isFaithful(i) ? sketch(i, size, onClass(c)) : face(i, size);
 function tint(context, weights, cell) { /* a drawing over what is there, `cell` pixels to a cell */
   weights.forEach((w, p) => {
     if (!w) return;

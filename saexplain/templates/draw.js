@@ -295,10 +295,10 @@ function build() {
 function drawView() {
   const why = meta.without_drawing || "This page was written without the network's weights.";
   if (!meta.network) {
-    return main.replaceChildren(el("h2", {}, "Draw"), el("p", { id: "without" }, why));
+    return showMain(el("h2", {}, "Draw"), el("p", { id: "without" }, why));
   }
   if (!shown.sheet) build();
-  main.replaceChildren(el("h2", {}, "Draw an image"), ...shown.sheet);
+  showMain(el("h2", {}, "Draw an image"), ...shown.sheet);
   readAddress();
   refresh();
 }

@@ -5,7 +5,7 @@ const removalCounts = f => `Removed from every test image, it alone fixes ` +
 function elsewhere(off, label, prediction) {
   const line = (cells, tag) => el("tr", {}, cells.map(cell => el(tag, {}, cell)));
   const cells = i => [link(toFeature(features[i].feature), `${features[i].feature}`),
-    ...[prediction, label].map(of => signed(addsToDifference(of, i, prediction, label))),
+    ...[prediction, label].map(of => signed(addsToDifference(of, i, prediction, label) ?? NaN)),
     `${features[i].fixes}`, `${features[i].breaks}`];
   const listed = off.filter(k => position.has(k)).map(k => position.get(k));
   return [el("h3", {}, "The same features on other images"),
@@ -21,7 +21,7 @@ function flipSet(t, label, prediction) {
   const off = meta.tests.fixing[t];
   if (!off.length)
     return el("p", { id: "flipSet" }, "No set of features was found whose removal fixes it.");
-  const p = softmax(arrays.fixed_logits.subarray(t * C, (t + 1) * C));
+  const p = softmax(fixedLogits(t));
   const ids = off.map((k, n) => [n ? ", " : "", link(toFeature(k), String(k))]);
   return [el("p", { id: "flipSet", "data-off": off.join(" ") },
     `Minimal flip set: without ${off.length === 1 ? "feature" : "features"} `, ids,
@@ -51,15 +51,17 @@ function oneError(t) {
     note(CONTRIBUTION, " ", NOT_ADDITIVE));
 }
 function errorsView() {
-  if (!meta.tests) return main.replaceChildren(el("h2", {}, "Errors"), noTests());
+  if (!meta.tests) return showMain(el("h2", {}, "Errors"), noTests());
   const { shown_errors: n, errors, labels } = meta.tests;
   const t = fromAddress("image", n, n ? 0 : null), label = fromAddress("label", C, null);
   const listed = [...Array(n).keys()].filter(e => label === null || labels[e] === label);
   const chosen = listed.includes(t) ? t : listed[0], keep = label === null ? {} : { label };
   const which = n < errors ? `Shown are the ${n} with the largest logit difference. ` : "";
-  const filter = linkBar("Errors on", [["all", to("errors"), null],
-    ...classes.map(c => [plurals[c], to("errors", { label: c }), c])], label);
-  main.replaceChildren(el("h2", {}, "Errors"),
+  const wrong = MANY ? new Set(labels.slice(0, n)) : null; /* classes of which errors are shown */
+  const filter = chooser("Errors on", [["all", to("errors"), null],
+    ...classes.filter(c => wrong?.has(c) ?? true).map(c =>
+      [plurals[c], to("errors", { label: c }), c])], label);
+  showMain(el("h2", {}, "Errors"),
     el("p", {}, `${errors.toLocaleString("en")} of ${plural(meta.tests.n, "test image")} ` +
       `${errors === 1 ? "is" : "are"} misclassified. ${which}They are sorted by how far the ` +
       "predicted class's logit exceeds that of the true class."),

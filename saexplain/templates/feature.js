@@ -1,7 +1,7 @@
 /* One feature, and two side by side. */
 function thumbnails(title, list) {
   const shown = list.map(([slot, label, activation]) => el("figure", {}, digit("images", slot,
-    `${an(name(label))}, activation ${activation.toFixed(2)}`, 56),
+    `${an(name(label))}, activation ${activation.toFixed(2)}`, LOOK.color ? 96 : 56),
   el("figcaption", {}, `${name(label)}: ${activation.toFixed(1)}`)));
   return el("div", {}, el("h3", {}, title),
     list.length ? el("div", { class: "thumbs" }, shown) : note("No image activates it."));
@@ -19,8 +19,9 @@ function doses(f) {
 const marks = { confirmed: "✓", inconclusive: "?", refuted: "✗" };
 const marked = result => el("span", { class: result }, `${marks[result]} ${result}`);
 const interval = (low, high, write = v => percent(v, 0)) => `[${write(low)}, ${write(high)}]`;
+const OUTCOME = /^(.*): (confirmed|inconclusive|refuted)$/;
 function evidenceLine(line) { /* a measurement, with a mark where it was a test */
-  const [, words, outcome] = line.match(/^(.*): (confirmed|inconclusive|refuted)$/) ?? [, line];
+  const [, words, outcome] = line.match(OUTCOME) ?? [, line];
   const mark = outcome && el("b", { class: outcome }, `${marks[outcome]} ${outcome}: `);
   return el("li", {}, mark, words);
 }
@@ -36,8 +37,8 @@ function logitWords(verb, c) {
     `${interval(c.low, c.high, number)}`;
 }
 function hypothesisCard(f) {
-  const own = el("a", { class: "button", href: to("write", { feature: f.feature }) },
-    "Write your own");
+  const own = LOOK.can_write && el("a", { class: "button",
+    href: to("write", { feature: f.feature }) }, "Write your own");
   if (!f.caption) return el("div", {}, note("This run has no hypotheses about features."), own);
   const mark = markNotes[f.mark] ?? f.mark, { picked, detection, classes: of, effects } = f.found;
   const results = f.found.results ?? {}, lines = [];
@@ -47,12 +48,16 @@ function hypothesisCard(f) {
       `${detection.average_precision.toFixed(2)}; AUROC ${auroc(detection.auroc)} ` +
       interval(detection.auroc_low, detection.auroc_high, auroc) : "") +
       `; ${plural(f.found.n_images, "test image")}.`));
-  const edits = Object.keys(EDITS).filter(edit => results[edit]);
+  /* Without drawings every test has a line of its own, whatever was tested. */
+  const edits = Object.keys(EDITS).filter(edit => LOOK.can_write && results[edit]);
   if (edits.length) lines.push(el("p", {}, "Edits: ", edits.map((edit, n) =>
     [n ? "; " : "", `${EDITS[edit]} `, marked(results[edit])]), "."));
-  if (of) lines.push(el("p", {}, classWords(f.hypothesis.classes, of), marked(results.classes)));
-  for (const [verb, c] of Object.entries(effects ?? {}))
+  if (of && LOOK.can_write)
+    lines.push(el("p", {}, classWords(f.hypothesis.classes, of), marked(results.classes)));
+  for (const [verb, c] of Object.entries(LOOK.can_write && effects || {}))
     lines.push(el("p", {}, `On these images ${logitWords(verb, c)} `, marked(results[verb])));
+  if (!LOOK.can_write) lines.push(el("ul", { class: "plain" },
+    f.lines.filter(line => OUTCOME.test(line)).map(evidenceLine)));
   const on = "replicated on the other half", again = { true: `; ${on}`, false: `; not ${on}` };
   return el("div", { class: "card" }, el("p", {}, el("b", {}, `“${f.caption}”`)),
     el("p", {}, "Confidence ", el("b", {}, f.confidence ?? "none"), again[f.replicated] ?? "",
@@ -61,7 +66,10 @@ function hypothesisCard(f) {
 const evidence = f => f.caption && el("details", {},
   el("summary", {}, "Details of the tests"),
   el("ul", { class: "small plain" }, f.lines.map(evidenceLine)));
-const byClass = values => shownClasses(values.map(Math.abs)).map(c =>
+/* All classes; of many, the largest effects either way. */
+const effectClasses = values => !MANY ? shownClasses(values.map(Math.abs))
+  : classes.filter(c => values[c]).sort((a, b) => values[b] - values[a]);
+const byClass = values => effectClasses(values).map(c =>
   ({ value: values[c], label: names[c], text: signed(values[c]) }));
 const supports = (f, range = {}) =>
   bars("Mean contribution to each logit", byClass(f.supports), { id: "supports",
@@ -72,9 +80,15 @@ const pushes = f => el("details", {}, el("summary", {}, "Effect of adding it to 
     "feature is added with activation 1 to all images, whether or not it is active on them." }));
 /* What fits under a column. */
 const shortened = text => text.length > 5 ? `${text.slice(0, 4)}…` : text;
-const labelColumns = f =>
-  columns("Images on which it is active, by class", f.labels,
-    names.map(text => C <= 12 ? shortened(text) : ""));
+function labelColumns(f) {
+  const title = "Images on which it is active, by class";
+  const wide = C > 10 && C <= 12 && names.some(text => text.length > 2) ? 420 : 300;
+  if (!MANY) return columns(title, f.labels, names.map(text => C <= 12 ? shortened(text) : ""),
+    110, wide);
+  const most = largest(10, c => f.labels[c], C);
+  return bars(title, most.map(c => ({ value: f.labels[c], label: names[c],
+    text: number(f.labels[c]) })), { note: "The 10 classes with most of them." });
+}
 const quarters = ["Strongest quarter", "Second quarter", "Third quarter", "Weakest quarter"];
 function activations(f, i) {
   const counts = arrays.histograms.subarray(i * meta.bins, (i + 1) * meta.bins);
@@ -84,15 +98,19 @@ function activations(f, i) {
 function pictures(f, i) {
   const figure = (title, image, words) => el("figure", {}, el("h3", {}, title), image,
     el("figcaption", { class: "small soft" }, words));
+  if (!isFaithful(i)) return "";
+  if (!LOOK.in_place) return el("div", { class: "row" }, figure("Input pattern", pattern(i, 160),
+    "what raises it (red) or lowers it (blue) around a position"));
   return el("div", { class: "row" },
     figure(isDrawn(i) ? "Hypothesis" : "Its images", sketch(i, 200),
       isDrawn(i) ? `${PLACES}. Gray: the mean of its images` : "nothing is drawn"),
     figure("Input pattern", pattern(i, 200),
-      "red: ink raises its activation, blue: lowers it, gray: hardly ever inked"));
+      LOOK.color ? "red: light raises its activation, blue: lowers it"
+        : "red: ink raises its activation, blue: lowers it, gray: hardly ever inked"));
 }
 function positionOf(k) { /* undefined, and a message, without such a feature */
   const i = position.get(k);
-  if (i === undefined) main.replaceChildren(el("p", {}, `There is no feature ${k} on this page.`));
+  if (i === undefined) showMain(el("p", {}, `There is no feature ${k} on this page.`));
   return i;
 }
 function featureView() {
@@ -109,18 +127,19 @@ function featureView() {
     location.hash = to("two", { features: `${k},${other.value}` });
   };
   const removal = f.fixes === undefined ? "" : ` ${removalCounts(f)}`;
-  main.replaceChildren(el("nav", { "aria-label": "Features" }, link(step(-1), "← previous"),
+  showMain(el("nav", { "aria-label": "Features" }, link(step(-1), "← previous"),
     link(step(1), "next →"), link(to("features"), "all")), el("h2", {}, `Feature ${k}`),
-  el("p", {}, `It is active on ${percent(f.density)} of the validation images and ` +
-    `${effectCaption(f)}. Its influence is ${percent(f.influence)}. Without it ` +
-    `${percent(f.changes)} of the predictions change on the images on which it is active.` +
-    removal), hypothesisCard(f), pictures(f, i),
-  thumbnails("Strongest images", f.top),
+  el("p", {}, `It is active on ${percent(f.density)} of the validation images` +
+    `${positionDensity(f)} and ${effectCaption(f)}. Its influence is ${percent(f.influence)}. ` +
+    `Without it ${percent(f.changes)} of the predictions change on the images on which it is ` +
+    "active." + removal), hypothesisCard(f), WHERE ? [whereItIs(f, i), pictures(f, i)]
+    : [pictures(f, i), thumbnails("Strongest images", f.top)],
   el("div", { class: "halves" }, el("div", {}, supports(f), pushes(f)),
     el("div", {}, labelColumns(f), activations(f, i))),
   evidence(f), doses(f), el("details", { id: "quarters" },
     el("summary", {}, "Images from each quarter of its active range"),
-    f.bands.map((band, b) => thumbnails(quarters[b], band))),
+    f.bands.map((band, b) => (WHERE ? examplesOf(quarters[b], f, band)
+      : thumbnails(quarters[b], band)))),
   el("h3", {}, "Similar features"), neighbors("By decoder direction (cosine)", f.near),
   neighbors("By coactivation (correlation)", f.coactive),
   el("form", { class: "row", onsubmit: compare },
@@ -138,14 +157,18 @@ function twoView() {
   const cosine = both[0].near.find(([k]) => k === pair[1])?.[1];
   const column = (f, n) => el("section", { "aria-label": `feature ${f.feature}` },
     el("h3", {}, link(toFeature(f.feature), `Feature ${f.feature}`)), el("div", { class: "row" },
-      sketch(found[n], 160), portrait(found[n], 160, "the pattern over the mean of its images")),
+      LOOK.in_place && isFaithful(found[n]) ? [sketch(found[n], 160),
+        portrait(found[n], 160, "the pattern over the mean of its images")]
+        : face(found[n], 160)),
     el("p", {}, f.caption ?? "No hypothesis."), el("p", { class: "soft" },
       `Active on ${percent(f.density)} of images; influence ${percent(f.influence)}; confidence ` +
       `${f.confidence ?? "none"}.`),
-    supports(f, range), labelColumns(f), thumbnails("Strongest images", f.top.slice(0, 8)));
-  main.replaceChildren(el("h2", {}, `Features ${pair[0]} and ${pair[1]}`),
+    supports(f, range), labelColumns(f), WHERE
+      ? examplesOf("Strongest images", f, f.top.slice(0, 6))
+      : thumbnails("Strongest images", f.top.slice(0, 8)));
+  showMain(el("h2", {}, `Features ${pair[0]} and ${pair[1]}`),
     cosine === undefined ? ""
       : el("p", {}, `Their decoder directions have cosine ${cosine.toFixed(2)}.`),
     el("div", { class: "halves" }, both.map(column)),
-    note(FACE, " Beside it: the input pattern."));
+    note(FACE, LOOK.in_place ? " Beside it: the input pattern." : ""));
 }

@@ -104,8 +104,8 @@ function densities() {
     counts, labels, 150, 420);
 }
 function listView() {
-  return [note(FACE, " Under each: density (share of images on which it is active) and " +
-    "confidence in its hypothesis. Arrow keys move, Enter opens."), filters(),
+  return [mapSwitch(), note(FACE, " Under each: density (share of images on which it is active) " +
+    "and confidence in its hypothesis. Arrow keys move, Enter opens."), filters(),
     el("p", { id: "count", class: "small", role: "status" }), el("div", { id: "grid" })];
 }
 function chartsView() {
@@ -118,7 +118,7 @@ function chartsView() {
 function featuresView() {
   const ways = { list: listView, map: mapView, charts: chartsView };
   const as = address().get("as") in ways ? address().get("as") : "list";
-  main.replaceChildren(el("h2", {}, "All features"), linkBar("Show as",
+  showMain(el("h2", {}, "All features"), linkBar("Show as",
     Object.keys(ways).map(way => [way, to("features", { as: way }), way]), as), ...ways[as]());
   if (as === "list") fillGrid();
 }

@@ -1,9 +1,10 @@
 /* The view named in the address, and the keys that work in every view. */
 const views = { story: storyView, class: classView, pair: pairView, errors: errorsView,
-  features: featuresView, draw: drawView, feature: featureView, two: twoView,
-  write: writeView, yours: yoursView };
+  features: featuresView, feature: featureView, two: twoView,
+  ...LOOK.can_write && { draw: drawView, write: writeView, yours: yoursView },
+  ...WHERE && { images: imagesView } };
 const inMenu = { story: "Overview", class: "Classes", pair: "Two classes", errors: "Errors",
-  features: "Features", draw: "Draw", yours: "Your hypotheses" };
+  images: "Images", features: "Features", draw: "Draw", yours: "Your hypotheses" };
 let current = "";
 const viewOf = () => address().get("view") ?? (address().has("feature") ? "feature" : "story");
 
@@ -57,7 +58,8 @@ function keys(e) {
 }
 function start() {
   byId("title").textContent = meta.title;
-  const entries = Object.entries(inMenu).filter(([view]) => view !== "draw" || meta.network);
+  const entries = Object.entries(inMenu).filter(([view]) => view in views &&
+    (view !== "draw" || meta.network) && (view !== "images" || meta.tests));
   byId("views").append(...entries.map(([view, title]) =>
     el("a", { href: to(view), "data-view": view }, title)));
   document.addEventListener("keydown", keys);
@@ -65,5 +67,5 @@ function start() {
   route();
   document.body.dataset.ready = Math.round(performance.now()); /* ms since loading began */
 }
-unpack().then(loadMine).then(start).catch(error => main.replaceChildren(el("p", {},
+unpack().then(() => LOOK.can_write && loadMine()).then(start).catch(error => showMain(el("p", {},
   `This browser could not read the page's data (${error}). Use a current Chromium or Firefox.`)));

@@ -21,17 +21,21 @@ function pairView() {
   let b = fromAddress("b", C, a === y ? x : y);
   if (a === b) b = (a + 1) % C;
   const outcome = t => [meta.tests.labels[t], predicted(t)];
-  const listed = tests().filter(t => outcome(t).every(c => c === a || c === b));
+  const listed = tests().filter(t => outcome(t).every(c => c === a || c === b) &&
+    isKnown(t, a) && isKnown(t, b));
   listed.sort((s, t) => isError(s) - isError(t) || s - t); /* correct ones, then the confused */
   const tour = meta.tests?.tour?.image, first = listed.includes(tour) ? tour : listed[0];
   const t = fromAddress("image", tests().length, first);
-  const row = (c, d) => i => separatingRow(i, c, d,
-    `; on ${plurals[d]} it contributes ${signed(addsToDifference(d, i, c, d))}`);
+  const elsewhereWords = (i, c, d) => TABLES ? ""
+    : `; on ${plurals[d]} it contributes ${signed(addsToDifference(d, i, c, d))}`;
+  const row = (c, d) => i => separatingRow(i, c, d, elsewhereWords(i, c, d));
   const words = i => outcome(i).slice(0, isError(i) ? 2 : 1).map(c => names[c]).join(" → ");
   const side = (c, d) => el("div", { class: "large" }, featureRows(
     `Features that support ${names[c]}, on images of ${plurals[c]}`,
-    separating(c, d, 8).map(row(c, d))));
-  main.replaceChildren(el("h2", {}, `Why ${names[a]} and not ${names[b]}?`),
+    separating(c, d, 8).map(row(c, d))), isCompared(c, d) ? "" : note(`Not computed: ` +
+    `${names[d]} is not among the classes whose logits are largest on images of ${plurals[c]}: `,
+  rivals(c).map((r, n) => [n ? ", " : "", link(to("pair", { a: c, b: r }), names[r])]), "."));
+  showMain(el("h2", {}, `Why ${names[a]} and not ${names[b]}?`),
     el("div", { class: "row" }, el("span", {}, "this class"),
       classLinks("This class", c => to("pair", { a: c, b: c === b ? a : b }), a)),
     el("div", { class: "row" }, el("span", {}, "not that class"),
@@ -40,7 +44,7 @@ function pairView() {
       `number is a feature's contribution to this logit difference, the mean over all ` +
       `validation images of the class.`),
     el("div", { class: "halves" }, side(a, b), side(b, a)),
-    note(PLACES, "; here on the mean image of the class. ", WORDS),
+    mapSwitch(), LOOK.in_place && note(PLACES, "; here on the mean image of the class. ", WORDS),
     el("h2", {}, "On one image"), meta.tests ? "" : noTests(),
     strip("Images of both classes", listed, image => to("pair", { a, b, image }), t, words),
     t === undefined ? "" : onImage(t, a, b), note(CONTRIBUTION, " ", NOT_ADDITIVE));

@@ -2,13 +2,19 @@
 const CONTRIBUTION = "A feature's contribution to a logit is the logit minus what it is after " +
   "this feature alone is removed from the activations (what the SAE does not reconstruct stays).";
 const NOT_ADDITIVE = "The network is not linear, so contributions do not sum to the logit.";
-const PLACES = "Red: ink is wanted there; blue: it is not; the darker tone counts twice";
-const WORDS = "Ink is what pictures show dark. A bar is horizontal, a stem vertical, a slash " +
-  "rises, a backslash falls, a hook bends, a ring closes; a patch is broad, a spot small.";
+const PLACES = LOOK.color ? "Red: dark there; blue: light there; the darker tone counts twice"
+  : "Red: ink is wanted there; blue: it is not; the darker tone counts twice";
+const WORDS = LOOK.color || !LOOK.can_write ? ""
+  : "Ink is what pictures show dark. A bar is horizontal, a stem vertical, a slash rises, a " +
+  "backslash falls, a hook bends, a ring closes; a patch is broad, a spot small.";
 const EDITS = { erasing: "erasing the wanted ink", filling: "filling the unwanted cells",
   painting: "making images as drawn" };
-const FACE = "Each picture shows a feature's hypothesis on the mean of the images on which it is " +
-  `active. ${PLACES}. ${WORDS}`;
+const STRONGEST = "the image that activates it most" + (meta.where ? ", and where in it" +
+  (isCropped() ? ", cropped to what the hottest position sees" : "") : "");
+const FACE = !LOOK.in_place ? `The picture of a feature is ${STRONGEST}.`
+  : "Each picture shows a feature's hypothesis on the mean of the images on which it is " +
+  `active. ${PLACES}. ${WORDS}` + (features.every((_, i) => features[i].faithful !== false) ? ""
+  : ` The picture of a feature without a faithful pattern is ${STRONGEST}.`);
 
 function inkCaption(f) {
   if (!f.caption) return "no hypothesis about it";
@@ -61,7 +67,7 @@ function drawLink(t, off = [], words = "Open it in the drawing view") {
   return meta.network ? link(to("draw", { image: t, ...set }), words) : "";
 }
 const classLinks = (label, href, chosen) =>
-  linkBar(label, classes.map(c => [names[c], href(c), c]), chosen);
+  chooser(label, classes.map(c => [names[c], href(c), c]), chosen);
 /* A whole number of the address below `n`, or a default. */
 function fromAddress(field, n, otherwise) {
   const value = address().get(field);

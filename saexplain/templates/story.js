@@ -46,7 +46,8 @@ function tourSteps() {
       el("div", { class: "row" }, shownImage(), el("ul", { class: "units" }, switches), out)];
   }
   function fourth() {
-    const outlined = off.filter(k => position.has(k)).map(k => position.get(k)).filter(isDrawn);
+    const shown = off.filter(k => position.has(k)).map(k => position.get(k));
+    const outlined = shown.filter(isDrawn);
     const figure = (i, base, words) => el("figure", {}, sketch(i, 168, base),
       el("figcaption", { class: "small" }, `feature ${features[i].feature} on ${words}`));
     const pictures = outlined.map(i => [figure(i, onTest(image), `this ${names[label]}`),
@@ -57,7 +58,8 @@ function tourSteps() {
       `${names[label]} as ${names[after]}.`),
     el("p", {}, `On this image, what separates ${names[label]} from ${names[goal]} is:`),
     el("ul", { class: "plain" }, list), el("div", { class: "row" }, pictures),
-    note(outlined.length ? `${PLACES}. ` : "", WORDS),
+    !outlined.length && el("div", { class: "row" }, shown.map(i => face(i, 112))),
+    outlined.length || WORDS ? note(outlined.length ? `${PLACES}. ` : "", WORDS) : "",
     el("p", {}, "Below: the features that separate the two classes on all their images. ",
       drawLink(image, off, "See this image in the drawing view, and draw your own"))];
   }
@@ -78,8 +80,11 @@ function tour() {
         `${titles[n + 1]} →`),
       link(to("story", { step: "end" }), n === last ? "close" : "skip the tour")));
 }
+const isCompared = (a, b) => !TABLES || pairRow(a, b) !== null;
 /* Features that contribute most to a - b on images of a, and more than on images of b. */
 function separating(a, b, n) {
+  if (TABLES) return isCompared(a, b)
+    ? [...tableRow("pair_of_feature", pairRow(a, b))[0]].filter(i => i >= 0).slice(0, n) : [];
   return largest(n, i => {
     const own = addsToDifference(a, i, a, b);
     return own > addsToDifference(b, i, a, b) ? own : 0;
@@ -87,7 +92,7 @@ function separating(a, b, n) {
 }
 const separatingRow = (i, c, d, more = "") =>
   featureRow(features[i].feature, addsToDifference(c, i, c, d), {
-    picture: sketch(i, 96, onClass(c)),
+    picture: onMeanOf(c, i, 96),
     note: `active on ${percent(frequency(i, c), 0)} of ${plurals[c]} and ` +
       `${percent(frequency(i, d), 0)} of ${plurals[d]}${more}` });
 function pairSummary() {
@@ -102,7 +107,7 @@ function pairSummary() {
       "two classes, the mean over the validation images of the supported class. ",
     link(to("pair", { a, b }), "All features that separate them")),
     el("div", { class: "halves" }, side(a, b), side(b, a)),
-    note(PLACES, "; here on the mean image of the class. ", WORDS)];
+    LOOK.in_place && note(PLACES, "; here on the mean image of the class. ", WORDS)];
 }
 function diagnoses() {
   if (!meta.diagnoses.length) return "";
@@ -128,14 +133,16 @@ function storyView() {
   const t = meta.tests, order = largest(12, i => features[i].influence);
   const accuracy = t ? `Its accuracy on ${t.n.toLocaleString("en")} test images is ` +
     `${percent(1 - t.errors / t.n, 1)}. ` : "";
-  main.replaceChildren(el("h2", {}, "Overview"),
+  showMain(el("h2", {}, "Overview"),
     el("p", {}, `The network classifies images into ${C} classes. ${accuracy}A `,
       el("b", {}, "sparse autoencoder"), " (SAE) reconstructs the activations of one of its " +
       "layers from ", el("b", {}, `${meta.d_sae} features`), ". On any one image only some of " +
       "them are active; each active feature changes the logits of the classes. This page shows " +
-      "which images, pixels and classes belong to each feature, and what an image must look like " +
-      "for it to be active. ", link(to("yours"), "Write and test a hypothesis of your own")),
-    tour(), ...pairSummary(),
+      (LOOK.in_place && !LOOK.color ? "which images, pixels and classes belong to each feature, " +
+      "and what an image must look like for it to be active. "
+        : "which images activate each feature, where in them, and what it does to the logits. "),
+    LOOK.can_write && link(to("yours"), "Write and test a hypothesis of your own")),
+    mapSwitch(), tour(), ...pairSummary(),
     el("h2", {}, "The most influential features"),
     el("p", {}, `A feature's influence is its share of all changes of the logits that removing ` +
       `single features causes. ${plural(featuresForShare(.5), "feature")} of ${F} make up 50% ` +
@@ -143,8 +150,8 @@ function storyView() {
     el("div", { class: "tiles" }, order.map(card)),
     note(FACE, " Supports and opposes: the feature's mean contribution to a logit over the " +
       "images on which it is active."),
-    el("p", {}, "Do you see what a feature means? Open it, and write and test a hypothesis of " +
-      "your own. ", link(to("yours"), "Your hypotheses")),
+    LOOK.can_write && el("p", {}, "Do you see what a feature means? Open it, and write and test " +
+      "a hypothesis of your own. ", link(to("yours"), "Your hypotheses")),
     el("h2", {}, "Results"),
     el("div", { class: "cards" }, meta.results.map(([what, value]) =>
       el("div", { class: "card" }, el("b", {}, value), what))),

@@ -287,7 +287,7 @@ function writeView() {
     "shown beside it." : "This page was written without test images.";
   const rare = has(half) && !isTestable(half, i) ? ` ${activeIn(half, i).length} of them ` +
     `activate this feature; a test needs ${least} that do, and ${least} that do not.` : "";
-  main.replaceChildren(el("h2", {}, `Your hypothesis about feature ${k}`),
+  showMain(el("h2", {}, `Your hypothesis about feature ${k}`),
     el("p", {}, "What must an image look like to activate this feature? Paint where it wants " +
       "ink, and where it wants none. The numbers follow. Then test it. ",
     link(toFeature(k), "Back to the feature")),

@@ -62,7 +62,7 @@ function yoursView() {
     onchange: e => { if (e.target.files[0]) importFile(e.target.files[0], message); } });
   const first = features[most ?? 0].feature, start = el("p", {}, "You have none yet. ",
     link(to("write", { feature: first }), "Write one about the most influential feature"), ".");
-  main.replaceChildren(el("h2", {}, "Your hypotheses"),
+  showMain(el("h2", {}, "Your hypotheses"),
     n ? el("ul", { class: "plain", id: "entries" }, mine.list.map(entryRow)) : start,
     ...n ? calibrationTable() : [],
     el("div", { class: "controls wrap" }, n ? button(`export ${FILE}`, exportFile, { id: "export" })
