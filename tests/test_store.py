@@ -50,13 +50,6 @@ def test_a_quarter_of_the_available_memory_decides(available, kind, tmp_path, mo
     assert (tmp_path / "train").exists() == (kind is FileStore)
 
 
-def test_the_available_memory_is_that_of_one_rank(monkeypatch):
-    whole = store_module.available_memory(torch.device("cpu"))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    part = store_module.available_memory(torch.device("cpu"))
-    assert part == pytest.approx(whole / 4, rel=0.2)
-
-
 def test_a_file_says_its_size_and_the_space(no_memory, tmp_path, capsys):
     open_store((1_000_000, 8, 384), tmp_path, INPUTS)
     line = capsys.readouterr().out
