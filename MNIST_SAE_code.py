@@ -109,7 +109,14 @@ from saexplain.reproducibility import compare_seeds
 from saexplain.rows import Batch, TrainingRows
 from saexplain.sae import JumpReLUSAE
 from saexplain.saelens import save_saelens
-from saexplain.stages import Trained, WantedSAE, sae_stages, train_saes, training_rows
+from saexplain.stages import (
+    Trained,
+    WantedSAE,
+    gather_training,
+    sae_stages,
+    train_saes,
+    training_rows,
+)
 from saexplain.sweep import combinations, run_sweep
 from saexplain.targets import TARGETS, choose_target, compare_targets, targets_table
 
@@ -736,6 +743,7 @@ def explain_activations(
     made_from = {"data_digest": data.digest, "network_sha256": network.digest}
     with clock("sae"):
         trained = train_saes(layer, settings, made_from, train_wanted, workers, ranks)
+    layer = gather_training(layer, data.train, ranks)
     if not ranks.is_first:
         ranks.barrier()  # until the first has explained them
         return []
@@ -957,7 +965,7 @@ def explain_settings(net: AtLayer, raw: fa.Rows, target: int, given: dict) -> Se
 LATENTS_OF_VECTOR, LATENTS_AT_POSITIONS = 2, 4  # per number of a row, where none are asked for
 
 
-def pick_target(layer: fa.ExplainedLayer, settings: Settings, ranks: Ranks) -> int:
+def pick_target(layer: fa.ExplainedLayer, settings: Settings, train: Split, ranks: Ranks) -> int:
     """The target for the layer, after short trainings with several, which are printed."""
     rows = training_rows(layer, ranks).train
     short = replace(settings, epochs_sae_final=1)
@@ -965,6 +973,7 @@ def pick_target(layer: fa.ExplainedLayer, settings: Settings, ranks: Ranks) -> i
     pairs = [(target, settings.seed + other) for other in (0, 1) for target in targets]
     trainers = [SAETrainer(rows, target, replace(short, seed=seed)) for target, seed in pairs]
     saes = [sae for sae, _ in train_together(trainers)]
+    layer = gather_training(layer, train, ranks)
 
     def choose() -> int:
         compared = compare_targets(layer, targets, saes)
@@ -1042,7 +1051,7 @@ def explain(
             warn_scale_shift(found)
             if target is None:
                 with clock("target"):
-                    own = replace(own, target_actives=(pick_target(found, own, ranks),))
+                    own = replace(own, target_actives=(pick_target(found, own, data.train, ranks),))
             network = ranks.on_first(name_network, found, made_from)
             explain_activations(found, data, network, own, clock, workers, ranks)
             stage = load_stage(root, "sae")

@@ -122,7 +122,7 @@ class _Removing:
     def __init__(self, layer: fa.ExplainedLayer, raw: fa.Rows):
         self.layer, self.before = layer, raw
         self.acts = layer.feature_acts(raw)  # (n, d_sae), the largest over positions
-        self.now = fa.values_of(raw).float().clone()  # outputs in a file have 16 bits
+        self.now = fa.values_of(raw).to(torch.float32, copy=True)  # stored ones may be float16
 
     def rows(self) -> fa.Rows:
         """All rows as they are now."""

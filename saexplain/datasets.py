@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +36,7 @@ from saexplain.images import (
     split_by_class,
 )
 from saexplain.normalization import find_display, given_normalization, model_normalization
+from saexplain.parallel import MEMORY_SHARE, available_memory
 from saexplain.sources import (
     FORMS,
     ClassFolders,
@@ -53,8 +52,6 @@ SPLIT_FOLDERS = {
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-CGROUP = Path("/sys/fs/cgroup")  # of a container on Linux
-MEMORY_SHARE = 1 / 4  # of the memory available that one split may fill
 MEMORY_CAP: int | None = None  # bytes of a split that are kept in memory; None: MEMORY_SHARE
 SPLIT_PERCENT = (70, 10, 20)  # of each class for training, validation, test
 VAL_PERCENT = (88, 12)  # of each class of the training images, where validation images lack
@@ -180,26 +177,7 @@ def memory_limit(device: torch.device) -> float:
     """Bytes of a split's images that may be kept on the device."""
     if MEMORY_CAP is not None:
         return MEMORY_CAP
-    free = available_memory()
-    if device.type == "cuda":
-        free = min(free, torch.cuda.mem_get_info(device)[0])
-    return MEMORY_SHARE * free
-
-
-def available_memory() -> int:
-    """Bytes of memory that can be used now; 4 GiB where the system does not know."""
-    found = []
-    with suppress(OSError, LookupError, ValueError):  # Linux alone knows what it could free
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        kilobytes = dict(line.split(":") for line in lines)["MemAvailable"].split()[0]
-        found.append(1024 * int(kilobytes))
-    with suppress(OSError, ValueError):  # in a container that has a limit, which else is "max"
-        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        found.append(max(0, limit - used))
-    if not found:
-        with suppress(OSError, ValueError, AttributeError):
-            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-    return min(found, default=2**32)
+    return MEMORY_SHARE * available_memory(device)
 
 
 def image_hashes(images: Tensor) -> np.ndarray:

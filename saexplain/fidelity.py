@@ -69,9 +69,14 @@ def raw_rows(layer: fa.ExplainedLayer, name: str) -> Tensor:
     """The layer's output (n, d_in) of a split, one row for each position kept of each image; of a
     layer with positions at most STATS_ROWS, evenly spaced."""
     rows = fa.values_of(layer.splits[name].raw).flatten(0, -2)
-    if layer.has_positions and len(rows) > STATS_ROWS:
-        rows = rows[torch.linspace(0, len(rows) - 1, STATS_ROWS).round().long()]
-    return rows
+    return rows[evenly_spaced(len(rows))] if layer.has_positions else rows
+
+
+def evenly_spaced(n: int) -> Tensor:
+    """The numbers of n rows, or of STATS_ROWS of them, evenly spaced."""
+    if n <= STATS_ROWS:
+        return torch.arange(n)
+    return torch.linspace(0, n - 1, STATS_ROWS, dtype=torch.float64).round().long()
 
 
 def rows_of(layer: fa.ExplainedLayer, name: str) -> Tensor:

@@ -42,6 +42,24 @@ def batches(
         yield from order[: n - n % batch_size].split(batch_size)
 
 
+def spread_batches(
+    n: int,
+    batch_size: int,
+    epochs: int,
+    generator: torch.Generator,
+    device: torch.device | None = None,
+) -> Iterator[Tensor]:
+    """Index tensors as of `batches`, with one image from each of B contiguous parts of the images:
+    ranks, which have contiguous shards, then get equal shares of every batch."""
+    batch_size = min(batch_size, n)
+    length, at = n // batch_size, generator.device
+    first = torch.arange(batch_size, device=at)[:, None] * n // batch_size
+    for _ in range(epochs):
+        start = torch.randint(n, (1,), generator=generator, device=at)  # parts differ each time
+        within = torch.rand(batch_size, length, generator=generator, device=at).argsort(1)
+        yield from ((first + within + start) % n).T.contiguous().to(device or at)
+
+
 def n_steps(n: int, batch_size: int, epochs: int) -> int:
     """Number of batches that `batches` yields."""
     return epochs * (n // min(batch_size, n))

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +34,8 @@ from torch import Tensor
 from saexplain.files import InputError, folder_lock
 
 MAX_WORKERS = 7  # each holds a few hundred MB, and a run has few tasks at a time
+CGROUP = Path("/sys/fs/cgroup")  # of a container on Linux
+MEMORY_SHARE = 1 / 4  # of the available memory that one split may fill
 PARENT_CHECKED_EVERY = 1.0  # seconds between two looks of a worker at whether its parent lives
 RANK_TIMEOUT = timedelta(days=7)  # one rank may train for so long while others wait
 
@@ -46,6 +49,24 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux: containers often get fewer than the machine has
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that this rank may use there now: its part of the GPU's or the machine's free memory,
+    within the limit of a container; 4 GiB where the system does not know."""
+    found = []
+    with suppress(OSError, LookupError, ValueError):  # Linux alone knows what it could free
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kilobytes = dict(line.split(":") for line in lines)["MemAvailable"].split()[0]
+        found.append(1024 * int(kilobytes))
+    with suppress(OSError, ValueError):  # in a container that has a limit, which else is "max"
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        found.append(max(0, limit - used))
+    if not found:
+        with suppress(OSError, ValueError, AttributeError):
+            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    free = min(found, default=2**32) // environment_number("LOCAL_WORLD_SIZE")
+    return min(free, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free
 
 
 @contextmanager
@@ -254,10 +275,11 @@ def _exchange() -> Iterator[None]:
     """Raise WorkerError where an exchange with the other ranks fails inside."""
     try:
         yield
-    except RuntimeError as error:  # gloo raises it bare, NCCL a subclass
+    except RuntimeError as error:  # gloo raises it bare, after a line of its code; NCCL a subclass
+        reason = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0])[:120]
         raise WorkerError(
-            f"another rank ended or cannot be reached ({str(error).splitlines()[0][:120]}); run "
-            f"the same command again: finished stages are reused"
+            f"another rank ended or cannot be reached ({reason}); run the same command again: "
+            f"finished stages are reused"
         ) from error
 
 

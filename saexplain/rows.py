@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saexplain.optimization import batches
+from saexplain.optimization import batches, spread_batches
 from saexplain.parallel import ONE_PROCESS, Ranks
 from saexplain.sae import PCACoordinates
 
@@ -175,7 +175,8 @@ class TrainingRows:
         """Index tensors (B,) of images, shuffled anew in each pass; the same on all ranks."""
         # Ranks pick their own, whose number a GPU would be waited for.
         device = self.raw.device if self.ranks.world == 1 else torch.device("cpu")
-        return batches(self.n_images, size, epochs, generator, device)
+        draw = batches if self.raw.dim() == 2 else spread_batches
+        return draw(self.n_images, size, epochs, generator, device)
 
     @torch.no_grad()
     def batch(self, index: Tensor, with_logits: bool = False) -> Batch:

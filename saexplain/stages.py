@@ -20,8 +20,9 @@ import torch
 import feature_analysis as fa
 from saexplain import report
 from saexplain.calibration import adjust_thresholds
-from saexplain.fidelity import mean_l0
+from saexplain.fidelity import evenly_spaced, mean_l0
 from saexplain.files import Stage, load_cached, prepare_folder, save_stage
+from saexplain.images import Split
 from saexplain.optimization import TrainingError
 from saexplain.parallel import ONE_PROCESS, Ranks, Task, Workers, torch_threads
 from saexplain.rows import TrainingRows
@@ -71,6 +72,22 @@ def training_rows(layer: fa.ExplainedLayer, ranks: Ranks = ONE_PROCESS) -> Rows:
         TrainingRows(train, layer.mu, layer.std, logits_of, ranks),
         TrainingRows(val, layer.mu, layer.std),
     )
+
+
+def gather_training(layer: fa.ExplainedLayer, split: Split, ranks: Ranks) -> fa.ExplainedLayer:
+    """On the first rank, the layer with the training rows of all ranks that `raw_rows` would take
+    in one process, and all training images; on the others, and in one process, the layer itself."""
+    if ranks.world == 1:
+        return layer
+    rows = TrainingRows(layer.splits["train"].raw, ranks=ranks)
+    own, p = rows.raw, rows.positions
+    if own.dim() == 3:
+        own = own.flatten(0, 1)
+        taken = evenly_spaced(rows.n_images * p) - rows.first_image * p
+        own = own[taken[(taken >= 0) & (taken < len(own))].to(own.device)][:, None]
+    raw = ranks.gather_rows(own.float())
+    train = fa.Activations(split.images, split.labels, raw)
+    return replace(layer, splits={**layer.splits, "train": train}) if ranks.is_first else layer
 
 
 def sae_stages(

@@ -24,31 +24,11 @@ from torch import Tensor
 
 import feature_analysis as fa
 from saexplain.files import InputError, prepare_folder, read_json, to_json
-from saexplain.parallel import environment_number
+from saexplain.parallel import MEMORY_SHARE, available_memory
 
-MEMORY_SHARE = 0.25  # of the available memory that one store may take
 RECORD_SECONDS = 5.0  # between two records of how far a file is: each waits for the disk
 FLOAT16_MAX = torch.finfo(torch.float16).max
 VALUES, PROGRESS = "activations.float16", "activations.json"  # files of a store
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that this process may still take there: on CPUs its part of what programs can get, as
-    Linux reports it, within the limit of its container."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())  # "max" where there is none
-        found.append(limit - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
-    if not found and hasattr(os, "sysconf"):
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return max(0, min(found, default=2**32)) // environment_number("LOCAL_WORLD_SIZE")
 
 
 def format_bytes(n: float) -> str:

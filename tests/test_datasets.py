@@ -571,16 +571,6 @@ def test_a_stream_must_fit_into_memory(monkeypatch):
         load(Streamed())
 
 
-def test_memory_available_is_that_of_the_machine_or_its_container(monkeypatch, tmp_path):
-    monkeypatch.setattr(ds, "CGROUP", tmp_path)
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("3000000\n")
-    assert 2**26 < ds.available_memory() < 2**50
-    (tmp_path / "memory.max").write_text("7000000\n")
-    assert ds.available_memory() == 4_000_000
-    assert ds.memory_limit(torch.device("cpu")) == 1_000_000
-
-
 # --- Duplicates and digests -----------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ import torch
 from conftest import BARE
 
 import MNIST_SAE_code as driver
-from saexplain import parallel
+from saexplain import datasets, parallel
 from saexplain.files import InputError
 from saexplain.parallel import WorkerError, Workers
 
@@ -84,6 +84,21 @@ def test_each_further_core_of_a_rank_gets_a_worker(monkeypatch, cores, ranks_her
     monkeypatch.setattr(parallel, "available_cores", lambda: cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks_here))
     assert (parallel.worker_count(-1), parallel.worker_count(5)) == (expected, 5)
+
+
+def test_memory_available_is_that_of_the_machine_or_its_container(monkeypatch, tmp_path):
+    """For each of the ranks on this machine its part."""
+    cpu = torch.device("cpu")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(parallel, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("3000000\n")
+    assert 2**26 < parallel.available_memory(cpu) < 2**50
+    (tmp_path / "memory.max").write_text("7000000\n")
+    assert parallel.available_memory(cpu) == 4_000_000
+    assert datasets.memory_limit(cpu) == 1_000_000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert parallel.available_memory(cpu) == 1_000_000
 
 
 def test_ranks_that_cannot_connect_are_one_line(monkeypatch):

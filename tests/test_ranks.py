@@ -18,15 +18,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import feature_analysis as fa
 import MNIST_SAE_code as driver
-from saexplain import parallel
+from saexplain import fidelity, parallel
 from saexplain.files import InputError, load_stage
 from saexplain.parallel import ONE_PROCESS, Ranks, WorkerError, Workers, open_ranks, shard_of
 from saexplain.rows import TrainingRows, mean_and_std
 from saexplain.sae import JumpReLUSAE
-from saexplain.stages import train_saes
+from saexplain.stages import gather_training, train_saes
 
 N, D_IN, LATENTS, TARGET = 601, 12, 40, 4  # an odd number: the shards differ by an image
 SMALL = dict(sae_latents=LATENTS, batch_sae=300, epochs_sae_final=1, lr_sae=2e-3)
+FEW_ROWS = 500  # of which statistics are made
 DIED = 7  # exit status of a rank that ends itself
 
 
@@ -101,6 +102,7 @@ def squared_error(tensors: dict[str, torch.Tensor], z: torch.Tensor) -> float:
 
 def exchange(folder: Path, ranks: Ranks) -> None:
     """What each exchange gives, on each rank."""
+    fidelity.STATS_ROWS = FEW_ROWS
 
     def fail() -> None:
         raise InputError("only the first rank finds out")
@@ -120,6 +122,10 @@ def exchange(folder: Path, ranks: Ranks) -> None:
         ranks.on_first(fail)
     except InputError as error:
         found["error"] = str(error)
+    for name, raw in (("vectors", vectors()), ("positions", positions())):
+        split = driver.Split(raw, torch.arange(N))
+        whole = gather_training(layer_of(raw, ranks), split, ranks).splits["train"]
+        found[name] = (whole.raw, whole.labels)
     ranks.barrier()
     torch.save(found, folder / f"exchange{ranks.rank}.pt")
 
@@ -194,6 +200,19 @@ def test_each_exchange_gives_every_rank_what_it_names(two_ranks):
 
 
 RAW = {"vectors": vectors, "positions": positions}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_the_first_rank_analyses_the_training_rows_of_all(name, two_ranks):
+    """Those that one process would take, where there are more positions than it takes."""
+    first, second = (torch.load(two_ranks / f"exchange{rank}.pt")[name] for rank in (0, 1))
+    raw = RAW[name]()
+    rows = raw.flatten(0, -2)
+    if name == "positions":
+        rows = rows[torch.linspace(0, 3 * N - 1, FEW_ROWS).round().long()]
+    assert torch.equal(first[0].flatten(0, -2), rows)
+    assert torch.equal(first[1], torch.arange(N))
+    assert torch.equal(second[0], raw[N // 2 :])  # its own
 
 
 @pytest.mark.parametrize("name", RAW)

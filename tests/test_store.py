@@ -10,8 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_networks import ResNet, ViT, marked_images, trained
 
 import MNIST_SAE_code as driver
+from saexplain import images as images_module
 from saexplain import store as store_module
 from saexplain.files import InputError
 from saexplain.rows import TrainingRows, mean_and_std
@@ -48,13 +50,6 @@ def test_a_quarter_of_the_available_memory_decides(available, kind, tmp_path, mo
     assert store.raw.dtype == expected.dtype
     assert torch.equal(store.raw, expected)
     assert (tmp_path / "train").exists() == (kind is FileStore)
-
-
-def test_the_available_memory_is_that_of_one_rank(monkeypatch):
-    whole = store_module.available_memory(torch.device("cpu"))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    part = store_module.available_memory(torch.device("cpu"))
-    assert part == pytest.approx(whole / 4, rel=0.2)
 
 
 def test_a_file_says_its_size_and_the_space(no_memory, tmp_path, capsys):
@@ -182,3 +177,49 @@ def test_saes_are_trained_on_a_file_as_in_memory(no_memory, tmp_path):
         fvu.append(((z - sae(z)).square().sum() / z.square().sum()).item())
     assert fvu[1] == pytest.approx(fvu[0], rel=0.02)
     assert fvu[0] < 0.8
+
+
+class StoppedError(Exception):
+    """Ends a run in the middle."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["stream", "branch"])
+def test_a_run_with_its_activations_in_files_is_that_in_memory(kind, tmp_path, monkeypatch, capsys):
+    """It is stopped while it reads, and goes on from there."""
+    images, labels, _ = marked_images(240, 1)
+    splits = [
+        (images[part], labels[part]) for part in (slice(120), slice(120, 180), slice(180, 240))
+    ]
+    net, name = (ResNet, "layer2") if kind == "stream" else (ViT, "blocks.1.mlp")
+    net = trained(net, 20)
+    given = dict(target=3, sae_latents=24, epochs_sae_final=1, lr_sae=2e-3, stability_seeds=0)
+    given |= dict(hypotheses=False, features=1, batch_sae=120)
+    in_memory = driver.explain(net, name, *splits, out=str(tmp_path / "memory"), **given)
+    monkeypatch.setattr(store_module, "available_memory", lambda device: 0)
+    monkeypatch.setattr(store_module, "RECORD_SECONDS", 0.0)
+    monkeypatch.setattr(images_module, "PIXELS_AT_ONCE", 50 * images[0].numel())  # a batch
+    usual = FileStore._write
+
+    def stop(self, start: int, raw: torch.Tensor) -> None:
+        if start >= 100:
+            raise StoppedError
+        usual(self, start, raw)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FileStore, "_write", stop)
+        with pytest.raises(StoppedError):
+            driver.explain(net, name, *splits, out=str(tmp_path / "file"), **given)
+    capsys.readouterr()
+    in_files = driver.explain(net, name, *splits, out=str(tmp_path / "file"), **given)
+    printed = capsys.readouterr().out
+    assert "100 images are there)" in printed
+    assert printed.count("activations in 16 bits") == 3
+    assert not torch.equal(in_files.layer.mu, in_memory.layer.mu)  # of rounded numbers
+    torch.testing.assert_close(in_files.layer.mu, in_memory.layer.mu, atol=1e-3, rtol=1e-3)
+    found, expected = (
+        json.loads((run.folder / "summary.json").read_bytes())[0] for run in (in_files, in_memory)
+    )
+    assert found["baseline_acc"] == expected["baseline_acc"]
+    assert found["fvu"] == pytest.approx(expected["fvu"], rel=0.05)
+    assert found["fvu_pca"] == pytest.approx(expected["fvu_pca"], rel=1e-3)

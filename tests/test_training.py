@@ -13,7 +13,7 @@ from saexplain import calibration, fidelity
 from saexplain import rows as rows_module
 from saexplain.calibration import adjust_thresholds, threshold_shift
 from saexplain.fidelity import mean_l0
-from saexplain.optimization import Adam, TrainingError
+from saexplain.optimization import Adam, TrainingError, spread_batches
 from saexplain.rows import TrainingRows, mean_and_std
 from saexplain.sae import JumpReLUSAE, PCACoordinates
 
@@ -451,6 +451,24 @@ def test_positions_are_rows_and_a_step_takes_those_of_a_batch_of_images(dtype):
     assert np.mean([row["loss"] for row in history[-10:]]) == pytest.approx(fvu, rel=0.15)
     adjusted, _ = adjust_thresholds(sae, rows, 3)
     assert int((adjusted.encode(standardized) > 0).sum()) == 3 * 8000
+
+
+@pytest.mark.parametrize(("n", "size"), [(1000, 100), (1037, 100), (30, 100)])
+def test_spread_batches_pass_over_the_images_and_take_as_many_of_each_part(n, size):
+    drawn = torch.stack([*spread_batches(n, size, 3, generator(1))])
+    b = min(size, n)
+    assert drawn.shape == (st.n_steps(n, size, 3), b)
+    passes = drawn.reshape(3, -1)
+    for images in passes:
+        assert len(set(images.tolist())) == n // b * b
+        assert 0 <= images.min() <= images.max() < n
+    assert not torch.equal(passes[0], passes[1])
+    for world in (2, 3):
+        for part in (slice(n * r // world, n * (r + 1) // world) for r in range(world)):
+            share = ((drawn >= part.start) & (drawn < part.stop)).sum(1)
+            assert (share - b / world).abs().max() <= 2
+    gaps = (drawn[1:] - drawn[:-1]) % n  # within a part, from one batch to the next
+    assert n < size or len(gaps[: n // b - 1].unique()) > 5  # shuffled
 
 
 def test_coordinates_of_rows_are_those_of_all_of_them(monkeypatch):
