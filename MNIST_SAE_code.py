@@ -36,7 +36,6 @@ import argparse
 import io
 import itertools
 import math
-import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,16 +44,16 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple, get_type_hints
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import feature_analysis as fa
-from saexplain import console, figures, page, report
+from saexplain import console, page, report
 from saexplain.baselines import features_along
 from saexplain.datasets import check_split_leakage
-from saexplain.fidelity import feature_stats, measure_fidelity, rows_of
+from saexplain.estimates import estimate
+from saexplain.fidelity import feature_stats, rows_of
 from saexplain.files import (
     BusyError,
     InputError,
@@ -745,6 +744,7 @@ def explain_activations(
         classes=data.classes,
         network=network.title,
         source=data.source,
+        caller="script" if network.title == OWN_NETWORK else "explain",
         display=data.display,
         **settings.chosen("topk n_eval alpha hypotheses features seed"),
     )
@@ -755,7 +755,9 @@ def explain_activations(
         given = (network.history, own.record["history"], target, logits_from, DEAD_BELOW)
         writing.append(workers.start("training.png", report.write_history, folder, *given))
         explained = layer.with_sae(JumpReLUSAE.from_weights(own.tensors, layer.device))
-        drafts[target] = report.prepare_report(explained, folder, options, Stopwatch(), workers)
+        drafts[target] = report.prepare_report(
+            explained, folder, options, Stopwatch(clock.report), workers
+        )
     for target, draft in drafts.items():
         given = (target, trained[target], data, settings, workers)
         records[target], reports[target], tasks = finish_target(draft, *given)
@@ -805,41 +807,15 @@ def finish_target(
             print(f"no baseline with a frozen decoder: {error}")
     tasks = report.start_baselines(draft, baselines, workers)
     with draft.clock("fidelity"):
-        stage = stages[settings.seed]
-        record = sae_record(layer, target, stage, data, settings, untrained)
+        own = settings.chosen("sae_latents normalize_z seed")
+        record = report.sae_record(layer, target, stages[settings.seed], own, untrained)
+        record["data"] = data.source
     with draft.clock("reproducibility"):
         device = layer.device
         saes = {s: JumpReLUSAE.from_weights(stage.tensors, device) for s, stage in others.items()}
         replicates = compare_seeds(layer, settings.seed, saes, baselines)
     save_saelens(layer, draft.folder / "saelens")
     return report.finish_report(draft, record, replicates, tasks, workers)
-
-
-def sae_record(
-    layer: fa.ExplainedLayer,
-    target: int,
-    stage: Stage,
-    data: Data,
-    settings: Settings,
-    untrained: JumpReLUSAE | None = None,
-) -> dict:
-    """What summary.json says about one SAE before its features are explained; `untrained` is an
-    SAE to compare it with."""
-    return {
-        "target_actives": target,
-        "lambda": stage.record["lambda"],
-        "threshold_shift": stage.record["threshold_shift"],
-        "achieved_actives_before_shift": stage.record["l0_before_shift"],
-        **measure_fidelity(layer, target, untrained),
-        **settings.chosen("sae_latents normalize_z seed"),
-        "data": data.source,
-        "device": str(layer.device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-    }
 
 
 def write_summary(
@@ -849,24 +825,19 @@ def write_summary(
     trained: dict[int, Trained],
     records: list[dict],
 ) -> None:
-    """frontier.png, summary.json, and settings.json, which makes the folder a finished run."""
-    root = Path(settings.out)
-    if len(records) > 1:
-        figures.save_figure(figures.draw_frontier(records), root / "frontier.png")
-    fa.write_whole(root / "summary.json", to_json(records))
-    hypotheses = {str(r["target_actives"]): r.get("hypotheses_sha256") for r in records}
-    kept = {k: v for k, v in asdict(settings).items() if k not in NO_RESULTS}
+    """summary.json, and settings.json with all that the results were made from."""
+    frozen = {str(r["target_actives"]): r.get("hypotheses_sha256") for r in records}
     manifest = {
-        "settings": kept,
+        "settings": {k: v for k, v in asdict(settings).items() if k not in NO_RESULTS},
         "data": data.source,
         "data_digest": data.digest,
         "network": network.title,
         "network_sha256": network.digest,
         "sae_sha256": {str(t): saes.stages[settings.seed].digest for t, saes in trained.items()},
-        "hypotheses_sha256": hypotheses,
+        "hypotheses_sha256": frozen,
         "classes": data.classes,
     }
-    fa.write_whole(root / "settings.json", to_json(manifest))
+    report.write_summary(Path(settings.out), records, manifest)
 
 
 def page_weights(model: object) -> page.Network | None:
@@ -1051,7 +1022,8 @@ def explain(
     InputError for what cannot be used, ValueError for a layer whose output cannot be read or
     replaced.
     """
-    clock, net = Stopwatch(), open_layer(model, layer, pool, layout, grid, prefix_tokens)
+    clock = Stopwatch(console.stage_line)
+    net = open_layer(model, layer, pool, layout, grid, prefix_tokens)
     with open_ranks() as ranks, printing_once(ranks):
         data = report.load_splits(net, classes, train, val, test, **(images or {}))
         with torch.no_grad():
@@ -1061,6 +1033,7 @@ def explain(
         root = Path(own.out)
         with one_writer(root, own.wait, ranks), torch_threads(1), Workers(own.workers) as workers:
             print(f"{net.title}: {net.in_words()}; results go to {root}")
+            print(estimate(net, data, positions_per_image, own, target is None))
             made_from = {"data": data.digest, "layer": net.title}
             made_from["weights"] = digest_of(net.model.state_dict().values())
             storing = Storing(positions_per_image, root, made_from)
@@ -1093,7 +1066,7 @@ def name_network(layer: fa.ExplainedLayer, made_from: Mapping[str, str]) -> Netw
 
 def run_once(settings: Settings) -> list[dict]:
     """Data, classifier, SAEs, reports; the records of summary.json."""
-    clock, root = Stopwatch(), Path(settings.out)
+    clock, root = Stopwatch(console.stage_line), Path(settings.out)
     with (
         open_ranks() as ranks,
         printing_once(ranks),
@@ -1133,7 +1106,8 @@ def train_combination(settings: Settings) -> dict:
             wanted = [WantedSAE(target, settings, folder, made_from)]
             (stage,) = sae_stages(layer, training_rows(layer), wanted, train_wanted)
     sae = JumpReLUSAE.from_weights(stage.tensors, layer.device)
-    return sae_record(layer.with_sae(sae), target, stage, data, settings)
+    own = settings.chosen("sae_latents normalize_z seed")
+    return {**report.sae_record(layer.with_sae(sae), target, stage, own), "data": data.source}
 
 
 def report_my_hypotheses(settings: Settings) -> list[dict]:

@@ -33,6 +33,7 @@ from saexplain.where import FAITHFUL, Maps, activation_maps, aligned_patterns, o
 
 N_CORRELATED = 2000  # images over which patterns are compared with pre-activations
 INKED_SHARE = 0.01  # pixels inked in a smaller share of the training images count as never inked
+SEEN_PIXELS = 2**24  # of the images that show whether ink is dark, at most
 ADDED_TO = 16  # images to which a feature of a layer with positions is added
 
 
@@ -119,7 +120,7 @@ def analyze(
         bank,
         patterns,
         maps,
-        ink_sign(images[:SEEN]),
+        ink_sign(images[: min(SEEN, SEEN_PIXELS // images[:1].numel())]),
         fa.LogitEffects(*(tensor.cpu() for tensor in logit)),
         fa.LogitEffects(*(tensor.cpu() for tensor in ablation)),
         fa.nearest_features(layer.sae.W_dec),
@@ -142,7 +143,7 @@ def input_patterns(
     units = unit_gradients(layer, split.images)
     some = fa.Activations(*(values[:N_CORRELATED] for values in split))
     correlation = pattern_correlations(layer, units, some)
-    linear = fa.is_linear(layer, tuple(split.images.shape[1:]), split.images[:SEEN])
+    linear = fa.is_linear(layer, tuple(split.images.shape[1:]), split.images[:64])
     return Patterns(feature_patterns(layer, units), correlation, units, linear=linear)
 
 

@@ -21,7 +21,17 @@ import feature_analysis as fa
 from saexplain.activity import collect_activity
 from saexplain.evaluation import Summary, evaluate_halves, summarize
 from saexplain.fidelity import feature_stats, rows_of
-from saexplain.hypotheses import Discovery, Rule, evenly_spaced, propose_hypotheses, scores_of
+from saexplain.hypotheses import (
+    Discovery,
+    Faithful,
+    Rule,
+    evenly_spaced,
+    ink_levels,
+    patterns_on_canvas,
+    propose_hypotheses,
+    scores_of,
+)
+from saexplain.patterns import correlations
 from saexplain.sae import JumpReLUSAE
 from saexplain.substitution import agreement_of_drawings, measure_agreement
 
@@ -145,18 +155,34 @@ def features_along(
     return fit_decoder(match_rates(directions, z, density, mean_activation), z)
 
 
+@torch.no_grad()
+def faithful_on_canvas(layer: fa.ExplainedLayer, discovery: Discovery, least: float) -> Faithful:
+    """Which features have patterns that, times the ink of the discovery images, have a correlation
+    of at least `least` with the pre-activation."""
+    predicted = patterns_on_canvas(layer, discovery) @ discovery.levels.float().T
+    pre = layer.standardize(discovery.raw) @ layer.sae.W_enc.detach()
+    found = correlations(predicted, pre.T.cpu())
+    return Faithful(found >= least, found)
+
+
 def evaluate_baseline(
     sae: JumpReLUSAE,
     layer: fa.ExplainedLayer,
     discovery: Discovery,
     test_half: fa.Activations,
     replication_half: fa.Activations,
+    faithful_from: float | None = None,
 ) -> Summary:
     """The summary of hypotheses about the features of another SAE of the layer, proposed and tested
-    like those of its own."""
+    like those of its own. Only features whose patterns follow them with a correlation of at least
+    `faithful_from` are drawn, if it is given, as those of its own are."""
     rule, other = Rule(), layer.with_sae(sae)
     activity = collect_activity(other, discovery.raw, discovery.labels)
-    hypotheses = propose_hypotheses(other, discovery, rule, activity, in_full=False)
+    faithful = (
+        None if faithful_from is None else faithful_on_canvas(other, discovery, faithful_from)
+    )
+    given = (other, discovery, rule, activity)
+    hypotheses = propose_hypotheses(*given, in_full=False, faithful=faithful)
     falling = torch.argsort(activity.n_active, descending=True, stable=True)
     tested = [hypotheses[k] for k in evenly_spaced(falling, MAX_TESTED).tolist()]
     halves = (test_half, replication_half)
@@ -164,7 +190,7 @@ def evaluate_baseline(
 
     weights, raw = np.stack([h.weights for h in hypotheses]), test_half.raw
     scores = scores_of(weights, discovery.levels)
-    test_scores = scores_of(weights, discovery.canvas.levels(test_half.images))
+    test_scores = scores_of(weights, ink_levels(discovery.canvas, test_half.images))
     own = measure_agreement(other, raw, other.feature_acts(raw))
     drawn = agreement_of_drawings(other, raw, scores, activity, test_scores)
     return summarize(rows, len(activity.image) / len(activity.labels), own, drawn)

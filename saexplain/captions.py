@@ -2,6 +2,7 @@
 
     caption_of(weights)         # "Bar at the top right, blank just below it"
     images_of(classes, 6)       # "6s", "trousers"
+    logit_groups(delta)         # "without it the logits of 19 classes fall by 5.90 on average, ..."
 
 Takes a drawing (h, w), positive where ink is wanted and negative where it is not; gives words from
 its geometry alone. It computes no statistics, and a caption decides nothing.
@@ -12,6 +13,8 @@ Key: h x w cells of the canvas, n cells of a region. Places and directions (2,) 
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -211,6 +214,27 @@ def caption_of(weights: np.ndarray, strength: np.ndarray | float = 1.0) -> str:
     return text[:1].upper() + text[1:]
 
 
+MOST_LETTERS = 60  # of a class in a caption without a drawing
+
+
+def caption_without_drawing(
+    images: str, place: str, on_prefix: bool, raised: str | None, lowered: str | None
+) -> str:
+    """What a hypothesis names that has no drawing, in words: the `images` of classes, the place,
+    or the names of the logits that the feature raises and lowers."""
+    clauses = [images] if images else []
+    if on_prefix:
+        clauses.append("on a prefix token")
+    elif place:
+        clauses.append(f"in the {place}")
+    if not clauses:
+        moved = (("raises", raised), ("lowers", lowered))
+        names = [(verb, fa.shortened(name, MOST_LETTERS)) for verb, name in moved if name]
+        clauses = [f"{verb} the logit of {name}" for verb, name in names]
+    text = ", ".join(clauses) or "no class, place or logit stands out"
+    return text[:1].upper() + text[1:]
+
+
 # --------------------------------------------------------------------------------------------------
 # Words for classes and shares
 # --------------------------------------------------------------------------------------------------
@@ -229,6 +253,95 @@ def percent(share: float) -> str:
     if share < 0.001:
         return "<0.1%" if share else "0%"
     return f"{100 * share:.1f}%" if share < 0.01 else f"{100 * share:.0f}%"
+
+
+MOST_NAMED = 4  # classes of a group that are named
+IN_GROUP = 0.5  # of the largest change of a logit, that those of a group have
+MOST_OF_GROUP = 0.8  # share of a group whose names share a part that is mentioned
+SHARED_BY_FEW = 0.5  # share of all classes below which a shared part says something
+
+
+def parts_of_name(name: str) -> set[str]:
+    """What a class name may share with others: its words, and the ends of three letters or more of
+    its last word, as "-dog"; of a number its digits, the first as "5-", the last as "-5"."""
+    words = re.findall(r"[^\W_]+", name.lower())
+    if len(words) == 1 and words[0].isdigit():
+        return {*words[0], f"{words[0][0]}-", f"-{words[0][-1]}"}
+    last = words[-1] if words else ""
+    ends = {f"-{last[i:]}" for i in range(len(last) - 2) if last.isalpha()}
+    return {*words, *ends}
+
+
+def shared_part(group: Sequence[int], names: Sequence[str]) -> tuple[str, int]:
+    """What the names of at least MOST_OF_GROUP of the classes of a group have in common, and few
+    others, as in "5 in their name", with the number of those that have it; "" where there is
+    nothing, or there are only two classes."""
+    parts = [parts_of_name(name) for name in names]
+    in_group = Counter(part for c in group for part in parts[c])
+    in_all = Counter(part for of_name in parts for part in of_name)
+    most = max(3, MOST_OF_GROUP * len(group))
+    found = [
+        (n / in_all[part], len(part.strip("-")), part)  # of equal ones, a word before an end
+        for part, n in in_group.items()
+        if n >= most and in_all[part] < SHARED_BY_FEW * len(names)
+    ]
+    part = max(found)[-1] if found else ""
+    words = f"{part} in their name" if part else ""
+    if part[:1] == "-":
+        words = f"names that end in {part[1:]}"
+    elif part[-1:] == "-":
+        words = f"names that begin with {part[:-1]}"
+    return words, in_group[part]
+
+
+def classes_in_words(group: Sequence[int], names: Sequence[str]) -> str:
+    """A group of several classes by what their names share, as in "4 classes with red in their
+    name", or as their number."""
+    shared, n = shared_part(group, names)
+    if not shared:
+        return f"{len(group)} classes"
+    if n == len(group):
+        return f"{n} classes with {shared}"
+    return f"{len(group)} classes, {n} of them with {shared},"
+
+
+def images_of_classes(group: Sequence[int], classes: Sequence[str]) -> str:
+    """The images of a group of classes in words, as in "6s and 7s", or "images of 4 classes with
+    red in their name"; "" for none."""
+    plurals = [fa.shortened(images_of(classes, c), MOST_LETTERS) for c in group]
+    if len(group) < MOST_NAMED:
+        return listed(plurals)
+    names = list(classes) or [str(c) for c in range(max(group) + 1)]
+    words = f"images of {classes_in_words(group, names)}".removesuffix(",")
+    return words if "with" in words else f"{words} ({', '.join(plurals[: MOST_NAMED - 1])}, ...)"
+
+
+def group_words(change: Sequence[float], classes: Sequence[str], verb: str) -> str:
+    """The classes whose logit changes by at least half of the largest of `change` (C,), in words,
+    as in "the logits of 19 classes fall by 5.90 on average, most for 53: 50, 51, ..."."""
+    largest = max(change)
+    order = sorted(range(len(change)), key=lambda c: (-change[c], c))
+    group = [c for c in order if change[c] >= IN_GROUP * largest]
+    names = [fa.class_name(classes, c) for c in range(len(change))]
+    if len(group) == 1:
+        return f"the logit of {names[group[0]]} {verb}s by {largest:.2f}"
+    mean = sum(change[c] for c in group) / len(group)
+    first, *others = [fa.shortened(names[c], MOST_LETTERS) for c in group[: MOST_NAMED + 1]]
+    others += ["..."] if len(group) > MOST_NAMED + 1 else []
+    named = f"most for {first}, then {', '.join(others)}"
+    which = classes_in_words(group, names)
+    return f"the logits of {which} {verb} by {mean:.2f} on average, {named}"
+
+
+def logit_groups(delta: Sequence[float], classes: Sequence[str] = (), least: float = 0.02) -> str:
+    """What removing a feature does to the logits, by their mean change (C,), in words: the classes
+    whose logits fall most, and those whose rise most, as groups; "" where none moves by `least`."""
+    delta = [float(change) for change in delta]
+    clauses = []
+    for verb, change in (("fall", [-d for d in delta]), ("rise", delta)):
+        if max(change) >= least:
+            clauses.append(group_words(change, classes, verb))
+    return f"without it {'; '.join(clauses)}" if clauses else ""
 
 
 def plural(name: str) -> str:

@@ -9,6 +9,7 @@ files that it names. It computes nothing.
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ class Result(NamedTuple):
 RESULTS = (
     Result("L0, validation", "achieved_actives_val", "{:.4f}"),
     Result("L0, test", "achieved_actives_test", "{:.2f}", "features active per image (L0)"),
+    Result("L0 per position, test", "l0_position_test", "{:.2f}", "features active per position"),
+    Result("  per image", "l0_image_test", "{:.1f}", "... per image, at any position"),
     Result("lambda", "lambda", "{:.4f}"),
     Result("accuracy, network", "baseline_acc", "{:.2%}", "accuracy of the network"),
     Result(
@@ -44,6 +47,7 @@ RESULTS = (
     Result("  boolean, scaled", "recon_acc_boolean_scaled", "{:.2%}"),
     Result("agreement", "agreement_jumprelu", "{:.2%}", "predictions kept with the SAE"),
     Result("  of as many PCs", "agreement_pca", "{:.2%}", "... with as many principal components"),
+    Result("  of the untrained SAE", "agreement_untrained", "{:.2%}", "... with the untrained SAE"),
     Result(
         "  hypotheses in place of features",
         "agreement_hypotheses",
@@ -54,6 +58,7 @@ RESULTS = (
     Result("  mean", "f1_mean", "{:.3f}"),
     Result("FVU", "fvu", "{:.4f}", "fraction of variance unexplained (FVU)"),
     Result("  of as many PCs", "fvu_pca", "{:.4f}", "... by as many principal components"),
+    Result("  of the untrained SAE", "fvu_untrained", "{:.4f}", "... by the untrained SAE"),
     Result("  relative to PCs", "fvu_to_pca", "{:.3f}"),
     Result("cross entropy recovered", "ce_recovered", "{:.4f}"),
     Result("KL", "kl", "{:.5f}"),
@@ -61,12 +66,41 @@ RESULTS = (
     Result("dense features (> 10%)", "dense_features", "{}"),
     Result("  their share of L0", "dense_share_of_l0", "{:.1%}"),
 )
+RATIOS = ("ce_recovered", "fvu_to_pca", "dense_share_of_l0")  # may have 0 as their denominator
+
+
+INSTEAD = {  # what is left out where a record has another number, which says more
+    "achieved_actives_test": "l0_position_test",
+    "agreement_untrained": "agreement_hypotheses",  # then it is in the table of hypotheses.md
+    "fvu_untrained": "agreement_hypotheses",
+}
+
+
+def is_known(result: Result, record: Mapping) -> bool:
+    """Whether a record has the number, or it is a ratio that could not be computed."""
+    if record.get(INSTEAD.get(result.key)) is not None:
+        return False
+    return record.get(result.key) is not None or (result.key in RATIOS and result.key in record)
+
+
+def page_results(record: Mapping) -> list[tuple[str, str]]:
+    """The numbers that the page shows, those that the record has, with their titles there."""
+    shown = [result for result in RESULTS if result.on_page and is_known(result, record)]
+    return [(result.on_page, shown_result(result, record)) for result in shown]
 
 
 def shown_result(result: Result, record: Mapping) -> str:
     """The number in its format."""
     value = record.get(result.key)
     return NOT_COMPUTED if value is None else result.form.format(value)
+
+
+def stage_line(name: str, seconds: float, number: str = "") -> None:
+    """Print a line about a finished stage where stdout is no terminal, which shows bars instead, as
+    in "activations: 20,000 images, 49 positions of 64 numbers (3.2 s)"."""
+    if not sys.stdout.isatty():
+        print(f"{name}: {number} ({seconds:.1f} s)" if number else f"{name} ({seconds:.1f} s)")
+        sys.stdout.flush()  # a pipe would show it with the next thousand characters
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
@@ -83,7 +117,8 @@ def results_table(records: Sequence[dict]) -> str:
     """The numbers of summary.json that matter most, a column for each SAE."""
     rows = [["target", *(str(r["target_actives"]) for r in records)]]
     for result in RESULTS:
-        rows.append([result.title, *(shown_result(result, r) for r in records)])
+        if any(is_known(result, r) for r in records):
+            rows.append([result.title, *(shown_result(result, r) for r in records)])
     if all("reproducibility" in r for r in records):
         rows += reproducibility_rows(records)
     rows.append(["seconds", *(f"{r['seconds']['whole run']:.1f}" for r in records)])
@@ -114,11 +149,14 @@ def hypothesis_lines(record: dict) -> list[str]:
     if "caption" not in record:
         return []
     marked = f"; {record['mark']}" if "mark" in record else ""
-    return [
+    lines = [
         f'  hypothesis  "{record["caption"]}"',
         f"  evidence    {record['evidence']['text']}",
         f"  confidence  {confidence_words(record['confidence'], record['replicated'])}{marked}",
     ]
+    return lines + (
+        [f"  effects     {record['effects_words']}"] if "effects_words" in record else []
+    )
 
 
 def features_text(record: dict, report: Sequence[dict]) -> str:
@@ -127,6 +165,8 @@ def features_text(record: dict, report: Sequence[dict]) -> str:
     for entry in report[: len(record["top_features"])]:
         words = f"{entry['feature']:>5}  {entry['influence']:5.1%}  "
         words += entry.get("caption", f"active on {entry['mean_active']:.1%} of the images")
+        if "effects_words" in entry:
+            words += f"; {entry['effects_words']}"
         lines += textwrap.wrap(
             words, WIDTH, subsequent_indent=" " * 14, max_lines=2, placeholder=" ..."
         )

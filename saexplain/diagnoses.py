@@ -10,11 +10,17 @@ above which it deserves attention, and the advice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
 
 from saexplain.analysis import Analysis
+from saexplain.fidelity import DENSE_FROM
 from saexplain.patterns import pattern_roughness
+
+if TYPE_CHECKING:
+    from saexplain.where import Maps
 
 
 class Diagnosis(NamedTuple):
@@ -35,63 +41,80 @@ class Diagnosis(NamedTuple):
         return {**self._asdict(), "fine": self.fine}
 
 
+# What changes a quantity, by what the caller has: the script's settings, arguments of explain(), or
+# nothing for an SAE that was trained elsewhere.
+SCRIPT_NAMES = {
+    "target": "TARGET_ACTIVES",
+    "latents": "SAE_LATENTS",
+    "features": "FEATURES",
+    "noisy": "train the network with more weight decay (WEIGHT_DECAY_FFN)",
+}
+TRUST_IMAGES = "trust its images, and where it is active, more than patterns"
+EXPLAIN_NAMES = {
+    "target": "target=",
+    "latents": "sae_latents=",
+    "features": "features=",
+    "noisy": TRUST_IMAGES,
+}
+GIVEN_SAE_NAMES = {
+    "target": "the SAE's L0 in its own training",
+    "latents": "the SAE's number of latents in its own training",
+    "features": "features=",
+    "noisy": TRUST_IMAGES,
+}
+CALLER_NAMES = {
+    "script": SCRIPT_NAMES,
+    "explain": EXPLAIN_NAMES,
+    "explain_sae": GIVEN_SAE_NAMES,
+}
+
+
 def diagnose(
-    record: dict, analysis: Analysis, features: Sequence[int], seconds: dict[str, float]
+    record: dict,
+    analysis: Analysis,
+    features: Sequence[int],
+    seconds: dict[str, float],
+    names: Mapping[str, str] = SCRIPT_NAMES,
 ) -> list[Diagnosis]:
     """The usual defects, measured.
 
     `record` is the SAE's record of summary.json, `features` are those reported, and `seconds` holds
-    those of the stages "bank", "patterns", "effects" and "pictures".
+    those of the stages "bank", "patterns", "effects" and "pictures"; advice uses the caller's
+    `names`.
     """
-    roughness = pattern_roughness(analysis.heats[features]).median().item()
-    correlation = analysis.pattern_correlation[features].median().item()
+    maps = analysis.maps
+    has_positions = maps is not None and maps.kind == "activation"
+    found = pattern_diagnoses(analysis, features, names["noisy"])
     redundant = (analysis.nearest.cosine > 0.9).float().mean().item()
     of_all = seconds["bank"] + seconds["patterns"] + seconds["effects"]
     # Pictures are drawn only of the features reported, the rest is computed for every latent.
     per_feature = of_all / record["sae_latents"] + seconds["pictures"] / len(features)
-    dense = record["dense_share_of_l0"]
-    found = [
-        Diagnosis(
-            "noisy patterns",
-            roughness,
-            0.5,
-            "median roughness, 1 for white noise",
-            "train the network with more weight decay (WEIGHT_DECAY_FFN)",
-        ),
-        Diagnosis(
-            "unfaithful patterns",
-            1 - correlation,
-            0.5,
-            "1 - correlation of a pattern's sum over an image with the pre-activation (median)",
-            "the network is not linear up to this layer: trust images more than patterns",
-        ),
+    dense, where = record["dense_share_of_l0"], "images"
+    if has_positions:
+        dense, where = dense_share(maps.position_density), "positions"
+    fewer, target = f"lower {names['latents']}", names["target"]
+    found += [
         Diagnosis(
             "redundant features",
             redundant,
             0.05,
             "share with a neighbor above cosine 0.9",
-            "lower SAE_LATENTS",
+            fewer,
         ),
-        Diagnosis(
-            "low boolean fidelity",
-            record["delta_acc_boolean_scaled"],
-            0.02,
-            "accuracy lost when features are on or off",
-            "compare several targets (TARGET_ACTIVES)",
-        ),
+        *boolean_diagnoses(record, target),
         Diagnosis(
             "dead latents",
             record["dead_features"] / record["sae_latents"],
             0.05,
             "share inactive on all training images",
-            "lower SAE_LATENTS or raise TARGET_ACTIVES",
+            f"{fewer} or raise {target}",
         ),
         Diagnosis(
             "dense features",
             dense,
             0.6,
-            "share of L0 by features active on over a tenth of the images",
-            "lower TARGET_ACTIVES"
+            f"share of L0 by features active on over a tenth of the {where}",
+            f"lower {target}"
             if dense is not None
             else "no feature is active on any training image: are they scaled as the others are?",
         ),
@@ -100,11 +123,11 @@ def diagnose(
             1000 * per_feature,  # milliseconds
             100.0,
             "milliseconds per feature, pictures included",
-            "set FEATURES",
+            f"set {names['features']}",
         ),
     ]
-    if "hypotheses" in record:
-        own = record["hypotheses"]["summaries"]["SAE"]
+    own = record["hypotheses"]["summaries"]["SAE"] if "hypotheses" in record else {}
+    if own.get("agreement_hypotheses") is not None:
         found.append(
             Diagnosis(
                 "failing hypotheses",
@@ -121,7 +144,62 @@ def diagnose(
                 1 - record["reproducibility"]["variance"]["mean"],
                 0.5,
                 "share of the variance not reproduced across seeds",
-                "lower TARGET_ACTIVES",
+                f"lower {target}",
             )
         )
+    return found + (position_diagnoses(maps) if has_positions else [])
+
+
+def boolean_diagnoses(record: dict, target: str) -> list[Diagnosis]:
+    """The diagnosis of features that are only on or off, where that was measured."""
+    lost = record.get("delta_acc_boolean_scaled")
+    if lost is None:
+        return []
+    what = "accuracy lost when features are on or off"
+    advice = f"compare several targets ({target})"
+    return [Diagnosis("low boolean fidelity", lost, 0.02, what, advice)]
+
+
+def pattern_diagnoses(analysis: Analysis, features: Sequence[int], noisy: str) -> list[Diagnosis]:
+    """The diagnoses of input patterns; of their noise, with the advice `noisy`, where a pattern is
+    shown."""
+    shown = [k for k in features if analysis.faithful[k]] if analysis.heats is not None else []
+    correlation = analysis.pattern_correlation[features].median().item()
+    found = []
+    if shown and min(analysis.heats.shape[1:]) > 1:
+        roughness = pattern_roughness(analysis.heats[shown]).median().item()
+        what = "median roughness, 1 for white noise"
+        found.append(Diagnosis("noisy patterns", roughness, 0.5, what, noisy))
+    what = "1 - correlation of a pattern's sum over an image with the pre-activation (median)"
+    advice = "the network is not linear up to this layer: trust images more than patterns"
+    return [*found, Diagnosis("unfaithful patterns", 1 - correlation, 0.5, what, advice)]
+
+
+def dense_share(density: Tensor) -> float | None:
+    """The share of L0 by features that are active on more than DENSE_FROM, by density (d_sae,);
+    None where none is active."""
+    total = density.sum()
+    return (density[density > DENSE_FROM].sum() / total).item() if total else None
+
+
+def position_diagnoses(maps: Maps) -> list[Diagnosis]:
+    """The diagnoses of a layer with positions."""
+    found = [
+        Diagnosis(
+            "features that encode only a place",
+            maps.place_only.float().mean().item(),
+            0.2,
+            "share active in the same place of nearly all images",
+            "they may be read as positions, not as content: look at their mean maps",
+        )
+    ]
+    blank = (maps.blank_share > 0.5).float().mean().item()
+    what = "share whose peak is on a patch without contrast, on most of their strongest images"
+    advice = "they may carry what the whole image is about: look at their effects"
+    found.append(Diagnosis("features on blank background", blank, 0.2, what, advice))
+    if maps.n_prefix:
+        share = (maps.prefix_share > 0.5).float().mean().item()
+        what = "share whose peak is on a prefix token, on most of the images that activate them"
+        advice = "they have no place in the image: look at their images and effects alone"
+        found.append(Diagnosis("features on prefix tokens", share, 0.2, what, advice))
     return found

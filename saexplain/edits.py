@@ -224,10 +224,9 @@ def make_edits(drawn: Drawn, active: Tensor, inactive: Tensor) -> dict[str, Pair
 
 
 def acts_of_feature(layer: fa.ExplainedLayer, k: int, images: Tensor) -> Tensor:
-    """(B,) activations of feature k on images (B, C, H, W)."""
-    z = layer.standardize(layer.raw(images))
-    encode_feature = getattr(layer.sae, "encode_feature", None)  # an SAE of one's own has none
-    return encode_feature(z, k) if encode_feature else layer.sae.encode(z)[:, k]
+    """(B,) activations of feature k on images (B, C, H, W), the largest over positions."""
+    acts = layer.acts_of(layer.raw(images), k)
+    return acts.amax(1) if layer.has_positions else acts
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@
     evaluation = make_evaluation(hypotheses, rule, ...)                 # everything of one SAE
 
 Takes hypotheses with their thresholds, an `ExplainedLayer` and test images; gives numbers. It
-proposes nothing, and puts nothing into words: `text` does that.
+proposes nothing, and puts nothing into words: `text` does that. A hypothesis without a drawing is
+tested by the classes and the place that it names.
 
 Key: N test images, C classes, F hypotheses, P cells of the canvas.
 """
@@ -30,12 +31,20 @@ from saexplain.activity import (
 from saexplain.edits import Drawn, EditTest, edit_tests, edited_images
 from saexplain.hypotheses import (
     CONFIDENCES,
+    HIGH_PLACE_SHARE,
+    LEAST_PLACE_SHARE,
     MIN_ACTIVE,
     Hypothesis,
+    Places,
     Rule,
+    acts_on,
     evenly_spaced,
+    fit_canvas,
+    ink_levels,
+    is_slow,
     label_histograms,
     null_effect,
+    place_cells,
     scores_of,
     with_thresholds,
 )
@@ -43,6 +52,7 @@ from saexplain.ink import Canvas
 from saexplain.layers import part_of
 from saexplain.patterns import correlations
 from saexplain.statistics import Z_95, Detection, score_detections, wilson_interval
+from saexplain.substitution import Agreements
 
 # --------------------------------------------------------------------------------------------------
 # Does the drawing pick the images on which the feature is active?
@@ -82,15 +92,19 @@ def chance_f1(rate: float) -> float:
 DOSES = (0.0, 0.5, 1.0, 2.0)  # times the mean activation on the images tested
 TINY_DOSE = 1 / 64  # of the same, for the slope of the linear prediction
 EFFECT_IMAGES = 48  # active images from which the feature is removed
+EFFECT_IMAGES_SLOW = 32  # the same where the rest of the network takes long ...
+DOSED_IMAGES_SLOW = 8  # ... and those of them to which doses are added
+MANY_CLASSES = 20  # from more classes on, the change of each logit is kept
 
 
 class ClassTest(NamedTuple):
-    """The share of the active images that are of the classes named."""
+    """The share of the active images that are of the classes, or whose peak is in the place,
+    named."""
 
     share: float
     low: float  # 95% interval
     high: float
-    usual: float  # their share of all images
+    usual: float  # their share of all images, or of the peaks of all features
 
 
 class LogitChange(NamedTuple):
@@ -117,31 +131,57 @@ def measure_classes(
     return ClassTest(count / n, *wilson_interval(count, n), float(usual))
 
 
+def measure_place(h: Hypothesis, places: Places | None) -> ClassTest | None:
+    """The test of the place of a hypothesis, where it has one and the layer has positions."""
+    if not h.place or places is None:
+        return None
+    cells, peaks = place_cells(h.place, places.grid), places.peaks(h.feature)
+    count, n = int(cells.ravel()[peaks[peaks >= 0]].sum()), len(peaks)
+    return ClassTest(count / n, *wilson_interval(count, n), float(places.usual[cells].sum()))
+
+
+def pick_classes(h: Hypothesis, histogram: np.ndarray, label_counts: np.ndarray) -> Picked | None:
+    """What an undrawn hypothesis predicts to be active, the images of the classes named, by counts
+    (C,) of active, and of all, images."""
+    if not (h.undrawn and h.classes):
+        return None
+    named = list(h.classes)
+    counts = label_counts[named].sum(), histogram.sum(), histogram[named].sum()
+    return Picked(*(int(count) for count in counts))
+
+
 @torch.no_grad()
 def measure_effects(
     h: Hypothesis, layer: fa.ExplainedLayer, raw: Tensor, activity: Activity, percentile: float
 ) -> dict[str, LogitChange]:
-    """The tests of the logits that a hypothesis "raises" and "lowers", on raw (N, d_in)."""
+    """The tests of the logits that a hypothesis "raises" and "lowers", on raw (N, ...). Where the
+    layer has positions a dose is a multiple of the feature's own map."""
     named = {verb: getattr(h, verb) for verb in ("raises", "lowers")}
     named = {verb: logit for verb, logit in named.items() if logit is not None}
     if not named:
         return {}
-    at, acts = activity.of(h.feature)
-    some = evenly_spaced(torch.arange(len(at)), EFFECT_IMAGES)
-    rows, acts = raw[at[some].to(raw.device)], acts[some].to(raw.device)
-    without = layer.without(rows, h.feature, acts)
-    doses = [float(acts.mean()) * dose for dose in (*DOSES[1:], TINY_DOSE)]
-    states = [rows, without, *(layer.adding(without, h.feature, dose) for dose in doses)]
-    logits = layer.logits(torch.cat(states)).cpu().double().view(len(states), len(rows), -1)
-    null = null_effect(h.feature, layer, rows, acts, percentile)
+    k, (at, acts) = h.feature, activity.of(h.feature)
+    slow = EFFECT_IMAGES_SLOW, DOSED_IMAGES_SLOW
+    most = slow if is_slow(layer) else (EFFECT_IMAGES, EFFECT_IMAGES)
+    some = evenly_spaced(torch.arange(len(at)), most[0])
+    few = evenly_spaced(torch.arange(len(some)), most[1]).to(raw.device)
+    rows = raw[at[some].to(raw.device)]
+    acts = acts_on(layer, rows, k, acts[some])
+    without = layer.without(rows, k, acts)
+    typical = acts[few] if layer.has_positions else float(acts.mean())
+    changed = [without] + [
+        layer.adding(without[few], k, typical * dose) for dose in (*DOSES[1:], TINY_DOSE)
+    ]
+    base, none, *dosed = (layer.logits(state).cpu().double() for state in (rows, *changed))
+    dosed = [logits - none[few.cpu()] for logits in dosed]
+    null = null_effect(k, layer, rows, acts, percentile)
     found = {}
     for verb, logit in named.items():
-        base, none, *at_doses, tiny = logits[:, :, logit].numpy()
-        lost = (base - none) if verb == "raises" else (none - base)
+        lost = (base - none if verb == "raises" else none - base)[:, logit].numpy()
         reach = Z_95 * float(lost.std(ddof=1)) / np.sqrt(len(lost))
         mean = float(lost.mean())
-        curve = [float((dose - none).mean()) for dose in (none, *at_doses)]
-        slope = float((tiny - none).mean()) / TINY_DOSE
+        *at_doses, tiny = (float(change[:, logit].numpy().mean()) for change in dosed)
+        curve, slope = [0.0, *at_doses], tiny / TINY_DOSE
         line = [dose * slope for dose in DOSES]
         given = (mean, mean - reach, mean + reach, null[verb])
         found[verb] = LogitChange(logit, *given, tuple(curve), tuple(line))
@@ -155,7 +195,7 @@ def measure_effects(
 
 class Evidence(NamedTuple):
     """What was measured about one hypothesis; None or empty where it says nothing, and for all of a
-    feature that is active, or inactive, on fewer than MIN_ACTIVE images."""
+    feature that is not testable."""
 
     feature: int
     n_active: int
@@ -163,12 +203,15 @@ class Evidence(NamedTuple):
     label_histogram: tuple[int, ...]  # of the active images
     influence: float | None  # share of the logit effect of all single ablations
     changes: float | None  # share of the active images whose prediction changes without it
-    picked: Picked | None = None
+    picked: Picked | None = None  # by the score; of an undrawn hypothesis, by the classes named
     detection: Detection | None = None  # by the score
     correlation: float | None = None  # of the score with the pre-activation, z W_enc
     edits: dict[str, EditTest] = {}  # noqa: RUF012 - never changed
     classes: ClassTest | None = None
     effects: dict[str, LogitChange] = {}  # noqa: RUF012
+    place: ClassTest | None = None
+    delta: tuple[float, ...] = ()  # mean change of each logit without it, of MANY_CLASSES or more
+    undrawn: bool = False  # by intent, with a reason
 
     @property
     def chance_f1(self) -> float:
@@ -177,14 +220,23 @@ class Evidence(NamedTuple):
 
     @property
     def is_testable(self) -> bool:
-        return MIN_ACTIVE <= self.n_active <= self.n_images - MIN_ACTIVE
+        """Whether enough images are active and, unless nothing is drawn, inactive."""
+        return self.n_active >= MIN_ACTIVE and (
+            self.undrawn or self.n_images - self.n_active >= MIN_ACTIVE
+        )
 
     @property
     def f1(self) -> float | None:
-        """0 for a testable feature without a drawing, None for one that is not testable."""
-        if not self.is_testable:
+        """0 for a testable feature without a drawing, None for one that is not testable, and for
+        one that is undrawn and names no classes."""
+        if not self.is_testable or (self.undrawn and not self.picked):
             return None
         return self.picked.f1 if self.picked else 0.0
+
+    @property
+    def f1_of_drawing(self) -> float | None:
+        """The F1, where it is not that of classes."""
+        return None if self.undrawn else self.f1
 
 
 @torch.no_grad()
@@ -192,7 +244,7 @@ def collect_evidence(
     hypotheses: Sequence[Hypothesis],
     layer: fa.ExplainedLayer,
     split: fa.Activations,
-    canvas: Canvas,
+    canvas: Canvas | None,
     rule: Rule | None = None,
     activity: Activity | None = None,
     removed: Removals | None = None,
@@ -202,11 +254,11 @@ def collect_evidence(
     """The evidence of the images of `split` for hypotheses, of which several may be about one
     feature.
 
-    Without `in_full` neither classes nor logits are tested, and influence and the score's ranking
-    are left out; `drawn` are the drawings prepared by `prepare_drawings`, where they are at hand. A
-    given `activity` replaces the SAE's own, as for a test under chance. Raises ValueError for an
-    activity of other images, drawings of another shape than the canvas's, and a hypothesis without
-    a threshold.
+    Without `in_full` neither logits nor, of drawn hypotheses, classes are tested, and influence and
+    the score's ranking are left out; `drawn` are the drawings prepared by `prepare_drawings`, where
+    they are at hand. A given `activity` replaces the SAE's own, as for a test under chance. Raises
+    ValueError for an activity of other images, drawings of another shape than the canvas's, and a
+    drawing without a threshold.
     """
     rule, raw = rule or Rule(), split.raw
     activity = activity or collect_activity(layer, raw, split.labels)
@@ -214,21 +266,26 @@ def collect_evidence(
     check_hypotheses(hypotheses, layer, canvas)
     histograms = label_histograms(activity, layer.n_classes)
     label_counts = torch.bincount(activity.labels, minlength=histograms.shape[1]).numpy()
-    levels = canvas.levels(split.images)
     influence = changes = [None] * layer.d_sae
+    deltas = [()] * layer.d_sae
     if in_full:
         removed = removed or removal_effects(layer, raw, activity)
         influence, changes = removed.influence.tolist(), removed.changes.tolist()
+        if histograms.shape[1] > MANY_CLASSES:
+            deltas = [tuple(delta) for delta in removed.mean_delta.tolist()]
     n_active, evidence = activity.n_active.tolist(), []
     for h in hypotheses:
         k = h.feature
         given = (tuple(histograms[k].tolist()), influence[k], changes[k])
-        evidence.append(Evidence(k, n_active[k], len(raw), *given))
+        e = Evidence(k, n_active[k], len(raw), *given, delta=deltas[k], undrawn=bool(h.undrawn))
+        evidence.append(e)
 
     drawn = drawn or [None] * len(hypotheses)
     tested = [i for i, e in enumerate(evidence) if e.is_testable and hypotheses[i].is_drawn]
     if any(hypotheses[i].threshold is None for i in tested):
         raise ValueError("each hypothesis must have a threshold: see with_thresholds")
+    if tested:
+        levels = ink_levels(canvas, split.images)
     for first in range(0, len(tested), 256):  # bounds the memory of the scores
         some = tested[first : first + 256]
         own = [hypotheses[i] for i in some]
@@ -238,8 +295,7 @@ def collect_evidence(
         if in_full:
             ranked = score_detections(list(scores.numpy()), [at.numpy() for at in active])
             readouts = layer.sae.W_enc.detach()[:, [h.feature for h in own]]
-            pre = (layer.standardize(raw) @ readouts).T.cpu()
-            found = correlations(scores, pre).tolist()
+            found = correlations(scores, pre_activations(layer, raw, readouts)).tolist()
         for n, (i, h, at) in enumerate(zip(some, own, active, strict=True)):
             predicted = scores[n] >= h.threshold
             picked = Picked(int(predicted.sum()), len(at), int(predicted[at].sum()))
@@ -247,13 +303,25 @@ def collect_evidence(
             evidence[i] = evidence[i]._replace(
                 picked=picked, detection=ranked[n], correlation=found[n], edits=edits
             )
-    if in_full:
-        for i, (h, e) in enumerate(zip(hypotheses, evidence, strict=True)):
-            if e.is_testable:
-                classes = measure_classes(h, histograms[h.feature], label_counts)
-                effects = measure_effects(h, layer, raw, activity, rule.percentile)
-                evidence[i] = e._replace(classes=classes, effects=effects)
+    places = Places.of(layer, activity) if layer.has_positions else None
+    for i, (h, e) in enumerate(zip(hypotheses, evidence, strict=True)):
+        if not e.is_testable:
+            continue
+        if in_full or h.undrawn:
+            classes = measure_classes(h, histograms[h.feature], label_counts)
+            picked = e.picked or pick_classes(h, histograms[h.feature], label_counts)
+            e = e._replace(classes=classes, place=measure_place(h, places), picked=picked)
+        if in_full:
+            e = e._replace(effects=measure_effects(h, layer, raw, activity, rule.percentile))
+        evidence[i] = e
     return evidence
+
+
+def pre_activations(layer: fa.ExplainedLayer, raw: Tensor, readouts: Tensor) -> Tensor:
+    """(F, N) on the CPU, z W_enc of features with columns `readouts` (d_in, F) of W_enc; of a layer
+    with positions, the largest."""
+    pre = layer.standardize(raw) @ readouts
+    return (pre.amax(1) if pre.dim() == 3 else pre).T.cpu()
 
 
 def prepare_drawings(hypotheses: Sequence[Hypothesis], canvas: Canvas) -> list[Drawn | None]:
@@ -262,13 +330,16 @@ def prepare_drawings(hypotheses: Sequence[Hypothesis], canvas: Canvas) -> list[D
 
 
 def check_hypotheses(
-    hypotheses: Sequence[Hypothesis], layer: fa.ExplainedLayer, canvas: Canvas
+    hypotheses: Sequence[Hypothesis], layer: fa.ExplainedLayer, canvas: Canvas | None
 ) -> None:
-    """Raise ValueError, or IndexError, for a hypothesis that does not fit the layer or canvas."""
+    """Raise ValueError, or IndexError, for a hypothesis that does not fit the layer or canvas.
+    Without a canvas, nothing may be drawn."""
     n_classes = layer.n_classes
     for h in hypotheses:
         fa.check_feature(h.feature, layer.d_sae)
-        if h.weights.shape != canvas.shape:
+        if h.is_drawn and canvas is None:
+            raise ValueError(f"feature {h.feature} must have no drawing: there is no canvas")
+        if canvas is not None and not h.undrawn and h.weights.shape != canvas.shape:
             raise ValueError(
                 f"the drawing of feature {h.feature} must have shape {canvas.shape}, got "
                 f"{h.weights.shape}"
@@ -294,12 +365,12 @@ def evaluate_hypotheses(
     F1 on the layer's split "val", which therefore must not hold the test images. Raises ValueError,
     or IndexError, for hypotheses that do not fit the layer.
     """
-    val = layer.splits["val"]
-    canvas, rule = Canvas.fit(val.images), Rule()
+    val, rule = layer.splits["val"], Rule()
+    canvas = fit_canvas(val.images)
     check_hypotheses(hypotheses, layer, canvas)
     if any(h.threshold is None for h in hypotheses):
         activity = collect_activity(layer, val.raw, val.labels)
-        hypotheses = with_thresholds(hypotheses, canvas.levels(val.images), activity)
+        hypotheses = with_thresholds(hypotheses, ink_levels(canvas, val.images), activity)
     split = layer.activations(images, labels)
     activity = collect_activity(layer, split.raw, split.labels)
     removed = removal_effects(layer, split.raw, activity)
@@ -310,7 +381,7 @@ def split_test_images(test: fa.Activations) -> tuple[fa.Activations, fa.Activati
     """The test half, images with even numbers, and the replication half, those with odd ones.
 
     Every other one, because the first and the second half of MNIST's test images were written by
-    different people.
+    different people. Images that are not in memory are not read for it.
     """
     images, labels, raw = test
     halves = []
@@ -329,13 +400,18 @@ image, and each edit as drawn changes the activity on {edit_difference:.0%} more
 the same edit elsewhere, with a 95% interval above 0. Medium: F1 is at least {medium_f1:g} and
 {medium_lift:g} above that of picking every image, and at least one edit is so confirmed. Low: the
 rest."""
+UNDRAWN_RULE = """Of a hypothesis without a drawing: Medium: the classes or the place that it names
+are confirmed. High: so is another of its results, none is refuted, and the F1 of picking the images
+of the classes named is at least {high_f1:g} and {high_lift:g} above that of picking every image, or
+{high_place:.0%} of its peaks are in the place. Low: the rest; effects on logits alone say what the
+feature does, not when it is active."""
 
 
 class Decision(NamedTuple):
     """The result of each test of one hypothesis, and the confidence in its drawing."""
 
     feature: int
-    results: dict[str, str]  # by test: "erasing", "filling", "painting", "classes", "raises", ...
+    results: dict[str, str]  # by test: "erasing", "filling", "painting", "classes", "place", ...
     confidence: str  # one of CONFIDENCES
 
 
@@ -348,8 +424,8 @@ def interval_result(value: float, low: float, high: float, bar: float, null: flo
 
 
 def decide(evidence: Evidence, rule: Rule | None = None) -> Decision:
-    """The results and the confidence by CONFIDENCE_RULE. Classes and logits are results of their
-    own, and no part of the confidence, which is about the drawing."""
+    """The results and the confidence by CONFIDENCE_RULE, or UNDRAWN_RULE. Of a drawn hypothesis
+    classes and logits are results of their own, and no part of the confidence in the drawing."""
     rule, results = rule or Rule(), {}
     for name, test in evidence.edits.items():
         results[name] = interval_result(*test.difference(), rule.edit_difference, 0.0)
@@ -357,8 +433,14 @@ def decide(evidence: Evidence, rule: Rule | None = None) -> Decision:
     if evidence.classes:
         share, low, high, usual = evidence.classes
         results["classes"] = interval_result(share, low, high, rule.enrichment * usual, usual)
+    if evidence.place:
+        share, low, high, usual = evidence.place
+        bar = max(LEAST_PLACE_SHARE, rule.enrichment * usual)
+        results["place"] = interval_result(share, low, high, bar, usual)
     for verb, c in evidence.effects.items():
         results[verb] = interval_result(c.by, c.low, c.high, c.null, c.null)
+    if evidence.undrawn:
+        return Decision(evidence.feature, results, confidence_undrawn(evidence, results, rule))
     confidence = "Low"
     if evidence.picked:
         f1, lift = evidence.picked.f1, evidence.picked.f1 - evidence.chance_f1
@@ -367,6 +449,18 @@ def decide(evidence: Evidence, rule: Rule | None = None) -> Decision:
         elif f1 >= rule.medium_f1 and lift >= rule.medium_lift and CONFIRMED in edits:
             confidence = "Medium"
     return Decision(evidence.feature, results, confidence)
+
+
+def confidence_undrawn(evidence: Evidence, results: dict[str, str], rule: Rule) -> str:
+    """The confidence by UNDRAWN_RULE."""
+    if CONFIRMED not in (results.get("classes"), results.get("place")):
+        return "Low"
+    picked, place, found = evidence.picked, evidence.place, list(results.values())
+    is_sharp = place is not None and place.share >= HIGH_PLACE_SHARE
+    if picked and picked.f1 >= rule.high_f1:
+        is_sharp |= picked.f1 - evidence.chance_f1 >= rule.high_lift
+    is_high = is_sharp and found.count(CONFIRMED) > 1 and REFUTED not in found
+    return "High" if is_high else "Medium"
 
 
 def is_replicated(confidence: str, again: Evidence, rule: Rule | None = None) -> bool | None:
@@ -384,6 +478,7 @@ def is_replicated(confidence: str, again: Evidence, rule: Rule | None = None) ->
 
 BANDS = (0.01, 0.03, 0.1)  # rates at which bands of features end
 RANKS_WELL = 0.85  # AUROC
+UNDRAWN_RESULTS = ("classes", "place", "raises", "lowers")
 
 
 class Summary(NamedTuple):
@@ -394,8 +489,8 @@ class Summary(NamedTuple):
     too_rare: int  # not testable: too few active images
     l0: float  # features active per image, of all
     agreement: float  # with the network, with the set's own activations in place of the layer's
-    agreement_hypotheses: float  # ... and with what the hypotheses predict in place of them
-    f1_mean: float | None
+    agreement_hypotheses: float | None  # ... and with what drawings predict; None: not compared
+    f1_mean: float | None  # of drawings, as the numbers below
     f1_by_influence: float | None  # weighted by influence
     chance_mean: float | None  # F1 of picking every image
     average_precision: float | None
@@ -407,6 +502,11 @@ class Summary(NamedTuple):
     median_rate: float | None
     bands: list[dict]  # by rate: upto, features, f1
     confidence: dict[str, dict]  # by confidence: hypotheses, checked, replicated
+    undrawn: dict | None = None  # `summarize_undrawn`, if a hypothesis has no drawing by intent
+
+    def as_record(self) -> dict:
+        """The summary as JSON values, without `undrawn` where there is none."""
+        return {name: v for name, v in self._asdict().items() if name != "undrawn" or v}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -425,8 +525,8 @@ def count_replicated(rows: Sequence[Row]) -> dict[str, dict]:
             "hypotheses": len(some),
             "checked": len(seen),
             "replicated": sum(seen),
-            "f1": _mean([row.evidence.f1 for row in some]),
-            "f1_again": _mean([row.again.f1 for row in some]),
+            "f1": _mean([row.evidence.f1_of_drawing for row in some]),
+            "f1_again": _mean([row.again.f1_of_drawing for row in some]),
         }
     return counts
 
@@ -458,21 +558,48 @@ def evaluate_halves(
     half, other_half = halves
     drawn = prepare_drawings(hypotheses, canvas)
     evidence = collect_evidence(hypotheses, layer, half, canvas, rule, activity, drawn=drawn)
-    given = (hypotheses, layer, other_half, canvas, rule)
+    other = collect_activity(layer, other_half.raw, other_half.labels)
+    given = (hypotheses, layer, other_half, canvas, rule, other)
     again = collect_evidence(*given, in_full=False, drawn=drawn)
+    for i, (h, e) in enumerate(zip(hypotheses, evidence, strict=True)):
+        # Only of these does the confidence depend on effects.
+        if h.undrawn and again[i].is_testable and decide(e, rule).confidence == "High":
+            effects = measure_effects(h, layer, other_half.raw, other, rule.percentile)
+            again[i] = again[i]._replace(effects=effects)
     return [Row.of(*both, rule) for both in zip(evidence, again, strict=True)]
 
 
+def summarize_undrawn(rows: Sequence[Row]) -> dict | None:
+    """Of the testable features without a drawing by intent: how many there are, the mean F1 of
+    picking the images of the classes named, and for each kind of result how many are named, and
+    which share is confirmed. None without any."""
+    some = [row for row in rows if row.evidence.undrawn]
+    if not some:
+        return None
+    by_class = [row.evidence for row in some if row.evidence.picked]
+    counts = {
+        "features": len(some),
+        "f1": _mean([e.f1 for e in by_class]),
+        "chance_f1": _mean([e.chance_f1 for e in by_class]),
+    }
+    for name in UNDRAWN_RESULTS:
+        results = [r.decision.results[name] for r in some if name in r.decision.results]
+        confirmed = _mean([result == CONFIRMED for result in results])
+        counts[name] = {"named": len(results), "confirmed": confirmed}
+    return counts
+
+
 def summarize(
-    rows: Sequence[Row], l0: float, agreement: float, agreement_hypotheses: float
+    rows: Sequence[Row], l0: float, agreement: float, agreement_hypotheses: float | None
 ) -> Summary:
     """The summary of one set of features; l0 and agreements as in `Summary`."""
     testable = [row for row in rows if row.evidence.is_testable]
     own = [row.evidence for row in testable]
-    f1, influence = [e.f1 for e in own], [e.influence for e in own]
+    drawn = [e for e in own if not e.undrawn]
+    f1, influence = [e.f1 for e in drawn], [e.influence for e in drawn]
     bands = []
     for low, high in zip((0.0, *BANDS), (*BANDS, 1.0), strict=True):
-        some = [e.f1 for e in own if low < e.n_active / e.n_images <= high]
+        some = [e.f1_of_drawing for e in own if low < e.n_active / e.n_images <= high]
         bands.append({"upto": high, "features": len(some), "f1": _mean(some)})
     edits = {}
     for name in ("erasing", "filling", "painting"):
@@ -491,7 +618,7 @@ def summarize(
         agreement_hypotheses=agreement_hypotheses,
         f1_mean=_mean(f1),
         f1_by_influence=float(np.dot(f1, influence)) / total if total else None,
-        chance_mean=_mean([e.chance_f1 for e in own]),
+        chance_mean=_mean([e.chance_f1 for e in drawn]),
         average_precision=_mean([d.average_precision for d in ranked]),
         auroc_above=_mean([d.auroc >= RANKS_WELL for d in ranked]),
         correlation=_mean([e.correlation for e in own]),
@@ -501,6 +628,7 @@ def summarize(
         median_rate=float(np.median([e.n_active / e.n_images for e in own])) if own else None,
         bands=bands,
         confidence=count_replicated(testable),
+        undrawn=summarize_undrawn(testable),
     )
 
 
@@ -509,15 +637,6 @@ def summarize(
 # --------------------------------------------------------------------------------------------------
 
 STRONGEST = 10  # images listed for a feature
-
-
-class Agreements(NamedTuple):
-    """Shares of images on which the network predicts the same, with something in place of the
-    layer's output."""
-
-    features: float  # the SAE's own activations, decoded
-    hypotheses: float  # what the drawings predict
-    swapped: float  # the same with each feature's drawing exchanged for another feature's
 
 
 class Evaluation(NamedTuple):
@@ -530,7 +649,8 @@ class Evaluation(NamedTuple):
     top_images: list[list[int]]  # numbers of the test images that activate each feature most
     edited: list[tuple[list[int], list[int]]]  # ... and of those edited: active, inactive
     summary: Summary
-    agreement_swapped: float  # as `agreement_hypotheses`, with drawings of other features
+    agreement_swapped: float | None  # as `agreement_hypotheses`, with drawings of other features
+    not_compared: str = ""  # why drawings take the place of no features
 
 
 def make_evaluation(
@@ -551,7 +671,7 @@ def make_evaluation(
         edited.append(tuple((2 * some).tolist() for some in edited_images(h.feature, activity)))
     l0 = len(activity.image) / len(activity.labels)
     summary = summarize(rows, l0, agreements.features, agreements.hypotheses)
-    listed = (top_images, edited, summary, agreements.swapped)
+    listed = (top_images, edited, summary, agreements.swapped, agreements.not_compared)
     return Evaluation(hypotheses, rule, rows, n_discovery, *listed)
 
 
@@ -566,16 +686,23 @@ def features_of_influence(evaluation: Evaluation) -> dict[str, int]:
 def evaluation_record(evaluation: Evaluation, baselines: dict[str, Summary], sha256: str) -> dict:
     """The evaluation in summary.json; `sha256` is that of the frozen hypotheses."""
     summaries = {"SAE": evaluation.summary, **baselines}
+    not_compared = {"not_compared": evaluation.not_compared} if evaluation.not_compared else {}
     return {
         "sha256": sha256,
         "rule": evaluation.rule._asdict(),
-        "confidence_rule": format_rule(evaluation.rule),
+        "confidence_rule": format_rule(evaluation.rule, evaluation.hypotheses),
         "agreement_swapped": evaluation.agreement_swapped,
-        "summaries": {name: s._asdict() for name, s in summaries.items()},
+        **not_compared,
+        "summaries": {name: s.as_record() for name, s in summaries.items()},
         "features_that_make_influence": features_of_influence(evaluation),
     }
 
 
-def format_rule(rule: Rule) -> str:
-    """CONFIDENCE_RULE with the bars of a rule, on one line."""
-    return " ".join(CONFIDENCE_RULE.format(**rule._asdict()).split())
+def format_rule(rule: Rule, hypotheses: Sequence[Hypothesis] = ()) -> str:
+    """CONFIDENCE_RULE with the bars of a rule, and UNDRAWN_RULE, where one of the hypotheses has no
+    drawing, or all; on one line."""
+    undrawn = [bool(h.undrawn) for h in hypotheses]
+    parts = [] if undrawn and all(undrawn) else [CONFIDENCE_RULE]
+    parts += [UNDRAWN_RULE] if any(undrawn) else []
+    given = {**rule._asdict(), "high_place": HIGH_PLACE_SHARE}
+    return " ".join(" ".join(parts).format(**given).split())

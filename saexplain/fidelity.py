@@ -208,7 +208,8 @@ def measure_fidelity(
         return fidelity(own, spliced, mean_ablated, labels, total)
 
     spliced = {}  # Fidelity by mode
-    for mode in MODES:
+    modes = MODES[:1] if layer.has_positions else MODES  # each runs the rest of the network
+    for mode in modes:
         spliced[mode] = measure(lambda z: reconstruct(sae, z, mode, stats.mean_activation))  # noqa: B023
     plain = fidelity(own, Spliced(own, 0.0), mean_ablated, labels, total)
     pca = measure(Components.fit(z_train, target).reconstruct)
@@ -221,9 +222,9 @@ def measure_fidelity(
         "l0_std_test": l0.std().item(),
         "baseline_acc": plain.accuracy,
         "baseline_ce": plain.cross_entropy,
-        **{f"recon_acc_{mode}": spliced[mode].accuracy for mode in MODES},
-        **{f"delta_acc_{mode}": plain.accuracy - spliced[mode].accuracy for mode in MODES},
-        **{f"agreement_{mode}": spliced[mode].agreement for mode in MODES},
+        **{f"recon_acc_{mode}": spliced[mode].accuracy for mode in modes},
+        **{f"delta_acc_{mode}": plain.accuracy - spliced[mode].accuracy for mode in modes},
+        **{f"agreement_{mode}": spliced[mode].agreement for mode in modes},
         "fvu": jump.fvu,
         "ce": jump.cross_entropy,
         "ce_recovered": jump.ce_recovered,

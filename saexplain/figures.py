@@ -211,6 +211,8 @@ def _draw_agreements(axes: Axes, summaries: dict[str, Summary]) -> None:
     """Of each set of features, the predictions kept with its activations, and with hypotheses."""
     for x, (color, s) in enumerate(zip(itertools.cycle(COLORS), summaries.values(), strict=False)):
         for dx, value, alpha in ((-0.2, s.agreement, 0.4), (0.2, s.agreement_hypotheses, 1.0)):
+            if value is None:  # drawings take the place of no features
+                continue
             axes.bar(x + dx, value, 0.38, color=color, alpha=alpha)
             axes.text(x + dx, value + 0.01, f"{value:.1%}", ha="center", fontsize=TINY)
     names = [name.replace(" ", "\n", 1) for name in summaries]

@@ -7,12 +7,16 @@
 
 A hypothesis is a picture: cells of the canvas where ink is wanted, and cells where it is not. An
 image's score is its ink in the former less that in the latter; from a threshold on, the feature is
-predicted to be active. Classes and logits may be named beside it; they are tested by themselves and
-are no part of the score. Words are a caption and decide nothing.
+predicted to be active. Classes, logits and a place may be named beside it; they are tested by
+themselves and are no part of the score. Words are a caption and decide nothing.
+
+Where a layer has positions, or a feature's pattern does not follow it, nothing is drawn: then the
+classes named predict the feature to be active, on all their images.
 
 This module tests nothing: `evaluation` does that, on other images, and must not be imported here.
 
-Key: N discovery images, C classes, d_sae features, h x w = P cells of the canvas.
+Key: N discovery images, C classes, d_sae features, h x w = P cells of the canvas, or of the grid of
+a layer's positions where a place is meant.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,14 +37,19 @@ from torch import Tensor
 
 import feature_analysis as fa
 from saexplain.activity import Activity, Removals, collect_activity, removal_effects
-from saexplain.captions import caption_of
+from saexplain.captions import caption_of, caption_without_drawing, images_of_classes
 from saexplain.ink import Canvas
 from saexplain.patterns import unit_gradients
 from saexplain.regions import choose_regions, local_covariance
 
 CONFIDENCES = ("High", "Medium", "Low")
 TONES = {".": 0, "+": 1, "#": 2, "-": -1, "=": -2}  # characters of a drawing in a file
-MAX_CAPTION = 300  # characters
+MAX_CAPTION = 300  # characters, also of the reason for having no drawing
+PLACES = (  # those of thirds before those of ninths
+    *("upper third", "middle third", "lower third", "left third", "center third", "right third"),
+    *("upper left", "upper center", "upper right", "middle left", "center", "middle right"),
+    *("lower left", "lower center", "lower right"),
+)
 MIN_ACTIVE = 8  # active, and inactive, images below which nothing is proposed or tested
 
 
@@ -71,6 +81,8 @@ class Hypothesis:
         confidence: how sure its author is, "High", "Medium", "Low" or "" for no opinion.
         threshold: score from which on an image is predicted to be active, in 255ths of a cell full
             of ink; None: to be found on validation images.
+        place: where in an image the feature is most active, one of PLACES.
+        undrawn: why it has no drawing; then its classes predict the feature to be active.
 
     Raises ValueError for values that cannot be used, with the value met.
     """
@@ -84,6 +96,8 @@ class Hypothesis:
     caption: str = ""
     confidence: str = ""
     threshold: int | None = None
+    place: str = ""
+    undrawn: str = ""
 
     def __post_init__(self) -> None:
         wanted = _as_tones("wanted", self.wanted)
@@ -99,8 +113,14 @@ class Hypothesis:
             raise ValueError(f"classes must be labels, as in (1, 7), got {self.classes!r:.60}")
         if self.confidence not in ("", *CONFIDENCES):
             raise ValueError(f"confidence must be one of {CONFIDENCES}, got {self.confidence!r}")
-        if not isinstance(self.caption, str) or len(self.caption) > MAX_CAPTION:
-            raise ValueError(f"caption must be text of at most {MAX_CAPTION} characters")
+        for name in ("caption", "undrawn"):
+            text = getattr(self, name)
+            if not isinstance(text, str) or len(text) > MAX_CAPTION:
+                raise ValueError(f"{name} must be text of at most {MAX_CAPTION} characters")
+        if self.place not in ("", *PLACES):
+            raise ValueError(f"place must be one of {', '.join(PLACES)}, got {self.place!r:.60}")
+        if self.undrawn and (wanted.any() or unwanted.any()):
+            raise ValueError("undrawn must be empty where a cell is wanted or unwanted")
         checked = {"wanted": wanted, "unwanted": unwanted}
         checked["feature"] = _index("feature", self.feature)
         checked["classes"] = tuple(_index("a class", c) for c in self.classes)
@@ -180,38 +200,59 @@ def best_threshold(scores: np.ndarray, at: np.ndarray) -> int:
 # Propose
 # --------------------------------------------------------------------------------------------------
 
-MAX_CLASSES = 2  # named
+MAX_CLASSES = 2  # named beside a drawing
+MAX_CLASSES_UNDRAWN = 20  # named where they predict activity themselves
 N_DIRECTIONS = 64  # random ones, the same for all features
+NULL_SIZE = (N_DIRECTIONS, 16)  # random directions, and images from which they are removed
+NULL_SIZE_SLOW = (16, 4)  # the same where the rest of the network takes long
 DIRECTIONS_SEED = 20_000_003  # no run's own: baselines must draw other directions
-DIRECTION_IMAGES = 16  # from which random directions are removed
 EFFECT_MARGIN = 1.25  # times a random direction's effect that is needed to name a logit
+CANVAS_IMAGES = 2000  # to which a canvas is fitted where images are read from a disk
 SMALLEST_EFFECT = 0.02  # smallest mean change of a logit that is worth naming
 
 
 class Discovery(NamedTuple):
     """What is known of the discovery images, the same for all SAEs of a layer; all but `raw` is on
-    the CPU."""
+    the CPU. Where nothing is drawn there is no canvas, and what belongs to it is empty."""
 
-    canvas: Canvas
+    canvas: Canvas | None
     levels: Tensor  # (N, P) uint8 ink of the images
     labels: Tensor  # (N,) int64
-    raw: Tensor  # (N, d_in) the layer's output for them
+    raw: Tensor  # (N, d_in) the layer's output for them, or (N, positions, d_in)
     unit_patterns: Tensor  # (d_in, P) mean gradient of each standardized unit to each cell's ink
     metric: Tensor  # (P, P), see `local_covariance`
 
 
-def discover(layer: fa.ExplainedLayer, unit_heats: Tensor | None = None) -> Discovery:
+def discover(
+    layer: fa.ExplainedLayer, unit_heats: Tensor | None = None, drawable: Tensor | None = None
+) -> Discovery:
     """The discovery images of the layer, its split "val"; `unit_heats` (d_in, H, W) are the
     `unit_gradients`, channels summed, where they are at hand.
 
-    Raises ValueError where no gradient leads from the layer to the pixels.
+    There is a canvas unless the layer has positions, or no feature is `drawable` (d_sae,). Raises
+    ValueError where no gradient leads from the layer to the pixels.
     """
     images, labels, raw = layer.splits["val"]
+    if layer.has_positions or (drawable is not None and not drawable.any()):
+        none = torch.empty(0)
+        return Discovery(None, none, labels.cpu(), raw, none, none)
     unit_heats = unit_gradients(layer, images).sum(1) if unit_heats is None else unit_heats
-    canvas = Canvas.fit(images)
-    levels = canvas.levels(images)
+    canvas = fit_canvas(images)
+    levels = ink_levels(canvas, images)
     metric = local_covariance(levels, canvas)
     return Discovery(canvas, levels.byte(), labels.cpu(), raw, canvas.pattern(unit_heats), metric)
+
+
+def fit_canvas(images: Tensor | object) -> Canvas:
+    """The canvas of images (N, C, H, W), by CANVAS_IMAGES of them where they are not in memory."""
+    return Canvas.fit(images if isinstance(images, Tensor) else images[:CANVAS_IMAGES])
+
+
+def ink_levels(canvas: Canvas, images: Tensor | object) -> Tensor:
+    """`Canvas.levels` of images that need not be in memory."""
+    if isinstance(images, Tensor):
+        return canvas.levels(images)
+    return torch.cat([canvas.levels(some) for some in images.split(fa.ROWS)])
 
 
 def patterns_on_canvas(layer: fa.ExplainedLayer, discovery: Discovery) -> Tensor:
@@ -230,12 +271,32 @@ def enriched_classes(
     return tuple(named[:MAX_CLASSES])
 
 
+def predictive_classes(
+    histogram: np.ndarray, label_counts: np.ndarray, enrichment: float
+) -> tuple[int, ...]:
+    """The labels whose images predict activity with the largest F1, of those whose share of the
+    active images is `enrichment` times their share of all, at most MAX_CLASSES_UNDRAWN; both (C,)
+    are counts of images. Those with the largest share of active images come first."""
+    share, usual = histogram / histogram.sum(), label_counts / label_counts.sum()
+    rate = histogram / np.maximum(label_counts, 1)  # of the images of a class that are active
+    ranked = [c for c in np.argsort(-rate, kind="stable") if share[c] > 0]
+    ranked = [c for c in ranked if share[c] >= enrichment * usual[c]][:MAX_CLASSES_UNDRAWN]
+    both, picked = histogram[ranked].cumsum(), label_counts[ranked].cumsum()
+    f1 = 2 * both / (picked + histogram.sum())
+    return tuple(int(c) for c in ranked[: int(f1.argmax()) + 1]) if ranked else ()
+
+
 @functools.cache
 def random_directions(d_in: int) -> Tensor:
     """(N_DIRECTIONS, d_in) unit vectors drawn at random, the same in every run."""
     generator = torch.Generator().manual_seed(DIRECTIONS_SEED)
     noise = torch.randn(N_DIRECTIONS, d_in, generator=generator, dtype=torch.float32)
     return torch.nn.functional.normalize(noise, dim=1)
+
+
+def is_slow(layer: fa.ExplainedLayer) -> bool:
+    """Whether the rest of the network reads more than a vector, and so takes long."""
+    return layer.has_positions or getattr(layer.model, "head_entries", 0) > len(layer.mu)
 
 
 @torch.no_grad()
@@ -245,18 +306,27 @@ def null_effect(
     """The mean change of a logit that a `percentile` of random directions does not exceed, when
     they are removed in place of feature k: for the logit that each "raises", and "lowers", most.
 
-    raw (n, d_in) are outputs of the layer on images that activate the feature by acts (n,). Each
-    direction has the feature's norm and may choose its logits, as the feature does.
+    raw (n, ...) are outputs of the layer on images that activate the feature by acts (n,), or (n,
+    positions). Each direction has the feature's norm, and may choose its logits, as the feature
+    does.
     """
-    some = evenly_spaced(torch.arange(len(raw)), DIRECTION_IMAGES).to(raw.device)
+    n_directions, n_images = NULL_SIZE_SLOW if is_slow(layer) else NULL_SIZE
+    some = evenly_spaced(torch.arange(len(acts)), n_images).to(acts.device)
     raw, acts = raw[some], acts[some]
     norm = float(layer.sae.W_dec[k].norm())
-    shifts = random_directions(raw.shape[1]).to(raw) * norm * layer.std
-    states = raw - acts[:, None] * shifts[:, None]  # (N_DIRECTIONS, n, d_in)
-    base, without = layer.logits(raw), layer.logits(states.flatten(0, 1))
-    mean = (base - without.view(*states.shape[:2], -1)).mean(1).cpu().double().numpy()
+    steps = random_directions(len(layer.mu))[:n_directions].to(layer.mu) * norm * layer.std
+    base, changes = layer.logits(raw), []
+    for step in steps:
+        changes.append(base - layer.logits(layer.moved(raw, step, -acts)))
+    mean = torch.stack(changes).mean(1).cpu().double().numpy()  # (n_directions, C)
     largest = {"raises": mean.max(1), "lowers": -mean.min(1)}
     return {verb: float(np.quantile(by, percentile)) for verb, by in largest.items()}
+
+
+def acts_on(layer: fa.ExplainedLayer, raw: Tensor, k: int, acts: Tensor) -> Tensor:
+    """The activations of feature k on raw (n, ...): acts (n,), which are known, or (n, positions)
+    of a layer with positions."""
+    return layer.acts_of(raw, k) if layer.has_positions else acts.to(raw.device)
 
 
 def evenly_spaced(indices: Tensor, n: int) -> Tensor:
@@ -281,12 +351,68 @@ def changed_logits(
     if max(change.values()) < SMALLEST_EFFECT:
         return dict.fromkeys(logit)
     at, acts = activity.of(k)
-    some = evenly_spaced(torch.arange(len(at)), DIRECTION_IMAGES)
-    null = null_effect(
-        k, layer, raw[at[some].to(raw.device)], acts[some].to(raw.device), percentile
-    )
+    _, n_images = NULL_SIZE_SLOW if is_slow(layer) else NULL_SIZE
+    some = evenly_spaced(torch.arange(len(at)), n_images)
+    rows = raw[at[some].to(raw.device)]
+    null = null_effect(k, layer, rows, acts_on(layer, rows, k, acts[some]), percentile)
     named = {v: change[v] >= max(SMALLEST_EFFECT, EFFECT_MARGIN * null[v]) for v in logit}
     return {verb: logit[verb] if named[verb] else None for verb in logit}
+
+
+POSITIONS_UNDRAWN = "the layer has positions, and a drawing is of the whole image"
+UNFAITHFUL = "its pattern follows it with a correlation of {correlation:.2f} only"
+
+
+class Faithful(NamedTuple):
+    """How well the pattern of each feature follows it, (d_sae,) each."""
+
+    drawable: Tensor  # bool, whether well enough for a drawing
+    correlation: Tensor  # of the pattern's sum over an image with the pre-activation
+    reason: str = ""  # why none may be drawn, where it is not their correlation
+
+
+class Drawings(NamedTuple):
+    """What is drawn of the features that may be drawn."""
+
+    weights: np.ndarray  # (d_sae, h, w) int8, blank where nothing is drawn; (d_sae, 1, 1): nowhere
+    strength: np.ndarray  # of the same shape, how much each cell matters
+    thresholds: dict[int, int]  # by feature
+
+
+def draw_features(
+    layer: fa.ExplainedLayer, discovery: Discovery, activity: Activity, features: Tensor
+) -> Drawings:
+    """The drawings of `features` (F,), with thresholds for those that are drawn."""
+    shape = (layer.d_sae, *(discovery.canvas.shape if discovery.canvas else (1, 1)))
+    weights = np.zeros(shape, np.int8)
+    if not len(features):
+        return Drawings(weights, weights, {})
+    patterns = patterns_on_canvas(layer, discovery)
+    weights[features] = choose_regions(patterns[features], discovery.metric, discovery.canvas)
+    strength = (patterns * discovery.canvas.std).abs().view(shape).numpy()
+    levels, thresholds = discovery.levels.float(), {}
+    for some in features.split(256):  # bounds the memory of the scores
+        scores = scores_of(weights[some.numpy()], levels).numpy()
+        for k, own in zip(some.tolist(), scores, strict=True):
+            if weights[k].any() and len(at := activity.of(k)[0]):
+                thresholds[k] = best_threshold(own, at.numpy())
+    return Drawings(weights, strength, thresholds)
+
+
+def reasons_undrawn(
+    layer: fa.ExplainedLayer, discovery: Discovery, faithful: Faithful | None
+) -> dict[int, str]:
+    """By feature, why it may not be drawn; without those that may."""
+    every = range(layer.d_sae)
+    if layer.has_positions:
+        return dict.fromkeys(every, POSITIONS_UNDRAWN)
+    if faithful is None and discovery.canvas is None:
+        return dict.fromkeys(every, "there is no canvas to draw on")
+    if faithful is None:
+        return {}
+    correlation = faithful.correlation.tolist()
+    reasons = [faithful.reason or UNFAITHFUL.format(correlation=c) for c in correlation]
+    return {k: reasons[k] for k in every if not faithful.drawable[k]}
 
 
 def propose_hypotheses(
@@ -296,50 +422,75 @@ def propose_hypotheses(
     activity: Activity | None = None,
     removed: Removals | None = None,
     in_full: bool = True,
+    faithful: Faithful | None = None,
+    classes: Sequence[str] = (),
 ) -> list[Hypothesis]:
     """A hypothesis about every feature, from the discovery images alone.
 
     The drawing has the regions that follow the feature's input pattern best, see `regions`; the
-    threshold has the largest F1; classes are those of `enriched_classes`, logits those of
-    `changed_logits`. Without `in_full` no logits are named, and there are no captions. A feature
-    with fewer than MIN_ACTIVE active, or inactive, images gets an empty drawing.
+    threshold has the largest F1; labels are those of `enriched_classes`, or `predictive_classes`
+    where nothing is drawn, logits those of `changed_logits`, the place that of `place_of`. Without
+    `in_full` no logits are named, and there are no captions. A feature with fewer than MIN_ACTIVE
+    active, or inactive, images gets an empty drawing; so does one that is not `faithful`, with the
+    reason, and, if enough images are active, classes and a place.
 
-    `activity` and `removed`, of the same images, are computed where they are not given.
+    `activity` and `removed`, of the same images, are computed where they are not given; `classes`
+    are the names that captions use where nothing is drawn.
     """
     rule = rule or Rule()
     activity = activity or collect_activity(layer, discovery.raw, discovery.labels)
     if in_full and removed is None:
         removed = removal_effects(layer, discovery.raw, activity)
-    patterns = patterns_on_canvas(layer, discovery)
-    levels, n_images = discovery.levels.float(), len(discovery.labels)
-    drawings = choose_regions(patterns, discovery.metric, discovery.canvas)
-    strength = (patterns * discovery.canvas.std).abs().unflatten(1, drawings.shape[1:]).numpy()
+    undrawn = reasons_undrawn(layer, discovery, faithful)
+    features = torch.tensor([k for k in range(layer.d_sae) if k not in undrawn], dtype=torch.int64)
+    drawings = draw_features(layer, discovery, activity, features)
     histograms = label_histograms(activity, layer.n_classes)
     label_counts = torch.bincount(activity.labels, minlength=layer.n_classes).numpy()
-    n_active, hypotheses = activity.n_active.tolist(), []
-    for some in torch.arange(layer.d_sae).split(256):  # bounds the memory of the scores
-        scores = scores_of(drawings[some.numpy()], levels).numpy()
-        for k, own_scores in zip(some.tolist(), scores, strict=True):
-            if not MIN_ACTIVE <= n_active[k] <= n_images - MIN_ACTIVE or not drawings[k].any():
-                empty = np.zeros_like(drawings[k])
-                hypotheses.append(Hypothesis(k, empty))
-                continue
-            logits = {}
-            if in_full:
-                given = (removed.mean_delta[k], layer, discovery.raw, activity, rule.percentile)
-                logits = changed_logits(k, *given)
-            hypotheses.append(
-                Hypothesis(
-                    feature=k,
-                    wanted=drawings[k].clip(0, None),
-                    unwanted=(-drawings[k]).clip(0, None),
-                    classes=enriched_classes(histograms[k], label_counts, rule.enrichment),
-                    **logits,
-                    caption=caption_of(drawings[k], strength[k]) if in_full else "not captioned",
-                    threshold=best_threshold(own_scores, activity.of(k)[0].numpy()),
-                )
-            )
+    places = Places.of(layer, activity) if layer.has_positions else None
+    n_active, n_images, hypotheses = activity.n_active.tolist(), len(discovery.labels), []
+    for k, drawn in enumerate(drawings.weights):
+        reason = undrawn.get(k, "")
+        enough = n_active[k] >= MIN_ACTIVE
+        if not reason:
+            enough &= n_images - n_active[k] >= MIN_ACTIVE and bool(drawn.any())
+        if not enough:
+            hypotheses.append(Hypothesis(k, np.zeros_like(drawn), undrawn=reason))
+            continue
+        choose = predictive_classes if reason else enriched_classes
+        named = {"classes": choose(histograms[k], label_counts, rule.enrichment)}
+        if in_full:
+            given = (removed.mean_delta[k], layer, discovery.raw, activity, rule.percentile)
+            named |= changed_logits(k, *given)
+        if places:
+            named["place"] = places.place(k, rule.enrichment)
+        h = Hypothesis(
+            feature=k,
+            wanted=drawn.clip(0, None),
+            unwanted=(-drawn).clip(0, None),
+            **named,
+            caption="not captioned",
+            threshold=drawings.thresholds.get(k),
+            undrawn=reason,
+        )
+        if in_full:
+            on_prefix = bool(places) and places.is_on_prefix(k)
+            h = captioned(h, drawings.strength[k], classes, on_prefix)
+        hypotheses.append(h)
     return hypotheses
+
+
+def captioned(
+    h: Hypothesis, strength: np.ndarray, classes: Sequence[str], on_prefix: bool
+) -> Hypothesis:
+    """The hypothesis with the caption of its drawing, whose cells matter by `strength` (h, w), or
+    of what else it names."""
+    if not h.undrawn:
+        return replace(h, caption=caption_of(h.weights, strength))
+    raised = None if h.raises is None else fa.class_name(classes, h.raises)
+    lowered = None if h.lowers is None else fa.class_name(classes, h.lowers)
+    images = images_of_classes(h.classes, classes)
+    caption = caption_without_drawing(images, h.place, on_prefix, raised, lowered)
+    return replace(h, caption=caption[:MAX_CAPTION])
 
 
 def label_histograms(activity: Activity, n_classes: int) -> np.ndarray:
@@ -353,15 +504,83 @@ def with_thresholds(
     hypotheses: Sequence[Hypothesis], levels: Tensor, activity: Activity
 ) -> list[Hypothesis]:
     """The hypotheses, each with the threshold of largest F1 on images with levels (N, P) of ink,
-    where it has none; on images of which none is active, with one that none reaches."""
+    where it has none; on images of which none is active, with one that none reaches. Where nothing
+    can be drawn there is none."""
     found = []
     for h in hypotheses:
-        if h.threshold is None:
+        if h.threshold is None and not h.undrawn:
             scores = scores_of(h.weights[None], levels)[0].numpy()
             at = activity.of(h.feature)[0].numpy()
             h = replace(h, threshold=best_threshold(scores, at) if len(at) else scores.max() + 1)
         found.append(h)
     return found
+
+
+# --------------------------------------------------------------------------------------------------
+# Places
+# --------------------------------------------------------------------------------------------------
+
+LEAST_PLACE_SHARE = 0.5  # of a feature's peaks that must be in the place named
+HIGH_PLACE_SHARE = 0.75  # the same for confidence High
+VERTICAL, HORIZONTAL = ("upper", "middle", "lower"), ("left", "center", "right")
+
+
+@functools.cache
+def place_cells(place: str, grid: tuple[int, int]) -> np.ndarray:
+    """(h, w) bool, the cells of a grid whose centers are in one of PLACES."""
+    thirds = [((np.arange(n) + 0.5) * 3 / n).astype(int) for n in grid]
+    first, *rest = place.split()
+    rows = [VERTICAL.index(first)] if first in VERTICAL else range(3)
+    columns = [HORIZONTAL.index(word) for word in (first, *rest) if word in HORIZONTAL] or range(3)
+    if place == "center":  # both ways, unlike "center third"
+        rows = [1]
+    return np.isin(thirds[0], rows)[:, None] & np.isin(thirds[1], columns)
+
+
+def place_of(peaks: np.ndarray, grid: tuple[int, int], usual: np.ndarray, enrichment: float) -> str:
+    """The smallest of PLACES that has at least half of a feature's peaks (n,), cells of the `grid`,
+    and `enrichment` times the share that it has of all features' peaks, by `usual` (h, w); "" where
+    none does. Negative peaks are in no place."""
+    counts = np.bincount(peaks[peaks >= 0], minlength=math.prod(grid)).reshape(grid)
+    found = []
+    for number, place in enumerate(PLACES):
+        cells = place_cells(place, grid)
+        share = counts[cells].sum() / max(1, len(peaks))
+        if share >= LEAST_PLACE_SHARE and share >= enrichment * usual[cells].sum():
+            found.append((int(cells.sum()), -share, number, place))
+    return min(found)[-1] if found else ""
+
+
+class Places(NamedTuple):
+    """Where features are most active on the images that activate them."""
+
+    grid: tuple[int, int]
+    activity: Activity
+    n_prefix: int
+    usual: np.ndarray  # (h, w) share of the pairs of all features
+
+    @classmethod
+    def of(cls, layer: fa.ExplainedLayer, activity: Activity) -> Places:
+        """From the activity of a layer with positions."""
+        positions = layer.positions
+        grid, cells = tuple(positions.grid), activity.position.numpy() - positions.n_prefix
+        counts = np.bincount(cells[cells >= 0], minlength=math.prod(grid))
+        usual = counts.reshape(grid) / max(1, len(cells))
+        return cls(grid, activity, positions.n_prefix, usual)
+
+    def peaks(self, k: int) -> np.ndarray:
+        """(n,) the grid cells of feature k's peaks, negative on prefix tokens."""
+        return self.activity.peaks_of(k).numpy() - self.n_prefix
+
+    def is_on_prefix(self, k: int) -> bool:
+        """Whether feature k is most active on a prefix token, on most of its images."""
+        return bool((self.peaks(k) < 0).mean() > 0.5)
+
+    def place(self, k: int, enrichment: float) -> str:
+        """The place of feature k, "" for one that is mostly on prefix tokens."""
+        if self.is_on_prefix(k):
+            return ""
+        return place_of(self.peaks(k), self.grid, self.usual, enrichment)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -389,7 +608,8 @@ def weights_of_rows(rows: Sequence[str]) -> np.ndarray:
 
 
 def hypothesis_record(h: Hypothesis) -> dict:
-    """The hypothesis as a JSON object."""
+    """The hypothesis as a JSON object; `place` and `undrawn` are left out where they are empty."""
+    optional = {name: value for name in ("place", "undrawn") if (value := getattr(h, name))}
     return {
         "feature": h.feature,
         "caption": h.caption,
@@ -399,6 +619,7 @@ def hypothesis_record(h: Hypothesis) -> dict:
         "lowers": h.lowers,
         "confidence": h.confidence,
         "threshold": h.threshold,
+        **optional,
     }
 
 
@@ -413,7 +634,7 @@ def hypothesis_of(record: Mapping) -> Hypothesis:
     """The hypothesis of a `hypothesis_record`. Raises KeyError, TypeError or ValueError for a
     record that is none."""
     weights = weights_of_rows(record["drawing"])
-    optional = ("raises", "lowers", "caption", "confidence", "threshold")
+    optional = ("raises", "lowers", "caption", "confidence", "threshold", "place", "undrawn")
     given = {name: record[name] for name in optional if record.get(name) is not None}
     wanted, unwanted = weights.clip(0, None), (-weights).clip(0, None)
     classes = tuple(record.get("classes") or ())
@@ -429,7 +650,12 @@ def freeze_hypotheses(
     in one step (`sed 2d FILE | sha256sum` computes it).
     """
     entries = ",\n".join(hypothesis_text(h) for h in hypotheses)
-    rest = f' "rule": {json.dumps((rule or Rule())._asdict())},\n "hypotheses": [\n{entries}\n]}}\n'
+    bars = ""
+    if any(h.undrawn for h in hypotheses):
+        of_places = {"least_place_share": LEAST_PLACE_SHARE, "high_place_share": HIGH_PLACE_SHARE}
+        bars = f' "places": {json.dumps(of_places)},\n'
+    rest = f' "rule": {json.dumps((rule or Rule())._asdict())},\n{bars}'
+    rest += f' "hypotheses": [\n{entries}\n]}}\n'
     digest = hashlib.sha256(f"{{\n{rest}".encode()).hexdigest()
     fa.write_whole(path, f'{{\n "sha256": "{digest}",\n{rest}'.encode())
     return digest

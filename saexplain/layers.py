@@ -13,6 +13,7 @@ Key: N images, B in a batch, C classes, d_in units of the layer, P positions.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -382,7 +383,9 @@ class AtLayer:
     @property
     def head_entries(self) -> int:
         """Numbers in the input of one row's pass through the rest of the model."""
-        return self.before.numel() if self.is_branch else 0
+        if self.is_branch:
+            return self.before.numel()
+        return math.prod(self.layout.shape) if self.layout else 0
 
     def preactivations(self, images: Tensor) -> fa.Rows:
         """images (B, ...) -> (B, d_in) or (B, P, d_in) float32; gradients flow to images that ask

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from saexplain.parallel import in_worker
 
@@ -56,7 +56,7 @@ def progress_bar(plan: Iterable, what: str, steps: int) -> Iterable:
     """`plan` with a progress bar in a terminal; none in worker processes, whose bars would mix."""
     if in_worker():
         return plan
-    return tqdm(plan, what, steps, leave=False, disable=None)  # None: only in a terminal
+    return tqdm(plan, what, steps, leave=False, disable=None)  # None: in terminals and notebooks
 
 
 class Adam:

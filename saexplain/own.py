@@ -32,12 +32,14 @@ from saexplain.hypotheses import (
     Hypothesis,
     Rule,
     drawing_rows,
+    fit_canvas,
     hypothesis_of,
     hypothesis_record,
     hypothesis_text,
+    ink_levels,
     with_thresholds,
 )
-from saexplain.ink import FULL_INK, Canvas
+from saexplain.ink import FULL_INK
 from saexplain.panels import Sketch, paint_hypothesis
 from saexplain.text import confidence_words, markdown_table, measured_lines, picked_words
 
@@ -62,8 +64,9 @@ def read_hypotheses(path: str | Path, sae: object | None = None) -> list[Hypothe
     """The hypotheses of a file that `write_hypotheses` or the page wrote, or a person.
 
     The file is JSON: {"format": "saexplain hypotheses 1", "hypotheses": [{"feature": 116,
-    "drawing": ["..++..", ...], "classes": [1], "raises": 1, "caption": "..."}, ...]}; a drawing's
-    characters are those of `hypotheses.TONES`. Raises InputError for anything else, and where the
+    "drawing": ["..++..", ...], "classes": [1], "raises": 1, "place": "upper third", "caption":
+    "..."}, ...]}; a drawing's characters are those of `hypotheses.TONES`, and a place is one of
+    `hypotheses.PLACES`. Raises InputError for anything else, and where the
     file names another SAE than `sae`.
     """
     path = Path(path)
@@ -157,13 +160,13 @@ def evaluate_own(
     does not fit the layer.
     """
     val, rule = layer.splits["val"], Rule()
-    canvas = Canvas.fit(val.images)
+    canvas = fit_canvas(val.images)
     try:
         check_hypotheses(hypotheses, layer, canvas)
     except (ValueError, IndexError) as error:
         raise InputError(str(error)) from error
     activity = collect_activity(layer, val.raw, val.labels)
-    levels = canvas.levels(val.images)
+    levels = ink_levels(canvas, val.images)
     hypotheses = with_thresholds(hypotheses, levels, activity)
     halves = split_test_images(layer.splits["test"])
     rows = evaluate_halves(hypotheses, layer, halves, canvas, rule)
@@ -214,7 +217,8 @@ def result_lines(r: OwnResult, machine: dict | None, classes: Sequence[str]) -> 
         f"- Confidence by the tests: {confidence_words(d.confidence, replicated)}; by its author: "
         f"{h.confidence or 'none given'}",
     ]
-    lines.append(f"- In words: {picked_words(e.picked) if e.picked else why_not_tested(r)}")
+    words = picked_words(e.picked, e.undrawn) if e.picked else escaped(why_not_tested(r))
+    lines.append(f"- In words: {words}")
     if again.f1 is not None:
         lines.append(f"- F1 on the replication half {again.f1:.2f}")
     if machine and machine.get("f1") is not None:
@@ -229,10 +233,10 @@ def result_lines(r: OwnResult, machine: dict | None, classes: Sequence[str]) -> 
 
 
 def why_not_tested(r: OwnResult) -> str:
-    """The reason why a drawing has no F1."""
+    """The reason why a hypothesis has no F1."""
     e = r.row.evidence
     if e.is_testable:
-        return "nothing is drawn"
+        return f"nothing is drawn{': ' * bool(r.hypothesis.undrawn)}{r.hypothesis.undrawn}"
     return f"not tested: active on {e.n_active} of {e.n_images} images"
 
 
@@ -265,7 +269,9 @@ def write_report(
 ) -> None:
     """Write my_hypotheses.md, and a picture of each hypothesis."""
     for r in results:
-        sketch = Sketch(r.mean_ink, r.hypothesis.weights, r.hypothesis.caption)
+        drawn = r.hypothesis.is_drawn
+        weights = r.hypothesis.weights if drawn else np.zeros(r.mean_ink.shape, np.int8)
+        sketch = Sketch(r.mean_ink, weights, r.hypothesis.caption)
         picture = paint_hypothesis(sketch, r.hypothesis.feature)
         fa.save_pixels(picture, folder / picture_name(r))
     content = own_markdown(results, report, classes)
@@ -298,6 +304,7 @@ def results_text(results: Sequence[OwnResult]) -> str:
         if e.picked:
             precision, recall = percent(e.picked.precision), percent(e.picked.recall)
             found = f"F1 {e.picked.f1:.2f}, precision {precision}, recall {recall}"
+            found = f"by class: {found}" if e.undrawn else found
         caption = printable(r.hypothesis.caption)[:60]
         lines.append(f"{r.hypothesis.feature:>5}  {name:<6}  {found}; {caption}")
     return "\n".join(lines)

@@ -65,11 +65,16 @@ def torch_threads(n: int) -> Iterator[None]:
 
 
 class Stopwatch:
-    """Seconds per stage; where the device works asynchronously, a stage ends when its work does."""
+    """Seconds per stage; where the device works asynchronously, a stage ends when its work does.
 
-    def __init__(self) -> None:
+    `report`, where given, is called with the name of each finished stage, its seconds, and its
+    `result`, which may be set inside of the stage.
+    """
+
+    def __init__(self, report: Callable[[str, float, str], None] | None = None) -> None:
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {}
+        self.report, self.result = report, ""
 
     def total(self) -> float:
         """Seconds since the start."""
@@ -77,12 +82,14 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started, self.result = time.perf_counter(), ""
         yield
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         passed = time.perf_counter() - started
         self.seconds[stage] = self.seconds.get(stage, 0.0) + passed
+        if self.report:
+            self.report(stage, passed, self.result)
 
 
 # --------------------------------------------------------------------------------------------------

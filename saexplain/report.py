@@ -13,6 +13,7 @@ It does not know how the SAE was trained.
 from __future__ import annotations
 
 import json
+import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -29,9 +30,8 @@ from saexplain.activity import collect_activity
 from saexplain.analysis import Analysis, analyze, by_influence, feature_record
 from saexplain.baselines import default_directions, evaluate_baseline, features_along
 from saexplain.datasets import fit_data, load_own
-from saexplain.diagnoses import diagnose
+from saexplain.diagnoses import CALLER_NAMES, diagnose
 from saexplain.evaluation import (
-    Agreements,
     Evaluation,
     Summary,
     evaluate_halves,
@@ -40,15 +40,14 @@ from saexplain.evaluation import (
     split_test_images,
 )
 from saexplain.fidelity import feature_stats, measure_fidelity, rows_of
-from saexplain.files import InputError, folder_lock, to_json, to_json_lines
+from saexplain.files import InputError, Stage, folder_lock, to_json, to_json_lines
 from saexplain.hypotheses import (
     Discovery,
-    Hypothesis,
+    Faithful,
     discover,
     freeze_hypotheses,
     load_frozen,
     propose_hypotheses,
-    scores_of,
 )
 from saexplain.images import Data, Display
 from saexplain.ink import FULL_INK
@@ -64,18 +63,16 @@ from saexplain.parallel import Stopwatch, Task, Workers, torch_threads
 from saexplain.patterns import gradient_images
 from saexplain.reproducibility import Replicates
 from saexplain.sae import JumpReLUSAE
-from saexplain.substitution import (
-    agreement_of_drawings,
-    measure_agreement,
-    swap_by_rate,
-)
+from saexplain.substitution import measure_agreements, reason_not_compared
 from saexplain.thumbnails import Pictures
+from saexplain.where import FAITHFUL
 
 N_PANELS = 5  # features, the most influential, that get a panel and a line on the terminal
 PICTURE_TASKS = 2  # each is sent all images, so not more than keep two cores busy
 RESULT_FILES = """settings.json summary.json frontier.png feature_report.json feature_report.html
 hypotheses.json hypotheses.md explained.png influence.png training.png run.log.jsonl
 saelens/cfg.json saelens/sae_weights.safetensors""".split()
+NO_GRADIENT = "no gradient leads from the layer to the pixels, so that it has no pattern"
 NO_DRAWING = "This page cannot compute the network, so you cannot draw for it; all else works."
 
 
@@ -95,6 +92,7 @@ class Options:
     hypotheses: bool = True  # propose, freeze and test a hypothesis about each feature
     features: int = 0  # report so many of the most influential features; 0: all
     seed: int = 0
+    caller: str = "explain_sae"  # whose arguments advice names, a key of CALLER_NAMES
     display: Display = field(default_factory=Display)  # of the images' own colors
 
     def __post_init__(self) -> None:
@@ -112,6 +110,7 @@ class Draft(NamedTuple):
     features: list[int]  # those that are reported, the most influential first
     discovery: Discovery | None  # the validation images, if there are hypotheses
     frozen: str | None  # the SHA-256 of hypotheses.json, if there are hypotheses
+    not_compared: str  # why drawings take the place of no features, "" where they do
     pictures: list[Task]
     clock: Stopwatch
     shown: Pictures  # the validation images
@@ -152,26 +151,33 @@ def prepare_report(
         given += (a.maps, a.faithful, a.pattern_correlation)
         pictures.append(workers.start("pictures", write_pictures, *given))
     discovery = frozen = None
-    if options.hypotheses and not layer.has_positions:
+    not_compared = ""
+    if options.hypotheses:
         with clock("propose and freeze"):
-            discovery = discover(layer, analysis.unit_heats)
-            given = (analysis.activity, analysis.removed)
-            hypotheses = propose_hypotheses(layer, discovery, None, *given)
+            no_gradient = "" if analysis.patterns.gradients is not None else NO_GRADIENT
+            faithful = Faithful(analysis.faithful, analysis.pattern_correlation, no_gradient)
+            discovery = discover(layer, analysis.unit_heats, analysis.faithful)
+            given = (discovery, None, analysis.activity, analysis.removed)
+            named = {"faithful": faithful, "classes": options.classes}
+            hypotheses = propose_hypotheses(layer, *given, **named)
             frozen = freeze_hypotheses(hypotheses, folder / "hypotheses.json")
-    known = (analysis, features, discovery, frozen)
+            not_compared = reason_not_compared(hypotheses, analysis.activity)
+    known = (analysis, features, discovery, frozen, not_compared)
     return Draft(layer, folder, options, *known, pictures, clock, shown)
 
 
 def start_baselines(
     draft: Draft, baselines: Mapping[str, JumpReLUSAE], workers: Workers
 ) -> dict[str, Task]:
-    """By name, the tasks that propose and test hypotheses about the features of `baselines`."""
+    """By name, the tasks that propose and test hypotheses about the features of `baselines`; none
+    where drawings are not compared."""
     alone = replace(draft.layer, splits={})  # workers are sent only the images they need
     halves = split_test_images(draft.layer.splits["test"])
     on_gpu = draft.layer.device.type != "cpu"
     tasks = {}
-    for name, sae in baselines.items() if draft.frozen else ():
-        given = (sae, alone, draft.discovery, *halves)
+    least = None if draft.analysis.faithful.all() else FAITHFUL
+    for name, sae in baselines.items() if draft.frozen and not draft.not_compared else ():
+        given = (sae, alone, draft.discovery, *halves, least)
         tasks[name] = workers.start("baselines", evaluate_baseline, *given, here=on_gpu)
     return tasks
 
@@ -187,25 +193,10 @@ def evaluate_draft(draft: Draft) -> Evaluation:
     halves = split_test_images(layer.splits["test"])
     activity = collect_activity(layer, halves[0].raw, halves[0].labels)
     rows = evaluate_halves(hypotheses, layer, halves, discovery.canvas, rule, activity)
-    agreements = measure_agreements(draft, hypotheses, halves[0])
+    given = (layer, discovery, draft.analysis.activity, hypotheses, halves[0])
+    agreements = measure_agreements(*given)
     n_discovery = len(discovery.labels)
     return make_evaluation(hypotheses, rule, rows, activity, agreements, n_discovery)
-
-
-def measure_agreements(
-    draft: Draft, hypotheses: Sequence[Hypothesis], half: fa.Activations
-) -> Agreements:
-    """The agreements with the features, with their drawings, and with those of `swap_by_rate`."""
-    layer, discovery, activity = draft.layer, draft.discovery, draft.analysis.activity
-    weights = np.stack([h.weights for h in hypotheses])
-    scores = scores_of(weights, discovery.levels)
-    test_scores = scores_of(weights, discovery.canvas.levels(half.images))
-    other = swap_by_rate(activity)
-    return Agreements(
-        measure_agreement(layer, half.raw, layer.feature_acts(half.raw)),
-        agreement_of_drawings(layer, half.raw, scores, activity, test_scores),
-        agreement_of_drawings(layer, half.raw, scores[other], activity, test_scores[other]),
-    )
 
 
 def default_baselines(layer: fa.ExplainedLayer, seed: int) -> dict[str, JumpReLUSAE]:
@@ -270,7 +261,8 @@ def finish_report(
         workers.results(draft.pictures)
     drawn = sum(task.seconds for task in draft.pictures)
     seconds = {**draft.clock.seconds, "pictures": drawn}
-    diagnoses = diagnose(record, draft.analysis, draft.features, seconds)
+    given = (record, draft.analysis, draft.features, seconds, CALLER_NAMES[options.caller])
+    diagnoses = diagnose(*given)
     record["diagnoses"] = [d.as_record() for d in diagnoses]
     return record, report, tasks
 
@@ -288,7 +280,8 @@ def write_hypotheses(
     content = text.hypotheses_markdown(evaluation, record, title, marks, classes)
     fa.write_whole(folder / "hypotheses.md", content.encode())
     summaries = {"SAE": evaluation.summary, **summaries}
-    figures.save_figure(figures.draw_explained(summaries), folder / "explained.png")
+    if evaluation.summary.agreement_hypotheses is not None:
+        figures.save_figure(figures.draw_explained(summaries), folder / "explained.png")
     figures.save_figure(figures.draw_influence(evaluation), folder / "influence.png")
 
 
@@ -332,7 +325,7 @@ def write_page(
     """
     layer, options, a = draft.layer, draft.options, draft.analysis
     canvas = draft.discovery.canvas if draft.discovery else None
-    results = [(r.on_page, console.shown_result(r, record)) for r in console.RESULTS if r.on_page]
+    results = console.page_results(record)
     title = f"{layer.d_sae} features of {options.network} ({options.source})"
     page.write_dashboard(
         draft.folder / "feature_report.html",
@@ -389,6 +382,37 @@ def frontier_of(records: Sequence[dict]) -> list[dict]:
     """What the page's frontier shows of each record of summary.json."""
     keys = {"l0": "achieved_actives_test", "fvu": "fvu", "agreement": "agreement_jumprelu"}
     return [{name: record[key] for name, key in keys.items()} for record in records]
+
+
+def sae_record(
+    layer: fa.ExplainedLayer, target: int, stage: Stage, settings: dict, untrained: object = None
+) -> dict:
+    """What summary.json says about a trained SAE before its features are explained.
+
+    `settings` are those that it names, `untrained` an SAE to compare it with.
+    """
+    return {
+        "target_actives": target,
+        "lambda": stage.record["lambda"],
+        "threshold_shift": stage.record["threshold_shift"],
+        "achieved_actives_before_shift": stage.record["l0_before_shift"],
+        **measure_fidelity(layer, target, untrained),
+        **settings,
+        "device": str(layer.device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }
+
+
+def write_summary(root: Path, records: list[dict], manifest: dict) -> None:
+    """frontier.png, summary.json, and settings.json, which makes the folder a finished run."""
+    if len(records) > 1:
+        figures.save_figure(figures.draw_frontier(records), root / "frontier.png")
+    fa.write_whole(root / "summary.json", to_json(records))
+    fa.write_whole(root / "settings.json", to_json(manifest))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -451,7 +475,7 @@ def explain_sae(
     alone, or an SAE that does not fit.
     """
     net, clock, folder = open_layer(model, layer, pool), Stopwatch(), Path(out)
-    known = {f.name for f in fields(Options)} - {"network", "source", "display"}
+    known = {f.name for f in fields(Options)} - {"network", "source", "caller", "display"}
     if unknown := sorted(options.keys() - known):
         raise InputError(f"explain_sae() has no option {unknown[0]!r}; it has {sorted(known)}")
     data = load_splits(net, options.pop("classes", ()), train, val, test)
@@ -475,7 +499,8 @@ def explain_sae(
             "data": data.source,
             **measure_fidelity(explained),
         }
-        baselines = default_baselines(explained, given.seed) if draft.frozen else {}
+        compared = draft.frozen and not draft.not_compared
+        baselines = default_baselines(explained, given.seed) if compared else {}
         tasks = start_baselines(draft, baselines, pool_of_workers)
         given = (draft, record, None, tasks, pool_of_workers)
         record, report, pending = finish_report(*given)

@@ -127,7 +127,7 @@ class Reader:
             if self.collate is None:
                 images, labels = self.read_items(items)
             else:
-                images, labels = take_pair(self.collate(items), self.columns)
+                images, labels = self.take_pair(self.collate(items))
             images = check_images(images)
             self.shape = self.shape or tuple(images.shape[1:])
             if images.shape[1:] != self.shape:
@@ -138,12 +138,18 @@ class Reader:
         except READ_ERRORS as error:
             return InputError(f"gives no images and labels ({describe_error(error)}); give {FORMS}")
 
+    def take_pair(self, found: object) -> tuple[object, object]:
+        """`take_pair`, from the same columns of all dicts."""
+        if isinstance(found, Mapping):
+            self.columns = find_columns(found, self.columns)
+        return take_pair(found, self.columns)
+
     def read_items(self, items: Iterable) -> tuple[Tensor, list]:
         """Images and labels of items."""
         images, labels = [], []
         for position, item in enumerate(items):
             try:
-                image, label = take_pair(item, self.columns)
+                image, label = self.take_pair(item)
                 image = self.pixels_of(image)
                 self.shape = self.shape or tuple(image.shape)
                 if image.shape != self.shape:
@@ -622,11 +628,9 @@ def found_names(source: Source) -> list[str]:
         names = getattr(inner, "classes", None)
         features = getattr(inner, "features", None)
         if hasattr(features, "keys"):
-            columns = source.reader.columns
-            for name in [columns[1]] if columns else LABEL_COLUMNS:
-                if name in features:
-                    names = getattr(features[name], "names", None)
-                    break
+            own = source.reader.columns[1:] if source.reader.columns else ()
+            column = next((name for name in (*own, *LABEL_COLUMNS) if name in features), None)
+            names = getattr(features[column], "names", None) if column else None
         if isinstance(names, (list, tuple)) and names:
             firsts = [name[0] if isinstance(name, tuple) else name for name in names]
             names = [" ".join(str(name).split()) for name in firsts]

@@ -13,6 +13,7 @@ Key: N images, F features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +22,20 @@ from torch import Tensor
 
 import feature_analysis as fa
 from saexplain.activity import Activity
+from saexplain.hypotheses import Discovery, Hypothesis, ink_levels, scores_of
 
+LEAST_DRAWN_SHARE = 0.5  # of L0 that features with drawings must have for drawings to replace all
 N_KNOTS = 65  # quantiles of scores and of activations that are kept
+
+
+class Agreements(NamedTuple):
+    """Shares of images on which the network predicts the same, with something in place of the
+    layer's output; None where drawings are not compared."""
+
+    features: float  # the SAE's own activations, decoded
+    hypotheses: float | None  # what the drawings predict
+    swapped: float | None  # the same with each feature's drawing exchanged for another feature's
+    not_compared: str = ""  # why not
 
 
 class Quantiles(NamedTuple):
@@ -71,7 +84,7 @@ def swap_by_rate(activity: Activity) -> Tensor:
 def measure_agreement(layer: fa.ExplainedLayer, raw: Tensor, acts: Tensor) -> float:
     """Share of images on which the network predicts the same when what the SAE decodes from
     activations (N, F) takes the place of the layer's output raw (N, d_in)."""
-    decoded = layer.logits_of_z(layer.sae.decode(acts.to(raw.device)))
+    decoded = layer.logits(layer.from_z(layer.sae.decode(acts.to(raw.device)), raw))
     return (decoded.argmax(1) == layer.logits(raw).argmax(1)).double().mean().item()
 
 
@@ -81,3 +94,53 @@ def agreement_of_drawings(
     """`measure_agreement` on raw (N, d_in) with what drawings predict by their `test_scores` (F, N)
     there; scores (F, M), and the `activity`, are those of discovery images."""
     return measure_agreement(layer, raw, predict_acts(fit_quantiles(scores, activity), test_scores))
+
+
+@torch.no_grad()
+def agreement_of_features(layer: fa.ExplainedLayer, raw: Tensor) -> float:
+    """Share of images with the layer's output raw (N, ...) on which the network predicts the same
+    with the SAE's reconstruction in its place, at all positions."""
+    if not layer.has_positions:
+        return measure_agreement(layer, raw, layer.feature_acts(raw))
+    kept, at_once = 0, max(1, fa.ENTRIES // (raw.shape[1] * layer.d_sae))
+    for some in raw.split(at_once):
+        acts = layer.acts_at(some)
+        z_hat = layer.sae.decode(acts.flatten(0, 1)).unflatten(0, acts.shape[:2])
+        spliced = layer.logits(layer.from_z(z_hat, some))
+        kept += int((spliced.argmax(1) == layer.logits(some).argmax(1)).sum())
+    return kept / len(raw)
+
+
+def reason_not_compared(hypotheses: Sequence[Hypothesis], activity: Activity) -> str:
+    """Why drawings cannot take the place of all features, whose `activity` is given; "" where they
+    can: features that may be drawn have at least half of L0."""
+    undrawn = torch.tensor([bool(h.undrawn) for h in hypotheses])
+    if undrawn.all():
+        return f"no feature is drawn: {hypotheses[0].undrawn}"
+    share = 1 - float(activity.n_active[undrawn].sum() / activity.n_active.sum().clamp(min=1))
+    if share >= LEAST_DRAWN_SHARE:
+        return ""
+    return f"only features that make up {share:.0%} of L0 may be drawn, as patterns follow them"
+
+
+def measure_agreements(
+    layer: fa.ExplainedLayer,
+    discovery: Discovery,
+    activity: Activity,
+    hypotheses: Sequence[Hypothesis],
+    half: fa.Activations,
+) -> Agreements:
+    """The agreements on a half of the test images with the features, with their drawings, and with
+    those of `swap_by_rate`; `activity` is that of the discovery images."""
+    features = agreement_of_features(layer, half.raw)
+    if reason := reason_not_compared(hypotheses, activity):
+        return Agreements(features, None, None, reason)
+    weights = np.stack([h.weights for h in hypotheses])
+    scores = scores_of(weights, discovery.levels)
+    test_scores = scores_of(weights, ink_levels(discovery.canvas, half.images))
+    other = swap_by_rate(activity)
+    return Agreements(
+        features,
+        agreement_of_drawings(layer, half.raw, scores, activity, test_scores),
+        agreement_of_drawings(layer, half.raw, scores[other], activity, test_scores[other]),
+    )

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import feature_analysis as fa
 from saexplain.baselines import MAX_TESTED
-from saexplain.captions import images_of, listed, percent
+from saexplain.captions import images_of, images_of_classes, listed, logit_groups, percent
 from saexplain.edits import EditTest
 from saexplain.evaluation import (
     CONFIDENCES,
@@ -27,7 +27,7 @@ from saexplain.evaluation import (
     Picked,
     Row,
 )
-from saexplain.hypotheses import MIN_ACTIVE, Hypothesis, hypothesis_record
+from saexplain.hypotheses import MIN_ACTIVE, POSITIONS_UNDRAWN, Hypothesis, hypothesis_record
 from saexplain.statistics import Detection, wilson_interval
 
 # --------------------------------------------------------------------------------------------------
@@ -40,6 +40,11 @@ def _record(result: NamedTuple | None, *properties: str) -> dict | None:
     if result is None:
         return None
     return {**result._asdict(), **{name: getattr(result, name) for name in properties}}
+
+
+def _known(**fields: object) -> dict:
+    """The fields that have a value."""
+    return {name: value for name, value in fields.items() if value}
 
 
 def _edit_record(test: EditTest) -> dict:
@@ -63,6 +68,7 @@ def evidence_record(e: Evidence, results: dict[str, str]) -> dict:
         "edits": {name: _edit_record(test) for name, test in e.edits.items()},
         "classes": _record(e.classes),
         "effects": {verb: _record(change) for verb, change in e.effects.items()},
+        **_known(place=_record(e.place)),
         "results": results,
     }
 
@@ -77,7 +83,9 @@ def evaluated_record(k: int, evaluation: Evaluation, classes: Sequence[str] = ()
         "confidence": d.confidence,
         "replicated": row.replicated,
         "f1": e.f1,
+        **_known(f1_by="classes" if e.undrawn and e.picked else ""),
         "changes": e.changes,
+        **_known(effects_words=logit_groups(e.delta, classes) if e.delta else ""),
         "measured": measured_lines(h, e, d, classes),
         "hypothesis": hypothesis_record(h),
         "evidence": {
@@ -105,10 +113,15 @@ def auroc_words(auroc: float) -> str:
     return f"{math.floor(auroc * 1000) / 1000:.3f}"
 
 
-def picked_words(p: Picked) -> str:
-    """Precision and recall in words."""
+def picked_words(p: Picked, by_class: bool = False) -> str:
+    """Precision and recall in words; of the images of the classes named where those are picked."""
     if not p.n:
         return "it picks no image"
+    if by_class:
+        return (
+            f"of the images of the classes named, {percent(p.precision)} activate the feature; "
+            f"they are {percent(p.recall)} of those that do"
+        )
     return (
         f"of the images it picks, {percent(p.precision)} activate the feature; it finds "
         f"{percent(p.recall)} of those that do"
@@ -120,10 +133,13 @@ def _interval(count: int, n: int) -> str:
     return f"{count / max(1, n):.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _picked_line(p: Picked, chance: float) -> str:
+def _picked_line(e: Evidence) -> str:
+    p, chance = e.picked, e.chance_f1
     precision, recall = _interval(p.both, p.n), _interval(p.both, p.active)
-    found = f"precision {precision}, recall {recall}, on {p.n:,} images picked"
-    return f"F1 {p.f1:.2f}, of picking every image {chance:.2f}: {found}"
+    found = f"precision {precision}, recall {recall}, on {p.n:,} images"
+    found += " of the classes named" if e.undrawn else " picked"
+    by = "by class, not by a drawing: " if e.undrawn else ""
+    return f"{by}F1 {p.f1:.2f}, of picking every image {chance:.2f}: {found}"
 
 
 def _detection_line(d: Detection) -> str:
@@ -143,10 +159,17 @@ def _edit_line(name: str, t: EditTest) -> str:
 
 def class_words(h: Hypothesis, e: Evidence, classes: Sequence[str]) -> str:
     """The share of the active images that are of the classes named, in words."""
-    named = listed([images_of(classes, c) for c in h.classes])
-    c = e.classes
+    c, named = e.classes, images_of_classes(h.classes, classes)
     share = f"{percent(c.share)} [{percent(c.low)}, {percent(c.high)}]"
     return f"{share} of the active images are {named}, of all images {percent(c.usual)}"
+
+
+def place_words(h: Hypothesis, e: Evidence) -> str:
+    """The share of the peaks that are in the place named, in words."""
+    p = e.place
+    share = f"{percent(p.share)} [{percent(p.low)}, {percent(p.high)}]"
+    usual = f"of the peaks of all features {percent(p.usual)}"
+    return f"on {share} of the active images its peak is in the {h.place}, {usual}"
 
 
 def effect_words(verb: str, c: LogitChange, classes: Sequence[str]) -> str:
@@ -165,9 +188,9 @@ def measured_lines(
     h: Hypothesis, e: Evidence, d: Decision, classes: Sequence[str] = ()
 ) -> list[str]:
     """One line for each measurement, with its 95% interval and its result."""
-    lines = []
+    lines = [f"nothing is drawn: {h.undrawn}"] if h.undrawn else []
     if e.picked:
-        lines.append(_picked_line(e.picked, e.chance_f1))
+        lines.append(_picked_line(e))
     if e.detection:
         lines.append(_detection_line(e.detection))
     if e.correlation is not None:
@@ -175,12 +198,17 @@ def measured_lines(
     lines += [f"{_edit_line(name, t)}: {d.results[name]}" for name, t in e.edits.items()]
     if e.classes:
         lines.append(f"{class_words(h, e, classes)}: {d.results['classes']}")
+    if e.place:
+        lines.append(f"{place_words(h, e)}: {d.results['place']}")
+    if groups := logit_groups(e.delta, classes) if e.delta else "":
+        lines.append(groups)
     for verb, change in e.effects.items():
         lines.append(f"{effect_words(verb, change, classes)}: {d.results[verb]}")
         pairs = zip(change.at_doses[1:], change.linear[1:], strict=True)
         doses = ", ".join(f"{found:+.2f} (linear {line:+.2f})" for found, line in pairs)
         name = fa.class_name(classes, change.logit)
-        lines.append(f"the logit of {name} with 0.5, 1, 2 times its mean activation: {doses}")
+        typical = "its own map" if h.undrawn == POSITIONS_UNDRAWN else "its mean activation"
+        lines.append(f"the logit of {name} with 0.5, 1, 2 times {typical}: {doses}")
     return lines
 
 
@@ -197,8 +225,12 @@ def evidence_line(e: Evidence, classes: Sequence[str] = ()) -> str:
     if not e.is_testable:
         clauses.append("too few active, or inactive, images to test")
     if e.picked:
-        clauses.append(picked_words(e.picked))
-        clauses.append(f"F1 {e.picked.f1:.2f}, of picking every image {e.chance_f1:.2f}")
+        clauses.append(picked_words(e.picked, e.undrawn))
+        f1 = "F1 by class" if e.undrawn else "F1"
+        clauses.append(f"{f1} {e.picked.f1:.2f}, of picking every image {e.chance_f1:.2f}")
+    if e.place:
+        where = f"of its peaks {percent(e.place.share)} are in the place named"
+        clauses.append(f"{where}, of all features' {percent(e.place.usual)}")
     clauses += [_edit_counts(name, test) for name, test in e.edits.items()]
     if e.n_active:
         clauses.append(f"without it {percent(e.changes)} of their predictions change")
@@ -229,6 +261,10 @@ def feature_lines(
     ]
     if e.classes:
         lines.append(f"- Classes: {class_words(h, e, classes)}: {d.results['classes']}")
+    if e.place:
+        lines.append(f"- Place: {place_words(h, e)}: {d.results['place']}")
+    if groups := logit_groups(e.delta, classes) if e.delta else "":
+        lines.append(f"- Logits: {groups}")
     for verb, change in e.effects.items():
         lines.append(f"- Logit: {effect_words(verb, change, classes)}: {d.results[verb]}")
     if top_images:
@@ -245,16 +281,26 @@ HOW_TESTED = """Each hypothesis was proposed from {discovery:,} validation image
 it was tested, once, on the test half: the {test_half:,} test images with even numbers. The
 {replication_half:,} with odd numbers, the replication half, show whether the confidence is
 deserved. SHA-256 of hypotheses.json: `{sha256}`.
-
+"""
+HOW_DRAWN = """
 A hypothesis is a drawing: cells where ink is wanted, and cells where it is not, some of them
 strongly, which counts twice. An image's score is its ink in the former less that in the latter;
 from the threshold with the largest F1 on the validation images on, it is picked: the feature is
 predicted to be active. Classes and logits are tested by themselves and add nothing to the score.
 The captions are made from the geometry of the drawings, and decide nothing.
-
+"""
+HOW_UNDRAWN = """
+{undrawn} hypotheses have no drawing, for the reason given with each. They name classes, and, where
+the layer has positions, the place in which the feature's peak is on at least half of the images
+that activate it, and {enrichment} times as often as the peaks of all features. The images of the
+classes named are predicted to activate the feature, which gives an F1 by class. A feature that is
+active on all images is tested as well.
+"""
+HOW_EDITED = """
 - Erasing: the ink in wanted cells is removed from active images. Filling: unwanted cells of
 active images get {fill} of full ink. Painting: inactive images are made as drawn. The
-same shapes elsewhere, with as much ink, are edited for comparison.
+same shapes elsewhere, with as much ink, are edited for comparison."""
+HOW_DECIDED = """
 - Classes: their share of the active images must be {enrichment} times that of all images.
 - Logits: removing the feature must change each by more than {percentile:.0%} of random directions
 of its norm change the logit they change most.
@@ -302,6 +348,14 @@ SUMMARY_ROWS = (  # title, key, format
 )
 
 
+UNDRAWN_ROWS = (  # title, result
+    ("  classes", "classes"),
+    ("  place", "place"),
+    ("  logit it raises", "raises"),
+    ("  logit it lowers", "lowers"),
+)
+
+
 def _number(value: float | None, form: str) -> str:
     return "none" if value is None else form.format(value)
 
@@ -324,20 +378,46 @@ def summary_rows(record: dict) -> list[list[str]]:
 
     rows = [row("", record["summaries"])]
     for title, key, form in SUMMARY_ROWS:
-        rows.append(row(title, (_number(s[key], form) for s in sets)))
+        if any(s[key] is not None for s in sets):
+            rows.append(row(title, (_number(s[key], form) for s in sets)))
+    rows += undrawn_rows(sets)
     for name in EDIT_WORDS:
-        cells = (_number(s["edits"][name], "{:.0%}") for s in sets)
-        rows.append(row(f"{name} confirmed", cells))
+        cells = [s["edits"][name] for s in sets]
+        if any(s["f1_mean"] is not None for s in sets):
+            rows.append(row(f"{name} confirmed", (_number(cell, "{:.0%}") for cell in cells)))
     ends = [f"{band['upto']:.0%}" for band in sets[0]["bands"][:-1]]
     names = [f"{low} to {high}" for low, high in itertools.pairwise(["0", *ends])]
     for i, name in enumerate([*names, f"more than {ends[-1]}"]):
         bands = [s["bands"][i] for s in sets]
         cells = (f"{_number(b['f1'], '{:.2f}')} of {b['features']}" for b in bands)
-        rows.append(row(f"F1, active on {name}", cells))
+        if any(s["f1_mean"] is not None for s in sets):
+            rows.append(row(f"F1, active on {name}", cells))
     for name in CONFIDENCES:
         cells = (_replicated_words(s["confidence"][name]) for s in sets)
         rows.append(row(f"confidence {name}", cells))
     return rows
+
+
+def undrawn_rows(sets: Sequence[dict]) -> list[list[str]]:
+    """The rows about hypotheses without a drawing, if a set has any."""
+    counts = [s.get("undrawn") or {} for s in sets]
+    if not any(counts):
+        return []
+    rows = [["features without a drawing", *(str(c.get("features", 0)) for c in counts)]]
+    for title, key in (("  F1 by class, mean", "f1"), ("  of picking every image", "chance_f1")):
+        rows.append([title, *(_number(c.get(key), "{:.2f}") for c in counts)])
+    for title, name in UNDRAWN_ROWS:
+        cells = [c.get(name) or {"named": 0, "confirmed": None} for c in counts]
+        if any(cell["named"] for cell in cells):
+            words = (_confirmed_words(cell) for cell in cells)
+            rows.append([f"{title}, confirmed", *words])
+    return rows
+
+
+def _confirmed_words(counts: dict) -> str:
+    if not counts["named"]:
+        return "none named"
+    return f"{_number(counts['confirmed'], '{:.0%}')} of {counts['named']}"
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -350,19 +430,35 @@ def headline(record: dict) -> str:
     """The result in short; `record` is the `evaluation_record`."""
     summaries = dict(record["summaries"])
     own = summaries.pop("SAE")
-    text = (
-        f"{own['agreement_hypotheses']:.1%} of the predictions are kept with hypotheses in place "
-        f"of all features"
-    )
-    if summaries:
-        best = max(summaries, key=lambda name: summaries[name]["agreement_hypotheses"])
-        text += f" ({best}: {summaries[best]['agreement_hypotheses']:.1%})"
+    text = headline_undrawn(own)
+    if own["agreement_hypotheses"] is not None:
+        text = (
+            f"{own['agreement_hypotheses']:.1%} of the predictions are kept with hypotheses in "
+            f"place of all features"
+        )
+        if summaries:
+            best = max(summaries, key=lambda name: summaries[name]["agreement_hypotheses"])
+            text += f" ({best}: {summaries[best]['agreement_hypotheses']:.1%})"
     if own["f1_by_influence"] is not None:
         high, f1 = percent(own["influence_high"]), own["f1_by_influence"]
-        text += f"; F1 {f1:.2f} weighted by influence; {high} of it with confidence High"
+        text += f"; F1 {f1:.2f} weighted by influence"
+        if own["agreement_hypotheses"] is not None:
+            text += f"; {high} of it with confidence High"
     counts = record["features_that_make_influence"]
     made = ", ".join(f"{n} make up {share}" for share, n in counts.items())
     return f"{text}. Features by influence on the test images: {made}."
+
+
+def headline_undrawn(own: dict) -> str:
+    """The result in short, where drawings do not take the place of the features."""
+    undrawn = own.get("undrawn") or {"features": 0}
+    clauses = [f"{undrawn['features']} of {own['features']} features have no drawing"]
+    for name, words in (("classes", "classes"), ("place", "places")):
+        if undrawn.get(name, {}).get("named"):
+            clauses.append(f"{_confirmed_words(undrawn[name])} {words} named are confirmed")
+    high, medium = percent(own["influence_high"]), percent(own["influence_medium"])
+    clauses.append(f"{high} of the influence has confidence High, {medium} Medium")
+    return "; ".join(clauses)
 
 
 def hypotheses_markdown(
@@ -376,7 +472,11 @@ def hypotheses_markdown(
     features. `record` is the `evaluation_record`; `marks` by feature say whether other SAEs have
     it, too."""
     first = evaluation.rows[0]
-    how = HOW_TESTED.format(
+    undrawn = sum(bool(h.undrawn) for h in evaluation.hypotheses)
+    all_drawn, none_drawn = not undrawn, undrawn == len(evaluation.hypotheses)
+    how = HOW_TESTED + ("" if none_drawn else HOW_DRAWN) + ("" if all_drawn else HOW_UNDRAWN)
+    how += ("" if none_drawn else HOW_EDITED) + HOW_DECIDED
+    how = how.format(
         discovery=evaluation.n_discovery,
         test_half=first.evidence.n_images,
         replication_half=first.again.n_images,
@@ -384,18 +484,22 @@ def hypotheses_markdown(
         confidence=record["confidence_rule"],
         fill="a quarter",
         min_active=MIN_ACTIVE,
+        undrawn=undrawn,
         **evaluation.rule._asdict(),
     )
     influence = [row.evidence.influence for row in evaluation.rows]
     order = sorted(range(len(influence)), key=lambda i: (-influence[i], i))[:LISTED]
     lines = [f"# What the features mean: {title}", "", headline(record), "", how]
-    lines += [
-        "## What did training add, and does it replicate?",
-        "",
-        WHAT_TRAINING_ADDED.format(tested=MAX_TESTED),
-        "",
-    ]
-    lines += [SWAPPED.format(share=record["agreement_swapped"]), ""]
+    if len(record["summaries"]) > 1:
+        added = WHAT_TRAINING_ADDED.format(tested=MAX_TESTED)
+        lines += ["## What did training add, and does it replicate?", "", added, ""]
+    else:
+        lines += ["## What is confirmed, and does it replicate?", ""]
+    swapped = record["agreement_swapped"]
+    if swapped is None:
+        lines += [f"Drawings do not take the place of the features: {record['not_compared']}.", ""]
+    else:
+        lines += [SWAPPED.format(share=swapped), ""]
     lines += [*markdown_table(summary_rows(record)), ""]
     lines += ["## Feature by feature, the most influential first", ""]
     lines += [WHERE_ALL.format(listed=len(order), all=len(influence)), ""]

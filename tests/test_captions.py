@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from planted_templates import NOTHING, SIDE, ring, stroke
 
-from saexplain.captions import caption_of, images_of, listed, percent, plural
+from saexplain.captions import (
+    caption_of,
+    caption_without_drawing,
+    images_of,
+    images_of_classes,
+    listed,
+    logit_groups,
+    percent,
+    plural,
+)
 
 SHAPES = {  # about the center of the canvas
     "bar": stroke(13.5, 13.5, 10, 3, 0),
@@ -231,3 +240,89 @@ def test_words_for_classes_and_shares():
         "a and b",
         "a, b or c",
     ]
+
+
+# --- What is named without a drawing, and groups of classes ---------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "caption"),
+    [
+        (("6s and 7s", "upper third", False, "6", None), "6s and 7s, in the upper third"),
+        (("", "lower left", False, "6", "7"), "In the lower left"),
+        (("cats", "", True, None, None), "Cats, on a prefix token"),
+        (("", "", False, "6", "7"), "Raises the logit of 6, lowers the logit of 7"),
+        (("", "", False, None, "0"), "Lowers the logit of 0"),
+        (("", "", False, None, None), "No class, place or logit stands out"),
+    ],
+)
+def test_captions_without_a_drawing(given, caption):
+    assert caption_without_drawing(*given) == caption
+
+
+PAIRS = [f"{c:02}" for c in range(100)]
+
+
+def changes(n_classes: int, **groups: list) -> list[float]:
+    """Changes of logits: so many at the classes of each group, all else 0."""
+    delta = [0.0] * n_classes
+    for name, at in groups.items():
+        for i, c in enumerate(at):
+            delta[c] = (-1 if name == "fall" else 1) * (6 - i / 10)
+    return delta
+
+
+def test_classes_whose_logits_move_together_are_one_group():
+    fives = [53, *(c for c in range(100) if "5" in PAIRS[c] and c != 53)]
+    assert len(fives) == 19
+    delta = changes(100, fall=fives, rise=[26])
+    delta[7] = -2.9  # less than half of the largest fall
+    mean = np.mean([6 - i / 10 for i in range(19)])
+    assert logit_groups(delta, PAIRS) == (
+        f"without it the logits of 19 classes with 5 in their name fall by {mean:.2f} on average, "
+        f"most for 53, then 05, 15, 25, 35, ...; the logit of 26 rises by 6.00"
+    )
+    some = logit_groups(changes(100, fall=[*fives[:9], 80]), PAIRS)
+    assert "of 10 classes, 9 of them with 5 in their name, fall by" in some
+    first, last = (logit_groups(changes(100, fall=at), PAIRS) for at in (range(50, 60), fives[1:6]))
+    assert "of 10 classes with names that begin with 5 fall by" in first
+    assert "of 5 classes with names that end in 5 fall by" in last
+    few = logit_groups(changes(100, fall=[50, 51]), PAIRS)  # two classes say little
+    assert few == "without it the logits of 2 classes fall by 5.95 on average, most for 50, then 51"
+    assert "of 3 classes fall by" in logit_groups(changes(100, fall=[12, 34, 67]), PAIRS)
+
+
+def test_words_and_endings_that_names_share_are_mentioned():
+    names = ["sheepdog", "bulldog", "hot dog", "guide dog", "red fox", "arctic fox", "gray fox"]
+    names += [f"item {i}" for i in range(20)]
+    falls = logit_groups(changes(27, fall=[4, 5, 6]), names)
+    assert "3 classes with fox in their name fall" in falls
+    assert "4 classes with names that end in dog fall" in logit_groups(
+        changes(27, fall=[0, 1, 2, 3]), names
+    )
+    assert "3 classes rise" in logit_groups(changes(27, rise=[8, 9, 10]), names)  # most are items
+
+
+def test_logits_that_hardly_move_are_not_mentioned():
+    assert logit_groups([0.0, -0.019, 0.019]) == ""
+    assert logit_groups([0.0, -0.5, 0.019]) == "without it the logit of 1 falls by 0.50"
+
+
+def test_images_of_several_classes_are_a_group():
+    names = [
+        "red disk",
+        "red ring",
+        "red box",
+        "red star",
+        "blue disk",
+        *(f"x{i}" for i in range(9)),
+    ]
+    found = [images_of_classes(some, names) for some in ((), (0,), (0, 4, 1))]
+    assert found == ["", "red disks", "red disks, blue disks and red rings"]
+    assert images_of_classes((3, 1, 0, 2), names) == "images of 4 classes with red in their name"
+    most = "images of 5 classes, 4 of them with red in their name"
+    assert images_of_classes((3, 1, 0, 2, 6), names) == most
+    assert (
+        images_of_classes((0, 5, 6, 7), names) == "images of 4 classes (red disks, x0s, x1s, ...)"
+    )
+    assert images_of_classes((9, 3, 5, 7), ()) == "images of 4 classes (9s, 3s, 5s, ...)"

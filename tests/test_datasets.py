@@ -439,6 +439,7 @@ def test_names_of_classes_are_given_or_found():
     assert load((X, Y), n_classes=4).classes == ("0", "1", "2", "3")
     assert load((X, Y), classes=("a", "b", "c", "d")).classes == ("a", "b", "c", "d")
     assert load(HubDataset()).classes == ("cat", "dog", "eel")
+    assert load(HubDataset("kind")).classes == ("cat", "dog", "eel")
     assert load(HubDataset(), classes=("a", "b", "c")).classes == ("a", "b", "c")
     twice = Rows(classes=[("crane", "bird"), ("eel",), ("crane", "machine")])
     assert load(twice, n_classes=3).classes == ("crane (0)", "eel", "crane (2)")
