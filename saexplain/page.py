@@ -41,7 +41,7 @@ from saexplain.edits import FILL_LEVEL, N_EDIT, N_PLACES, STEP
 from saexplain.evaluation import DOSES, EFFECT_IMAGES, format_rule
 from saexplain.hypotheses import MIN_ACTIVE, Rule, evenly_spaced, weights_of_rows
 from saexplain.images import as_ink
-from saexplain.ink import Canvas
+from saexplain.ink import Canvas, ink_sign
 from saexplain.own import digest_of_sae
 from saexplain.page_classes import FEW_CLASSES, class_tables, needs_tables, sparse, test_tables
 from saexplain.page_maps import (
@@ -795,6 +795,7 @@ def write_dashboard(
             "whole": look.whole,
             "in_place": look.in_place,
             "can_write": look.can_write,
+            "is_light": look.in_place and ink_sign(val.images) > 0,  # what patterns call ink
             "pattern": shape,
             "color": {"tile": tile_shape(*look.shape), "across": ACROSS} if look.color else None,
         }
