@@ -15,8 +15,8 @@ function elsewhere(off, label, prediction) {
         `mean on ${plurals[label]}`, ...isCounted ? ["fixes", "breaks"] : []], "th"),
       listed.map(i => line(cells(i), "td")))),
     note(`Mean: contribution to the logit difference ${names[prediction]} − ${names[label]} on ` +
-      "the validation images of a class.", isCounted && " Fixes, breaks: errors fixed and " +
-      "correct predictions broken when the feature alone is removed from every test image.")];
+      "the validation images of a class." + (isCounted ? " Fixes, breaks: errors fixed and " +
+      "correct predictions broken when the feature alone is removed from every test image." : ""))];
 }
 function flipSet(t, label, prediction) {
   const off = meta.tests.fixing[t];
