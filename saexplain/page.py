@@ -381,7 +381,7 @@ def _pattern_arrays(shown: Shown, features: Sequence[int], look: _Look) -> dict[
 
     A pattern that is not faithful is blank.
     """
-    patterns = fa.as_patterns(shown.heats)[features]
+    patterns = fa.as_array(shown.heats)[features]
     mask = None if look.color else fa.as_mask(shown.inked, patterns.shape[1:])
     if not look.is_default:
         side = max(look.shape) if look.in_place else PATTERN_SIDE
