@@ -339,6 +339,10 @@ def check_hypotheses(
         fa.check_feature(h.feature, layer.d_sae)
         if h.is_drawn and canvas is None:
             raise ValueError(f"feature {h.feature} must have no drawing: there is no canvas")
+        if h.place and not layer.has_positions:
+            raise ValueError(
+                f"feature {h.feature}: only layers with positions have a place; leave it out"
+            )
         if canvas is not None and not h.undrawn and h.weights.shape != canvas.shape:
             raise ValueError(
                 f"the drawing of feature {h.feature} must have shape {canvas.shape}, got "

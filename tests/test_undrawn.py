@@ -356,6 +356,46 @@ def test_baselines_draw_faithful_features_only(world):
     assert (none.f1_mean, none.undrawn["features"]) == (None, 15)
 
 
+# --- Images that are not in memory ----------------------------------------------------------------
+
+
+class ReadImages:
+    """Images that are read from a tensor when they are indexed, and counted."""
+
+    def __init__(self, images: torch.Tensor):
+        self.images, self.read = images, []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key) -> torch.Tensor:
+        found = self.images[key]
+        self.read.append(len(found))
+        return found
+
+    def split(self, n: int):
+        return (self[i : i + n] for i in range(0, len(self), n))
+
+    def subset(self, key) -> "ReadImages":
+        return ReadImages(self.images[key])
+
+
+def test_images_are_read_in_batches_and_halves_are_not_read(world, monkeypatch):
+    monkeypatch.setattr(hy, "CANVAS_IMAGES", 300)
+    images = ReadImages(world.test.images)
+    canvas = hy.fit_canvas(images)
+    assert images.read == [300]
+    assert canvas.image_shape == (1, 28, 28)
+    images.read.clear()
+    assert torch.equal(hy.ink_levels(canvas, images), canvas.levels(world.test.images))
+    assert max(images.read) <= 512
+    images.read.clear()
+    halves = ev.split_test_images(world.test._replace(images=images))
+    assert not any(some.read for some in (images, *(half.images for half in halves)))
+    assert torch.equal(halves[1].images.images, world.test.images[1::2])
+    assert torch.equal(halves[0].labels, world.test.labels[0::2])
+
+
 # --- Files and words ------------------------------------------------------------------------------
 
 
@@ -503,6 +543,15 @@ def test_changes_of_logits_are_kept_where_there_are_many(layer, hypotheses, monk
     lost = float(acts[acts.amax(1) > 0].mean(1).mean()) * 9.0
     assert few.delta == ()  # many: of 64 images
     assert many.delta == pytest.approx([-lost, 0, 0, 0, 0], rel=0.02, abs=1e-5)
+
+
+def test_a_place_needs_positions_and_a_drawing_a_canvas(layer, world):
+    placed = Hypothesis(1, BLANK, place="center", undrawn="a place")
+    with pytest.raises(ValueError, match="feature 1: only layers with positions have a place"):
+        ev.collect_evidence([placed], world.layer, world.test, world.discovery.canvas)
+    drawn = drawing(1, np.eye(4), threshold=1)
+    with pytest.raises(ValueError, match="feature 1 must have no drawing: there is no canvas"):
+        ev.collect_evidence([drawn], layer, layer.splits["test"], None)
 
 
 def test_a_person_may_name_a_place_and_nothing_else(tmp_path):
