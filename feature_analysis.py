@@ -915,12 +915,9 @@ def nearest_features(W_dec: Tensor) -> NearestFeatures:
 
 UNFINISHED = ".unfinished"  # ending of the names of files that are being written
 DPI = 100
-TILE = 56  # screen pixels across an image in a gallery, about: enlarged by whole numbers
-PATTERN = 224  # screen pixels across a pattern, about
-COLUMNS = 10  # tiles in a row of a gallery
-GAP = 4  # screen pixels between two tiles
-HEADER = 24  # screen pixels above a block of tiles, for its header
-MARGIN, TITLE = 12, 30  # screen pixels around a picture, and above it for the title
+TILE, PATTERN = 56, 224  # screen pixels across a gallery's image, and a pattern, about
+COLUMNS, GAP = 10, 4  # tiles in a row of a gallery, and screen pixels between two of them
+MARGIN, TITLE, HEADER = 12, 30, 24  # screen pixels around a picture, for its title, for a header
 WHITE, FRAME = 255, 217  # gray levels; ink is dark on white
 MONO, BOLD = "DejaVuSansMono", "DejaVuSansMono-Bold"  # files of fonts
 STEPS = 100  # colors of a pattern on either side of white
@@ -1046,14 +1043,6 @@ def as_pictures(images) -> np.ndarray:
     return array
 
 
-def as_patterns(heats) -> np.ndarray:
-    """Patterns as an array (d_sae, H, W). Raises ValueError for another shape."""
-    array = as_array(heats)
-    if array.ndim != 3:
-        raise ValueError(f"patterns must have shape (d_sae, H, W), got {array.shape}")
-    return array
-
-
 def as_mask(inked, shape: tuple[int, ...]) -> np.ndarray | None:
     """`inked` as a bool array, or None. Raises ValueError unless it has the pattern's shape."""
     if inked is None:
@@ -1145,8 +1134,7 @@ class GalleryPainter:
         Raises IndexError for a k out of range and for images that are not the bank's.
         """
         numbers, examples = _gallery_examples(check_feature(k, len(bank.label_histogram)), bank)
-        index = examples.index.numpy()
-        last = index.max(initial=-1)
+        index, last = examples.index.numpy(), int(examples.index.amax() if numbers else -1)
         if last >= len(self.images):
             met = f"only {len(self.images)} were given"
             raise IndexError(f"images must hold image {last}, which activates feature {k}; {met}")
@@ -1156,10 +1144,10 @@ class GalleryPainter:
 
         page = self.background.copy()
         paste(page, text_pixels(_gallery_title(k, bank), 15, BOLD), 8, MARGIN)
-        shown = zip(
-            numbers, tiles, examples.label.tolist(), examples.activation.tolist(), strict=True
-        )
-        for number, tile, label, activation in shown:
+        _, activations, labels = (column.tolist() for column in examples)
+        for number, tile, activation, label in zip(
+            numbers, tiles, activations, labels, strict=True
+        ):
             top, left = self.places[number]
             paste(page, tile, top, left)
             name, strength = class_name(self.classes, label), _three_digits(activation)
@@ -1186,11 +1174,9 @@ def show_feature_gallery(
 
 
 def display_scale(heat: np.ndarray, inked: np.ndarray | None) -> float:
-    """The value drawn in full color in the pattern `heat` (H, W).
-
-    The 99th percentile of |heat| where there is ink, so one pixel cannot dim all; at least a
-    quarter of the largest, so noise does not scale a pattern of few pixels. 0 for one of zeros.
-    """
+    """The value drawn in full color in the pattern `heat` (H, W): the 99th percentile of |heat|
+    where there is ink, so one pixel cannot dim all; at least a quarter of the largest, so noise
+    does not scale a pattern of few pixels."""
     visible = np.abs(heat if inked is None else heat[inked])
     if not visible.size:
         return 0.0
@@ -1229,14 +1215,11 @@ def paint_pattern(heat: np.ndarray, k: int, inked=None, words: str = "") -> np.n
     return page
 
 
-def visualize_feature_pattern(
-    heat, k: int, save_path: str | Path | None = None, inked=None
-) -> Figure:
+def visualize_feature_pattern(heat, k: int, save_path=None, inked=None) -> Figure:
     """The input pattern `heat` (H, W) of feature k in color, zero being white.
 
     `inked` (H, W) bool marks the pixels that images ink; the others are gray and do not set the
-    scale: images that leave a pixel empty are no evidence about it. Raises ValueError for other
-    shapes.
+    scale, as there is no evidence about them. Raises ValueError for other shapes.
     """
     return figure_of(paint_pattern(as_array(heat), k, inked), save_path, pattern_palette())
 
@@ -1251,7 +1234,9 @@ def write_feature_pictures(
     no patterns. `images` may be a `GalleryPainter`. Raises OSError for files it cannot write.
     """
     gallery = images if isinstance(images, GalleryPainter) else GalleryPainter(images, classes)
-    heats = None if heats is None else as_patterns(heats)
+    heats = None if heats is None else as_array(heats)
+    if heats is not None and heats.ndim != 3:
+        raise ValueError(f"patterns must have shape (d_sae, H, W), got {heats.shape}")
     for k in features:
         name = f"{folder}/feature_{k}"
         save_pixels(gallery.paint(k, bank), f"{name}_gallery.png")

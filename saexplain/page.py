@@ -41,7 +41,7 @@ from saexplain.edits import FILL_LEVEL, N_EDIT, N_PLACES, STEP
 from saexplain.evaluation import DOSES, EFFECT_IMAGES, format_rule
 from saexplain.hypotheses import MIN_ACTIVE, Rule, evenly_spaced, weights_of_rows
 from saexplain.images import as_ink
-from saexplain.ink import Canvas
+from saexplain.ink import Canvas, ink_sign
 from saexplain.own import digest_of_sae
 from saexplain.page_classes import FEW_CLASSES, class_tables, needs_tables, sparse, test_tables
 from saexplain.page_maps import (
@@ -349,6 +349,7 @@ class _Look(NamedTuple):
     in_place: bool  # patterns lie over images, and some of them are faithful
     can_write: bool  # readers can draw hypotheses
     has_tables: bool  # of the effects on classes only the largest are on the page
+    can_reduce: bool  # images may be smaller on the page than they are
     whole: tuple[int, int]  # height and width of the images
     shape: tuple[int, int]  # the same on the page
     size: PageSize
@@ -380,7 +381,7 @@ def _pattern_arrays(shown: Shown, features: Sequence[int], look: _Look) -> dict[
 
     A pattern that is not faithful is blank.
     """
-    patterns = fa.as_patterns(shown.heats)[features]
+    patterns = fa.as_array(shown.heats)[features]
     mask = None if look.color else fa.as_mask(shown.inked, patterns.shape[1:])
     if not look.is_default:
         side = max(look.shape) if look.in_place else PATTERN_SIDE
@@ -653,14 +654,15 @@ def _look(
     in_place = any_faithful and not is_lazy and not layer.has_positions
     any_drawn = any((record.get("hypothesis") or {}).get("drawing") for record in records)
     whole = tuple(images.shape[2:])
-    is_kept = network is not None or (not color and max(whole) <= WHOLE_SIDE)
+    can_reduce = network is None and (color or max(whole) > WHOLE_SIDE)
     look = _Look(
         color,
         in_place,
         in_place and bool(any_drawn or shown.maps is None),
         needs_tables(shown.bank.label_histogram.shape[1], len(features)),
+        can_reduce,
         whole,
-        whole if is_kept else reduced_shape(whole, SIZES[0].side),
+        reduced_shape(whole, SIZES[0].side) if can_reduce else whole,
         SIZES[0],
     )
     return look, pictures
@@ -688,7 +690,7 @@ def _fitted_look(
     size = fit_page(count, n_tests, sample, cells, (PAGE_BYTES - text) * 3 / 4 - used)
     if shown.maps is not None and shown.maps.kind == "occlusion":  # examples that have a map
         size = size._replace(n_top=min(size.n_top, shown.maps.top.shape[1]))
-    shape = look.whole if not look.is_reduced else reduced_shape(look.whole, size.side)
+    shape = reduced_shape(look.whole, size.side) if look.can_reduce else look.whole
     return look._replace(size=size, shape=shape)
 
 
@@ -756,7 +758,7 @@ def write_dashboard(
         if shown.maps.kind == "activation":
             raw = test.raw[torch.tensor(listed)[some].to(test.raw.device)]
             tests |= position_arrays(layer, raw, shown.maps, features, largest)
-    if look.color or look.is_reduced or shown.maps is not None:
+    if look.can_reduce or shown.maps is not None:
         used = len(_pack(arrays | tests)[1]) * 3 // 4
         look = _fitted_look(look, records, shown, pictures, len(listed), used)
     entries, pictured = _entries(records, layer.sae, shown, largest, look.size)
@@ -793,6 +795,7 @@ def write_dashboard(
             "whole": look.whole,
             "in_place": look.in_place,
             "can_write": look.can_write,
+            "is_light": look.in_place and ink_sign(val.images) > 0,  # what patterns call ink
             "pattern": shape,
             "color": {"tile": tile_shape(*look.shape), "across": ACROSS} if look.color else None,
         }

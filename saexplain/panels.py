@@ -279,7 +279,7 @@ def write_feature_panels(
     is left out. Raises like `fa.write_feature_pictures`.
     """
     heats, maps = analysis.shown_heats, analysis.maps
-    heats = None if heats is None else fa.as_patterns(heats)
+    heats = None if heats is None else fa.as_array(heats)
     gallery = make_gallery(images, classes, maps)
     for k, note in notes.items():
         effects = analysis.logit.mean_delta[k], analysis.ablation.mean_delta[k]

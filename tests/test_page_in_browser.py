@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from page_world import NASTY, meta_of, small_world, write
+from page_world import NASTY, color_world, meta_of, small_world, write
 
 import feature_analysis as fa
 from saexplain import page as html
+from saexplain import page_classes
 from saexplain.activity import collect_activity
 from saexplain.counterfactuals import class_effects, review_tests
 from saexplain.evaluation import collect_evidence, decide
@@ -26,6 +27,7 @@ from saexplain.hypotheses import (
     with_thresholds,
 )
 from saexplain.ink import Canvas
+from saexplain.overlays import paint_overlay, smooth_maps
 from saexplain.own import read_hypotheses
 from saexplain.statistics import average_precision, ranks_of
 
@@ -726,6 +728,150 @@ def test_every_view_is_accessible(visit, written, scheme):
     page = visit(written, color_scheme=scheme)
     page.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text())
     for view in (*VIEWS, "story&step=1", "story&step=2", "story&step=3", "draw&image=60&set=3:0"):
+        go(page, f"view={view}")
+        page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+        assert page.evaluate(AXE) == [], view
+
+
+# --------------------------------------------------------------------------------------------------
+# Where features are active, colors, and many classes
+# --------------------------------------------------------------------------------------------------
+
+SEEN_VIEWS = ("story", "class&class=1", "pair", "errors", "images", "features")
+SEEN_VIEWS += ("features&as=map", "feature&feature=2", "feature&feature=23", "two&features=3,4")
+INK = r"(?i)NaN|undefined|\bink\b|\binked\b|pixel|^$"
+
+
+@pytest.fixture(scope="module")
+def colored():
+    return color_world()
+
+
+@pytest.fixture(scope="module")
+def color_page(colored, tmp_path_factory):
+    return write(tmp_path_factory.mktemp("page") / "page.html", colored, network=None)
+
+
+@pytest.mark.parametrize("kind", ["color", "gray", "occlusion", "classes"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_views_of_photographs(visit, tmp_path, monkeypatch, kind, width):
+    if kind == "classes":
+        monkeypatch.setattr(page_classes, "FULL_ENTRIES", 0)
+    options = {"gray": {"channels": 1}, "occlusion": {"kind": kind}, "classes": {"n_classes": 40}}
+    world = color_world(**options.get(kind, {}))
+    page = visit(
+        write(tmp_path / "page.html", world, network=None),
+        viewport={"width": width, "height": 800},
+    )
+    menu = page.locator("#views a").all_inner_texts()
+    assert menu == ["Overview", "Classes", "Two classes", "Errors", "Images", "Features"]
+    for view in (*SEEN_VIEWS, "story&step=3"):
+        go(page, f"view={view}")
+        page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+        assert not re.search(INK, page.locator("main").inner_text()), view
+        assert page.evaluate(FITS), view
+        links = page.evaluate("[...document.querySelectorAll('a')].map(a => a.hash)")
+        assert not [link for link in links if re.search("view=(draw|write|yours)", link)]
+    for view in ("draw", "write&feature=3", "yours"):  # are not there
+        go(page, f"view={view}")
+        wait_for_heading(page, "Overview")
+
+
+SHOWN = """row => { const c = example(row, "", 0); return [...c.getContext("2d").getImageData(0, 0,
+    c.width, c.height).data]; }"""
+
+
+def test_map_over_an_image_is_that_of_python(visit, color_page):
+    page = visit(color_page, "#view=feature&feature=3")
+    row = meta_of(color_page)["features"][3]["top"][1]
+    overlay = np.array(page.evaluate(SHOWN, row)).reshape(48, 64, 4)[..., :3]
+    page.click("#heatMaps")
+    plain = np.array(page.evaluate(SHOWN, row)).reshape(48, 64, 4)[..., :3]
+    values = np.array(page.evaluate("n => [...mapAt(n)]", row[3])).reshape(1, 6, 8)
+    expected = paint_overlay(plain[None].astype(np.uint8), smooth_maps(values / 255, (48, 64)))[0]
+    assert np.abs(overlay - expected.astype(int)).max() <= 1
+    again = visit(color_page, "#view=features")
+    assert again.locator("#heatMaps").inner_text() == "heat maps: on"  # another reader
+
+
+def test_switch_of_maps_is_kept(visit, color_page):
+    page = visit(color_page, "#view=feature&feature=3")
+    page.click("#heatMaps")
+    assert page.locator("#heatMaps").get_attribute("aria-pressed") == "false"
+    assert not page.locator(".colorBar").count() > 1  # that of the mean map stays
+    page.reload()
+    page.wait_for_selector("#heatMaps")
+    assert page.locator("#heatMaps").inner_text() == "heat maps: off"
+
+
+def test_face_is_cropped_to_what_the_hottest_position_sees(visit, color_page, colored):
+    page = visit(color_page, "#view=features")
+    assert page.locator("#grid canvas").first.evaluate("c => [c.width, c.height]") == [20, 24]
+    acts = colored.layer.acts_at(colored.layer.splits["val"].raw)[:, 1:, 3]
+    row, column = divmod(int(acts[int(colored.shown.bank.top.index[3, 0])].argmax()), 8)
+    left, top = 8 * column + 4 - 10, 8 * row + 4 - 12  # the center of a position of 8 pixels
+    box = page.evaluate("seenBox(mapAt(features[3].top[0][3]))")
+    assert box == [min(max(left, 0), 44), min(max(top, 0), 24), 20, 24]
+
+
+def test_pointing_at_a_position_lists_its_features(visit, color_page, colored):
+    meta, image = meta_of(color_page), 2
+    page = visit(color_page, f"#view=images&image={image}", viewport={"width": 1280, "height": 900})
+    raw = colored.layer.splits["test"].raw[[meta["tests"]["number"][image]]]
+
+    def listed() -> list[int]:
+        return [int(row.get_attribute("data-feature")) for row in page.locator(".unit").all()]
+
+    def active_at(position: int) -> list[int]:
+        acts = colored.layer.acts_at(raw)[0, position + 1]
+        return acts.argsort(descending=True)[: min(12, int((acts > 0).sum()))].tolist()
+
+    box = page.locator("#looking").bounding_box()
+    page.mouse.move(box["x"] + 3.5 * box["width"] / 8, box["y"] + 2.5 * box["height"] / 6)
+    assert set(listed()) == set(active_at(2 * 8 + 3)) != set()
+    page.mouse.move(box["x"] + 900, box["y"])
+    assert len(listed()) > 0
+    assert "anywhere" in page.locator("#activeHere").locator("xpath=..").inner_text()
+    page.locator("#looking").focus()
+    page.keyboard.press("ArrowDown")  # the first key: the middle
+    page.keyboard.press("ArrowRight")
+    assert set(listed()) == set(active_at(3 * 8 + 5))
+    assert "row 4, column 6" in page.locator("main").inner_text()
+    page.click("text=prefix token 1")
+    assert set(listed()) == set(active_at(-1))
+
+
+def test_logits_without_a_feature_are_those_of_python(visit, color_page, colored):
+    meta, image = meta_of(color_page), 1
+    page = visit(color_page, f"#view=images&image={image}")
+    raw = colored.layer.splits["test"].raw[[meta["tests"]["number"][image]]]
+    k = int(page.locator("#activeHere .unit").first.get_attribute("data-feature"))
+    before = [float(v) for v in page.locator("[data-logits]").get_attribute("data-logits").split()]
+    assert before == pytest.approx(colored.layer.logits(raw)[0].tolist(), abs=1e-4)
+    page.locator(f"#remove{k}").focus()
+    page.keyboard.press("Enter")
+    after = [float(v) for v in page.locator("[data-logits]").get_attribute("data-logits").split()]
+    without = colored.layer.logits(colored.layer.without(raw, k))[0].tolist()
+    assert after == pytest.approx(without, abs=1e-3) != before
+    assert page.evaluate("document.activeElement.id") == f"remove{k}"
+    page.keyboard.press("Enter")
+    assert page.locator(f"#remove{k}").inner_text() == "remove"
+
+
+def test_tapping_a_position(visit, color_page):
+    page = visit(color_page, "#view=images", viewport={"width": 390, "height": 844}, has_touch=True)
+    page.locator("#looking").tap(position={"x": 100, "y": 100})
+    assert "Active at row" in page.locator("main").inner_text()
+    page.locator("#looking").tap(position={"x": 100, "y": 100})  # again: everything
+    assert "Active anywhere" in page.locator("main").inner_text()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_views_of_photographs_are_accessible(visit, color_page, scheme):
+    axe = pytest.importorskip("axe_playwright_python", reason="axe-core is not installed")
+    page = visit(color_page, color_scheme=scheme)
+    page.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text())
+    for view in SEEN_VIEWS:
         go(page, f"view={view}")
         page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
         assert page.evaluate(AXE) == [], view

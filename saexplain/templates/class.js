@@ -3,7 +3,7 @@ function classPicture(c, size, rows) { /* the class mean, colored by the pattern
   const sum = new Float32Array(P);
   for (const i of rows) for (let p = 0; p < P; p++) sum[p] += ownEffect(c, i) * heat(i, p);
   const most = Math.max(...sum.map(Math.abs), 1e-9);
-  return picture(`the mean ${names[c]}, red where ink supports it, blue where ink opposes it`,
+  return picture(`the mean ${names[c]}, red where ${INK} supports it, blue where it opposes it`,
     size, null, p => tinted(p, classMean(c, p), inkedAt(p) ? sum[p] / most : 0));
 }
 function separatingMost(a, b) { /* the feature that contributes most to a - b on images of a */
@@ -17,7 +17,8 @@ function classView() {
   const figure = el("figure", { id: "onMean" });
   const showAll = () => figure.replaceChildren(classPicture(c, 224, supporting),
     el("figcaption", { class: "small" },
-      `The mean ${names[c]}. Ink on red pixels supports the class, ink on blue pixels opposes it ` +
+      `The mean ${names[c]}. ${INK[0].toUpperCase() + INK.slice(1)} on red ${SPOTS} supports the ` +
+      `class, ${INK} on blue ${SPOTS} opposes it ` +
       `(the patterns of its supporting features, weighted by their contributions).`));
   const showOne = i => LOOK.in_place && figure.replaceChildren(sketch(i, 224, onClass(c)),
     el("figcaption", { class: "small" },

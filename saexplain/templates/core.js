@@ -9,6 +9,9 @@ const [H, W] = meta.shape, P = H * W;
 const LOOK = meta.look ?? { whole: [H, W], in_place: true, can_write: true, pattern: [H, W],
   color: null };
 const [PH, PW] = LOOK.pattern; /* of patterns and mean images */
+/* What patterns and drawings are of. */
+const INK = !LOOK.color ? "ink" : LOOK.is_light ? "light" : "darkness";
+const SPOTS = LOOK.color ? "places" : "pixels";
 const MANY = C > 20, TABLES = meta.tables ?? false; /* only the largest effects are here */
 const [CH, CW] = meta.testing.canvas, CP = CH * CW; /* cells of drawings */
 const CELL = meta.testing.cell; /* pixels in the side of a cell */

@@ -125,8 +125,8 @@ const meanAt = (i, p) => arrays.means[i * PH * PW + coarse(p)];
 const classMean = (c, p) => arrays.class_means[c * PH * PW + coarse(p)];
 const isFaithful = i => features[i].faithful !== false && "heats" in arrays;
 const pattern = (i, size) =>
-  picture(`${LOOK.color ? "places where light" : "pixels whose ink"} raises (red) or lowers ` +
-    `(blue) feature ${features[i].feature}`, size, `heat${i}`, p => arrays.inked[p]
+  picture(`${SPOTS} whose ${INK} raises (red) or lowers (blue) feature ${features[i].feature}`,
+    size, `heat${i}`, p => arrays.inked[p]
     ? heatColor(arrays.heats[i * PH * PW + p] / 127) : [224, 224, 224], PW, PH);
 /* The pattern of feature i over the mean of the images on which it is active. */
 const portrait = (i, size, label = "") => picture(label, size, `portrait${i}`,
@@ -149,7 +149,7 @@ function drawn(weights, base, size, label = "", key = null) {
 }
 function cellsInWords(weights) {
   const count = sign => weights.filter(w => w * sign > 0).length;
-  return `${count(1)} cells with ink wanted, ${count(-1)} with ink unwanted`;
+  return `${count(1)} cells with ${INK} wanted, ${count(-1)} with ${INK} unwanted`;
 }
 /* The hypothesis of feature i as a picture; by default on the mean of its images. */
 const sketch = (i, size, base = null) => drawn(drawingOf(i), base ?? onMean(i), size,

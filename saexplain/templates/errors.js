@@ -4,18 +4,19 @@ const removalCounts = f => `Removed from every test image, it alone fixes ` +
 /* What the features of a flip set contribute on other images, and do when removed from all. */
 function elsewhere(off, label, prediction) {
   const line = (cells, tag) => el("tr", {}, cells.map(cell => el(tag, {}, cell)));
+  const isCounted = features[0]?.fixes !== undefined; /* whether removed from every image */
   const cells = i => [link(toFeature(features[i].feature), `${features[i].feature}`),
     ...[prediction, label].map(of => signed(addsToDifference(of, i, prediction, label) ?? NaN)),
-    `${features[i].fixes}`, `${features[i].breaks}`];
+    ...isCounted ? [`${features[i].fixes}`, `${features[i].breaks}`] : []];
   const listed = off.filter(k => position.has(k)).map(k => position.get(k));
   return [el("h3", {}, "The same features on other images"),
     el("div", { class: "scroll", tabindex: 0, role: "group", "aria-label": "other images" },
       el("table", {}, line(["feature", `mean on ${plurals[prediction]}`,
-        `mean on ${plurals[label]}`, "fixes", "breaks"], "th"),
+        `mean on ${plurals[label]}`, ...isCounted ? ["fixes", "breaks"] : []], "th"),
       listed.map(i => line(cells(i), "td")))),
     note(`Mean: contribution to the logit difference ${names[prediction]} − ${names[label]} on ` +
-      "the validation images of a class. Fixes, breaks: errors fixed and correct predictions " +
-      "broken when the feature alone is removed from every test image.")];
+      "the validation images of a class." + (isCounted ? " Fixes, breaks: errors fixed and " +
+      "correct predictions broken when the feature alone is removed from every test image." : ""))];
 }
 function flipSet(t, label, prediction) {
   const off = meta.tests.fixing[t];

@@ -27,7 +27,8 @@ function evidenceLine(line) { /* a measurement, with a mark where it was a test 
 }
 const markNotes = { reproducible: "reproducible (SAEs of other seeds have it, too)",
   "seed-specific": "seed-specific (not in all SAEs of other seeds)" };
-const pickedWords = (precision, recall) => `Of the images it picks, ${percent(precision, 0)} ` +
+const pickedWords = (precision, recall) => `Of the images ` +
+  `${LOOK.can_write ? "it picks" : "of the classes it names"}, ${percent(precision, 0)} ` +
   `activate the feature; it finds ${percent(recall, 0)} of those that do.`;
 const classWords = (named, { share, low, high, usual }) => `${percent(share, 0)} ` +
   `${interval(low, high)} of the images that activate it are ` +
@@ -105,8 +106,8 @@ function pictures(f, i) {
     figure(isDrawn(i) ? "Hypothesis" : "Its images", sketch(i, 200),
       isDrawn(i) ? `${PLACES}. Gray: the mean of its images` : "nothing is drawn"),
     figure("Input pattern", pattern(i, 200),
-      LOOK.color ? "red: light raises its activation, blue: lowers it"
-        : "red: ink raises its activation, blue: lowers it, gray: hardly ever inked"));
+      `red: ${INK} raises its activation, blue: lowers it` + (LOOK.color ? ""
+        : ", gray: hardly ever inked")));
 }
 function positionOf(k) { /* undefined, and a message, without such a feature */
   const i = position.get(k);

@@ -2,12 +2,11 @@
 const CONTRIBUTION = "A feature's contribution to a logit is the logit minus what it is after " +
   "this feature alone is removed from the activations (what the SAE does not reconstruct stays).";
 const NOT_ADDITIVE = "The network is not linear, so contributions do not sum to the logit.";
-const PLACES = LOOK.color ? "Red: dark there; blue: light there; the darker tone counts twice"
-  : "Red: ink is wanted there; blue: it is not; the darker tone counts twice";
+const PLACES = `Red: ${INK} is wanted there; blue: it is not; the darker tone counts twice`;
 const WORDS = LOOK.color || !LOOK.can_write ? ""
   : "Ink is what pictures show dark. A bar is horizontal, a stem vertical, a slash rises, a " +
   "backslash falls, a hook bends, a ring closes; a patch is broad, a spot small.";
-const EDITS = { erasing: "erasing the wanted ink", filling: "filling the unwanted cells",
+const EDITS = { erasing: `erasing the wanted ${INK}`, filling: "filling the unwanted cells",
   painting: "making images as drawn" };
 const STRONGEST = "the image that activates it most" + (meta.where ? ", and where in it" +
   (isCropped() ? ", cropped to what the hottest position sees" : "") : "");

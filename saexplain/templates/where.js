@@ -20,27 +20,30 @@ function mapSwitch() {
 /* Gray and dim where a map is 0, in color with a warm tint where it is 1. */
 function warmed([r, g, b], share) {
   const dim = 22 + .42 * (.299 * r + .587 * g + .114 * b), s = Math.sqrt(share);
-  return [.7 * r + .3 * 255, .7 * g + .3 * 165, .7 * b].map(v => dim + s * (v - dim));
+  const warm = v => dim + s * (v - dim);
+  return [warm(.7 * r + .3 * 255), warm(.7 * g + .3 * 165), warm(.7 * b)];
 }
 /* A mean map alone: from dark to the warm tint. */
 const glow = share => [40 + 215 * share, 42 + 143 * share, 48 + 12 * share];
 /* The values of a map at pixel p of h x w, between its positions linearly. */
 function smooth(values, p, w, h) {
-  const y = (Math.floor(p / w) + .5) * GH / h - .5, x = (p % w + .5) * GW / w - .5;
-  const y0 = Math.floor(y), x0 = Math.floor(x), down = y - y0, right = x - x0;
-  const at = (v, u) => values[Math.max(0, Math.min(GH - 1, v)) * GW +
-    Math.max(0, Math.min(GW - 1, u))];
-  return (1 - down) * ((1 - right) * at(y0, x0) + right * at(y0, x0 + 1)) +
-    down * ((1 - right) * at(y0 + 1, x0) + right * at(y0 + 1, x0 + 1));
+  const y = Math.max(0, (Math.floor(p / w) + .5) * GH / h - .5), y0 = Math.floor(y), down = y - y0;
+  const x = Math.max(0, (p % w + .5) * GW / w - .5), x0 = Math.floor(x), right = x - x0;
+  const row = y0 * GW, next = Math.min(GH - 1, y0 + 1) * GW, x1 = Math.min(GW - 1, x0 + 1);
+  return (1 - down) * ((1 - right) * values[row + x0] + right * values[row + x1]) +
+    down * ((1 - right) * values[next + x0] + right * values[next + x1]);
 }
 const mapAt = n => arrays.maps.subarray(n * CELLS, (n + 1) * CELLS);
 
 /* ---------- pictures ---------- */
+/* The color of pixel p of an image under a map, where maps are on. */
+const shaded = (source, slot, values) => heatMaps.on
+  ? p => warmed(colorOf(source, slot, p), smooth(values, p, W, H) / 255)
+  : p => colorOf(source, slot, p);
 /* An image with a map (from 0 to 255) over it; null: without one. */
 function overlaid(source, slot, values, label, size, key) {
   if (!values || !heatMaps.on) return digit(source, slot, label, size);
-  return picture(label, size, key, p => warmed(colorOf(source, slot, p),
-    smooth(values, p, W, H) / 255));
+  return picture(label, size, key, shaded(source, slot, values));
 }
 const example = ([slot, , , map], label, size) =>
   overlaid("images", slot, map === undefined ? null : mapAt(map), label, size, `map${map}`);
@@ -57,12 +60,12 @@ function seenBox(values) {
     Math.round((n + .5) / of * all - side / 2)));
   return [place(at % GW, GW, w, W), place(Math.floor(at / GW), GH, h, H), w, h];
 }
-function cropped(row, label, size) {
-  const [left, top, w, h] = seenBox(mapAt(row[3])), whole = example(row, "", 0);
-  const aria = label ? { role: "img", "aria-label": label } : { "aria-hidden": "true" };
-  const canvas = el("canvas", { width: w, height: h, class: "photo", ...aria });
-  if (size) canvas.style.width = `${size}px`;
-  canvas.getContext("2d").drawImage(whole, left, top, w, h, 0, 0, w, h);
+function cropped([slot, , , map], label, size) {
+  const values = mapAt(map), [left, top, w, h] = seenBox(values), shown = shaded("images", slot,
+    values);
+  const canvas = picture(label, size, `crop${map}${heatMaps.on}`,
+    p => shown((top + Math.floor(p / w)) * W + left + p % w), w, h);
+  canvas.className = "photo";
   return canvas;
 }
 /* The image that activates feature i most: cropped to what the hottest position sees. */

@@ -2,7 +2,7 @@
 const WIDE = 12; /* pixels of the sheet in the side of a cell */
 const writing = { i: null, h: null, weights: null, scores: null, now: null, past: [], role: 1,
   strong: false, size: 3, at: [CH >> 1, CW >> 1], last: null, keyed: false, parts: {} };
-const ROLES = [["ink wanted", 1], ["blank wanted", -1], ["eraser", 0]];
+const ROLES = [[`${INK} wanted`, 1], ["blank wanted", -1], ["eraser", 0]];
 
 /* ---------- the hypothesis in hand ---------- */
 function blankHypothesis(k) {
@@ -105,7 +105,7 @@ function brushKeys(e) {
   if (paints) keep();
   const w = writing.weights[writing.at[0] * CW + writing.at[1]];
   announce(`row ${writing.at[0] + 1}, column ${writing.at[1] + 1}: ` + ["blank wanted strongly",
-    "blank wanted", "nothing", "ink wanted", "ink wanted strongly"][w + 2]);
+    "blank wanted", "nothing", `${INK} wanted`, `${INK} wanted strongly`][w + 2]);
 }
 
 /* ---------- what follows the brush ---------- */
@@ -269,8 +269,8 @@ function writeView() {
   const sheet = el("canvas", { id: "paint", width: CW * WIDE, height: CH * WIDE, tabindex: 0,
     role: "application", onkeydown: brushKeys,
     onblur: () => { writing.keyed = false; paintSheet(); },
-    "aria-label": "Your drawing. Arrow keys move, space paints; r: ink wanted, b: blank wanted, " +
-      "e: eraser, s: strong, Ctrl+Z: undo." });
+    "aria-label": "Your drawing. Arrow keys move, space paints; " +
+      `r: ${INK} wanted, b: blank wanted, e: eraser, s: strong, Ctrl+Z: undo.` });
   const parts = { context: sheet.getContext("2d"), machine: machineResults(i, "val"),
     under: drawn(new Int8Array(CP), onMean(i), 0), words: el("p", { id: "picked" }),
     numbers: el("div"), examples: el("div"), state: note(""), kept: note(keptWords()),
@@ -289,7 +289,7 @@ function writeView() {
     `activate this feature; a test needs ${least} that do, and ${least} that do not.` : "";
   showMain(el("h2", {}, `Your hypothesis about feature ${k}`),
     el("p", {}, "What must an image look like to activate this feature? Paint where it wants " +
-      "ink, and where it wants none. The numbers follow. Then test it. ",
+      `${INK}, and where it wants none. The numbers follow. Then test it. `,
     link(toFeature(k), "Back to the feature")),
     el("div", { id: "writing" },
       el("div", {}, sheet, parts.words, tools, note("Gray: the mean of the images that activate " +
