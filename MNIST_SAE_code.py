@@ -75,6 +75,7 @@ from saexplain.layers import (
     Storing,
     collect_activations,
     default_torch_state,
+    layer_inputs,
     make_deterministic,
     open_layer,
     pick_device,
@@ -1043,8 +1044,7 @@ def explain(
         with one_writer(root, own.wait, ranks), torch_threads(1), Workers(own.workers) as workers:
             print(f"{net.title}: {net.in_words()}; results go to {root}")
             print(estimate(net, data, positions_per_image, own, target is None))
-            made_from = {"data": data.digest, "layer": net.title}
-            made_from["weights"] = digest_of(net.model.state_dict().values())
+            made_from = layer_inputs(net, data)
             storing = Storing(positions_per_image, root, made_from)
             with clock("activations"):
                 found = collect_activations(net, data, own.normalize_z, storing, ranks)

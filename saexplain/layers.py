@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import feature_analysis as fa
 from saexplain.files import InputError
-from saexplain.images import SPLIT_NAMES, Data, Split, TensorLoader
+from saexplain.images import SPLIT_NAMES, Data, Split, TensorLoader, digest_of
 from saexplain.optimization import progress_bar
 from saexplain.parallel import ONE_PROCESS, Ranks, shard_of
 from saexplain.positions import POOLS, Layout, find_layout, sampled_positions
@@ -90,6 +90,12 @@ def collect_activations(
         splits[name] = fa.Activations(images, labels, layer.rows(raw, images))
     check_logits(layer, splits["val"].raw[: fa.PROBED])
     return replace(layer, splits=splits)
+
+
+def layer_inputs(net, data: Data) -> dict[str, str]:
+    """What a layer's outputs are made from: images, weights, the layer's name."""
+    weights = digest_of(net.model.state_dict().values())
+    return {"data": data.digest, "layer": net.title, "weights": weights}
 
 
 def store_outputs(model, split: Split, name: str, storing: Storing, ranks: Ranks) -> Tensor:

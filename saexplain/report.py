@@ -52,8 +52,10 @@ from saexplain.hypotheses import (
 from saexplain.images import Data, Display
 from saexplain.ink import FULL_INK
 from saexplain.layers import (
+    Storing,
     collect_activations,
     default_torch_state,
+    layer_inputs,
     make_deterministic,
     open_layer,
 )
@@ -452,6 +454,10 @@ def explain_sae(
     out: str | Path,
     *,
     pool: str | None = None,
+    layout: str | None = None,
+    grid: Sequence[int] | None = None,
+    prefix_tokens: int | None = None,
+    images: Mapping[str, object] | None = None,
     workers: int = 0,
     wait: bool = False,
     **options: object,
@@ -462,23 +468,26 @@ def explain_sae(
         records = explain_sae(model, "features.7", sae, mu, std, train, val, test, "explained")
 
     Args:
-        model, layer, pool: as in `AtLayer`; layer None for a model that has the two methods itself.
+        model, layer, pool, layout, grid, prefix_tokens: as in `AtLayer`; layer None for a model
+            that has the two methods itself.
         sae: has encode, decode, W_enc (d_in, d_sae) and W_dec; it reads (raw - mu) / std.
         mu, std: (d_in,); zeros and ones for an SAE that reads the layer's own output.
         train, val, test: pairs of tensors (images, labels), Datasets, DataLoaders or folders; None
             for a split to be drawn from another; or `train` alone, what `load_own` gives. Densities
             are those of the first; hypotheses are made from the second and tested on the third.
+        images: further arguments of `load_own`, such as {"mean": ..., "std": ...}.
         options: fields of `Options`, by name.
 
     Returns the records of feature_report.json, the most influential feature first. Raises
-    InputError for what cannot be used, ValueError for a layer that the logits do not depend on
-    alone, or an SAE that does not fit.
+    InputError for what cannot be used, ValueError for a layer whose output cannot be read or
+    replaced, or an SAE that does not fit.
     """
-    net, clock, folder = open_layer(model, layer, pool), Stopwatch(), Path(out)
+    clock, folder = Stopwatch(console.stage_line), Path(out)
+    net = open_layer(model, layer, pool, layout, grid, prefix_tokens)
     known = {f.name for f in fields(Options)} - {"network", "source", "caller", "display"}
     if unknown := sorted(options.keys() - known):
         raise InputError(f"explain_sae() has no option {unknown[0]!r}; it has {sorted(known)}")
-    data = load_splits(net, options.pop("classes", ()), train, val, test)
+    data = load_splits(net, options.pop("classes", ()), train, val, test, **(images or {}))
     options |= {"classes": data.classes, "source": data.source, "network": net.title}
     given = Options(display=data.display, **options)
     sae = sae.to(net.device) if isinstance(sae, torch.nn.Module) else sae
@@ -489,7 +498,8 @@ def explain_sae(
     with folder_lock(folder, wait), torch_threads(1), Workers(workers) as pool_of_workers:
         remove_results(folder)
         with clock("activations"):
-            plain = collect_activations(net, data, normalize=False)
+            storing = Storing(folder=folder, made_from=layer_inputs(net, data))
+            plain = collect_activations(net, data, normalize=False, storing=storing)
         explained = replace(explained, splits=plain.splits)
         draft = prepare_report(explained, folder, given, clock, pool_of_workers)
         record = {

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 import MNIST_SAE_code as driver
 from saexplain import datasets, store, where
 from saexplain.files import InputError, read_json
+from saexplain.report import explain_sae
 from saexplain.targets import KEPT, Comparison, choose_target
 
 FAST = {"target": 4, "sae_latents": 40, "epochs_sae_final": 1, "stability_seeds": 0}
@@ -196,3 +197,14 @@ def test_arguments_that_cannot_be_used_are_named(resnet, tmp_path):
     with pytest.raises(ValueError, match="layout must be one of"):
         driver.explain(resnet, "layer2", *splits(), layout="rows", **given)
     assert json.dumps([path.name for path in tmp_path.iterdir()]) == "[]"
+
+
+def test_an_sae_that_is_trained_already_is_explained_at_positions(explained, resnet, tmp_path):
+    layer = explained.layer
+    given = layer.sae, layer.mu, layer.std, *splits()
+    records = explain_sae(resnet, "layer1", *given, tmp_path, classes=CLASSES)
+    own = {record["feature"]: record for record in explained.report}
+    for record in records:
+        assert record["influence"] == pytest.approx(own[record["feature"]]["influence"], abs=1e-4)
+        assert record["caption"] == own[record["feature"]]["caption"]
+    assert (tmp_path / "feature_report.html").exists()
