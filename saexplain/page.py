@@ -110,7 +110,7 @@ class Shown(NamedTuple):
     inked: np.ndarray | None = None  # (H, W) bool, pixels that images ink; None: all
     canvas: Canvas | None = None  # of drawings; None: fitted to the images of the split "val"
     maps: Maps | None = None  # where features are active
-    faithful: Tensor | None = None  # (d_sae,) bool, patterns that say what the SAE reads; None: all
+    faithful: Tensor | None = None  # (d_sae,) bool, patterns that can be shown; None: all
     display: Display | None = None
 
 

@@ -25,7 +25,7 @@ from saexplain.overlays import PREFIX_SHARE
 if TYPE_CHECKING:
     from saexplain.where import Maps
 
-STRENGTHS = 15  # values of a map above 0, as many as the eye tells apart: few compress well
+STRENGTHS = 15  # values of a map above 0, about as many as the eye distinguishes: few compress well
 PER_POSITION = 12  # features listed at a position of a test image, the strongest
 IMAGES_SHOWN = 60  # test images of which they are listed
 

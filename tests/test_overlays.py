@@ -98,8 +98,8 @@ def test_unfaithful_patterns_are_marked_in_their_pictures(world, tmp_path):
     write_pictures(*given, maps=world.shown.maps, faithful=faithful, correlation=correlation)
     assert len(list(tmp_path.iterdir())) == 6
     words = "not faithful: correlation 0.21 with the pre-activation"
-    for k, said in ((2, ""), (3, words)):
-        expected = fa.pattern_palette()[fa.paint_pattern(heats[k], k, words=said)]
+    for k, note in ((2, ""), (3, words)):
+        expected = fa.pattern_palette()[fa.paint_pattern(heats[k], k, words=note)]
         assert np.array_equal(read(tmp_path / f"feature_{k}_pattern.png"), expected)
     line = fa.text_pixels(words, 11, levels=fa.TEXT)
     page = fa.paint_pattern(heats[3], 3, words=words)
