@@ -31,6 +31,7 @@ from saexplain.patterns import (
 )
 from saexplain.where import FAITHFUL, Maps, activation_maps, aligned_patterns, occlusion_maps
 
+SMOOTH = 0.5  # roughness up to which a pattern is no noise
 N_CORRELATED = 2000  # images over which patterns are compared with pre-activations
 INKED_SHARE = 0.01  # pixels inked in a smaller share of the training images count as never inked
 SEEN_PIXELS = 2**24  # of the images that show whether ink is dark, at most
@@ -64,8 +65,18 @@ class Analysis(NamedTuple):
 
     @property
     def faithful(self) -> Tensor:
-        """(d_sae,) bool, the features that their pattern shows."""
-        return self.patterns.linear | (self.patterns.correlation >= FAITHFUL)
+        """(d_sae,) bool, the features that their pattern shows: it follows them, and is no noise."""
+        if self.patterns.gradients is None:
+            return torch.zeros(len(self.patterns.correlation), dtype=torch.bool)
+        follows = self.patterns.correlation >= FAITHFUL
+        return self.patterns.linear | (follows & (self.roughness <= SMOOTH))
+
+    @property
+    def roughness(self) -> Tensor:
+        """(d_sae,) how noisy each pattern is; 0 for one of a single row or column."""
+        if min(self.heats.shape[1:]) < 2:
+            return torch.zeros(len(self.heats))
+        return pattern_roughness(self.heats)
 
     @property
     def heats(self) -> Tensor | None:
