@@ -119,7 +119,7 @@ from saexplain.stages import (
     training_rows,
 )
 from saexplain.sweep import combinations, run_sweep
-from saexplain.targets import TARGETS, choose_target, compare_targets, targets_table
+from saexplain.targets import TARGETS, pick_target
 
 # --------------------------------------------------------------------------------------------------
 # Settings: edit a line here, or give the flag of the same name (TARGET_ACTIVES: --target-actives)
@@ -966,25 +966,6 @@ def explain_settings(net: AtLayer, raw: fa.Rows, target: int, given: dict) -> Se
 LATENTS_OF_VECTOR, LATENTS_AT_POSITIONS = 2, 4  # per number of a row, where none are asked for
 
 
-def pick_target(layer: fa.ExplainedLayer, settings: Settings, train: Split, ranks: Ranks) -> int:
-    """The target for the layer, after short trainings with several, which are printed."""
-    rows = training_rows(layer, ranks).train
-    short = replace(settings, epochs_sae_final=1)
-    targets = [target for target in TARGETS if target < settings.sae_latents]
-    pairs = [(target, settings.seed + other) for other in (0, 1) for target in targets]
-    trainers = [SAETrainer(rows, target, replace(short, seed=seed)) for target, seed in pairs]
-    saes = [sae for sae, _ in train_together(trainers)]
-    layer = gather_training(layer, train, ranks)
-
-    def choose() -> int:
-        compared = compare_targets(layer, targets, saes)
-        chosen = choose_target(compared)
-        print(targets_table(compared, chosen))
-        return chosen
-
-    return ranks.on_first(choose)
-
-
 @default_torch_state()
 def explain(
     model: nn.Module,
@@ -1051,7 +1032,8 @@ def explain(
             warn_scale_shift(found)
             if target is None:
                 with clock("target"):
-                    own = replace(own, target_actives=(pick_target(found, own, data.train, ranks),))
+                    picked = pick_target(found, own, data.train, train_wanted, ranks)
+                    own = replace(own, target_actives=(picked,))
             network = ranks.on_first(name_network, found, made_from)
             explain_activations(found, data, network, own, clock, workers, ranks)
             stage = load_stage(root, "sae")

@@ -1,15 +1,17 @@
 """How many features should be active? Short trainings at several targets, measured on the layer.
 
-    compared = compare_targets(layer, TARGETS, saes)  # two of each target, trained for a short time
-    target = choose_target(compared)                  # the smallest that keeps the predictions
+    target = pick_target(layer, settings, data.train, train)  # the smallest that keeps predictions
 
-Takes an `ExplainedLayer` with activations, and SAEs; gives numbers, and trains nothing.
+Takes an `ExplainedLayer` with activations, and a function that trains; gives a number, and prints
+what decided. It knows nothing of how an SAE is trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,9 +25,12 @@ from saexplain.fidelity import (
     rows_of,
     splice,
 )
+from saexplain.images import Split
+from saexplain.parallel import ONE_PROCESS, Ranks, torch_threads
 from saexplain.reproducibility import compute_reproducibility, match_features
 from saexplain.rows import TrainingRows
 from saexplain.sae import JumpReLUSAE
+from saexplain.stages import Train, WantedSAE, gather_training, training_rows
 
 TARGETS = (5, 10, 20)  # active features per row that are compared
 KEPT = 0.98  # share of the predictions that the SAE must keep
@@ -92,3 +97,32 @@ def targets_table(compared: Sequence[Comparison], chosen: int) -> str:
             f"{c.dense_share:>19.0%}{c.reproduced:>12.0%}{'  chosen' * (c.target == chosen)}"
         )
     return "\n".join(lines)
+
+
+def pick_target(
+    layer: fa.ExplainedLayer,
+    settings: Any,
+    split: Split,
+    train: Train,
+    ranks: Ranks = ONE_PROCESS,
+) -> int:
+    """The target for the layer, after short trainings with several, which are printed.
+
+    `split` are all training images, of which the layer has this rank's activations.
+    """
+    targets = [target for target in TARGETS if target < settings.sae_latents]
+    wanted = []
+    for seed in (settings.seed, settings.seed + 1):
+        short = replace(settings, epochs_sae_final=1, seed=seed)
+        wanted += [WantedSAE(target, short, Path(settings.out), {}) for target in targets]
+    with torch_threads(1):
+        saes = [sae for sae, _ in train(training_rows(layer, ranks).train, wanted)]
+    layer = gather_training(layer, split, ranks)
+
+    def choose() -> int:
+        compared = compare_targets(layer, targets, saes)
+        chosen = choose_target(compared)
+        print(targets_table(compared, chosen))
+        return chosen
+
+    return ranks.on_first(choose)
