@@ -65,7 +65,7 @@ class Analysis(NamedTuple):
 
     @property
     def faithful(self) -> Tensor:
-        """(d_sae,) bool, the features that their pattern shows: it follows them, and is no noise."""
+        """(d_sae,) bool, the features that their pattern shows: it follows them, without noise."""
         if self.patterns.gradients is None:
             return torch.zeros(len(self.patterns.correlation), dtype=torch.bool)
         follows = self.patterns.correlation >= FAITHFUL
