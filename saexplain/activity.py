@@ -24,6 +24,7 @@ from torch import Tensor
 import feature_analysis as fa
 
 PAIRS_AT_ONCE = 2**18  # pairs of features counted at once: few enough for the processor's cache
+KEPT_ENTRIES = 2**26  # logits of pairs that are kept for the page, at most
 REMOVED_FROM = 64  # images from which a feature of a layer with positions is removed, at most
 
 
@@ -137,6 +138,14 @@ def removed_pairs(layer: fa.ExplainedLayer, activity: Activity) -> Activity:
     return activity.fewer(REMOVED_FROM) if layer.has_positions else activity
 
 
+class Contributions(NamedTuple):
+    """What features add to the logits of images, feature by feature."""
+
+    pairs: Activity  # of P features and images
+    added: Tensor  # (P, C), what the image's logits lose with the feature
+    logits: Tensor  # (N, C) with all features
+
+
 class Removals(NamedTuple):
     """What removing each feature alone does, over all images that activate it."""
 
@@ -145,6 +154,7 @@ class Removals(NamedTuple):
     size: Tensor  # (d_sae,) float64, sum over all images that activate it of the length of the
     # change of centered logits: the mean over n_images times their number
     n_changed: Tensor  # (d_sae,) int64, images among n_images whose prediction changes
+    kept: Contributions | None = None  # of a layer with positions, unless they are too many
 
     @property
     def influence(self) -> Tensor:
@@ -171,8 +181,11 @@ def removal_effects(layer: fa.ExplainedLayer, raw: Tensor, activity: Activity) -
     predicted = base.argmax(1)
     sums = torch.zeros(layer.d_sae, base.shape[1], dtype=torch.float64, device=raw.device)
     size, changed = sums.new_zeros(layer.d_sae), sums.new_zeros(layer.d_sae)
+    is_kept = layer.has_positions and len(activity.image) * base.shape[1] <= KEPT_ENTRIES
+    added = []
     for k, image, logits in _logits_without(layer, raw, activity):
         delta = logits - base[image]
+        added += [-delta.cpu()] if is_kept else []
         sums.index_add_(0, k, delta.double())
         centered = delta - delta.mean(1, keepdim=True)  # (n, C)
         size.index_add_(0, k, centered.norm(dim=1).double())
@@ -180,7 +193,8 @@ def removal_effects(layer: fa.ExplainedLayer, raw: Tensor, activity: Activity) -
     n = activity.n_active
     mean = sums.cpu() / n[:, None].clamp(min=1)
     size = size.cpu() * (n_active / n.clamp(min=1))  # 1 where no image is left out
-    return Removals(mean, n, size, changed.cpu().long())
+    kept = Contributions(activity, torch.cat(added), base.cpu()) if added else None
+    return Removals(mean, n, size, changed.cpu().long(), kept)
 
 
 @torch.no_grad()
@@ -199,6 +213,22 @@ def contributions(
         for _, image, without in _logits_without(layer, raw, activity)
     ]
     return torch.cat(added), logits.cpu()
+
+
+def class_contributions(
+    layer: fa.ExplainedLayer, raw: fa.Rows, activity: Activity, removed: Removals | None = None
+) -> tuple[Contributions, Tensor]:
+    """Contributions on images that activate each feature, and how many of its images each of their
+    pairs counts for (P,): one, or several where a feature is removed from some of them only."""
+    found = removed.kept if removed is not None else None
+    if found is None:
+        pairs = removed_pairs(layer, activity)
+        n_classes = layer.n_classes
+        if len(pairs.image) * n_classes > KEPT_ENTRIES:
+            pairs = pairs.fewer(max(1, KEPT_ENTRIES // (n_classes * layer.d_sae)))
+        found = Contributions(pairs, *contributions(layer, raw, pairs))
+    weight = activity.n_active / found.pairs.n_active.clamp(min=1)
+    return found, weight.double()[found.pairs.feature]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -23,7 +23,13 @@ import torch
 from torch import Tensor
 
 import feature_analysis as fa
-from saexplain.activity import Activity, collect_activity, contributions, removed_pairs
+from saexplain.activity import (
+    Activity,
+    Removals,
+    class_contributions,
+    collect_activity,
+    contributions,
+)
 
 ERRORS_SHOWN = 300  # misclassified images, those of the largest margin first
 OTHERS_SHOWN = 60  # correctly classified images, the first of each class
@@ -34,22 +40,21 @@ FLIPS_AT_POSITIONS = 4  # features in a flip set, at most
 TOURS_TRIED = 40  # images among which that of the tour is searched
 
 
-def class_effects(layer: fa.ExplainedLayer, raw: fa.Rows, activity: Activity) -> np.ndarray:
+def class_effects(
+    layer: fa.ExplainedLayer, raw: fa.Rows, activity: Activity, removed: Removals | None = None
+) -> np.ndarray:
     """Mean contribution of each feature to each logit, by class of images, (C, d_sae, C) float32.
 
     The mean is over all images of a class; one that does not activate the feature counts as 0.
-    Where a feature is removed from some of its images only, each counts for several.
+    `removed` has the contributions of a layer with positions, where they are known.
     """
-    pairs = removed_pairs(layer, activity)
-    added, _ = contributions(layer, raw, pairs)
+    (pairs, added, _), weight = class_contributions(layer, raw, activity, removed)
     n_classes, d_sae = added.shape[1], len(activity.n_active)
     row = pairs.labels[pairs.image] * d_sae + pairs.feature  # (P,)
-    weight = (activity.n_active / pairs.n_active.clamp(min=1)).double()[pairs.feature]
     sums = torch.zeros(n_classes * d_sae, n_classes, dtype=torch.float64)
     sums.index_add_(0, row, added.double() * weight[:, None])
-    images = torch.bincount(activity.labels, minlength=n_classes).clamp(
-        min=1
-    )  # a class may be empty
+    images = torch.bincount(activity.labels, minlength=n_classes)
+    images = images.clamp(min=1)  # a class may be empty
     return (sums.view(n_classes, d_sae, n_classes) / images[:, None, None]).float().numpy()
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 import feature_analysis as fa
 from saexplain.activity import (
     Activity,
+    Removals,
     coactivation_neighbors,
     collect_activity,
     top_similar_rows,
@@ -112,6 +113,7 @@ class Shown(NamedTuple):
     maps: Maps | None = None  # where features are active
     faithful: Tensor | None = None  # (d_sae,) bool, patterns that can be shown; None: all
     display: Display | None = None
+    removed: Removals | None = None  # what removing each feature does, where that is known
 
 
 class Overview(NamedTuple):
@@ -743,9 +745,11 @@ def write_dashboard(
     arrays["histograms"] = counts[features].astype(np.float32)
     if look.has_tables:
         pair = review.pair if review else [0, 1]
-        arrays |= class_tables(layer, val.raw, shown.activity, features, pair)
+        known = (shown.activity, features, pair, shown.removed)
+        arrays |= class_tables(layer, val.raw, *known)
     else:
-        arrays["class_adds"] = class_effects(layer, val.raw, shown.activity)[:, features]
+        effects = class_effects(layer, val.raw, shown.activity, shown.removed)
+        arrays["class_adds"] = effects[:, features]
     if network is not None:
         arrays |= _weight_arrays(layer, network)
 

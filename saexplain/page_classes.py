@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 import feature_analysis as fa
-from saexplain.activity import Activity, contributions, removed_pairs
+from saexplain.activity import Activity, Removals, class_contributions
 
 FEW_CLASSES = 20  # of no more classes a page always has all effects
 FULL_ENTRIES = 2**18  # effects C F C of which it has all in any case
-MOST_ENTRIES = 2**26  # logits of pairs that are computed: of more pairs, some
 N_SUPPORTING, N_OPPOSING = 12, 8  # features listed of a class
 N_RIVALS, N_SEPARATING = 8, 8  # classes that a class is compared with, features that separate two
 N_LOGITS = 10  # logits of a test image, the largest
@@ -49,6 +48,7 @@ def class_tables(
     activity: Activity,
     features: Sequence[int],
     pair: Sequence[int],
+    removed: Removals | None = None,
 ) -> dict[str, np.ndarray]:
     """Of each class the features that change its logit most, and those that separate it from the
     classes whose logits are largest on its images; the classes of `pair` are compared in any case.
@@ -57,10 +57,7 @@ def class_tables(
     there is none.
     """
     n_classes, n = layer.n_classes, len(features)
-    kept = removed_pairs(layer, activity)
-    kept = kept.fewer(max(1, MOST_ENTRIES // n_classes // layer.d_sae))
-    weight = (activity.n_active / kept.n_active.clamp(min=1)).double()[kept.feature]
-    added, logits = contributions(layer, raw, kept)
+    (kept, added, logits), weight = class_contributions(layer, raw, activity, removed)
     place = torch.full((layer.d_sae,), -1)
     place[torch.tensor(features)] = torch.arange(n)
     row, label = place[kept.feature], kept.labels[kept.image]

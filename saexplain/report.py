@@ -342,6 +342,7 @@ def write_page(
             a.maps,
             a.faithful,
             options.display,
+            a.removed,
         ),
         page.Overview(
             title,
