@@ -218,15 +218,14 @@ MOST_LETTERS = 60  # of a class in a caption without a drawing
 
 
 def caption_without_drawing(
-    images: str, place: str, on_prefix: bool, raised: str | None, lowered: str | None
+    images: str, where: str, raised: str | None, lowered: str | None, is_strong: bool = False
 ) -> str:
-    """What a hypothesis names that has no drawing, in words: the `images` of classes, the place,
-    or the names of the logits that the feature raises and lowers."""
-    clauses = [images] if images else []
-    if on_prefix:
-        clauses.append("on a prefix token")
-    elif place:
-        clauses.append(f"in the {place}")
+    """What a hypothesis names that has no drawing, in words: the `images` of classes and `where` in
+    them, as in "in the center", or else the names of the logits that the feature raises and lowers;
+    `is_strong` where it is about strongly active images only."""
+    clauses = [words for words in (images, where) if words]
+    if clauses and is_strong:
+        clauses[0] = f"strongest {'on ' if images else ''}{clauses[0]}"
     if not clauses:
         moved = (("raises", raised), ("lowers", lowered))
         names = [(verb, fa.shortened(name, MOST_LETTERS)) for verb, name in moved if name]

@@ -38,6 +38,7 @@ from saexplain.hypotheses import (
     Places,
     Rule,
     acts_on,
+    chance_f1,
     evenly_spaced,
     fit_canvas,
     ink_levels,
@@ -46,6 +47,7 @@ from saexplain.hypotheses import (
     null_effect,
     place_cells,
     scores_of,
+    strong_histogram,
     with_thresholds,
 )
 from saexplain.ink import Canvas
@@ -80,11 +82,6 @@ class Picked(NamedTuple):
         return 2 * self.both / max(1, self.n + self.active)
 
 
-def chance_f1(rate: float) -> float:
-    """F1 of picking every image, the best without looking at them, at a rate of active images."""
-    return 2 * rate / (1 + rate)
-
-
 # --------------------------------------------------------------------------------------------------
 # Are the classes named more frequent, and do the logits named change?
 # --------------------------------------------------------------------------------------------------
@@ -98,8 +95,8 @@ MANY_CLASSES = 20  # from more classes on, the change of each logit is kept
 
 
 class ClassTest(NamedTuple):
-    """The share of the active images that are of the classes, or whose peak is in the place,
-    named."""
+    """The share of the active images, or of those strongly active, that are of the classes, or
+    whose peak is in the place, named."""
 
     share: float
     low: float  # 95% interval
@@ -122,7 +119,8 @@ class LogitChange(NamedTuple):
 def measure_classes(
     h: Hypothesis, histogram: np.ndarray, label_counts: np.ndarray
 ) -> ClassTest | None:
-    """The test of the classes of a hypothesis, by counts (C,) of active, and of all, images."""
+    """The test of the classes of a hypothesis, by counts (C,) of active, or strongly active, and of
+    all, images."""
     if not h.classes:
         return None
     named = list(h.classes)
@@ -135,14 +133,15 @@ def measure_place(h: Hypothesis, places: Places | None) -> ClassTest | None:
     """The test of the place of a hypothesis, where it has one and the layer has positions."""
     if not h.place or places is None:
         return None
-    cells, peaks = place_cells(h.place, places.grid), places.peaks(h.feature)
+    cells, peaks = place_cells(h.place, places.grid), places.peaks(h.feature, h.strong_from)
     count, n = int(cells.ravel()[peaks[peaks >= 0]].sum()), len(peaks)
-    return ClassTest(count / n, *wilson_interval(count, n), float(places.usual[cells].sum()))
+    usual = float(places.usual_peaks(h.strong_from)[cells].sum())
+    return ClassTest(count / n, *wilson_interval(count, n), usual)
 
 
 def pick_classes(h: Hypothesis, histogram: np.ndarray, label_counts: np.ndarray) -> Picked | None:
     """What an undrawn hypothesis predicts to be active, the images of the classes named, by counts
-    (C,) of active, and of all, images."""
+    (C,) of active, or strongly active, and of all, images."""
     if not (h.undrawn and h.classes):
         return None
     named = list(h.classes)
@@ -212,16 +211,22 @@ class Evidence(NamedTuple):
     place: ClassTest | None = None
     delta: tuple[float, ...] = ()  # mean change of each logit without it, of MANY_CLASSES or more
     undrawn: bool = False  # by intent, with a reason
+    n_strong: int | None = None  # images from the hypothesis's `strong_from` on, if it has one
+
+    @property
+    def n_counted(self) -> int:
+        """The images that count as active for the classes and the place."""
+        return self.n_active if self.n_strong is None else self.n_strong
 
     @property
     def chance_f1(self) -> float:
         """F1 of picking every image."""
-        return chance_f1(self.n_active / self.n_images)
+        return chance_f1(self.n_counted / self.n_images)
 
     @property
     def is_testable(self) -> bool:
         """Whether enough images are active and, unless nothing is drawn, inactive."""
-        return self.n_active >= MIN_ACTIVE and (
+        return self.n_counted >= MIN_ACTIVE and (
             self.undrawn or self.n_images - self.n_active >= MIN_ACTIVE
         )
 
@@ -273,11 +278,15 @@ def collect_evidence(
         influence, changes = removed.influence.tolist(), removed.changes.tolist()
         if histograms.shape[1] > MANY_CLASSES:
             deltas = [tuple(delta) for delta in removed.mean_delta.tolist()]
-    n_active, evidence = activity.n_active.tolist(), []
+    n_active, evidence, counted = activity.n_active.tolist(), [], []
     for h in hypotheses:
         k = h.feature
         given = (tuple(histograms[k].tolist()), influence[k], changes[k])
         e = Evidence(k, n_active[k], len(raw), *given, delta=deltas[k], undrawn=bool(h.undrawn))
+        counted.append(histograms[k])
+        if h.strong_from is not None:
+            counted[-1] = strong_histogram(k, activity, h.strong_from, histograms.shape[1])
+            e = e._replace(n_strong=int(counted[-1].sum()))
         evidence.append(e)
 
     drawn = drawn or [None] * len(hypotheses)
@@ -308,8 +317,8 @@ def collect_evidence(
         if not e.is_testable:
             continue
         if in_full or h.undrawn:
-            classes = measure_classes(h, histograms[h.feature], label_counts)
-            picked = e.picked or pick_classes(h, histograms[h.feature], label_counts)
+            classes = measure_classes(h, counted[i], label_counts)
+            picked = e.picked or pick_classes(h, counted[i], label_counts)
             e = e._replace(classes=classes, place=measure_place(h, places), picked=picked)
         if in_full:
             e = e._replace(effects=measure_effects(h, layer, raw, activity, rule.percentile))

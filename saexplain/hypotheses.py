@@ -11,7 +11,9 @@ predicted to be active. Classes, logits and a place may be named beside it; they
 themselves and are no part of the score. Words are a caption and decide nothing.
 
 Where a layer has positions, or a feature's pattern does not follow it, nothing is drawn: then the
-classes named predict the feature to be active, on all their images.
+classes named predict the feature to be active, on all their images. With positions a feature may be
+active somewhere on nearly all images; then classes and place are about those on which it is
+strongly active, from a number on that is fixed with the hypothesis.
 
 This module tests nothing: `evaluation` does that, on other images, and must not be imported here.
 
@@ -33,6 +35,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 import feature_analysis as fa
@@ -83,6 +86,8 @@ class Hypothesis:
             of ink; None: to be found on validation images.
         place: where in an image the feature is most active, one of PLACES.
         undrawn: why it has no drawing; then its classes predict the feature to be active.
+        strong_from: activation from which an image counts for the classes and the place of a
+            hypothesis without a drawing; None: all active images count.
 
     Raises ValueError for values that cannot be used, with the value met.
     """
@@ -98,6 +103,7 @@ class Hypothesis:
     threshold: int | None = None
     place: str = ""
     undrawn: str = ""
+    strong_from: float | None = None
 
     def __post_init__(self) -> None:
         wanted = _as_tones("wanted", self.wanted)
@@ -121,6 +127,13 @@ class Hypothesis:
             raise ValueError(f"place must be one of {', '.join(PLACES)}, got {self.place!r:.60}")
         if self.undrawn and (wanted.any() or unwanted.any()):
             raise ValueError("undrawn must be empty where a cell is wanted or unwanted")
+        if self.strong_from is not None and not (
+            self.undrawn and _is_number(self.strong_from) and 0 < self.strong_from < math.inf
+        ):
+            raise ValueError(
+                "strong_from must be a positive number, of a hypothesis that is undrawn, got "
+                f"{self.strong_from!r:.60}"
+            )
         checked = {"wanted": wanted, "unwanted": unwanted}
         checked["feature"] = _index("feature", self.feature)
         checked["classes"] = tuple(_index("a class", c) for c in self.classes)
@@ -146,6 +159,11 @@ class Hypothesis:
     def is_drawn(self) -> bool:
         """Whether any cell is wanted or unwanted."""
         return bool(self.weights.any())
+
+
+def _is_number(value: object) -> bool:
+    """Whether the value is a number, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _index(name: str, value: object, least: int = 0) -> int:
@@ -202,6 +220,11 @@ def best_threshold(scores: np.ndarray, at: np.ndarray) -> int:
 
 MAX_CLASSES = 2  # named beside a drawing
 MAX_CLASSES_UNDRAWN = 20  # named where they predict activity themselves
+FALSE_CLASSES = 0.01  # of these, the share that may be named by chance (Benjamini & Hochberg 1995)
+STRONG_SHARES = (0.4, 0.2, 0.1, 0.05, 0.02)  # of all images, that may count as strongly active
+STRONG_SHARE = 0.05  # the same where no class is named
+LIFT_GAIN = 0.05  # in F1 above that of picking every image, for which fewer images count
+MIN_STRONG = 32  # strongly active images: enough, also of a smaller half of the test images
 N_DIRECTIONS = 64  # random ones, the same for all features
 NULL_SIZE = (N_DIRECTIONS, 16)  # random directions, and images from which they are removed
 NULL_SIZE_SLOW = (16, 4)  # the same where the rest of the network takes long
@@ -275,15 +298,72 @@ def predictive_classes(
     histogram: np.ndarray, label_counts: np.ndarray, enrichment: float
 ) -> tuple[int, ...]:
     """The labels whose images predict activity with the largest F1, of those whose share of the
-    active images is `enrichment` times their share of all, at most MAX_CLASSES_UNDRAWN; both (C,)
-    are counts of images. Those with the largest share of active images come first."""
+    active images is `enrichment` times their share of all, and more than by chance, at most
+    MAX_CLASSES_UNDRAWN; both (C,) are counts of images. Those with the largest share of active
+    images come first."""
+    if not histogram.any():
+        return ()
     share, usual = histogram / histogram.sum(), label_counts / label_counts.sum()
     rate = histogram / np.maximum(label_counts, 1)  # of the images of a class that are active
     ranked = [c for c in np.argsort(-rate, kind="stable") if share[c] > 0]
-    ranked = [c for c in ranked if share[c] >= enrichment * usual[c]][:MAX_CLASSES_UNDRAWN]
+    n_all, n_active = label_counts.sum(), histogram.sum()
+    by_chance = stats.hypergeom.sf(histogram - 1, n_all, label_counts, n_active)
+    seldom = stats.false_discovery_control(by_chance.clip(0, 1)) <= FALSE_CLASSES
+    ranked = [c for c in ranked if seldom[c] and share[c] >= enrichment * usual[c]]
+    ranked = ranked[:MAX_CLASSES_UNDRAWN]
     both, picked = histogram[ranked].cumsum(), label_counts[ranked].cumsum()
     f1 = 2 * both / (picked + histogram.sum())
     return tuple(int(c) for c in ranked[: int(f1.argmax()) + 1]) if ranked else ()
+
+
+def strong_levels(acts: Tensor, n_images: int) -> dict[float, float]:
+    """By the share of n_images that then counts, activations from which an image is strongly
+    active, where fewer count than are active by acts (n,)."""
+    ranked = acts.sort(descending=True).values.tolist()
+    counts = {share: max(MIN_STRONG, round(share * n_images)) for share in STRONG_SHARES}
+    return {share: ranked[n - 1] for share, n in counts.items() if n < len(ranked)}
+
+
+def strong_pairs(k: int, activity: Activity, strong_from: float | None) -> Tensor:
+    """(n,) bool, of the images that activate feature k, those that count from `strong_from` on."""
+    _, acts = activity.of(k)
+    return acts >= (0 if strong_from is None else strong_from)
+
+
+def strong_histogram(
+    k: int, activity: Activity, strong_from: float | None, n_classes: int
+) -> np.ndarray:
+    """(C,) int64, the images of `strong_pairs` by label."""
+    at = activity.of(k)[0][strong_pairs(k, activity, strong_from)]
+    return torch.bincount(activity.labels[at], minlength=n_classes).numpy()
+
+
+def chance_f1(rate: float) -> float:
+    """F1 of picking every image, the best without looking at them, at a rate of active images."""
+    return 2 * rate / (1 + rate)
+
+
+def strong_classes(
+    k: int, activity: Activity, label_counts: np.ndarray, enrichment: float
+) -> tuple[float | None, tuple[int, ...]]:
+    """From which activation on an image counts, None where all active ones do, and the
+    `predictive_classes` of feature k then.
+
+    Of all active images and STRONG_SHARES, it is where the F1 of these classes exceeds that of
+    picking every image most, by at least LIFT_GAIN more than with more images; without any class it
+    is STRONG_SHARE. `label_counts` (C,) are of all images.
+    """
+    n_images, n_classes = len(activity.labels), len(label_counts)
+    levels = strong_levels(activity.of(k)[1], n_images)
+    best, found = -LIFT_GAIN, (levels.get(STRONG_SHARE), ())
+    for level in dict.fromkeys((None, *levels.values())):
+        histogram = strong_histogram(k, activity, level, n_classes)
+        classes = list(predictive_classes(histogram, label_counts, enrichment))
+        n_strong, n_picked = histogram.sum(), label_counts[classes].sum()
+        f1 = 2 * histogram[classes].sum() / max(1, n_picked + n_strong)
+        if classes and (lift := f1 - chance_f1(n_strong / n_images)) > best + LIFT_GAIN:
+            best, found = lift, (level, tuple(classes))
+    return found
 
 
 @functools.cache
@@ -429,7 +509,8 @@ def propose_hypotheses(
 
     The drawing has the regions that follow the feature's input pattern best, see `regions`; the
     threshold has the largest F1; labels are those of `enriched_classes`, or `predictive_classes`
-    where nothing is drawn, logits those of `changed_logits`, the place that of `place_of`. Without
+    where nothing is drawn, with positions of `strong_classes`; logits are those of
+    `changed_logits`, the place that of `place_of`. Without
     `in_full` no logits are named, and there are no captions. A feature with fewer than MIN_ACTIVE
     active, or inactive, images gets an empty drawing; so does one that is not `faithful`, with the
     reason, and, if enough images are active, classes and a place.
@@ -456,13 +537,17 @@ def propose_hypotheses(
         if not enough:
             hypotheses.append(Hypothesis(k, np.zeros_like(drawn), undrawn=reason))
             continue
-        choose = predictive_classes if reason else enriched_classes
-        named = {"classes": choose(histograms[k], label_counts, rule.enrichment)}
+        if reason and places:
+            strong_from, classes_named = strong_classes(k, activity, label_counts, rule.enrichment)
+            named = {"classes": classes_named, "strong_from": strong_from}
+        else:
+            choose = predictive_classes if reason else enriched_classes
+            named = {"classes": choose(histograms[k], label_counts, rule.enrichment)}
         if in_full:
             given = (removed.mean_delta[k], layer, discovery.raw, activity, rule.percentile)
             named |= changed_logits(k, *given)
         if places:
-            named["place"] = places.place(k, rule.enrichment)
+            named["place"] = places.place(k, rule.enrichment, named["strong_from"])
         h = Hypothesis(
             feature=k,
             wanted=drawn.clip(0, None),
@@ -473,7 +558,7 @@ def propose_hypotheses(
             undrawn=reason,
         )
         if in_full:
-            on_prefix = bool(places) and places.is_on_prefix(k)
+            on_prefix = bool(places) and places.is_on_prefix(k, h.strong_from)
             h = captioned(h, drawings.strength[k], classes, on_prefix)
         hypotheses.append(h)
     return hypotheses
@@ -489,7 +574,8 @@ def captioned(
     raised = None if h.raises is None else fa.class_name(classes, h.raises)
     lowered = None if h.lowers is None else fa.class_name(classes, h.lowers)
     images = images_of_classes(h.classes, classes)
-    caption = caption_without_drawing(images, h.place, on_prefix, raised, lowered)
+    where = "on a prefix token" if on_prefix else f"in the {h.place}" if h.place else ""
+    caption = caption_without_drawing(images, where, raised, lowered, h.strong_from is not None)
     return replace(h, caption=caption[:MAX_CAPTION])
 
 
@@ -551,6 +637,16 @@ def place_of(peaks: np.ndarray, grid: tuple[int, int], usual: np.ndarray, enrich
     return min(found)[-1] if found else ""
 
 
+def strongest_pairs(activity: Activity) -> Tensor:
+    """(P,) bool, the pairs of each feature's strongest STRONG_SHARE of all images."""
+    order = torch.argsort(activity.activation, descending=True, stable=True)
+    order = order[torch.argsort(activity.feature[order], stable=True)]
+    rank = torch.empty_like(order)
+    first = activity.start[:-1].repeat_interleave(activity.n_active)
+    rank[order] = torch.arange(len(order)) - first
+    return rank < max(MIN_STRONG, round(STRONG_SHARE * len(activity.labels)))
+
+
 class Places(NamedTuple):
     """Where features are most active on the images that activate them."""
 
@@ -558,29 +654,39 @@ class Places(NamedTuple):
     activity: Activity
     n_prefix: int
     usual: np.ndarray  # (h, w) share of the pairs of all features
+    usual_strong: np.ndarray  # (h, w) the same, of each feature's strongest STRONG_SHARE of images
 
     @classmethod
     def of(cls, layer: fa.ExplainedLayer, activity: Activity) -> Places:
         """From the activity of a layer with positions."""
         positions = layer.positions
         grid, cells = tuple(positions.grid), activity.position.numpy() - positions.n_prefix
-        counts = np.bincount(cells[cells >= 0], minlength=math.prod(grid))
-        usual = counts.reshape(grid) / max(1, len(cells))
-        return cls(grid, activity, positions.n_prefix, usual)
+        usual = []
+        for own in (cells, cells[strongest_pairs(activity).numpy()]):
+            counts = np.bincount(own[own >= 0], minlength=math.prod(grid))
+            usual.append(counts.reshape(grid) / max(1, len(own)))
+        return cls(grid, activity, positions.n_prefix, *usual)
 
-    def peaks(self, k: int) -> np.ndarray:
-        """(n,) the grid cells of feature k's peaks, negative on prefix tokens."""
-        return self.activity.peaks_of(k).numpy() - self.n_prefix
+    def peaks(self, k: int, strong_from: float | None = None) -> np.ndarray:
+        """(n,) the grid cells of feature k's peaks, on the images that count from `strong_from` on,
+        negative on prefix tokens."""
+        own = strong_pairs(k, self.activity, strong_from)
+        return self.activity.peaks_of(k)[own].numpy() - self.n_prefix
 
-    def is_on_prefix(self, k: int) -> bool:
+    def usual_peaks(self, strong_from: float | None) -> np.ndarray:
+        """(h, w) share of the peaks of all features, of strong ones unless all count."""
+        return self.usual if strong_from is None else self.usual_strong
+
+    def is_on_prefix(self, k: int, strong_from: float | None = None) -> bool:
         """Whether feature k is most active on a prefix token, on most of its images."""
-        return bool((self.peaks(k) < 0).mean() > 0.5)
+        return bool((self.peaks(k, strong_from) < 0).mean() > 0.5)
 
-    def place(self, k: int, enrichment: float) -> str:
+    def place(self, k: int, enrichment: float, strong_from: float | None = None) -> str:
         """The place of feature k, "" for one that is mostly on prefix tokens."""
-        if self.is_on_prefix(k):
+        if self.is_on_prefix(k, strong_from):
             return ""
-        return place_of(self.peaks(k), self.grid, self.usual, enrichment)
+        peaks, usual = self.peaks(k, strong_from), self.usual_peaks(strong_from)
+        return place_of(peaks, self.grid, usual, enrichment)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -608,8 +714,10 @@ def weights_of_rows(rows: Sequence[str]) -> np.ndarray:
 
 
 def hypothesis_record(h: Hypothesis) -> dict:
-    """The hypothesis as a JSON object; `place` and `undrawn` are left out where they are empty."""
-    optional = {name: value for name in ("place", "undrawn") if (value := getattr(h, name))}
+    """The hypothesis as a JSON object; `place`, `undrawn` and `strong_from` are left out where they
+    are empty."""
+    names = ("place", "undrawn", "strong_from")
+    optional = {name: value for name in names if (value := getattr(h, name))}
     return {
         "feature": h.feature,
         "caption": h.caption,
@@ -635,6 +743,7 @@ def hypothesis_of(record: Mapping) -> Hypothesis:
     record that is none."""
     weights = weights_of_rows(record["drawing"])
     optional = ("raises", "lowers", "caption", "confidence", "threshold", "place", "undrawn")
+    optional += ("strong_from",)
     given = {name: record[name] for name in optional if record.get(name) is not None}
     wanted, unwanted = weights.clip(0, None), (-weights).clip(0, None)
     classes = tuple(record.get("classes") or ())

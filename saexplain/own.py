@@ -217,7 +217,11 @@ def result_lines(r: OwnResult, machine: dict | None, classes: Sequence[str]) -> 
         f"- Confidence by the tests: {confidence_words(d.confidence, replicated)}; by its author: "
         f"{h.confidence or 'none given'}",
     ]
-    words = picked_words(e.picked, e.undrawn) if e.picked else escaped(why_not_tested(r))
+    words = (
+        picked_words(e.picked, e.undrawn, e.n_strong is not None)
+        if e.picked
+        else escaped(why_not_tested(r))
+    )
     lines.append(f"- In words: {words}")
     if again.f1 is not None:
         lines.append(f"- F1 on the replication half {again.f1:.2f}")

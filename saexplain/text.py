@@ -69,6 +69,7 @@ def evidence_record(e: Evidence, results: dict[str, str]) -> dict:
         "classes": _record(e.classes),
         "effects": {verb: _record(change) for verb, change in e.effects.items()},
         **_known(place=_record(e.place)),
+        **({} if e.n_strong is None else {"n_strong": e.n_strong}),
         "results": results,
     }
 
@@ -113,14 +114,15 @@ def auroc_words(auroc: float) -> str:
     return f"{math.floor(auroc * 1000) / 1000:.3f}"
 
 
-def picked_words(p: Picked, by_class: bool = False) -> str:
-    """Precision and recall in words; of the images of the classes named where those are picked."""
+def picked_words(p: Picked, by_class: bool = False, is_strong: bool = False) -> str:
+    """Precision and recall in words; of the images of the classes named where those are picked, and
+    of strongly active images where only these count."""
     if not p.n:
         return "it picks no image"
     if by_class:
         return (
-            f"of the images of the classes named, {percent(p.precision)} activate the feature; "
-            f"they are {percent(p.recall)} of those that do"
+            f"of the images of the classes named, {percent(p.precision)} activate the feature"
+            f"{' strongly' if is_strong else ''}; they are {percent(p.recall)} of those that do"
         )
     return (
         f"of the images it picks, {percent(p.precision)} activate the feature; it finds "
@@ -158,18 +160,30 @@ def _edit_line(name: str, t: EditTest) -> str:
 
 
 def class_words(h: Hypothesis, e: Evidence, classes: Sequence[str]) -> str:
-    """The share of the active images that are of the classes named, in words."""
+    """The share of the images that count as active that are of the classes named, in words."""
     c, named = e.classes, images_of_classes(h.classes, classes)
     share = f"{percent(c.share)} [{percent(c.low)}, {percent(c.high)}]"
-    return f"{share} of the active images are {named}, of all images {percent(c.usual)}"
+    return f"{share} of {counted_words(e)} are {named}, of all images {percent(c.usual)}"
+
+
+def counted_words(e: Evidence) -> str:
+    """The images that count as active, in words."""
+    if e.n_strong is None:
+        return "the active images"
+    return f"the {strong_words(e)} on which it is strongest"
+
+
+def strong_words(e: Evidence) -> str:
+    """The number of strongly active images, as in "52 images (5%)"."""
+    return f"{e.n_strong:,} images ({percent(e.n_strong / e.n_images)})"
 
 
 def place_words(h: Hypothesis, e: Evidence) -> str:
     """The share of the peaks that are in the place named, in words."""
     p = e.place
     share = f"{percent(p.share)} [{percent(p.low)}, {percent(p.high)}]"
-    usual = f"of the peaks of all features {percent(p.usual)}"
-    return f"on {share} of the active images its peak is in the {h.place}, {usual}"
+    usual = f"of {'the' if e.n_strong is None else 'such'} peaks of all features {percent(p.usual)}"
+    return f"on {share} of {counted_words(e)} its peak is in the {h.place}, {usual}"
 
 
 def effect_words(verb: str, c: LogitChange, classes: Sequence[str]) -> str:
@@ -222,10 +236,12 @@ def evidence_line(e: Evidence, classes: Sequence[str] = ()) -> str:
             share = percent(e.label_histogram[c] / e.n_active)
             shares.append(f"{share} of them {images_of(classes, c)}")
     clauses[0] += ", " + listed(shares) if shares else ""
+    if e.n_strong is not None:
+        clauses.append(f"classes and place are tested on {counted_words(e)}")
     if not e.is_testable:
         clauses.append("too few active, or inactive, images to test")
     if e.picked:
-        clauses.append(picked_words(e.picked, e.undrawn))
+        clauses.append(picked_words(e.picked, e.undrawn, e.n_strong is not None))
         f1 = "F1 by class" if e.undrawn else "F1"
         clauses.append(f"{f1} {e.picked.f1:.2f}, of picking every image {e.chance_f1:.2f}")
     if e.place:
@@ -295,6 +311,13 @@ the layer has positions, the place in which the feature's peak is on at least ha
 that activate it, and {enrichment} times as often as the peaks of all features. The images of the
 classes named are predicted to activate the feature, which gives an F1 by class. A feature that is
 active on all images is tested as well.
+"""
+HOW_STRONG = """
+With positions a feature can be active somewhere on nearly all images. Classes and place of {strong}
+hypotheses are therefore about the images on which the feature is strongest: those from an
+activation on (`strong_from`) that 2, 5, 10, 20 or 40% of the validation images reach, whichever
+lets the classes predict it best. It was frozen with the hypothesis, and is the same on the test
+images. Such captions begin with "Strongest".
 """
 HOW_EDITED = """
 - Erasing: the ink in wanted cells is removed from active images. Filling: unwanted cells of
@@ -475,6 +498,8 @@ def hypotheses_markdown(
     undrawn = sum(bool(h.undrawn) for h in evaluation.hypotheses)
     all_drawn, none_drawn = not undrawn, undrawn == len(evaluation.hypotheses)
     how = HOW_TESTED + ("" if none_drawn else HOW_DRAWN) + ("" if all_drawn else HOW_UNDRAWN)
+    strong = sum(h.strong_from is not None for h in evaluation.hypotheses)
+    how += HOW_STRONG if strong else ""
     how += ("" if none_drawn else HOW_EDITED) + HOW_DECIDED
     how = how.format(
         discovery=evaluation.n_discovery,
@@ -485,6 +510,7 @@ def hypotheses_markdown(
         fill="a quarter",
         min_active=MIN_ACTIVE,
         undrawn=undrawn,
+        strong=strong,
         **evaluation.rule._asdict(),
     )
     influence = [row.evidence.influence for row in evaluation.rows]

@@ -248,12 +248,14 @@ def test_words_for_classes_and_shares():
 @pytest.mark.parametrize(
     ("given", "caption"),
     [
-        (("6s and 7s", "upper third", False, "6", None), "6s and 7s, in the upper third"),
-        (("", "lower left", False, "6", "7"), "In the lower left"),
-        (("cats", "", True, None, None), "Cats, on a prefix token"),
-        (("", "", False, "6", "7"), "Raises the logit of 6, lowers the logit of 7"),
-        (("", "", False, None, "0"), "Lowers the logit of 0"),
-        (("", "", False, None, None), "No class, place or logit stands out"),
+        (("6s and 7s", "in the upper third", "6", None), "6s and 7s, in the upper third"),
+        (("", "in the lower left", "6", "7"), "In the lower left"),
+        (("", "", "6", "7"), "Raises the logit of 6, lowers the logit of 7"),
+        (("", "", None, "0"), "Lowers the logit of 0"),
+        (("", "", None, None), "No class, place or logit stands out"),
+        (("cats", "in the center", None, None, True), "Strongest on cats, in the center"),
+        (("", "in the center", None, None, True), "Strongest in the center"),
+        (("", "", "6", None, True), "Raises the logit of 6"),
     ],
 )
 def test_captions_without_a_drawing(given, caption):

@@ -135,16 +135,103 @@ def test_classes_places_and_logits_are_those_planted(hypotheses):
     assert captions[pp.RARE] == "nothing drawn"
 
 
-def test_features_that_are_always_active_are_tested_without_a_drawing(layer):
+@pytest.fixture(scope="module")
+def always(layer):
+    """The layer with an SAE whose features are all active at all positions."""
     weights = {name: values.clone() for name, values in layer.sae.state_dict().items()}
-    weights["b_enc"][pp.CORNER] += 10
-    always = layer.with_sae(JumpReLUSAE.from_weights(weights))
-    h = hy.propose_hypotheses(always, hy.discover(always))[pp.CORNER]
-    assert (h.classes, h.is_drawn, h.caption != "nothing drawn") == ((), False, True)
-    (e,) = ev.collect_evidence([h], always, layer.splits["test"], None)
-    assert (e.n_active, e.is_testable) == (e.n_images, True)
+    weights["b_enc"] += 10
+    return layer.with_sae(JumpReLUSAE.from_weights(weights))
+
+
+def test_features_that_are_always_active_have_strong_images(always):
+    proposed = hy.propose_hypotheses(always, hy.discover(always), classes=NAMES)
+    h, anywhere = proposed[pp.CORNER], proposed[pp.ANYWHERE]
+    _, labels, raw = always.splits["val"]
+    strongest = always.acts_at(raw)[:, :, pp.CORNER].amax(1).sort(descending=True).values
+    assert h.strong_from == strongest[119]  # 20% of 600 images are as many as class 0 has
+    assert h.caption == "Strongest on cats, in the upper left"
+    assert anywhere.strong_from == pytest.approx(
+        float(always.acts_at(raw)[:, :, pp.ANYWHERE].amax(1).sort().values[-32])
+    )
+    assert (anywhere.classes, anywhere.place) == ((), "")
+
+    _, labels, raw = always.splits["test"]
+    (e,) = ev.collect_evidence([h], always, always.splits["test"], None)
+    acts, position = always.acts_at(raw)[:, :, pp.CORNER].max(1)
+    strong, cat = (acts >= h.strong_from).numpy(), (labels == 0).numpy()
+    assert (e.n_active, e.n_strong) == (600, strong.sum())
+    assert 0.1 < strong.mean() < 0.3
+    assert e.f1 == pytest.approx(sklearn.metrics.f1_score(strong, cat))
+    assert e.chance_f1 == pytest.approx(sklearn.metrics.f1_score(strong, strong | True))
+    assert (e.classes.share, e.classes.usual) == pytest.approx((cat[strong].mean(), cat.mean()))
+    row, column = np.divmod(position.numpy()[strong] - pp.N_PREFIX, 6)
+    assert e.place.share == pytest.approx(((row < 2) & (column < 2)).mean())
+    assert e.place.usual < 0.3
+    assert sum(e.label_histogram) == 600
+    decision = ev.decide(e)
+    assert (decision.results["classes"], decision.results["place"]) == (CONFIRMED, CONFIRMED)
+    assert not e._replace(n_strong=7).is_testable
     assert not e._replace(undrawn=False).is_testable
-    assert not e._replace(n_active=7).is_testable
+    words = f"the {e.n_strong} images ({e.n_strong / 600:.0%}) on which it is strongest"
+    for line in (text.class_words(h, e, NAMES), text.place_words(h, e), text.evidence_line(e)):
+        assert words in line
+    assert "activate the feature strongly" in text.evidence_line(e)
+    assert "of such peaks of all features" in text.place_words(h, e)
+    assert text.evidence_record(e, {})["n_strong"] == e.n_strong
+    again = hy.hypothesis_of(json.loads(json.dumps(hy.hypothesis_record(h))))
+    assert again.strong_from == h.strong_from
+
+
+def shuffled(layer, name: str, seed: int):
+    """The activity of a split with each feature's activations in random order, and positions, of
+    all features, as well."""
+    _, labels, raw = layer.splits[name]
+    activity, rng = collect_activity(layer, raw, labels), np.random.default_rng(seed)
+    acts = activity.activation.split(activity.n_active.tolist())
+    mixed = torch.cat([own[rng.permutation(len(own))] for own in acts])
+    position = activity.position[rng.permutation(len(mixed))]
+    return activity._replace(activation=mixed, position=position)
+
+
+def test_strong_images_chosen_by_chance_confirm_nothing(always):
+    discovery, results, n_named = hy.discover(always), [], [0, 0]
+    for seed in range(20):
+        given = None, shuffled(always, "val", seed), None, False
+        found = hy.propose_hypotheses(always, discovery, *given)
+        n_named[0] += sum(bool(h.classes) for h in found)
+        n_named[1] += sum(bool(h.place) for h in found)
+        # Classes that chance would name without a test of their own
+        found = [replace(h, classes=h.classes or (seed % 5,)) for h in found]
+        activity = shuffled(always, "test", 100 + seed)
+        split = always.splits["test"]
+        tested = ev.collect_evidence(found, always, split, None, None, activity, in_full=False)
+        results += [ev.decide(e) for e in tested]
+    assert len(results) == 120
+    assert n_named[0] <= 6
+    assert n_named[1] <= 18
+    for name, most in (("classes", 8), ("place", 2)):
+        assert sum(d.results.get(name) == CONFIRMED for d in results) <= most
+
+
+def test_levels_of_strong_activity_have_their_share_of_images():
+    acts = torch.rand(900, generator=torch.Generator().manual_seed(0))
+    found = hy.strong_levels(acts, 1000)
+    counts = {share: int((acts >= level).sum()) for share, level in found.items()}
+    assert counts == {0.4: 400, 0.2: 200, 0.1: 100, 0.05: 50, 0.02: 32}
+    assert hy.strong_levels(acts[:100], 1000).keys() == {0.05, 0.02}
+    assert hy.strong_levels(acts[:32], 1000) == {}  # all of them count
+
+
+def test_strongest_pairs_are_those_of_each_feature(always):
+    _, labels, raw = always.splits["val"]
+    activity = collect_activity(always, raw, labels)
+    kept = hy.strongest_pairs(activity)
+    acts = always.acts_at(raw).amax(1)
+    assert kept.sum() == 6 * 32
+    for k, own in enumerate(acts.T):  # active on all images
+        strongest = own.sort(descending=True).values[:32]
+        found = own[kept[600 * k : 600 * (k + 1)]].sort(descending=True).values
+        assert torch.equal(found, strongest)
 
 
 def test_random_directions_are_removed_with_the_features_own_map(layer, monkeypatch):
@@ -431,6 +518,9 @@ def test_frozen_hypotheses_keep_place_and_reason(hypotheses, tmp_path):
         ({"place": "attic"}, "place must be one of upper third, .*got 'attic'"),
         ({"place": 3}, "place must be one of .*got 3"),
         ({"undrawn": "x" * 301}, "undrawn must be text of at most 300 characters"),
+        ({"strong_from": 1.0}, "strong_from must be a positive number, .*got 1.0"),
+        ({"undrawn": "x", "strong_from": 0}, "strong_from must be a positive number, .*got 0"),
+        ({"undrawn": "x", "strong_from": "1"}, "strong_from must be a positive .*got '1'"),
         (
             {"undrawn": "too hard", "wanted": np.eye(2)},
             "undrawn must be empty where a cell is wanted",
