@@ -38,7 +38,7 @@ import itertools
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -65,16 +65,15 @@ from saexplain.files import (
     load_stage,
     read_json,
     save_stage,
-    sha256_of,
-    to_json,
 )
 from saexplain.hypotheses import load_frozen
-from saexplain.images import Data, Split, TensorLoader, digest_of, load_images
+from saexplain.images import Data, Split, TensorLoader, load_images
 from saexplain.layers import (
     AtLayer,
     Storing,
     collect_activations,
     default_torch_state,
+    digest_of_outputs,
     layer_inputs,
     make_deterministic,
     open_layer,
@@ -943,6 +942,8 @@ def open_run(
 
 
 EXPLAINED = "explained"  # folder of the results of explain(), by network and layer
+LATENTS_OF_VECTOR, LATENTS_AT_POSITIONS = 2, 4  # per number of a row, where none are asked for
+IMAGE_OPTIONS = ("mean", "std", "columns", "transform")  # of load_own
 
 
 def explain_settings(net: AtLayer, raw: fa.Rows, target: int, given: dict) -> Settings:
@@ -963,9 +964,6 @@ def explain_settings(net: AtLayer, raw: fa.Rows, target: int, given: dict) -> Se
     return Settings(target_actives=(target,), device=str(net.device), **{**usual, **given})
 
 
-LATENTS_OF_VECTOR, LATENTS_AT_POSITIONS = 2, 4  # per number of a row, where none are asked for
-
-
 @default_torch_state()
 def explain(
     model: nn.Module,
@@ -981,7 +979,6 @@ def explain(
     grid: Sequence[int] | None = None,
     prefix_tokens: int | None = None,
     positions_per_image: int = 8,
-    images: Mapping[str, object] | None = None,
     **settings: object,
 ) -> Run:
     """Train an SAE on a layer of any network, and explain its features: all that the script does.
@@ -1003,10 +1000,10 @@ def explain(
         pool, layout, grid, prefix_tokens: for a layer with positions, as in
             `saexplain.layers.AtLayer`; by default they are recognized, and printed.
         positions_per_image: random ones of each training image, on which the SAE is trained.
-        images: further arguments of `load_own`, such as {"mean": ..., "std": ...}.
-        settings: any other of `Settings`, by name: out, sae_latents, hypotheses, fresh, ... By
-            default out names network and layer, there are twice as many latents as the layer has
-            outputs, four times as many as a position has, and no worker processes.
+        settings: mean, std, columns and transform of `load_own`; any other of `Settings`, by name:
+            out, sae_latents, hypotheses, fresh, ... By default out names network and layer, there
+            are twice as many latents as the layer has outputs, four times as many as a position
+            has, and no worker processes.
 
     Returns the run as `load_run` does; its files are in `out`. A second call with the same network
     and images reuses the SAE. Under torchrun all ranks train, and the first explains. Raises
@@ -1015,15 +1012,16 @@ def explain(
     """
     clock = Stopwatch(console.stage_line)
     net = open_layer(model, layer, pool, layout, grid, prefix_tokens)
+    images = {name: settings.pop(name) for name in IMAGE_OPTIONS if name in settings}
     with open_ranks() as ranks, printing_once(ranks):
-        data = report.load_splits(net, classes, train, val, test, **(images or {}))
+        data = report.load_splits(net, classes, train, val, test, **images)
         with torch.no_grad():
             some = net.preactivations(data.train.images[: fa.PROBED])
         own = explain_settings(net, some, target or max(TARGETS), settings)
         make_deterministic(net.device)
         root = Path(own.out)
         with one_writer(root, own.wait, ranks), torch_threads(1), Workers(own.workers) as workers:
-            print(f"{net.title}: {net.in_words()}; results go to {root}")
+            print(f"{net.title}: {net.in_words()}; results go to {root}{report.replaced_in(root)}")
             print(estimate(net, data, positions_per_image, own, target is None))
             made_from = layer_inputs(net, data)
             storing = Storing(positions_per_image, root, made_from)
@@ -1034,20 +1032,11 @@ def explain(
                 with clock("target"):
                     picked = pick_target(found, own, data.train, train_wanted, ranks)
                     own = replace(own, target_actives=(picked,))
-            network = ranks.on_first(name_network, found, made_from)
+            network = Network(net.title, ranks.on_first(digest_of_outputs, found, made_from))
             explain_activations(found, data, network, own, clock, workers, ranks)
             stage = load_stage(root, "sae")
     sae = JumpReLUSAE.from_weights(stage.tensors, found.device)
     return Run(found.with_sae(sae), own, data, root)
-
-
-@torch.no_grad()
-def name_network(layer: fa.ExplainedLayer, made_from: Mapping[str, str]) -> Network:
-    """The network with a digest of all that decides the SAE: also of outputs, since code that makes
-    them cannot be hashed."""
-    raw = layer.splits["val"].raw
-    outputs = digest_of([fa.values_of(raw), layer.logits(raw)])
-    return Network(layer.model.title, sha256_of(to_json({**made_from, "outputs": outputs})))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import feature_analysis as fa
-from saexplain.files import InputError
+from saexplain.files import InputError, sha256_of, to_json
 from saexplain.images import SPLIT_NAMES, Data, Split, TensorLoader, digest_of
 from saexplain.optimization import progress_bar
 from saexplain.parallel import ONE_PROCESS, Ranks, shard_of
@@ -96,6 +96,15 @@ def layer_inputs(net, data: Data) -> dict[str, str]:
     """What a layer's outputs are made from: images, weights, the layer's name."""
     weights = digest_of(net.model.state_dict().values())
     return {"data": data.digest, "layer": net.title, "weights": weights}
+
+
+@torch.no_grad()
+def digest_of_outputs(layer: fa.ExplainedLayer, made_from: Mapping[str, str]) -> str:
+    """SHA-256 of all that decides an SAE of the layer: also of outputs on validation images, since
+    code that makes them cannot be hashed."""
+    raw = layer.splits["val"].raw
+    outputs = digest_of([fa.values_of(raw), layer.logits(raw)])
+    return sha256_of(to_json({**made_from, "outputs": outputs}))
 
 
 def store_outputs(model, split: Split, name: str, storing: Storing, ranks: Ranks) -> Tensor:

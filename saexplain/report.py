@@ -40,7 +40,7 @@ from saexplain.evaluation import (
     split_test_images,
 )
 from saexplain.fidelity import feature_stats, measure_fidelity, rows_of
-from saexplain.files import InputError, Stage, folder_lock, to_json, to_json_lines
+from saexplain.files import InputError, Stage, folder_lock, read_json, to_json, to_json_lines
 from saexplain.hypotheses import (
     Discovery,
     Faithful,
@@ -128,6 +128,13 @@ def remove_results(folder: Path) -> bool:
     for path in found:
         path.unlink(missing_ok=True)
     return bool(found)
+
+
+def replaced_in(root: Path) -> str:
+    """In words, of which network the results are that will be replaced; empty without any."""
+    if not (root / "settings.json").exists():
+        return ""
+    return f", in place of those of {read_json(root / 'settings.json')['network']}"
 
 
 def replace_results(root: Path) -> None:

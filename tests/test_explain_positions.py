@@ -208,3 +208,20 @@ def test_an_sae_that_is_trained_already_is_explained_at_positions(explained, res
         assert record["influence"] == pytest.approx(own[record["feature"]]["influence"], abs=1e-4)
         assert record["caption"] == own[record["feature"]]["caption"]
     assert (tmp_path / "feature_report.html").exists()
+
+
+def test_a_second_layer_has_a_folder_of_its_own_and_a_shared_one_is_named(
+    resnet, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    given = {**FAST, "hypotheses": False}
+    normalized = [((images - 0.4) / 0.2, labels) for images, labels in splits()]
+    first = driver.explain(resnet, "layer2", *normalized, mean=[0.4] * 3, std=[0.2] * 3, **given)
+    pictures = first.data.display.pictures(first.data.val.images)
+    torch.testing.assert_close(pictures, splits()[1][0], atol=1e-5, rtol=0)
+    second = driver.explain(resnet, "wide", *splits(), **given)
+    assert first.folder != second.folder
+    capsys.readouterr()
+    driver.explain(resnet, "wide", *splits(), out=first.folder, **given)
+    printed = capsys.readouterr().out
+    assert "in place of those of layer layer2 of ResNet" in printed
