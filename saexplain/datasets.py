@@ -410,7 +410,7 @@ def load_own(
     warn_leakage({name: part.hashes for name, part in parts.items()})
     splits = [Split(part.images, part.labels.to(device)) for part in parts.values()]
     n = sum(len(split.labels) for split in splits)
-    source, names = f"{n:,} images of one's own", names or tuple(map(str, range(n_classes)))
+    source, names = f"{n:,} images", names or tuple(map(str, range(n_classes)))
     data = Data(*splits, names, source, digest_of_parts(parts.values()), display)
     print(describe(data, drawn, shown))
     return data

@@ -272,7 +272,7 @@ def _dose_response(effects: dict) -> dict | None:
 def _hypothesis_fields(record: dict) -> dict:
     """The hypothesis about a feature and the evidence for it; None where there is none."""
     hypothesis, evidence = record.get("hypothesis") or {}, record.get("evidence") or {}
-    named = ("classes", "raises", "lowers", "threshold")
+    named = ("classes", "raises", "lowers", "threshold", "strong_from")
     found = ("chance_f1", "picked", "detection", "classes", "effects", "results", "n_images")
     return {
         "caption": record.get("caption"),

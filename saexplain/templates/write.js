@@ -155,7 +155,7 @@ function showWriting() {
   writing.now = measure(writing.scores, activeIn("val", i), threshold);
   const now = any ? writing.now : null;
   paintSheet();
-  write(parts.words, now ? `F1 ${now.f1.toFixed(2)}. ${pickedWords(now.precision, now.recall)}`
+  write(parts.words, now ? `F1 ${now.f1.toFixed(2)}. ${pickedWords(now)}`
     : "Nothing is drawn yet. Paint on the picture.");
   parts.numbers.replaceChildren(measureTable("your numbers", [["yours", now],
     ["machine's", parts.machine], ["all picked", everyImage(writing.now)]],
@@ -210,7 +210,7 @@ function resultView(h) {
   const look = h.tries > 1 ? "Each look makes it weaker evidence. " : "";
   return [el("h3", {}, "Result: confidence ", el("b", {}, r.confidence ?? "not known"),
     h.confidence ? ` (you expected ${h.confidence})` : ""),
-  el("p", {}, pickedWords(r.precision, r.recall)),
+  el("p", {}, pickedWords(r)),
   measureTable("results", columns, Object.keys(numberRows), "results"),
   el("ul", { class: "plain small" }, lines),
   note(`On ${number(r.n_images)} images of the test half, of which ${number(r.active)} activate ` +
