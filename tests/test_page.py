@@ -114,8 +114,8 @@ def test_fields_of_a_record_reach_the_page(world, written):
         assert [entry["influence"], entry["changes"]] == pytest.approx(numbers, rel=1e-3)
         lost = [-change for change in record["ablation_delta_vector"]]
         assert entry["supports"] == pytest.approx(lost, rel=1e-3)
-        named = ("classes", "raises", "lowers", "threshold")
-        assert entry["hypothesis"] == {name: record["hypothesis"][name] for name in named}
+        named = ("classes", "raises", "lowers", "threshold", "strong_from")
+        assert entry["hypothesis"] == {name: record["hypothesis"].get(name) for name in named}
         found = json.loads(json.dumps(record["evidence"]))  # tuples become lists
         assert all(entry["found"][name] == found[name] for name in entry["found"])
         assert entry["found"].keys() >= {"picked", "chance_f1", "detection", "results"}
