@@ -1,12 +1,12 @@
 """What do the positions of a layer see of an image? Crops around them, as ink on a canvas.
 
-    found = crops_of_positions(images, positions, (7, 7))   # (n, C, 7, 7), to fit a canvas to
-    crops = Crops.of(Canvas.fit(found), positions, (32, 32))
-    scores, cells = crops.scores(weights, images)           # the best position of each image
-    edited = crops.add_ink(images, cells, change)           # ink changed around these positions
+    found = crops_of_positions(images, positions, (7, 7))     # (n, C, 7, 7)
+    crops = Crops.of(canvas.of_crops(found), positions, (32, 32))
+    scores, cells = crops.scores(weights, images)             # the best position of each image
+    edited = crops.add_ink(images, cells, change)             # ink changed around these positions
 
 Takes images and the positions of a layer; gives ink and scores. It knows no features. Outside of an
-image there is no ink.
+image pixels are 0, as in `where.crop_around` and for a convolution.
 
 Key: N images, F drawings, h x w positions with a place (cells of the grid), a x b pixels of a crop.
 """
@@ -23,7 +23,7 @@ import feature_analysis as fa
 from saexplain.ink import FULL_INK, MAX_SIDE, Canvas
 from saexplain.where import center_of
 
-N_CROPS = 6000  # at random, to which a canvas is fitted
+N_CROPS = 6000  # at random, that show which pixels of a crop are inked
 CROP_ENTRIES = 2**24  # numbers in the crops of all positions in memory at once
 
 
@@ -89,10 +89,11 @@ class Crops(NamedTuple):
         return cls(whole, tuple(side), *corners(positions, side, image))
 
     def _framed(self, images: Tensor) -> Tensor:
-        """(N, H + 2 a, W + 2 b) levels of ink, with a frame without ink."""
-        levels = self.whole.levels(images).unflatten(1, self.whole.image_shape[1:])
+        """(N, H + 2 a, W + 2 b) levels of ink, with a frame of pixels that are 0."""
         a, b = self.side
-        return torch.nn.functional.pad(levels, (b, b, a, a))
+        framed = torch.nn.functional.pad(images, (b, b, a, a))
+        canvas = self.whole._replace(image_shape=tuple(framed.shape[1:]))
+        return canvas.levels(framed).unflatten(1, tuple(framed.shape[2:]))
 
     def _corner(self, cell: int) -> tuple[slice, slice]:
         """The rows and columns of a framed image around the position of a cell."""

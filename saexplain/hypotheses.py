@@ -222,7 +222,7 @@ MAX_CLASSES_UNDRAWN = 20  # named where they predict activity themselves
 FALSE_CLASSES = 0.01  # of these, the share that may be named by chance (Benjamini & Hochberg 1995)
 STRONG_SHARES = (0.4, 0.2, 0.1, 0.05, 0.02)  # of all images, that may count as strongly active
 STRONG_SHARE = 0.05  # the same where no class is named
-LIFT_GAIN = 0.05  # in F1 above that of picking every image, for which fewer images count
+LEAST_GAIN = 0.05  # in `share_gained`, for which fewer images count
 MIN_STRONG = 32  # strongly active images: enough, also of a smaller half of the test images
 N_DIRECTIONS = 64  # random ones, the same for all features
 NULL_SIZE = (N_DIRECTIONS, 16)  # random directions, and images from which they are removed
@@ -265,7 +265,7 @@ def discover(
     nothing = drawable is not None and not drawable.any()
     if layer.has_positions and not nothing and can_draw_crops(side, tuple(images.shape[-2:])):
         crops = crops_of_positions(images, layer.positions, side)
-        canvas = Canvas.fit(crops)
+        canvas = fit_canvas(images).of_crops(crops)
         levels, patterns = canvas.levels(crops), canvas.pattern(crop_heats)
         metric = local_covariance(levels, canvas)
         return Discovery(canvas, levels.byte(), labels.cpu(), raw, torch.empty(0), metric, patterns)
@@ -358,26 +358,33 @@ def chance_f1(rate: float) -> float:
     return 2 * rate / (1 + rate)
 
 
+def share_gained(f1: float, rate: float) -> float:
+    """How far an F1 is from that of picking every image, at a rate of active images, towards 1: it
+    tells how well activity is predicted at different rates."""
+    chance = chance_f1(rate)
+    return (f1 - chance) / max(1 - chance, 1e-9)
+
+
 def strong_classes(
     k: int, activity: Activity, label_counts: np.ndarray, enrichment: float
 ) -> tuple[float | None, tuple[int, ...]]:
     """From which activation on an image counts, None where all active ones do, and the
     `predictive_classes` of feature k then.
 
-    Of all active images and STRONG_SHARES, it is where the F1 of these classes exceeds that of
-    picking every image most, by at least LIFT_GAIN more than with more images; without any class it
-    is STRONG_SHARE. `label_counts` (C,) are of all images.
+    Of all active images and STRONG_SHARES, it is where these classes predict best by
+    `share_gained`, by at least LEAST_GAIN better than with more images; without any class it is
+    STRONG_SHARE. `label_counts` (C,) are of all images.
     """
     n_images, n_classes = len(activity.labels), len(label_counts)
     levels = strong_levels(activity.of(k)[1], n_images)
-    best, found = -LIFT_GAIN, (levels.get(STRONG_SHARE), ())
+    best, found = -LEAST_GAIN, (levels.get(STRONG_SHARE), ())
     for level in dict.fromkeys((None, *levels.values())):
         histogram = strong_histogram(k, activity, level, n_classes)
         classes = list(predictive_classes(histogram, label_counts, enrichment))
         n_strong, n_picked = histogram.sum(), label_counts[classes].sum()
         f1 = 2 * histogram[classes].sum() / max(1, n_picked + n_strong)
-        if classes and (lift := f1 - chance_f1(n_strong / n_images)) > best + LIFT_GAIN:
-            best, found = lift, (level, tuple(classes))
+        if classes and (gain := share_gained(f1, n_strong / n_images)) > best + LEAST_GAIN:
+            best, found = gain, (level, tuple(classes))
     return found
 
 
@@ -511,25 +518,26 @@ def fit_crop_drawings(
     least: float = Rule().medium_lift,
 ) -> dict[int, tuple[int, float | None]]:
     """By feature the threshold of its drawing, weights (d_sae, a, b) of crops, and from which
-    activation on an image counts: where F1 exceeds that of picking every image most.
+    activation on an image counts: where it predicts best, as in `strong_classes`.
 
-    Without those of the `features` that never exceed it by `least`: color, for one, cannot be
-    drawn.
+    Without those of the `features` whose F1 never exceeds that of picking every image by `least`:
+    color, for one, cannot be drawn.
     """
     images = layer.splits["val"].images
     crops, found = Crops.of(canvas, layer.positions, tuple(images.shape[-2:])), {}
     scores = crops.scores(weights[features], images)[0].numpy()
     for k, own in zip(features, scores, strict=True):
-        (at, acts), best = activity.of(k), least - LIFT_GAIN
+        (at, acts), best = activity.of(k), -LEAST_GAIN
         for level in (None, *dict.fromkeys(strong_levels(acts, len(own)).values())):
             strong = at[strong_pairs(k, activity, level)].numpy()
             if not weights[k].any() or not MIN_ACTIVE <= len(strong) <= len(own) - MIN_ACTIVE:
                 continue
             threshold = best_threshold(own, strong)
             n_both, n_picked = (own[strong] >= threshold).sum(), (own >= threshold).sum()
-            lift = 2 * n_both / (n_picked + len(strong)) - chance_f1(len(strong) / len(own))
-            if lift >= best + LIFT_GAIN:
-                best, found[k] = lift, (threshold, level)
+            f1, rate = float(2 * n_both / (n_picked + len(strong))), len(strong) / len(own)
+            gain = share_gained(f1, rate)
+            if f1 - chance_f1(rate) >= least and gain > best + LEAST_GAIN:
+                best, found[k] = gain, (threshold, level)
     return found
 
 
