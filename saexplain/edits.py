@@ -23,7 +23,8 @@ from torch import Tensor
 
 import feature_analysis as fa
 from saexplain.activity import Activity
-from saexplain.hypotheses import MIN_ACTIVE, Hypothesis, evenly_spaced
+from saexplain.crops import Crops
+from saexplain.hypotheses import MIN_ACTIVE, Hypothesis, evenly_spaced, strong_pairs
 from saexplain.ink import FULL_INK, Canvas
 from saexplain.statistics import wilson_interval
 
@@ -193,13 +194,15 @@ def paint(levels: Tensor, shapes: Shapes, up_to: int) -> Pair:
     return _as_much_elsewhere(missing * shapes.cells, missing * shapes.other(missing))
 
 
-def edited_images(k: int, activity: Activity) -> tuple[Tensor, Tensor]:
-    """The active and the inactive images that tests of feature k edit, at most N_EDIT each."""
-    inactive = np.flatnonzero(~activity.is_active(k))
-    return (
-        evenly_spaced(activity.of(k)[0], N_EDIT),
-        evenly_spaced(torch.from_numpy(inactive), N_EDIT),
-    )
+def edited_images(
+    k: int, activity: Activity, strong_from: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The active and the inactive images that tests of feature k edit, at most N_EDIT each; from
+    `strong_from` on an image counts as active."""
+    active = activity.of(k)[0][strong_pairs(k, activity, strong_from)]
+    is_inactive = torch.ones(len(activity.labels), dtype=torch.bool)
+    is_inactive[active] = False
+    return evenly_spaced(active, N_EDIT), evenly_spaced(is_inactive.nonzero()[:, 0], N_EDIT)
 
 
 def make_edits(drawn: Drawn, active: Tensor, inactive: Tensor) -> dict[str, Pair]:
@@ -229,6 +232,24 @@ def acts_of_feature(layer: fa.ExplainedLayer, k: int, images: Tensor) -> Tensor:
     return acts.amax(1) if layer.has_positions else acts
 
 
+def edited_cells(
+    h: Hypothesis,
+    layer: fa.ExplainedLayer,
+    crops: Crops,
+    chosen: Tensor,
+    active: Tensor,
+    activity: Activity,
+) -> Tensor:
+    """(n,) cells around which images `chosen` (n, C, H, W) are edited: in the `active` ones (m,),
+    which come first, those of peaks, unless these are prefix tokens; elsewhere those of the largest
+    score."""
+    cells = crops.scores(h.weights[None], chosen)[1][0]
+    at = torch.searchsorted(activity.of(h.feature)[0], active)
+    peaks = activity.peaks_of(h.feature)[at] - layer.positions.n_prefix
+    cells[: len(active)] = torch.where(peaks >= 0, peaks, cells[: len(active)])
+    return cells
+
+
 @torch.no_grad()
 def edit_tests(
     h: Hypothesis,
@@ -237,25 +258,40 @@ def edit_tests(
     activity: Activity,
     canvas: Canvas,
     drawn: Drawn | None = None,
+    crops: Crops | None = None,
 ) -> dict[str, EditTest]:
     """The tests of a hypothesis by those of EDITS that its drawing allows, on images (N, C, H, W)
     of which at least one is active and one is not; `activity` is theirs, and `drawn` the prepared
     drawing, where it is at hand. Images that can be edited as named, but not elsewhere, are left
-    out, and tests of fewer than MIN_ACTIVE images."""
+    out, and tests of fewer than MIN_ACTIVE images.
+
+    With `crops` active images are edited around the feature's peak, and inactive ones around the
+    position where the drawing has the largest score."""
     if not h.is_drawn:
         return {}
-    on, off = edited_images(h.feature, activity)
+    on, off = edited_images(h.feature, activity, h.strong_from)
     chosen = images[torch.cat([on, off]).to(images.device)]
-    levels = canvas.levels(chosen)
+    if crops is None:
+        levels = canvas.levels(chosen)
+    else:
+        cells = edited_cells(h, layer, crops, chosen, on, activity)
+        levels = crops.levels(chosen, cells)
     drawn = drawn or Drawn.of(h.weights, canvas)
     edits = make_edits(drawn, levels[: len(on)], levels[len(on) :])
     rows, changes = [], []
     for name, pair in edits.items():
-        own = chosen[len(on) :] if name == "painting" else chosen[: len(on)]
+        own = torch.arange(len(chosen))
+        own = own[len(on) :] if name == "painting" else own[: len(on)]
         rows += [own, own]
         changes += pair
-    edited = canvas.add_ink(torch.cat(rows), torch.cat(changes) / FULL_INK)
-    active = (acts_of_feature(layer, h.feature, edited) > 0).cpu().numpy()
+    rows, changes = torch.cat(rows), torch.cat(changes)
+    given = chosen[rows.to(chosen.device)]
+    if crops is None:
+        edited = canvas.add_ink(given, changes / FULL_INK)
+    else:
+        edited = crops.add_ink(given, cells[rows], changes)
+    acts = acts_of_feature(layer, h.feature, edited)
+    active = (acts > 0 if h.strong_from is None else acts >= h.strong_from).cpu().numpy()
     tests, start = {}, 0
     for name, (named, _) in edits.items():
         n = len(named)

@@ -28,6 +28,7 @@ from saexplain.activity import (
     collect_activity,
     removal_effects,
 )
+from saexplain.crops import Crops
 from saexplain.edits import Drawn, EditTest, edit_tests, edited_images
 from saexplain.hypotheses import (
     CONFIDENCES,
@@ -48,6 +49,7 @@ from saexplain.hypotheses import (
     place_cells,
     scores_of,
     strong_histogram,
+    strong_pairs,
     with_thresholds,
 )
 from saexplain.ink import Canvas
@@ -212,6 +214,7 @@ class Evidence(NamedTuple):
     delta: tuple[float, ...] = ()  # mean change of each logit without it, of MANY_CLASSES or more
     undrawn: bool = False  # by intent, with a reason
     n_strong: int | None = None  # images from the hypothesis's `strong_from` on, if it has one
+    at_positions: bool = False  # of a layer with positions
 
     @property
     def n_counted(self) -> int:
@@ -227,7 +230,7 @@ class Evidence(NamedTuple):
     def is_testable(self) -> bool:
         """Whether enough images are active and, unless nothing is drawn, inactive."""
         return self.n_counted >= MIN_ACTIVE and (
-            self.undrawn or self.n_images - self.n_active >= MIN_ACTIVE
+            self.undrawn or self.n_images - self.n_counted >= MIN_ACTIVE
         )
 
     @property
@@ -283,6 +286,7 @@ def collect_evidence(
         k = h.feature
         given = (tuple(histograms[k].tolist()), influence[k], changes[k])
         e = Evidence(k, n_active[k], len(raw), *given, delta=deltas[k], undrawn=bool(h.undrawn))
+        e = e._replace(at_positions=layer.has_positions)
         counted.append(histograms[k])
         if h.strong_from is not None:
             counted[-1] = strong_histogram(k, activity, h.strong_from, histograms.shape[1])
@@ -293,13 +297,17 @@ def collect_evidence(
     tested = [i for i, e in enumerate(evidence) if e.is_testable and hypotheses[i].is_drawn]
     if any(hypotheses[i].threshold is None for i in tested):
         raise ValueError("each hypothesis must have a threshold: see with_thresholds")
-    if tested:
+    crops = crops_on(canvas, layer, split.images) if tested else None
+    if tested and crops is None:
         levels = ink_levels(canvas, split.images)
     for first in range(0, len(tested), 256):  # bounds the memory of the scores
         some = tested[first : first + 256]
         own = [hypotheses[i] for i in some]
-        scores = scores_of(np.stack([h.weights for h in own]), levels)
-        active = [activity.of(h.feature)[0] for h in own]
+        weights = np.stack([h.weights for h in own])
+        scores = crops.scores(weights, split.images)[0] if crops else scores_of(weights, levels)
+        active = [
+            activity.of(h.feature)[0][strong_pairs(h.feature, activity, h.strong_from)] for h in own
+        ]
         ranked, found = [None] * len(own), [None] * len(own)
         if in_full:
             ranked = score_detections(list(scores.numpy()), [at.numpy() for at in active])
@@ -308,7 +316,7 @@ def collect_evidence(
         for n, (i, h, at) in enumerate(zip(some, own, active, strict=True)):
             predicted = scores[n] >= h.threshold
             picked = Picked(int(predicted.sum()), len(at), int(predicted[at].sum()))
-            edits = edit_tests(h, layer, split.images, activity, canvas, drawn[i])
+            edits = edit_tests(h, layer, split.images, activity, canvas, drawn[i], crops)
             evidence[i] = evidence[i]._replace(
                 picked=picked, detection=ranked[n], correlation=found[n], edits=edits
             )
@@ -324,6 +332,14 @@ def collect_evidence(
             e = e._replace(effects=measure_effects(h, layer, raw, activity, rule.percentile))
         evidence[i] = e
     return evidence
+
+
+def crops_on(canvas: Canvas, layer: fa.ExplainedLayer, images) -> Crops | None:
+    """The crops of images (N, C, H, W) around the layer's positions, if the canvas is one of crops,
+    not of whole images."""
+    if not layer.has_positions or canvas.image_shape == tuple(images.shape[1:]):
+        return None
+    return Crops.of(canvas, layer.positions, tuple(images.shape[-2:]))
 
 
 def pre_activations(layer: fa.ExplainedLayer, raw: Tensor, readouts: Tensor) -> Tensor:
@@ -351,6 +367,11 @@ def check_hypotheses(
         if h.place and not layer.has_positions:
             raise ValueError(
                 f"feature {h.feature}: only layers with positions have a place; leave it out"
+            )
+        if h.strong_from is not None and not layer.has_positions:
+            raise ValueError(
+                f"feature {h.feature}: only for layers with positions strong_from counts; leave it "
+                f"out"
             )
         if canvas is not None and not h.undrawn and h.weights.shape != canvas.shape:
             raise ValueError(
@@ -681,7 +702,9 @@ def make_evaluation(
         strongest = torch.argsort(acts, descending=True, stable=True)[:STRONGEST]
         # Image i of the test half is image 2 i of the test images.
         top_images.append((2 * at[strongest]).tolist())
-        edited.append(tuple((2 * some).tolist() for some in edited_images(h.feature, activity)))
+        edited.append(
+            tuple((2 * some).tolist() for some in edited_images(h.feature, activity, h.strong_from))
+        )
     l0 = len(activity.image) / len(activity.labels)
     summary = summarize(rows, l0, agreements.features, agreements.hypotheses)
     listed = (top_images, edited, summary, agreements.swapped, agreements.not_compared)

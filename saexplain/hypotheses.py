@@ -10,10 +10,11 @@ image's score is its ink in the former less that in the latter; from a threshold
 predicted to be active. Classes, logits and a place may be named beside it; they are tested by
 themselves and are no part of the score. Words are a caption and decide nothing.
 
-Where a layer has positions, or a feature's pattern does not follow it, nothing is drawn: then the
-classes named predict the feature to be active, on all their images. With positions a feature may be
-active somewhere on nearly all images; then classes and place are about those on which it is
-strongly active, from a number on that is fixed with the hypothesis.
+Where a feature's pattern does not follow it, nothing is drawn: then the classes named predict the
+feature to be active, on all their images. Where a layer has positions a drawing is of what a
+position sees, and an image's score is the largest over positions. There a feature may be active
+somewhere on nearly all images; then a hypothesis is about those on which it is strongly active,
+from a number on that is fixed with it.
 
 This module tests nothing: `evaluation` does that, on other images, and must not be imported here.
 
@@ -41,6 +42,7 @@ from torch import Tensor
 import feature_analysis as fa
 from saexplain.activity import Activity, Removals, collect_activity, removal_effects
 from saexplain.captions import caption_of, caption_without_drawing, images_of_classes
+from saexplain.crops import Crops, can_draw_crops, crops_of_positions
 from saexplain.ink import Canvas
 from saexplain.patterns import unit_gradients
 from saexplain.regions import choose_regions, local_covariance
@@ -86,8 +88,8 @@ class Hypothesis:
             of ink; None: to be found on validation images.
         place: where in an image the feature is most active, one of PLACES.
         undrawn: why it has no drawing; then its classes predict the feature to be active.
-        strong_from: activation from which an image counts for the classes and the place of a
-            hypothesis without a drawing; None: all active images count.
+        strong_from: activation from which an image counts as active, where a layer has positions;
+            None: all active images count.
 
     Raises ValueError for values that cannot be used, with the value met.
     """
@@ -128,12 +130,9 @@ class Hypothesis:
         if self.undrawn and (wanted.any() or unwanted.any()):
             raise ValueError("undrawn must be empty where a cell is wanted or unwanted")
         if self.strong_from is not None and not (
-            self.undrawn and _is_number(self.strong_from) and 0 < self.strong_from < math.inf
+            _is_number(self.strong_from) and 0 < self.strong_from < math.inf
         ):
-            raise ValueError(
-                "strong_from must be a positive number, of a hypothesis that is undrawn, got "
-                f"{self.strong_from!r:.60}"
-            )
+            raise ValueError(f"strong_from must be a positive number, got {self.strong_from!r:.60}")
         checked = {"wanted": wanted, "unwanted": unwanted}
         checked["feature"] = _index("feature", self.feature)
         checked["classes"] = tuple(_index("a class", c) for c in self.classes)
@@ -223,7 +222,7 @@ MAX_CLASSES_UNDRAWN = 20  # named where they predict activity themselves
 FALSE_CLASSES = 0.01  # of these, the share that may be named by chance (Benjamini & Hochberg 1995)
 STRONG_SHARES = (0.4, 0.2, 0.1, 0.05, 0.02)  # of all images, that may count as strongly active
 STRONG_SHARE = 0.05  # the same where no class is named
-LIFT_GAIN = 0.05  # in F1 above that of picking every image, for which fewer images count
+LEAST_GAIN = 0.05  # in `share_gained`, for which fewer images count
 MIN_STRONG = 32  # strongly active images: enough, also of a smaller half of the test images
 N_DIRECTIONS = 64  # random ones, the same for all features
 NULL_SIZE = (N_DIRECTIONS, 16)  # random directions, and images from which they are removed
@@ -244,19 +243,33 @@ class Discovery(NamedTuple):
     raw: Tensor  # (N, d_in) the layer's output for them, or (N, positions, d_in)
     unit_patterns: Tensor  # (d_in, P) mean gradient of each standardized unit to each cell's ink
     metric: Tensor  # (P, P), see `local_covariance`
+    patterns: Tensor | None = None  # (d_sae, P) of features of a layer with positions, whose canvas
+    # and levels are those of crops
 
 
 def discover(
-    layer: fa.ExplainedLayer, unit_heats: Tensor | None = None, drawable: Tensor | None = None
+    layer: fa.ExplainedLayer,
+    unit_heats: Tensor | None = None,
+    drawable: Tensor | None = None,
+    crop_heats: Tensor | None = None,
 ) -> Discovery:
     """The discovery images of the layer, its split "val"; `unit_heats` (d_in, H, W) are the
     `unit_gradients`, channels summed, where they are at hand.
 
-    There is a canvas unless the layer has positions, or no feature is `drawable` (d_sae,). Raises
-    ValueError where no gradient leads from the layer to the pixels.
+    There is a canvas unless no feature is `drawable` (d_sae,). Where the layer has positions it is
+    one of crops, if features have patterns `crop_heats` (d_sae, a, b) that are smaller than an
+    image. Raises ValueError where no gradient leads from the layer to the pixels.
     """
     images, labels, raw = layer.splits["val"]
-    if layer.has_positions or (drawable is not None and not drawable.any()):
+    side = None if crop_heats is None else tuple(crop_heats.shape[1:])
+    nothing = drawable is not None and not drawable.any()
+    if layer.has_positions and not nothing and can_draw_crops(side, tuple(images.shape[-2:])):
+        crops = crops_of_positions(images, layer.positions, side)
+        canvas = fit_canvas(images).of_crops(crops)
+        levels, patterns = canvas.levels(crops), canvas.pattern(crop_heats)
+        metric = local_covariance(levels, canvas)
+        return Discovery(canvas, levels.byte(), labels.cpu(), raw, torch.empty(0), metric, patterns)
+    if layer.has_positions or nothing:
         none = torch.empty(0)
         return Discovery(None, none, labels.cpu(), raw, none, none)
     unit_heats = unit_gradients(layer, images).sum(1) if unit_heats is None else unit_heats
@@ -280,6 +293,8 @@ def ink_levels(canvas: Canvas, images: Tensor | object) -> Tensor:
 
 def patterns_on_canvas(layer: fa.ExplainedLayer, discovery: Discovery) -> Tensor:
     """(d_sae, P) gradient of each feature's pre-activation with respect to each cell's ink."""
+    if discovery.patterns is not None:
+        return discovery.patterns
     return layer.sae.W_enc.detach().float().cpu().T @ discovery.unit_patterns
 
 
@@ -343,26 +358,33 @@ def chance_f1(rate: float) -> float:
     return 2 * rate / (1 + rate)
 
 
+def share_gained(f1: float, rate: float) -> float:
+    """How far an F1 is from that of picking every image, at a rate of active images, towards 1: it
+    tells how well activity is predicted at different rates."""
+    chance = chance_f1(rate)
+    return (f1 - chance) / max(1 - chance, 1e-9)
+
+
 def strong_classes(
     k: int, activity: Activity, label_counts: np.ndarray, enrichment: float
 ) -> tuple[float | None, tuple[int, ...]]:
     """From which activation on an image counts, None where all active ones do, and the
     `predictive_classes` of feature k then.
 
-    Of all active images and STRONG_SHARES, it is where the F1 of these classes exceeds that of
-    picking every image most, by at least LIFT_GAIN more than with more images; without any class it
-    is STRONG_SHARE. `label_counts` (C,) are of all images.
+    Of all active images and STRONG_SHARES, it is where these classes predict best by
+    `share_gained`, by at least LEAST_GAIN better than with more images; without any class it is
+    STRONG_SHARE. `label_counts` (C,) are of all images.
     """
     n_images, n_classes = len(activity.labels), len(label_counts)
     levels = strong_levels(activity.of(k)[1], n_images)
-    best, found = -LIFT_GAIN, (levels.get(STRONG_SHARE), ())
+    best, found = -LEAST_GAIN, (levels.get(STRONG_SHARE), ())
     for level in dict.fromkeys((None, *levels.values())):
         histogram = strong_histogram(k, activity, level, n_classes)
         classes = list(predictive_classes(histogram, label_counts, enrichment))
         n_strong, n_picked = histogram.sum(), label_counts[classes].sum()
         f1 = 2 * histogram[classes].sum() / max(1, n_picked + n_strong)
-        if classes and (lift := f1 - chance_f1(n_strong / n_images)) > best + LIFT_GAIN:
-            best, found = lift, (level, tuple(classes))
+        if classes and (gain := share_gained(f1, n_strong / n_images)) > best + LEAST_GAIN:
+            best, found = gain, (level, tuple(classes))
     return found
 
 
@@ -441,6 +463,7 @@ def changed_logits(
 
 POSITIONS_UNDRAWN = "the layer has positions, and a drawing is of the whole image"
 UNFAITHFUL = "its pattern follows it with a correlation of {correlation:.2f} only"
+PREDICTS_BADLY = "its drawing picks validation images hardly better than picking every image does"
 
 
 class Faithful(NamedTuple):
@@ -457,6 +480,7 @@ class Drawings(NamedTuple):
     weights: np.ndarray  # (d_sae, h, w) int8, blank where nothing is drawn; (d_sae, 1, 1): nowhere
     strength: np.ndarray  # of the same shape, how much each cell matters
     thresholds: dict[int, int]  # by feature
+    strong_from: dict[int, float | None] = {}  # noqa: RUF012 - by feature, with positions
 
 
 def draw_features(
@@ -470,6 +494,12 @@ def draw_features(
     patterns = patterns_on_canvas(layer, discovery)
     weights[features] = choose_regions(patterns[features], discovery.metric, discovery.canvas)
     strength = (patterns * discovery.canvas.std).abs().view(shape).numpy()
+    if discovery.patterns is not None:
+        found = fit_crop_drawings(layer, discovery.canvas, weights, activity, features.tolist())
+        poor = [k for k in features.tolist() if k not in found]
+        weights[poor] = 0
+        thresholds = {k: threshold for k, (threshold, _) in found.items()}
+        return Drawings(weights, strength, thresholds, {k: v for k, (_, v) in found.items()})
     levels, thresholds = discovery.levels.float(), {}
     for some in features.split(256):  # bounds the memory of the scores
         scores = scores_of(weights[some.numpy()], levels).numpy()
@@ -479,12 +509,44 @@ def draw_features(
     return Drawings(weights, strength, thresholds)
 
 
+def fit_crop_drawings(
+    layer: fa.ExplainedLayer,
+    canvas: Canvas,
+    weights: np.ndarray,
+    activity: Activity,
+    features: list[int],
+    least: float = Rule().medium_lift,
+) -> dict[int, tuple[int, float | None]]:
+    """By feature the threshold of its drawing, weights (d_sae, a, b) of crops, and from which
+    activation on an image counts: where it predicts best, as in `strong_classes`.
+
+    Without those of the `features` whose F1 never exceeds that of picking every image by `least`:
+    color, for one, cannot be drawn.
+    """
+    images = layer.splits["val"].images
+    crops, found = Crops.of(canvas, layer.positions, tuple(images.shape[-2:])), {}
+    scores = crops.scores(weights[features], images)[0].numpy()
+    for k, own in zip(features, scores, strict=True):
+        (at, acts), best = activity.of(k), -LEAST_GAIN
+        for level in (None, *dict.fromkeys(strong_levels(acts, len(own)).values())):
+            strong = at[strong_pairs(k, activity, level)].numpy()
+            if not weights[k].any() or not MIN_ACTIVE <= len(strong) <= len(own) - MIN_ACTIVE:
+                continue
+            threshold = best_threshold(own, strong)
+            n_both, n_picked = (own[strong] >= threshold).sum(), (own >= threshold).sum()
+            f1, rate = float(2 * n_both / (n_picked + len(strong))), len(strong) / len(own)
+            gain = share_gained(f1, rate)
+            if f1 - chance_f1(rate) >= least and gain > best + LEAST_GAIN:
+                best, found[k] = gain, (threshold, level)
+    return found
+
+
 def reasons_undrawn(
     layer: fa.ExplainedLayer, discovery: Discovery, faithful: Faithful | None
 ) -> dict[int, str]:
     """By feature, why it may not be drawn; without those that may."""
     every = range(layer.d_sae)
-    if layer.has_positions:
+    if layer.has_positions and discovery.canvas is None:
         return dict.fromkeys(every, POSITIONS_UNDRAWN)
     if faithful is None and discovery.canvas is None:
         return dict.fromkeys(every, "there is no canvas to draw on")
@@ -525,24 +587,30 @@ def propose_hypotheses(
     undrawn = reasons_undrawn(layer, discovery, faithful)
     features = torch.tensor([k for k in range(layer.d_sae) if k not in undrawn], dtype=torch.int64)
     drawings = draw_features(layer, discovery, activity, features)
-    histograms = label_histograms(activity, layer.n_classes)
     label_counts = torch.bincount(activity.labels, minlength=layer.n_classes).numpy()
     places = Places.of(layer, activity) if layer.has_positions else None
     n_active, n_images, hypotheses = activity.n_active.tolist(), len(discovery.labels), []
     for k, drawn in enumerate(drawings.weights):
         reason = undrawn.get(k, "")
         enough = n_active[k] >= MIN_ACTIVE
+        if places and enough and not reason and not drawn.any():
+            reason = PREDICTS_BADLY
         if not reason:
-            enough &= n_images - n_active[k] >= MIN_ACTIVE and bool(drawn.any())
+            # With positions the drawing has been fitted to enough images of either kind.
+            enough &= bool(drawn.any())
+            enough &= bool(places) or n_images - n_active[k] >= MIN_ACTIVE
         if not enough:
             hypotheses.append(Hypothesis(k, np.zeros_like(drawn), undrawn=reason))
             continue
+        given = (k, activity, label_counts, rule.enrichment)
         if reason and places:
-            strong_from, classes_named = strong_classes(k, activity, label_counts, rule.enrichment)
-            named = {"classes": classes_named, "strong_from": strong_from}
+            strong_from, named_classes = strong_classes(*given)
         else:
             choose = predictive_classes if reason else enriched_classes
-            named = {"classes": choose(histograms[k], label_counts, rule.enrichment)}
+            strong_from = drawings.strong_from.get(k)
+            counted = strong_histogram(k, activity, strong_from, layer.n_classes)
+            named_classes = choose(counted, label_counts, rule.enrichment)
+        named = {"classes": named_classes, "strong_from": strong_from}
         if in_full:
             given = (removed.mean_delta[k], layer, discovery.raw, activity, rule.percentile)
             named |= changed_logits(k, *given)
@@ -559,18 +627,20 @@ def propose_hypotheses(
         )
         if in_full:
             on_prefix = bool(places) and places.is_on_prefix(k, h.strong_from)
-            h = captioned(h, drawings.strength[k], classes, on_prefix)
+            h = captioned(h, drawings.strength[k], classes, on_prefix, bool(places))
         hypotheses.append(h)
     return hypotheses
 
 
 def captioned(
-    h: Hypothesis, strength: np.ndarray, classes: Sequence[str], on_prefix: bool
+    h: Hypothesis, strength: np.ndarray, classes: Sequence[str], on_prefix: bool, in_crops: bool
 ) -> Hypothesis:
     """The hypothesis with the caption of its drawing, whose cells matter by `strength` (h, w), or
-    of what else it names."""
+    of what else it names; `in_crops` where a drawing is of what a position sees."""
     if not h.undrawn:
-        return replace(h, caption=caption_of(h.weights, strength))
+        words = caption_of(h.weights, strength)
+        words = f"Around its peak: {words[:1].lower()}{words[1:]}" if in_crops else words
+        return replace(h, caption=words)
     raised = None if h.raises is None else fa.class_name(classes, h.raises)
     lowered = None if h.lowers is None else fa.class_name(classes, h.lowers)
     images = images_of_classes(h.classes, classes)

@@ -67,9 +67,17 @@ class Canvas(NamedTuple):
             span = (high - low).clamp(min=1e-12)
         cell = math.ceil(max(images.shape[2:]) / MAX_SIDE)
         canvas = cls(tuple(images.shape[1:]), cell, low, span, sign, torch.empty(0), torch.empty(0))
-        levels = canvas.levels(images)
+        return canvas._of_levels(canvas.levels(images))
+
+    def _of_levels(self, levels: Tensor) -> Canvas:
+        """The canvas on which images have levels (N, P) of ink."""
         inked = (levels > 0).float().mean(0) >= EVER_INKED
-        return canvas._replace(std=levels.std(0) / FULL_INK, inked=inked)
+        return self._replace(std=levels.std(0) / FULL_INK, inked=inked)
+
+    def of_crops(self, crops: Tensor) -> Canvas:
+        """The canvas of crops (N, C, a, b) of the images, pixel by pixel, whose ink is the same."""
+        canvas = self._replace(image_shape=tuple(crops.shape[1:]), cell=1)
+        return canvas._of_levels(canvas.levels(crops))
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -31,9 +31,11 @@ from saexplain.analysis import Analysis, analyze, by_influence, feature_record
 from saexplain.baselines import default_directions, evaluate_baseline, features_along
 from saexplain.datasets import fit_data, load_own
 from saexplain.diagnoses import CALLER_NAMES, diagnose
+from saexplain.edits import edited_cells, edited_images
 from saexplain.evaluation import (
     Evaluation,
     Summary,
+    crops_on,
     evaluate_halves,
     evaluation_record,
     make_evaluation,
@@ -44,6 +46,7 @@ from saexplain.files import InputError, Stage, folder_lock, read_json, to_json, 
 from saexplain.hypotheses import (
     Discovery,
     Faithful,
+    Hypothesis,
     discover,
     freeze_hypotheses,
     load_frozen,
@@ -165,12 +168,13 @@ def prepare_report(
         with clock("propose and freeze"):
             no_gradient = "" if analysis.patterns.gradients is not None else NO_GRADIENT
             faithful = Faithful(analysis.faithful, analysis.pattern_correlation, no_gradient)
-            discovery = discover(layer, analysis.unit_heats, analysis.faithful)
+            heats = analysis.heats if layer.has_positions else None
+            discovery = discover(layer, analysis.unit_heats, analysis.faithful, heats)
             given = (discovery, None, analysis.activity, analysis.removed)
             named = {"faithful": faithful, "classes": options.classes}
             hypotheses = propose_hypotheses(layer, *given, **named)
             frozen = freeze_hypotheses(hypotheses, folder / "hypotheses.json")
-            not_compared = reason_not_compared(hypotheses, analysis.activity)
+            not_compared = reason_not_compared(hypotheses, analysis.activity, layer.has_positions)
     known = (analysis, features, discovery, frozen, not_compared)
     return Draft(layer, folder, options, *known, pictures, clock, shown)
 
@@ -294,6 +298,20 @@ def write_hypotheses(
     figures.save_figure(figures.draw_influence(evaluation), folder / "influence.png")
 
 
+def mean_ink(draft: Draft, h: Hypothesis) -> Tensor:
+    """(P,) mean level of ink of the validation images that activate the feature of a hypothesis; of
+    a layer with positions, around the peaks of those edited in tests."""
+    layer, activity = draft.layer, draft.analysis.activity
+    if draft.discovery.patterns is None:
+        return draft.discovery.levels[activity.of(h.feature)[0]].float().mean(0)
+    images = layer.splits["val"].images
+    crops = crops_on(draft.discovery.canvas, layer, images)
+    active, _ = edited_images(h.feature, activity, h.strong_from)
+    own = images[active.to(images.device)]
+    cells = edited_cells(h, layer, crops, own, active, activity)
+    return crops.levels(own, cells).mean(0)
+
+
 def panel_notes(
     draft: Draft, entry: dict, replicates: Replicates | None, evaluation: Evaluation | None
 ) -> PanelNotes:
@@ -312,9 +330,8 @@ def panel_notes(
         counterparts.append((words, (heat.sum(0) if heat.dim() == 3 else heat).numpy()))
     sketch = None
     if evaluation and evaluation.hypotheses[entry["feature"]].is_drawn:
-        at, _ = draft.analysis.activity.of(entry["feature"])
         h = evaluation.hypotheses[entry["feature"]]
-        mean = draft.discovery.levels[at].float().mean(0).view(h.weights.shape)
+        mean = mean_ink(draft, h).view(h.weights.shape)
         sketch = Sketch(mean.numpy() / FULL_INK, h.weights, h.caption)
     caption = "\n".join(line.strip() for line in console.hypothesis_lines(entry))
     return PanelNotes(caption, draft.analysis.inked, tuple(counterparts), sketch)
@@ -333,7 +350,9 @@ def write_page(
     that the page can compute.
     """
     layer, options, a = draft.layer, draft.options, draft.analysis
-    canvas = draft.discovery.canvas if draft.discovery else None
+    # Crops are not drawn on the page, whose canvas has whole images.
+    whole = draft.discovery is not None and not layer.has_positions
+    canvas = draft.discovery.canvas if whole else None
     results = console.page_results(record)
     title = f"{layer.d_sae} features of {options.network} ({options.source})"
     page.write_dashboard(

@@ -111,12 +111,16 @@ def agreement_of_features(layer: fa.ExplainedLayer, raw: Tensor) -> float:
     return kept / len(raw)
 
 
-def reason_not_compared(hypotheses: Sequence[Hypothesis], activity: Activity) -> str:
+def reason_not_compared(
+    hypotheses: Sequence[Hypothesis], activity: Activity, has_positions: bool = False
+) -> str:
     """Why drawings cannot take the place of all features, whose `activity` is given; "" where they
-    can: features that may be drawn have at least half of L0."""
+    can: features that may be drawn have at least half of L0. With positions they never can."""
     undrawn = torch.tensor([bool(h.undrawn) for h in hypotheses])
     if undrawn.all():
         return f"no feature is drawn: {hypotheses[0].undrawn}"
+    if has_positions:
+        return "they show what a position sees, not the whole image"
     share = 1 - float(activity.n_active[undrawn].sum() / activity.n_active.sum().clamp(min=1))
     if share >= LEAST_DRAWN_SHARE:
         return ""
@@ -133,7 +137,7 @@ def measure_agreements(
     """The agreements on a half of the test images with the features, with their drawings, and with
     those of `swap_by_rate`; `activity` is that of the discovery images."""
     features = agreement_of_features(layer, half.raw)
-    if reason := reason_not_compared(hypotheses, activity):
+    if reason := reason_not_compared(hypotheses, activity, layer.has_positions):
         return Agreements(features, None, None, reason)
     weights = np.stack([h.weights for h in hypotheses])
     scores = scores_of(weights, discovery.levels)

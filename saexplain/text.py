@@ -27,7 +27,7 @@ from saexplain.evaluation import (
     Picked,
     Row,
 )
-from saexplain.hypotheses import MIN_ACTIVE, POSITIONS_UNDRAWN, Hypothesis, hypothesis_record
+from saexplain.hypotheses import MIN_ACTIVE, Hypothesis, hypothesis_record
 from saexplain.statistics import Detection, wilson_interval
 
 # --------------------------------------------------------------------------------------------------
@@ -125,8 +125,8 @@ def picked_words(p: Picked, by_class: bool = False, is_strong: bool = False) -> 
             f"{' strongly' if is_strong else ''}; they are {percent(p.recall)} of those that do"
         )
     return (
-        f"of the images it picks, {percent(p.precision)} activate the feature; it finds "
-        f"{percent(p.recall)} of those that do"
+        f"of the images it picks, {percent(p.precision)} activate the feature"
+        f"{' strongly' if is_strong else ''}; it finds {percent(p.recall)} of those that do"
     )
 
 
@@ -221,7 +221,7 @@ def measured_lines(
         pairs = zip(change.at_doses[1:], change.linear[1:], strict=True)
         doses = ", ".join(f"{found:+.2f} (linear {line:+.2f})" for found, line in pairs)
         name = fa.class_name(classes, change.logit)
-        typical = "its own map" if h.undrawn == POSITIONS_UNDRAWN else "its mean activation"
+        typical = "its own map" if e.at_positions else "its mean activation"
         lines.append(f"the logit of {name} with 0.5, 1, 2 times {typical}: {doses}")
     return lines
 
@@ -237,7 +237,8 @@ def evidence_line(e: Evidence, classes: Sequence[str] = ()) -> str:
             shares.append(f"{share} of them {images_of(classes, c)}")
     clauses[0] += ", " + listed(shares) if shares else ""
     if e.n_strong is not None:
-        clauses.append(f"classes and place are tested on {counted_words(e)}")
+        tested = "classes and place are tested" if e.undrawn else "it is tested"
+        clauses.append(f"{tested} on {counted_words(e)}")
     if not e.is_testable:
         clauses.append("too few active, or inactive, images to test")
     if e.picked:
@@ -305,6 +306,11 @@ from the threshold with the largest F1 on the validation images on, it is picked
 predicted to be active. Classes and logits are tested by themselves and add nothing to the score.
 The captions are made from the geometry of the drawings, and decide nothing.
 """
+HOW_CROPS = """
+Drawings are of the {side} pixels that a position of the layer sees. An image's score is the largest
+over its positions. Edits change an active image around the feature's peak, and an inactive one
+around the position with the largest score.
+"""
 HOW_UNDRAWN = """
 {undrawn} hypotheses have no drawing, for the reason given with each. They name classes, and, where
 the layer has positions, the place in which the feature's peak is on at least half of the images
@@ -313,11 +319,12 @@ classes named are predicted to activate the feature, which gives an F1 by class.
 active on all images is tested as well.
 """
 HOW_STRONG = """
-With positions a feature can be active somewhere on nearly all images. Classes and place of {strong}
-hypotheses are therefore about the images on which the feature is strongest: those from an
-activation on (`strong_from`) that 2, 5, 10, 20 or 40% of the validation images reach, whichever
-lets the classes predict it best. It was frozen with the hypothesis, and is the same on the test
-images. Such captions begin with "Strongest".
+With positions a feature can be active somewhere on nearly all images. {strong} hypotheses are
+therefore about the images on which the feature is strongest: those from an activation on
+(`strong_from`) that 2, 5, 10, 20 or 40% of the validation images reach, whichever lets the classes,
+or the drawing, predict it best; 5% where no class is named. Only these count as active. The number
+was frozen with the hypothesis, and is the same on the test images. Captions without a drawing then
+begin with "Strongest".
 """
 HOW_EDITED = """
 - Erasing: the ink in wanted cells is removed from active images. Filling: unwanted cells of
@@ -497,7 +504,9 @@ def hypotheses_markdown(
     first = evaluation.rows[0]
     undrawn = sum(bool(h.undrawn) for h in evaluation.hypotheses)
     all_drawn, none_drawn = not undrawn, undrawn == len(evaluation.hypotheses)
-    how = HOW_TESTED + ("" if none_drawn else HOW_DRAWN) + ("" if all_drawn else HOW_UNDRAWN)
+    how = HOW_TESTED + ("" if none_drawn else HOW_DRAWN)
+    how += HOW_CROPS if first.evidence.at_positions and not none_drawn else ""
+    how += "" if all_drawn else HOW_UNDRAWN
     strong = sum(h.strong_from is not None for h in evaluation.hypotheses)
     how += HOW_STRONG if strong else ""
     how += ("" if none_drawn else HOW_EDITED) + HOW_DECIDED
@@ -511,6 +520,7 @@ def hypotheses_markdown(
         min_active=MIN_ACTIVE,
         undrawn=undrawn,
         strong=strong,
+        side=" x ".join(map(str, evaluation.hypotheses[0].weights.shape)),
         **evaluation.rule._asdict(),
     )
     influence = [row.evidence.influence for row in evaluation.rows]
