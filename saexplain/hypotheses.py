@@ -46,6 +46,7 @@ from saexplain.crops import Crops, can_draw_crops, crops_of_positions
 from saexplain.ink import Canvas
 from saexplain.patterns import unit_gradients
 from saexplain.regions import choose_regions, local_covariance
+from saexplain.where import FAITHFUL
 
 CONFIDENCES = ("High", "Medium", "Low")
 TONES = {".": 0, "+": 1, "#": 2, "-": -1, "=": -2}  # characters of a drawing in a file
@@ -463,6 +464,7 @@ def changed_logits(
 
 POSITIONS_UNDRAWN = "the layer has positions, and a drawing is of the whole image"
 UNFAITHFUL = "its pattern follows it with a correlation of {correlation:.2f} only"
+ROUGH = "its pattern is as rough as noise"
 PREDICTS_BADLY = "its drawing picks validation images hardly better than picking every image does"
 
 
@@ -553,7 +555,10 @@ def reasons_undrawn(
     if faithful is None:
         return {}
     correlation = faithful.correlation.tolist()
-    reasons = [faithful.reason or UNFAITHFUL.format(correlation=c) for c in correlation]
+    reasons = [
+        faithful.reason or (UNFAITHFUL.format(correlation=c) if c < FAITHFUL else ROUGH)
+        for c in correlation
+    ]
     return {k: reasons[k] for k in every if not faithful.drawable[k]}
 
 
