@@ -282,7 +282,8 @@ def discover(
 
 def fit_canvas(images: Tensor | object) -> Canvas:
     """The canvas of images (N, C, H, W), by CANVAS_IMAGES of them where they are not in memory."""
-    return Canvas.fit(images if isinstance(images, Tensor) else images[:CANVAS_IMAGES])
+    some = evenly_spaced(torch.arange(len(images)), CANVAS_IMAGES)
+    return Canvas.fit(images if isinstance(images, Tensor) else images[some])
 
 
 def ink_levels(canvas: Canvas, images: Tensor | object) -> Tensor:
