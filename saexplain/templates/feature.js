@@ -27,8 +27,9 @@ function evidenceLine(line) { /* a measurement, with a mark where it was a test 
 }
 const markNotes = { reproducible: "reproducible (SAEs of other seeds have it, too)",
   "seed-specific": "seed-specific (not in all SAEs of other seeds)" };
-const pickedWords = (precision, recall) => `Of the images it picks, ${percent(precision, 0)} ` +
-  `activate the feature; it finds ${percent(recall, 0)} of those that do.`;
+const pickedWords = (precision, recall, strongly = "") =>
+  `Of the images it picks, ${percent(precision, 0)} activate the feature${strongly}; it finds ` +
+  `${percent(recall, 0)} of those that do.`;
 const classWords = (named, { share, low, high, usual }) => `${percent(share, 0)} ` +
   `${interval(low, high)} of the images that activate it are ` +
   `${named.map(c => plurals[c]).join(" or ")}; of all images ${percent(usual, 0)} `;
@@ -42,7 +43,8 @@ function hypothesisCard(f) {
   if (!f.caption) return el("div", {}, note("This run has no hypotheses about features."), own);
   const mark = markNotes[f.mark] ?? f.mark, { picked, detection, classes: of, effects } = f.found;
   const results = f.found.results ?? {}, lines = [];
-  if (picked) lines.push(el("p", {}, pickedWords(picked.precision, picked.recall)),
+  if (picked) lines.push(el("p", {}, pickedWords(picked.precision, picked.recall,
+    f.found.n_strong === undefined ? "" : " strongly")),
     el("p", {}, "F1 ", el("b", { id: "f1" }, f.f1.toFixed(2)), ` (picking every image: ` +
       `${f.found.chance_f1.toFixed(2)})` + (detection ? `; average precision ` +
       `${detection.average_precision.toFixed(2)}; AUROC ${auroc(detection.auroc)} ` +
