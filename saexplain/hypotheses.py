@@ -572,9 +572,9 @@ def propose_hypotheses(
     The drawing has the regions that follow the feature's input pattern best, see `regions`; the
     threshold has the largest F1; labels are those of `enriched_classes`, or `predictive_classes`
     where nothing is drawn, with positions of `strong_classes`; logits are those of
-    `changed_logits`, the place that of `place_of`. Without
-    `in_full` no logits are named, and there are no captions. A feature with fewer than MIN_ACTIVE
-    active, or inactive, images gets an empty drawing; so does one that is not `faithful`, with the
+    `changed_logits`, the place that of `place_of`. Without `in_full` no logits are named, and there
+    are no captions. A feature with fewer than MIN_ACTIVE active, or inactive, images gets an empty
+    drawing; so does one that is not `faithful`, or whose drawing of crops predicts badly, with the
     reason, and, if enough images are active, classes and a place.
 
     `activity` and `removed`, of the same images, are computed where they are not given; `classes`
