@@ -264,8 +264,7 @@ def discover(
     side = None if crop_heats is None else tuple(crop_heats.shape[1:])
     nothing = drawable is not None and not drawable.any()
     if layer.has_positions and not nothing and can_draw_crops(side, tuple(images.shape[-2:])):
-        crops = crops_of_positions(images, layer.positions, side)
-        canvas = fit_canvas(images).of_crops(crops)
+        canvas, crops = fit_canvas_of_crops(images, layer.positions, side)
         levels, patterns = canvas.levels(crops), canvas.pattern(crop_heats)
         metric = local_covariance(levels, canvas)
         return Discovery(canvas, levels.byte(), labels.cpu(), raw, torch.empty(0), metric, patterns)
@@ -282,6 +281,15 @@ def discover(
 def fit_canvas(images: Tensor | object) -> Canvas:
     """The canvas of images (N, C, H, W), by CANVAS_IMAGES of them where they are not in memory."""
     return Canvas.fit(images if isinstance(images, Tensor) else images[:CANVAS_IMAGES])
+
+
+def fit_canvas_of_crops(
+    images: Tensor | object, positions: fa.Positions, side: tuple[int, int]
+) -> tuple[Canvas, Tensor]:
+    """The canvas of crops (a, b) around positions of images, with ink as in whole images, and the
+    crops (n, C, a, b) at random from which it is."""
+    crops = crops_of_positions(images, positions, side)
+    return fit_canvas(images).of_crops(crops), crops
 
 
 def ink_levels(canvas: Canvas, images: Tensor | object) -> Tensor:
