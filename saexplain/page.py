@@ -282,8 +282,7 @@ def _hypothesis_fields(record: dict) -> dict:
         "mark": record.get("mark"),
         "f1": record.get("f1"),
         "hypothesis": {name: hypothesis.get(name) for name in named},
-        "found": {name: evidence.get(name) for name in found}
-        | {name: evidence[name] for name in ("n_strong",) if name in evidence},
+        "found": {name: evidence.get(name) for name in found},
         "dose": _dose_response(evidence.get("effects") or {}),
     }
 
