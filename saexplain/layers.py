@@ -142,6 +142,11 @@ def check_logits(layer: fa.ExplainedLayer, raw: fa.Rows) -> None:
     entropy and KL, would be another distribution than the network's."""
     far_off = layer.moved(raw, fa.values_of(raw) + 1, 1.0)
     found = torch.cat([layer.logits(raw), layer.logits(far_off)])
+    if found.shape[1] == 2 and not found[:, 0].any() and ((found[:, 1] - 0.5).abs() <= 0.5).all():
+        raise InputError(
+            "the network must return a logit, but it returns numbers from 0 to 1; leave out the "
+            "sigmoid at its end"
+        )
     if (found >= 0).all() and ((found.sum(1) - 1).abs() < LOW_PRECISION).all():
         raise InputError(
             "the network must return logits, but it returns probabilities, which are positive and "
@@ -172,6 +177,20 @@ def make_deterministic(device: torch.device) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # matrix products need it
         torch.use_deterministic_algorithms(True)
+
+
+def warn_chance(layer: fa.ExplainedLayer) -> None:
+    """Print a line where the network classifies validation images no better than by always naming
+    the most frequent class."""
+    _, labels, raw = layer.splits["val"]
+    right = (layer.logits(raw).argmax(1).cpu() == labels.cpu()).double().mean().item()
+    most = (labels.bincount().max() / len(labels)).item()
+    if right <= most:
+        print(
+            f"warning: the network classifies {right:.1%} of the validation images correctly, no "
+            f"more than naming the most frequent class for all would, {most:.1%}; are labels in "
+            f"the order of its logits, and images scaled as it expects them?"
+        )
 
 
 def warn_scale_shift(layer: fa.ExplainedLayer) -> None:
@@ -492,7 +511,7 @@ class AtLayer:
         noise = torch.rand(some.shape, generator=torch.Generator().manual_seed(0))
         noisy = some + (some.std() + 1) * noise.to(some)  # unlike the first, whatever that is
         tried = torch.cat([some, noisy])
-        output = self._output(tried)
+        output = self._first_output(tried)
         self.layout = find_layout(output, some.shape, self.layer, self.pool, *self.asked)
         logits = self._probe_logits(tried)
         rounding = max(LOW_PRECISION, 16 * torch.finfo(logits.dtype).eps)
@@ -514,6 +533,23 @@ class AtLayer:
         except ValueError:
             self.before = None
             raise
+
+    def _first_output(self, tried: Tensor) -> Tensor:
+        """The layer's output (B, ...). Raises ValueError for a model that cannot take the images,
+        and for outputs whose first dimension is another."""
+        try:
+            output = self._output(tried)
+        except RuntimeError as error:
+            if fa.is_out_of_memory(error):
+                raise
+            shape, reason = tuple(tried.shape[1:]), str(error).splitlines()[0]
+            raise ValueError(f"the model cannot take images of shape {shape}: {reason}") from error
+        if len(output) != len(tried):
+            raise ValueError(
+                f"layer {self.name!r} gives {tuple(output.shape)} for {len(tried)} images: images "
+                f"must come first, as with batch_first=True"
+            )
+        return output
 
     def _probe_logits(self, tried: Tensor) -> Tensor:
         """The model's logits. Raises ValueError unless they are (B, C), and the layer ran once."""
