@@ -37,6 +37,11 @@ class Batch(NamedTuple):
     share: float  # of the whole batch, 0 to 1
 
 
+def spread_over(n: int, wanted: int) -> Tensor:
+    """(wanted,) int64, evenly spaced numbers from 0 to n - 1; all n where there are no more."""
+    return torch.linspace(0, n - 1, min(n, wanted), dtype=torch.float64).round().long()
+
+
 def moments(
     chunks: Iterable[Tensor], ranks: Ranks, square: Callable[[Tensor], Tensor]
 ) -> tuple[int, Tensor, Tensor]:
@@ -47,7 +52,7 @@ def moments(
     n, shift, total, squares = 0, None, 0.0, 0.0
     for chunk in chunks:
         if shift is None:  # near the mean, so that squares about it lose no digits
-            shift = ranks.broadcast_(chunk.mean(0))
+            shift = ranks.broadcast_(chunk.mean(0) if len(chunk) else chunk.sum(0))  # or none
         chunk = chunk - shift
         n += len(chunk)
         total = total + chunk.sum(0, dtype=torch.float64)
