@@ -554,6 +554,23 @@ def test_the_shift_is_that_of_a_sort(digits, monkeypatch):
         assert threshold_shift(sae, z, target) == expected
 
 
+def test_of_too_many_positions_an_even_sample_of_all_places_decides(monkeypatch):
+    """8 rows are too many for 3: a step of 3 would do, but of 3 positions it takes only the first,
+    and so would one of 6 of the others."""
+    sae = JumpReLUSAE(1, 1)
+    sae.W_enc.data.fill_(1)
+    monkeypatch.setattr(calibration, "CALIBRATED_ROWS", 10)
+    raw = torch.arange(1.0, 31).reshape(10, 3, 1)
+    taken = [1, 5, 9, 13, 17, 21, 25, 29]  # every fourth
+    rows = TrainingRows(raw)
+    assert calibration.row_step(rows) == 4
+    adjusted, shift = adjust_thresholds(sae, rows, 0.25)  # 2 of them
+    assert shift == 23
+    assert int((adjusted.encode(torch.tensor(taken)[:, None].float()) > 0).sum()) == 2
+    monkeypatch.setattr(calibration, "CALIBRATED_ROWS", 30)
+    assert threshold_shift(sae, rows, 0.25) == 22.5  # 8 of 30
+
+
 def test_tied_excesses_are_left_inactive():
     sae = JumpReLUSAE(1, 1)
     sae.W_enc.data.fill_(1)
