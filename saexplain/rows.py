@@ -228,6 +228,13 @@ class TrainingRows:
         return self.ranks.sum_(found)
 
     def sample(self, n: int) -> Tensor:
-        """x (n, d_in) of a row of each of the first n images, their positions in turn."""
-        images = torch.arange(min(n, self.n_images), device=self.device)
-        return self.x_of(images * self.positions + images % self.positions)
+        """x (n, d_in) of a row of each of n images, their positions in turn.
+
+        Images with positions are evenly spaced: in folders they are sorted by class. The first
+        ones serve for vectors, as those of MNIST, whose order is random.
+        """
+        images = torch.arange(min(n, self.n_images))
+        if self.raw.dim() == 3:
+            images = spread_over(self.n_images, n)
+        numbers = images * self.positions + torch.arange(len(images)) % self.positions
+        return self.x_of(numbers.to(self.device))
