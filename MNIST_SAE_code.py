@@ -759,7 +759,8 @@ def explain_activations(
         **settings.chosen("topk n_eval alpha hypotheses features seed"),
     )
     drafts, records, reports, writing = {}, {}, {}, []
-    logits_from = SCHEDULE.logit_kl_from if settings.head_kl else None
+    use_logits = settings.head_kl and training_rows(layer).train.logits_of is not None
+    logits_from = SCHEDULE.logit_kl_from if use_logits else None
     for target, saes in trained.items():
         own, folder = saes.stages[settings.seed], settings.folder_of(target)
         given = (network.history, own.record["history"], target, logits_from, DEAD_BELOW)
@@ -1008,6 +1009,8 @@ def explain(
     replaced.
     """
     clock = Stopwatch(console.stage_line)
+    if positions_per_image < 1:
+        raise InputError(f"positions_per_image must be at least 1, got {positions_per_image}")
     net = open_layer(model, layer, pool, layout, grid, prefix_tokens)
     images = {name: settings.pop(name) for name in IMAGE_OPTIONS if name in settings}
     with open_ranks() as ranks, printing_once(ranks):

@@ -168,6 +168,10 @@ def _grid_of_tokens(
         height = (n - prefix) // width if width else 0
         if width and height * width == n - prefix and height * image[1] == width * image[0]:
             return fa.Positions((height, width), prefix)
+    if n_prefix is not None and not 0 <= n_prefix < n:
+        raise ValueError(
+            f"prefix_tokens must be at least 0 and leave tokens for a grid, got {n_prefix} of {n}"
+        )
     raise ValueError(
         f"{n} tokens for images of {image[0]} x {image[1]} pixels have no grid of their "
         f"proportions; give grid=(rows, columns) and prefix_tokens="
@@ -184,7 +188,8 @@ def sampled_positions(first: int, n: int, n_positions: int, wanted: int) -> Tens
         return torch.arange(n_positions).expand(n, -1)
     image = torch.arange(first, first + n)[:, None]
     key = image * n_positions + torch.arange(n_positions)
-    for multiplier in (0x9E3779B1, 0x85EBCA6B):  # the mixing steps of MurmurHash3 (Appleby 2011)
+    # Shifts and odd multipliers mix the bits, as the last steps of MurmurHash3 do.
+    for multiplier in (0x9E3779B1, 0x85EBCA6B):
         key = ((key ^ (key >> 16)) * multiplier) & 0xFFFFFFFF
     order = (key ^ (key >> 13)).argsort(dim=1, stable=True)
     return order[:, :wanted].sort(1).values

@@ -332,6 +332,8 @@ def test_layouts(shape, image, module, given, words):
     [
         ({"grid": (5, 5)}, r"20 tokens cannot be -5 prefix tokens and a grid \(5, 5\)"),
         ({"prefix_tokens": 3}, "20 tokens for images of 8 x 9 pixels have no grid"),
+        ({"prefix_tokens": 20}, "at least 0 and leave tokens for a grid, got 20 of 20"),
+        ({"prefix_tokens": -5}, "at least 0 and leave tokens for a grid, got -5 of 20"),
         ({"layout": "rows"}, "layout must be one of .*, got 'rows'"),
         ({"layout": "channels_last"}, r"layout='channels_last' needs \(B, ...\) of 4 dimensions"),
     ],
