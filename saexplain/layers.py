@@ -140,7 +140,8 @@ def store_outputs(model, split: Split, name: str, storing: Storing, ranks: Ranks
     for batch, _ in progress_bar(loader, f"{SPLIT_NAMES[name]} images", len(loader)):
         raw = fa.values_of(model.preactivations(batch))
         if kept < p:
-            places = sampled_positions(own.start + store.done, len(raw), p, kept).to(raw.device)
+            given = (own.start + store.done, len(raw), p, kept, model.positions.n_prefix)
+            places = sampled_positions(*given).to(raw.device)
             raw = raw.gather(1, places[:, :, None].expand(-1, -1, raw.shape[2]))
         store[store.done : store.done + len(raw)] = raw if raw.dim() == 3 else raw[:, None]
     return store.raw if first.dim() == 3 else store.raw[:, 0]

@@ -178,11 +178,14 @@ def _grid_of_tokens(
     )
 
 
-def sampled_positions(first: int, n: int, n_positions: int, wanted: int) -> Tensor:
+def sampled_positions(
+    first: int, n: int, n_positions: int, wanted: int, n_prefix: int = 0
+) -> Tensor:
     """(n, wanted) int64, random positions of images first .. first + n - 1, different ones of each.
 
-    All, in order, where there are no more. Which they are depends on the image's number alone, not
-    on how the images were cut into batches.
+    Prefix tokens are always among them, where there are fewer than wanted: in late layers of a
+    transformer the logits may depend on nothing else. All, in order, where there are no more. Which
+    they are depends on the image's number alone, not on how the images were cut into batches.
     """
     if wanted >= n_positions:
         return torch.arange(n_positions).expand(n, -1)
@@ -191,5 +194,8 @@ def sampled_positions(first: int, n: int, n_positions: int, wanted: int) -> Tens
     # Shifts and odd multipliers mix the bits, as the last steps of MurmurHash3 do.
     for multiplier in (0x9E3779B1, 0x85EBCA6B):
         key = ((key ^ (key >> 16)) * multiplier) & 0xFFFFFFFF
-    order = (key ^ (key >> 13)).argsort(dim=1, stable=True)
+    key = key ^ (key >> 13)
+    if n_prefix < wanted:
+        key[:, :n_prefix] = -1  # before all others
+    order = key.argsort(dim=1, stable=True)
     return order[:, :wanted].sort(1).values

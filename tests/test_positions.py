@@ -343,6 +343,11 @@ def test_layouts_that_do_not_fit_are_named(given, message):
         find_layout(torch.zeros(2, 20, 5), (2, 3, 8, 9), nn.ReLU(), **given)
 
 
+def whole_of_two(n: int) -> Tensor:
+    """Two positions of each image, without regard to prefix tokens."""
+    return sampled_positions(0, n, 49, 2)
+
+
 def test_sampled_positions_do_not_depend_on_the_batches():
     whole = sampled_positions(0, 500, 49, 8)
     parts = [sampled_positions(n, 100, 49, 8) for n in range(0, 500, 100)]
@@ -352,6 +357,10 @@ def test_sampled_positions_do_not_depend_on_the_batches():
     assert counts.min() > 40  # 500 x 8 / 49 = 82 expected, and a deviation of 8
     assert counts.max() < 125
     assert torch.equal(sampled_positions(3, 2, 4, 8), torch.arange(4).expand(2, 4))
+    with_token = sampled_positions(0, 500, 49, 8, n_prefix=2)
+    assert torch.equal(with_token[:, :2], torch.arange(2).expand(500, 2))
+    assert torch.bincount(with_token.flatten(), minlength=49)[2:].min() > 30
+    assert torch.equal(sampled_positions(0, 500, 49, 2, n_prefix=2), whole_of_two(500))
 
 
 # --- Where ----------------------------------------------------------------------------------------
