@@ -284,7 +284,7 @@ def write_feature_panels(
     for k, note in notes.items():
         effects = analysis.logit.mean_delta[k], analysis.ablation.mean_delta[k]
         heat = heats[k] if heats is not None and analysis.faithful[k] else None
-        if maps is not None:
+        if maps is not None and not maps.mean[k].isnan().any():
             note = note._replace(mean_map=maps.mean[k].numpy())
         pixels = _paint_panel(gallery, k, analysis.bank, heat, effects, note)
         fa.save_pixels(pixels, Path(folder) / f"feature_{k}_panel.png")

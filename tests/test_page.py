@@ -389,6 +389,15 @@ def test_occlusion_maps_are_those_of_the_strongest_images(colored, tmp_path):
     expected = maps.top[3, 1].float() / maps.top[3].float().max()
     assert found == pytest.approx(expected.numpy(), abs=0.034)
 
+    top, mean = maps.top.clone(), maps.mean.clone()
+    top[3, 1], top[5], mean[5] = torch.nan, torch.nan, torch.nan  # nothing was covered there
+    maps = maps._replace(top=top, mean=mean)
+    world = colored._replace(shown=colored.shown._replace(maps=maps))
+    entries = meta_of(write(path, world, network=None))["features"]
+    assert [len(row) for row in entries[3]["top"]] == [4, 3, 4]
+    assert [len(row) for row in entries[5]["top"]] == [3] * 3
+    assert (entries[5]["mean_peak"], entries[5]["scale"]) == (None, 0)
+
 
 def test_tables_of_many_classes_have_the_largest_effects(colored, tmp_path, monkeypatch):
     monkeypatch.setattr(page_classes, "FEW_CLASSES", 3)
