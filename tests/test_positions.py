@@ -466,6 +466,7 @@ def test_partial_cells_of_a_pattern_count_their_own_pixels(monkeypatch):
         positions=fa.Positions((1, 2)),
         preactivations=lambda images: (images.flatten(1) @ weight).unflatten(1, (2, 2)),
         logits_from_preactivations=lambda raw: raw.mean(1),
+        n_classes=2,
     )
     sae = JumpReLUSAE(2, 2).requires_grad_(False)
     sae.W_enc.copy_(torch.eye(2))
