@@ -801,10 +801,11 @@ def finish_target(
     others = {seed: stage for seed, stage in stages.items() if seed != settings.seed}
     # Those of another seed: the SAE's own started from the rows of its seed.
     rows = starting_rows(z, settings.sae_latents, settings.seed + 1)
-    untrained = features_along(rows, z, *feature_stats(layer.sae, z))
+    stats = feature_stats(layer.sae, z)
+    untrained = features_along(rows, z, *stats, most=None)  # as many active per row
     baselines = {}
     if others or frozen:
-        baselines["untrained SAE"] = untrained
+        baselines["untrained SAE"] = features_along(rows, z, *stats)
         baselines |= report.default_baselines(layer, settings.seed)
     if frozen:
         try:
@@ -946,8 +947,9 @@ LATENTS_OF_VECTOR, LATENTS_AT_POSITIONS = 2, 4  # per number of a row, where non
 IMAGE_OPTIONS = ("mean", "std", "columns", "transform")  # of load_own
 
 
-def explain_settings(net: AtLayer, raw: fa.Rows, target: int, given: dict) -> Settings:
-    """Settings of a call of explain() for a layer with outputs like raw (n, ...).
+def explain_settings(net: AtLayer, raw: fa.Rows, target: int | None, given: dict) -> Settings:
+    """Settings of a call of explain() for a layer with outputs like raw (n, ...); without a target
+    the largest of TARGETS, until one is picked.
 
     Raises InputError for a name that is none.
     """
@@ -958,9 +960,15 @@ def explain_settings(net: AtLayer, raw: fa.Rows, target: int, given: dict) -> Se
         if name not in known:
             raise InputError(f"explain() has no setting {name!r}; it has {', '.join(known)}")
     width = LATENTS_AT_POSITIONS if len(raw.shape) == 3 else LATENTS_OF_VECTOR
-    usual = {"sae_latents": max(width * raw.shape[-1], 2 * target), "workers": 0}
+    usual = {"sae_latents": max(width * raw.shape[-1], 2 * (target or max(TARGETS))), "workers": 0}
     usual["out"] = str(Path(EXPLAINED) / file_name(net.short_name))
     given = {**given, "out": str(given.get("out", usual["out"]))}
+    if target is None:
+        latents = given.get("sae_latents", usual["sae_latents"])
+        possible = [t for t in TARGETS if t < latents]
+        if not possible:
+            raise InputError(f"give target=: sae_latents={latents} is below all of {TARGETS}")
+        target = max(possible)
     return Settings(target_actives=(target,), device=str(net.device), **{**usual, **given})
 
 
@@ -1017,7 +1025,7 @@ def explain(
         data = report.load_splits(net, classes, train, val, test, **images)
         with torch.no_grad():
             some = net.preactivations(data.train.images[: fa.PROBED])
-        own = explain_settings(net, some, target or max(TARGETS), settings)
+        own = explain_settings(net, some, target, settings)
         make_deterministic(net.device)
         root = Path(own.out)
         with one_writer(root, own.wait, ranks), torch_threads(1), Workers(own.workers) as workers:

@@ -102,8 +102,9 @@ class BranchRows:
 
     @property
     def images(self) -> Tensor:
-        """(N, ...)"""
-        return self._images[self._index.to(self._images.device)]
+        """(N, ...), each read once"""
+        own, places = self._index.unique(return_inverse=True)
+        return self._images[own.to(self._images.device)][places.to(self._images.device)]
 
     def split(self, n: int) -> list[BranchRows]:
         """Pieces of n rows."""
@@ -174,7 +175,8 @@ class ExplainedLayer:
     @property
     def n_classes(self) -> int:
         known = getattr(self.model, "n_classes", None)
-        return known or self.logits(self.mu[None]).shape[1]
+        row = self.mu.expand(1, self.positions.n, -1) if self.has_positions else self.mu[None]
+        return known or self.logits(row).shape[1]
 
     @torch.no_grad()
     def activations(self, images: Tensor, labels: Tensor) -> Activations:

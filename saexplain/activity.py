@@ -24,6 +24,7 @@ from torch import Tensor
 import feature_analysis as fa
 
 PAIRS_AT_ONCE = 2**18  # pairs of features counted at once: few enough for the processor's cache
+PRIOR = 4.0  # pairs that the mean over all classes counts as, where a class has few of its own
 KEPT_ENTRIES = 2**26  # logits of pairs that are kept for the page, at most
 REMOVED_FROM = 64  # images from which a feature of a layer with positions is removed, at most
 
@@ -121,7 +122,7 @@ def collect_activity(layer: fa.ExplainedLayer, raw: Tensor, labels: Tensor) -> A
 # --------------------------------------------------------------------------------------------------
 
 
-def _logits_without(
+def logits_without(
     layer: fa.ExplainedLayer, raw: fa.Rows, activity: Activity
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Features (n,), images (n,), and the logits (n, C) without the feature, in blocks of pairs."""
@@ -183,7 +184,7 @@ def removal_effects(layer: fa.ExplainedLayer, raw: Tensor, activity: Activity) -
     size, changed = sums.new_zeros(layer.d_sae), sums.new_zeros(layer.d_sae)
     is_kept = layer.has_positions and len(activity.image) * base.shape[1] <= KEPT_ENTRIES
     added = []
-    for k, image, logits in _logits_without(layer, raw, activity):
+    for k, image, logits in logits_without(layer, raw, activity):
         delta = logits - base[image]
         added += [-delta.cpu()] if is_kept else []
         sums.index_add_(0, k, delta.double())
@@ -210,25 +211,61 @@ def contributions(
     logits = layer.logits(raw)
     added = [
         (logits[image] - without).cpu()
-        for _, image, without in _logits_without(layer, raw, activity)
+        for _, image, without in logits_without(layer, raw, activity)
     ]
     return torch.cat(added), logits.cpu()
 
 
-def class_contributions(
-    layer: fa.ExplainedLayer, raw: fa.Rows, activity: Activity, removed: Removals | None = None
-) -> tuple[Contributions, Tensor]:
-    """Contributions on images that activate each feature, and how many of its images each of their
-    pairs counts for (P,): one, or several where a feature is removed from some of them only."""
-    found = removed.kept if removed is not None else None
-    if found is None:
-        pairs = removed_pairs(layer, activity)
-        n_classes = layer.n_classes
-        if len(pairs.image) * n_classes > KEPT_ENTRIES:
-            pairs = pairs.fewer(max(1, KEPT_ENTRIES // (n_classes * layer.d_sae)))
-        found = Contributions(pairs, *contributions(layer, raw, pairs))
-    weight = activity.n_active / found.pairs.n_active.clamp(min=1)
-    return found, weight.double()[found.pairs.feature]
+class ClassEffects(NamedTuple):
+    """Mean contributions of features by class of images, one class at a time."""
+
+    found: Contributions
+    rate: Tensor  # (C, d_sae) float64, share of the images of a class that activate a feature
+    mean: Tensor | None  # (d_sae, C) float64 over the kept pairs; None where all pairs are kept
+
+    @classmethod
+    def of(
+        cls,
+        layer: fa.ExplainedLayer,
+        raw: fa.Rows,
+        activity: Activity,
+        removed: Removals | None = None,
+    ) -> ClassEffects:
+        """Of raw, whose `activity` is given; `removed` has the contributions of a layer with
+        positions, where they are known."""
+        found, n_classes = removed.kept if removed is not None else None, layer.n_classes
+        if found is None:
+            pairs = removed_pairs(layer, activity)
+            if len(pairs.image) * n_classes > KEPT_ENTRIES:
+                pairs = pairs.fewer(max(1, KEPT_ENTRIES // (n_classes * layer.d_sae)))
+            found = Contributions(pairs, *contributions(layer, raw, pairs))
+        cell = activity.labels[activity.image] * layer.d_sae + activity.feature
+        counts = torch.bincount(cell, minlength=n_classes * layer.d_sae).view(n_classes, -1)
+        of_class = torch.bincount(activity.labels, minlength=n_classes)  # a class may be empty
+        rate = counts.double() / of_class.clamp(min=1)[:, None]
+        mean = None
+        if len(found.pairs.image) < len(activity.image):
+            sums = torch.zeros(layer.d_sae, n_classes, dtype=torch.float64)
+            sums.index_add_(0, found.pairs.feature, found.added.double())
+            mean = sums / found.pairs.n_active.clamp(min=1)[:, None]
+        return cls(found, rate, mean)
+
+    def on(self, c: int) -> Tensor:
+        """(d_sae, C) float64, the mean over all images of class c; one that does not activate a
+        feature counts as 0.
+
+        Where a feature was removed from some images only, its rate in the class is known, and its
+        mean effect there is that on the kept images of the class and PRIOR of all kept ones.
+        """
+        pairs, added, _ = self.found
+        own = pairs.labels[pairs.image] == c
+        feature = pairs.feature[own]
+        sums = torch.zeros(self.rate.shape[1], added.shape[1], dtype=torch.float64)
+        sums.index_add_(0, feature, added[own].double())
+        if self.mean is None:
+            return sums / max(1, int((pairs.labels == c).sum()))
+        n = torch.bincount(feature, minlength=len(sums))[:, None]
+        return self.rate[c, :, None] * (sums + PRIOR * self.mean) / (n + PRIOR)
 
 
 # --------------------------------------------------------------------------------------------------

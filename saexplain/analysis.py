@@ -152,7 +152,8 @@ def input_patterns(
         side, gradients, correlation = aligned_patterns(layer, split, bank)
         return Patterns(gradients, correlation, receptive=side)
     units = unit_gradients(layer, split.images)
-    some = fa.Activations(*(values[:N_CORRELATED] for values in split))
+    chosen = evenly_spaced(torch.arange(len(split.labels)), N_CORRELATED)
+    some = fa.Activations(*(values[chosen.to(values.device)] for values in split))
     correlation = pattern_correlations(layer, units, some)
     linear = fa.is_linear(layer, tuple(split.images.shape[1:]), split.images[:64])
     return Patterns(feature_patterns(layer, units), correlation, units, linear=linear)
@@ -170,19 +171,15 @@ def has_gradients(layer: fa.ExplainedLayer, images) -> bool:
 def logit_effects(
     layer: fa.ExplainedLayer, raw: fa.Rows, removed: Removals, n_eval: int, alpha: float
 ) -> tuple[fa.LogitEffects, fa.LogitEffects]:
-    """What adding each feature does to the logits, and what removing it does.
-
-    With positions fewer images serve: ADDED_TO, and those of `removed`.
-    """
-    every = torch.arange(layer.d_sae)
-    if layer.has_positions:
-        some = evenly_spaced(torch.arange(len(raw)), min(ADDED_TO, n_eval)).to(raw.device)
-        mean = removed.mean_delta.float()
-        top = torch.where(removed.n_images > 0, mean.argmax(1), -1)
-        ablation = fa.LogitEffects(mean, top, removed.n_images)
-        return fa.logit_effects(layer, raw[some], alpha), ablation
-    ablation = fa.ablation_effects(layer, raw.split(fa.HEAD_ROWS), every, n_eval)
-    return fa.logit_effects(layer, raw[:n_eval], alpha), ablation
+    """What adding each feature to n_eval images does to the logits, fewer with positions, and what
+    removing it does, on all images of `removed`."""
+    most = min(ADDED_TO, n_eval) if layer.has_positions else n_eval
+    # Evenly spaced: a set of one's own may be sorted by class.
+    some = evenly_spaced(torch.arange(len(raw)), most).to(raw.device)
+    mean = removed.mean_delta.float()
+    top = torch.where(removed.n_images > 0, mean.argmax(1), -1)
+    ablation = fa.LogitEffects(mean, top, removed.n_images)
+    return fa.logit_effects(layer, raw[some], alpha), ablation
 
 
 def feature_maps(

@@ -37,6 +37,7 @@ from saexplain.substitution import agreement_of_drawings, measure_agreement
 
 MAX_BASELINE_FEATURES = 512  # of each kind, at most
 MAX_TESTED = 128  # features whose hypotheses are tested; all take part in the agreement
+FITTED_ENTRIES = 2**28  # activations from which a decoder is fitted, at most
 RIDGE = 1e-3  # of the mean square of an activation, so that a decoder exists for any features
 
 
@@ -120,15 +121,20 @@ def default_directions(layer: fa.ExplainedLayer, seed: int) -> dict[str, Tensor]
 
 
 def match_rates(
-    directions: Tensor, z: Tensor, density: Tensor, mean_activation: Tensor
+    directions: Tensor,
+    z: Tensor,
+    density: Tensor,
+    mean_activation: Tensor,
+    most: int | None = MAX_BASELINE_FEATURES,
 ) -> JumpReLUSAE:
     """Features along the first of `directions` (n, d_in) that are active on z (N, d_in) as often
     and as strongly as features of the SAE, whose density and mean_activation (d_sae,) are given.
 
-    At most MAX_BASELINE_FEATURES, evenly spaced over the SAE's densities, the most active first.
+    At most so many, evenly spaced over the SAE's densities, the most active first; with `most` None
+    as many as the SAE has.
     """
     # The rate decides how high an F1 is, so only equal rates compare.
-    n = min(len(directions), len(density), MAX_BASELINE_FEATURES)
+    n = min(len(directions), len(density), most or len(density))
     falling = torch.argsort(density, descending=True, stable=True)
     some = evenly_spaced(falling, n)
     return matched_directions(directions[:n], z, density[some], mean_activation[some])
@@ -149,10 +155,15 @@ def fit_decoder(sae: JumpReLUSAE, z: Tensor) -> JumpReLUSAE:
 
 
 def features_along(
-    directions: Tensor, z: Tensor, density: Tensor, mean_activation: Tensor
+    directions: Tensor,
+    z: Tensor,
+    density: Tensor,
+    mean_activation: Tensor,
+    most: int | None = MAX_BASELINE_FEATURES,
 ) -> JumpReLUSAE:
     """The features of `match_rates` with the decoder of `fit_decoder`."""
-    return fit_decoder(match_rates(directions, z, density, mean_activation), z)
+    z = z[evenly_spaced(torch.arange(len(z)), FITTED_ENTRIES // len(density)).to(z.device)]
+    return fit_decoder(match_rates(directions, z, density, mean_activation, most), z)
 
 
 @torch.no_grad()

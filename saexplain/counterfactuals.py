@@ -1,7 +1,7 @@
 """Which features does a prediction depend on? Features are removed until the prediction changes.
 
     effects = class_effects(layer, raw, activity)  # (C, d_sae, C), mean contributions by class
-    fixes, breaks = flips_by_removal(activity, added, logits)  # errors fixed, predictions broken
+    fixes, breaks = flips_by_removal(layer, raw, activity)   # errors fixed, predictions broken
     sets = minimal_flip_sets(layer, raw, goal)  # few features without which `goal` is predicted
     review = review_tests(layer, raw, labels)  # the errors of a test set, and all above
 
@@ -25,10 +25,11 @@ from torch import Tensor
 import feature_analysis as fa
 from saexplain.activity import (
     Activity,
+    ClassEffects,
     Removals,
-    class_contributions,
     collect_activity,
     contributions,
+    logits_without,
 )
 
 ERRORS_SHOWN = 300  # misclassified images, those of the largest margin first
@@ -43,32 +44,24 @@ TOURS_TRIED = 40  # images among which that of the tour is searched
 def class_effects(
     layer: fa.ExplainedLayer, raw: fa.Rows, activity: Activity, removed: Removals | None = None
 ) -> np.ndarray:
-    """Mean contribution of each feature to each logit, by class of images, (C, d_sae, C) float32.
-
-    The mean is over all images of a class; one that does not activate the feature counts as 0.
-    `removed` has the contributions of a layer with positions, where they are known.
-    """
-    (pairs, added, _), weight = class_contributions(layer, raw, activity, removed)
-    n_classes, d_sae = added.shape[1], len(activity.n_active)
-    row = pairs.labels[pairs.image] * d_sae + pairs.feature  # (P,)
-    sums = torch.zeros(n_classes * d_sae, n_classes, dtype=torch.float64)
-    sums.index_add_(0, row, added.double() * weight[:, None])
-    images = torch.bincount(activity.labels, minlength=n_classes)
-    images = images.clamp(min=1)  # a class may be empty
-    return (sums.view(n_classes, d_sae, n_classes) / images[:, None, None]).float().numpy()
+    """Mean contribution of each feature to each logit, by class of images, (C, d_sae, C) float32;
+    see `ClassEffects`."""
+    effects = ClassEffects.of(layer, raw, activity, removed)
+    return torch.stack([effects.on(c) for c in range(len(effects.rate))]).float().numpy()
 
 
-def flips_by_removal(activity: Activity, added: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Errors fixed and correct predictions broken by removing each feature alone, (d_sae,) each.
-
-    `added` (P, C) and `logits` (N, C) are those of `contributions` for this activity.
-    """
-    d_sae, image = len(activity.n_active), activity.image
-    correct = (logits.argmax(1) == activity.labels)[image]  # (P,)
-    correct_without = (logits[image] - added).argmax(1) == activity.labels[image]
-    fixes = torch.bincount(activity.feature[~correct & correct_without], minlength=d_sae)
-    breaks = torch.bincount(activity.feature[correct & ~correct_without], minlength=d_sae)
-    return fixes, breaks
+def flips_by_removal(
+    layer: fa.ExplainedLayer, raw: fa.Rows, activity: Activity
+) -> tuple[Tensor, Tensor]:
+    """Errors fixed and correct predictions broken by removing each feature alone, (d_sae,) each,
+    among the images of raw, whose `activity` is given."""
+    is_correct = (layer.logits(raw).argmax(1).cpu() == activity.labels).long()
+    counts = torch.zeros(2, 2, layer.d_sae, dtype=torch.int64)  # by whether correct before, after
+    for k, image, logits in logits_without(layer, raw, activity):
+        after = (logits.argmax(1).cpu() == activity.labels[image.cpu()]).long()
+        index = (is_correct[image.cpu()], after, k.cpu())
+        counts.index_put_(index, torch.ones_like(after), accumulate=True)
+    return counts[0, 1], counts[1, 0]
 
 
 def logit_margin(logits: Tensor, goal: Tensor) -> Tensor:
@@ -272,9 +265,8 @@ def review_tests(layer: fa.ExplainedLayer, raw: fa.Rows, labels: Tensor) -> Test
     if layer.has_positions:
         logits, most = layer.logits(raw).cpu(), (ERRORS_AT_POSITIONS, OTHERS_AT_POSITIONS)
     else:
-        every, most = collect_activity(layer, raw, labels), (ERRORS_SHOWN, OTHERS_SHOWN)
-        added, logits = contributions(layer, raw, every)
-        fixes, breaks = flips_by_removal(every, added, logits)
+        logits, most = layer.logits(raw).cpu(), (ERRORS_SHOWN, OTHERS_SHOWN)
+        fixes, breaks = flips_by_removal(layer, raw, collect_activity(layer, raw, labels))
     pair = confused_pair(logits, labels)
     tour = find_tour(layer, raw, labels, logits, pair)
     errors, others = chosen_tests(logits, labels, most)

@@ -106,7 +106,9 @@ def diagnose(
             "dead latents",
             record["dead_features"] / record["sae_latents"],
             0.05,
-            "share inactive on all training images",
+            "share inactive at all training positions that were kept"
+            if has_positions
+            else "share inactive on all training images",
             f"{fewer} or raise {target}",
         ),
         Diagnosis(

@@ -28,7 +28,7 @@ from saexplain.activity import (
     collect_activity,
     removal_effects,
 )
-from saexplain.crops import Crops
+from saexplain.crops import Crops, can_draw_crops
 from saexplain.edits import Drawn, EditTest, edit_tests, edited_images
 from saexplain.hypotheses import (
     CONFIDENCES,
@@ -42,6 +42,7 @@ from saexplain.hypotheses import (
     chance_f1,
     evenly_spaced,
     fit_canvas,
+    fit_canvas_of_crops,
     ink_levels,
     is_slow,
     label_histograms,
@@ -386,6 +387,18 @@ def check_hypotheses(
             )
 
 
+def canvas_for(hypotheses: Sequence[Hypothesis], layer: fa.ExplainedLayer, images) -> Canvas:
+    """The canvas of images (N, C, H, W), or of crops, where the layer has positions and drawings
+    are smaller."""
+    sides = {h.weights.shape for h in hypotheses if h.is_drawn}
+    whole = fit_canvas(images)
+    if layer.has_positions and sides and whole.shape not in sides:
+        side = min(sides)
+        if can_draw_crops(side, tuple(images.shape[-2:])):
+            return fit_canvas_of_crops(images, layer.positions, side)[0]
+    return whole
+
+
 def evaluate_hypotheses(
     hypotheses: Sequence[Hypothesis], layer: fa.ExplainedLayer, images: Tensor, labels: Tensor
 ) -> list[Evidence]:
@@ -396,13 +409,14 @@ def evaluate_hypotheses(
         e.picked.f1, e.picked.precision, e.detection.auroc, e.edits["erasing"].difference()
 
     Several may be about one feature. A hypothesis without a threshold gets the one with the largest
-    F1 on the layer's split "val", which therefore must not hold the test images. Raises ValueError,
-    or IndexError, for hypotheses that do not fit the layer.
+    F1 on the layer's split "val", which therefore must not hold the test images; drawings of what a
+    position sees must have one. Raises ValueError, or IndexError, for hypotheses that do not fit
+    the layer.
     """
     val, rule = layer.splits["val"], Rule()
-    canvas = fit_canvas(val.images)
+    canvas = canvas_for(hypotheses, layer, val.images)
     check_hypotheses(hypotheses, layer, canvas)
-    if any(h.threshold is None for h in hypotheses):
+    if not crops_on(canvas, layer, val.images) and any(h.threshold is None for h in hypotheses):
         activity = collect_activity(layer, val.raw, val.labels)
         hypotheses = with_thresholds(hypotheses, ink_levels(canvas, val.images), activity)
     split = layer.activations(images, labels)

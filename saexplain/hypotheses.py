@@ -265,8 +265,7 @@ def discover(
     side = None if crop_heats is None else tuple(crop_heats.shape[1:])
     nothing = drawable is not None and not drawable.any()
     if layer.has_positions and not nothing and can_draw_crops(side, tuple(images.shape[-2:])):
-        crops = crops_of_positions(images, layer.positions, side)
-        canvas = fit_canvas(images).of_crops(crops)
+        canvas, crops = fit_canvas_of_crops(images, layer.positions, side)
         levels, patterns = canvas.levels(crops), canvas.pattern(crop_heats)
         metric = local_covariance(levels, canvas)
         return Discovery(canvas, levels.byte(), labels.cpu(), raw, torch.empty(0), metric, patterns)
@@ -282,7 +281,17 @@ def discover(
 
 def fit_canvas(images: Tensor | object) -> Canvas:
     """The canvas of images (N, C, H, W), by CANVAS_IMAGES of them where they are not in memory."""
-    return Canvas.fit(images if isinstance(images, Tensor) else images[:CANVAS_IMAGES])
+    some = evenly_spaced(torch.arange(len(images)), CANVAS_IMAGES)
+    return Canvas.fit(images if isinstance(images, Tensor) else images[some])
+
+
+def fit_canvas_of_crops(
+    images: Tensor | object, positions: fa.Positions, side: tuple[int, int]
+) -> tuple[Canvas, Tensor]:
+    """The canvas of crops (a, b) around positions of images, with ink as in whole images, and the
+    crops (n, C, a, b) at random from which it is."""
+    crops = crops_of_positions(images, positions, side)
+    return fit_canvas(images).of_crops(crops), crops
 
 
 def ink_levels(canvas: Canvas, images: Tensor | object) -> Tensor:
@@ -577,9 +586,9 @@ def propose_hypotheses(
     The drawing has the regions that follow the feature's input pattern best, see `regions`; the
     threshold has the largest F1; labels are those of `enriched_classes`, or `predictive_classes`
     where nothing is drawn, with positions of `strong_classes`; logits are those of
-    `changed_logits`, the place that of `place_of`. Without
-    `in_full` no logits are named, and there are no captions. A feature with fewer than MIN_ACTIVE
-    active, or inactive, images gets an empty drawing; so does one that is not `faithful`, with the
+    `changed_logits`, the place that of `place_of`. Without `in_full` no logits are named, and there
+    are no captions. A feature with fewer than MIN_ACTIVE active, or inactive, images gets an empty
+    drawing; so does one that is not `faithful`, or whose drawing of crops predicts badly, with the
     reason, and, if enough images are active, classes and a place.
 
     `activity` and `removed`, of the same images, are computed where they are not given; `classes`

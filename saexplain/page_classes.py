@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import feature_analysis as fa
-from saexplain.activity import Activity, Removals, class_contributions
+from saexplain.activity import Activity, ClassEffects, Removals
 
 FEW_CLASSES = 20  # of no more classes a page always has all effects
 FULL_ENTRIES = 2**18  # effects C F C of which it has all in any case
@@ -56,11 +56,9 @@ def class_tables(
     Effects are means over all images of the class. Features are places among `features`, -1 where
     there is none.
     """
-    n_classes, n = layer.n_classes, len(features)
-    (kept, added, logits), weight = class_contributions(layer, raw, activity, removed)
-    place = torch.full((layer.d_sae,), -1)
-    place[torch.tensor(features)] = torch.arange(n)
-    row, label = place[kept.feature], kept.labels[kept.image]
+    n_classes = layer.n_classes
+    effects = ClassEffects.of(layer, raw, activity, removed)
+    logits, labels = effects.found.logits, activity.labels
 
     listed = N_SUPPORTING + N_OPPOSING
     rivals = np.zeros((n_classes, min(N_RIVALS, n_classes - 1)), np.int32)
@@ -69,15 +67,11 @@ def class_tables(
     split = np.full((*rivals.shape, N_SEPARATING), -1, np.int32)
     split_value = np.zeros(split.shape, np.float32)
     for c in range(n_classes):
-        own = (label == c) & (row >= 0)
-        count = max(1, int((kept.labels == c).sum()))
-        sums = torch.zeros(n, n_classes, dtype=torch.float64)
-        sums.index_add_(0, row[own], added[own].double() * weight[own, None])
-        sums /= count  # (F, C) mean effects on images of class c
+        sums = effects.on(c)[torch.tensor(features)]  # (F, C) mean effects on images of class c
         _fill_largest(top[c, :N_SUPPORTING], top_value[c, :N_SUPPORTING], sums[:, c])
         _fill_largest(top[c, N_SUPPORTING:], top_value[c, N_SUPPORTING:], -sums[:, c])
         top_value[c, N_SUPPORTING:] *= -1
-        mean = logits[kept.labels == c].double().sum(0) / count
+        mean = logits[labels == c].double().sum(0) / max(1, int((labels == c).sum()))
         mean[c] = -math.inf
         if c in pair:
             mean[sum(pair) - c] = math.inf

@@ -31,7 +31,8 @@ def gradient_images(layer: fa.ExplainedLayer, images: Tensor) -> dict:
     shape = tuple(images.shape[1:])
     linear = fa.is_linear(layer, shape, images[:GRADIENT_IMAGES])
     most = GRADIENT_NUMBERS // (len(layer.mu) * math.prod(shape))
-    some = images[: max(2, min(GRADIENT_IMAGES, most))]
+    chosen = torch.linspace(0, len(images) - 1, max(2, min(GRADIENT_IMAGES, most, len(images))))
+    some = images[chosen.round().long().to(images.device)]
     return {"images": None if linear else some, "image_shape": shape}
 
 

@@ -117,3 +117,14 @@ def test_baselines_take_the_same_path_as_the_sae(monkeypatch):
     other = baselines.evaluate_baseline(units, *given)
     assert other.f1_mean > 0.9  # each reads one stroke
     assert other.agreement < 1  # some are never active
+
+
+def test_an_untrained_sae_of_many_latents_is_as_active_as_the_trained_one():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(3000, 12, generator=generator)
+    rows = torch.randn(700, 12, generator=generator)
+    density, strength = torch.full((700,), 0.02), torch.ones(700)
+    for most, n in ((None, 700), (baselines.MAX_BASELINE_FEATURES, 512)):
+        sae = baselines.features_along(rows, z, density, strength, most)
+        l0 = (sae.encode(z) > 0).sum(1).double().mean()
+        assert float(l0) == pytest.approx(0.02 * n, rel=0.02)

@@ -3,14 +3,16 @@
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 from page_world import TwoLayers
+from small_models import SAE, Model
 from torch import Tensor
 
 import feature_analysis as fa
 from saexplain import counterfactuals as cf
-from saexplain.activity import collect_activity, contributions
+from saexplain.activity import collect_activity
 from saexplain.sae import JumpReLUSAE
 
 D_IN, D_SAE, N_CLASSES, N = 6, 9, 4, 40
@@ -61,6 +63,31 @@ def slow_flip_set(layer, row: Tensor, goal: int, most: int) -> list[int]:
     return sorted(off)
 
 
+def test_effects_by_class_from_some_images_are_close_to_those_of_all(monkeypatch):
+    """100 classes, each with features of its own: a feature is removed from a few images only."""
+    generator = torch.Generator().manual_seed(0)
+    n, n_classes, d_sae = 5000, 100, 60
+    labels = torch.arange(n) % n_classes
+    rate = 0.02 + 0.9 * (torch.rand(n_classes, d_sae, generator=generator) < 0.05)
+    acts = torch.rand(n, d_sae, generator=generator) + 0.5
+    acts *= torch.rand(n, d_sae, generator=generator) < rate[labels]
+    head = torch.randn(d_sae, n_classes, generator=generator)
+    eye, zero = torch.eye(d_sae), torch.zeros(d_sae)
+    layer = fa.ExplainedLayer(Model(lambda x: x, head), SAE(eye, zero, zero, eye), zero, zero + 1)
+    activity = collect_activity(layer, acts, labels)
+    exact = cf.class_effects(layer, acts, activity)
+    by_hand = torch.stack([acts[labels == c].mean(0) for c in range(n_classes)])
+    torch.testing.assert_close(
+        torch.from_numpy(exact), by_hand[:, :, None] * head, atol=1e-4, rtol=1e-3
+    )
+    monkeypatch.setattr("saexplain.activity.KEPT_ENTRIES", n_classes * d_sae * 20)
+    some = cf.class_effects(layer, acts, activity)
+    assert np.corrcoef(some.flatten(), exact.flatten())[0, 1] > 0.98
+    own = np.arange(n_classes)
+    top, expected = (effects[own, :, own].argmax(1) for effects in (some, exact))
+    assert (top == expected).mean() > 0.8
+
+
 def test_class_effects_are_means_over_all_images_of_a_class():
     layer, raw, labels = random_layer()
     activity = collect_activity(layer, raw, labels)
@@ -78,7 +105,7 @@ def test_class_effects_are_means_over_all_images_of_a_class():
 def test_fixed_and_broken_predictions_are_counted():
     layer, raw, labels = random_layer()
     activity = collect_activity(layer, raw, labels)
-    fixes, breaks = cf.flips_by_removal(activity, *contributions(layer, raw, activity))
+    fixes, breaks = cf.flips_by_removal(layer, raw, activity)
     before = layer.logits(raw).argmax(1) == labels
     for k in range(D_SAE):
         after = torch.stack([logits_without(layer, row, [k]) for row in raw]).argmax(1) == labels

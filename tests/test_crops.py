@@ -187,6 +187,14 @@ def test_what_is_picked_has_a_large_score_somewhere(layer, discovery, hypotheses
         assert e.n_strong == (None if h.strong_from is None else int(active.sum()))
 
 
+def test_evaluation_by_itself_finds_the_canvas_of_crops(layer, hypotheses, evidence):
+    images, labels, _ = layer.splits["test"]
+    assert ev.evaluate_hypotheses(hypotheses, layer, images, labels) == evidence
+    given = [Hypothesis(UPRIGHT, hypotheses[UPRIGHT].wanted)], layer, images, labels
+    with pytest.raises(ValueError, match="each hypothesis must have a threshold"):
+        ev.evaluate_hypotheses(*given)
+
+
 def test_edits_around_peaks_confirm_planted_templates(layer, discovery, hypotheses, evidence):
     for k in (UPRIGHT, DENSE):
         e = evidence[k]

@@ -18,6 +18,7 @@ from small_networks import (
 from torch import nn
 from torch.utils.data import Dataset
 
+import feature_analysis as fa
 import MNIST_SAE_code as driver
 from saexplain import datasets, store, where
 from saexplain.files import InputError, read_json
@@ -225,3 +226,29 @@ def test_a_second_layer_has_a_folder_of_its_own_and_a_shared_one_is_named(
     driver.explain(resnet, "wide", *splits(), out=first.folder, **given)
     printed = capsys.readouterr().out
     assert "in place of those of layer layer2 of ResNet" in printed
+
+
+def test_few_latents_limit_the_targets_that_are_tried(resnet, tmp_path, capsys):
+    given = {"stability_seeds": 0, "hypotheses": False, "out": tmp_path}
+    run = driver.explain(resnet, "layer2", *splits(), sae_latents=16, **given)
+    assert run.settings.target_actives[0] in (5, 10)
+    with pytest.raises(InputError, match="give target=: sae_latents=4 is below all of"):
+        driver.explain(resnet, "layer2", *splits(), sae_latents=4, **given)
+
+
+def test_a_model_with_positions_of_its_own_methods(resnet, tmp_path):
+    class Own(nn.Module):
+        positions = fa.Positions((8, 8))
+
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = resnet.layer1, nn.Linear(12, 4)
+
+        def preactivations(self, images):
+            return self.body(images).flatten(2).mT
+
+        def logits_from_preactivations(self, raw):
+            return self.head(raw.mean(1).flatten(1))
+
+    run = driver.explain(Own(), None, *splits(), out=tmp_path, **FAST)
+    assert run.layer.positions.n == 64
