@@ -166,7 +166,7 @@ def prepare_report(
     not_compared = ""
     if options.hypotheses:
         with clock("propose and freeze"):
-            no_gradient = "" if analysis.patterns.gradients is not None else NO_GRADIENT
+            no_gradient = "" if analysis.heats is not None else NO_GRADIENT
             faithful = Faithful(analysis.faithful, analysis.pattern_correlation, no_gradient)
             heats = analysis.heats if layer.has_positions else None
             discovery = discover(layer, analysis.unit_heats, analysis.faithful, heats)
