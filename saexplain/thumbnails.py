@@ -1,7 +1,7 @@
 """How do images fit into pictures and into one page? Reduced, in color as sheets of JPEG tiles.
 
     pictures = Pictures(images, display)                         # in their own colors, or as ink
-    size = fit_page(count, n_tests, samples, map_cells, budget)  # side and examples of a feature
+    size, needed = fit_page(count, n_tests, samples, map_cells, budget)  # and bytes
     small = reduce_images(pictures, size.side)                   # (N, C, h, w), area means
     sheets = encode_sheets(small)                                # arrays of bytes, a JPEG file each
 
@@ -147,8 +147,9 @@ def fit_page(
     sample: Tensor,
     map_cells: int,
     budget: float,
-) -> PageSize:
-    """The first of SIZES with which a page takes at most `budget` bytes, or else the last.
+) -> tuple[PageSize, float]:
+    """The first of SIZES with which images and maps take at most `budget` bytes, or else the last,
+    and the bytes that they take.
 
     Args:
         count: gives the numbers of images and of examples with so many strongest images, and so
@@ -160,6 +161,7 @@ def fit_page(
     for size in SIZES:
         n_images, n_examples = count(size.n_top, size.n_band)
         each = _bytes_of_image(reduce_images(sample, size.side))
-        if (n_images + n_more) * each + n_examples * map_cells * MAP_BYTES <= budget:
-            return size
-    return SIZES[-1]
+        needed = (n_images + n_more) * each + n_examples * map_cells * MAP_BYTES
+        if needed <= budget:
+            break
+    return size, needed

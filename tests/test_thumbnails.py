@@ -52,7 +52,9 @@ def test_thumbnails_are_as_large_and_as_many_as_fit():
         return 10 * n_top, 10 * n_top
 
     def fitted(budget: float, cells: int = 0) -> thumbnails.PageSize:
-        return fit_page(count, 5, noise, cells, budget)
+        size, needed = fit_page(count, 5, noise, cells, budget)
+        assert (needed <= budget) == (budget > 0)
+        return size
 
     each = sum(map(len, encode_sheets(noise))) / 8
     assert fitted(125 * each) == thumbnails.SIZES[0] == (96, 12, 3)
