@@ -1,6 +1,7 @@
 """Where are features active? The maps that a page shows, small enough to be sent with it.
 
-    fields, arrays = map_fields(maps), mean_map_arrays(maps, features)
+    fields = map_fields(maps, image_shape) | feature_fields(maps, k)
+    found = mean_map_array(maps, features)                     # (F, h, w) uint8
     found, has_map = example_maps(layer, raw, maps, examples)  # (n, h, w) of examples
     arrays |= position_arrays(layer, raw, maps, features, largest)
 

@@ -777,6 +777,16 @@ def test_views_of_photographs(visit, tmp_path, monkeypatch, kind, width):
         wait_for_heading(page, "Overview")
 
 
+def test_a_run_is_advised_only_where_a_setting_changes(visit, tmp_path):
+    trust = "the network is not linear up to this layer: trust images more than patterns"
+    common = {"value": 0.9, "limit": 0.5, "what": "a share", "fine": False}
+    given = [{"complaint": words, "advice": words, **common} for words in ("lower target=", trust)]
+    path = write(tmp_path / "page.html", small_world(6), overview=html.Overview(diagnoses=given))
+    found = visit(path).locator("main").inner_text()
+    assert "What to do: lower target=, then run again." in found
+    assert f"What to do: {trust}." in found
+
+
 def test_features_that_are_not_on_the_page_are_named_without_links(visit, tmp_path, monkeypatch):
     monkeypatch.setattr(html, "PAGE_BYTES", 410_000)
     world = color_world()

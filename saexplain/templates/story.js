@@ -109,12 +109,15 @@ function pairSummary() {
     el("div", { class: "halves" }, side(a, b), side(b, a)),
     LOOK.in_place && note(PLACES, "; here on the mean image of the class. ", WORDS)];
 }
+/* Advice that begins with one of these changes a setting, so that another run is needed. */
+const CHANGES_SETTING = /^(lower|raise|set|compare|train) /;
 function diagnoses() {
   if (!meta.diagnoses.length) return "";
   const measured = d => d.value === null ? "not computed" : number(d.value);
+  const again = d => CHANGES_SETTING.test(d.advice) ? ", then run again" : "";
   const row = d => el("li", {}, el("b", {}, d.fine ? "✓ fine" : "! attention"),
     ` ${d.complaint}: ${measured(d)} (${d.what}; limit ${d.limit}).`,
-    d.fine ? "" : ` What to do: ${d.advice}, then run again.`);
+    d.fine ? "" : ` What to do: ${d.advice}${again(d)}.`);
   return [el("h2", {}, "Quality of the SAE"),
     note("Common problems of sparse autoencoders, each measured on this one."),
     el("ul", { class: "plain" }, meta.diagnoses.map(row))];
