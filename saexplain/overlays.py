@@ -30,7 +30,7 @@ WARM = 255, 165, 0  # the tint of places where a map is large
 TINT, LIGHT, DARK = 0.3, 0.42, 22  # its share there; what is left of light elsewhere, and added
 COLOR_WORDS = {  # what the color over images means, by kind of maps
     "activation": "color: where the feature is active",
-    "occlusion": "in gray images, color: how much covering this place lowers it",
+    "occlusion": "in dim images, color: how much covering this place lowers it",
 }
 PREFIX_SHARE = 0.5  # of a feature's peaks on prefix tokens, from which its maps are not shown
 GLOW = (40, 42, 48), (255, 185, 60)  # colors of a map alone, where it is 0 and where it is largest

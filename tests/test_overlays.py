@@ -107,7 +107,7 @@ def test_the_legend_lies_below_the_gallery(world):
     assert np.array_equal(page[:first], plain[:first])  # the headers
     below = page[len(plain) :]
     scale = float(few.top[3].float().max())
-    line = f"in gray images, color: how much covering this place lowers it, up to {scale:.2f}"
+    line = f"in dim images, color: how much covering this place lowers it, up to {scale:.2f}"
     words = fa.text_pixels(line, 11)
     left = fa.MARGIN + overlays.BAR[0] + fa.GAP
     assert np.array_equal(below[: len(words), left : left + words.shape[1], 0], words)
