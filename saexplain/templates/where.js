@@ -119,7 +119,8 @@ function meanMap(f, i) {
   return el("figure", {}, el("h3", {}, WHERE.kind === "occlusion" ? "Which places matter on average"
     : "Where it is active on average"), canvas, colorBar(["0", number(f.mean_peak)], glow),
   el("figcaption", { class: "small soft" }, WHERE.kind === "occlusion"
-    ? "The mean over those of its strongest images that have a map." : "The mean over all validation images."));
+    ? "The mean over those of its strongest images that have a map."
+    : "The mean over all validation images."));
 }
 function placeMarks(f) {
   const marks = [];
