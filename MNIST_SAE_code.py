@@ -36,6 +36,7 @@ import argparse
 import io
 import itertools
 import math
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -78,6 +79,7 @@ from saexplain.layers import (
     make_deterministic,
     open_layer,
     pick_device,
+    warn_chance,
     warn_scale_shift,
 )
 from saexplain.optimization import (
@@ -757,7 +759,8 @@ def explain_activations(
         **settings.chosen("topk n_eval alpha hypotheses features seed"),
     )
     drafts, records, reports, writing = {}, {}, {}, []
-    logits_from = SCHEDULE.logit_kl_from if settings.head_kl else None
+    use_logits = settings.head_kl and training_rows(layer).train.logits_of is not None
+    logits_from = SCHEDULE.logit_kl_from if use_logits else None
     for target, saes in trained.items():
         own, folder = saes.stages[settings.seed], settings.folder_of(target)
         given = (network.history, own.record["history"], target, logits_from, DEAD_BELOW)
@@ -779,7 +782,10 @@ def explain_activations(
         in_tasks = {f"{name}, in tasks": s for name, s in workers.seconds.items()}
         seconds = {**clock.seconds, **draft.clock.seconds, **in_tasks}
         records[target]["seconds"] = {**seconds, "whole run": clock.total()}
-    write_summary(settings, data, network, trained, list(records.values()))
+    kept = {name: v for name, v in asdict(settings).items() if name not in NO_RESULTS}
+    digests = {str(t): saes.stages[settings.seed].digest for t, saes in trained.items()}
+    given = (list(records.values()), kept, data, network, digests)
+    report.write_summary(Path(settings.out), *given)
     folders = {settings.folder_of(target): record for target, record in records.items()}
     console.print_results(Path(settings.out), folders, list(reports.values()))
     ranks.barrier()
@@ -825,28 +831,6 @@ def finish_target(
         replicates = compare_seeds(layer, settings.seed, saes, baselines)
     save_saelens(layer, draft.folder / "saelens")
     return report.finish_report(draft, record, replicates, tasks, workers)
-
-
-def write_summary(
-    settings: Settings,
-    data: Data,
-    network: Network,
-    trained: dict[int, Trained],
-    records: list[dict],
-) -> None:
-    """summary.json, and settings.json with all that the results were made from."""
-    frozen = {str(r["target_actives"]): r.get("hypotheses_sha256") for r in records}
-    manifest = {
-        "settings": {k: v for k, v in asdict(settings).items() if k not in NO_RESULTS},
-        "data": data.source,
-        "data_digest": data.digest,
-        "network": network.title,
-        "network_sha256": network.digest,
-        "sae_sha256": {str(t): saes.stages[settings.seed].digest for t, saes in trained.items()},
-        "hypotheses_sha256": frozen,
-        "classes": data.classes,
-    }
-    report.write_summary(Path(settings.out), records, manifest)
 
 
 def page_weights(model: object) -> page.Network | None:
@@ -953,23 +937,29 @@ def explain_settings(net: AtLayer, raw: fa.Rows, target: int | None, given: dict
 
     Raises InputError for a name that is none.
     """
-    decided = ["target_actives", "data", "device", "hidden_units"]  # by explain's own arguments
+    decided = ["target_actives", "data", "device", "hidden_units", "my_hypotheses"]  # elsewhere
     decided += [f.name for f in fields(Settings) if f.name.endswith("_ffn")]  # of the classifier
     known = [f.name for f in fields(Settings) if f.name not in decided]
     for name in given:
         if name not in known:
             raise InputError(f"explain() has no setting {name!r}; it has {', '.join(known)}")
+    if target is not None:
+        target = fa.check_whole("target", target, 1)
     width = LATENTS_AT_POSITIONS if len(raw.shape) == 3 else LATENTS_OF_VECTOR
     usual = {"sae_latents": max(width * raw.shape[-1], 2 * (target or max(TARGETS))), "workers": 0}
     usual["out"] = str(Path(EXPLAINED) / file_name(net.short_name))
-    given = {**given, "out": str(given.get("out", usual["out"]))}
+    given = {**given, "out": str(given.get("out") or usual["out"])}
     if target is None:
         latents = given.get("sae_latents", usual["sae_latents"])
         possible = [t for t in TARGETS if t < latents]
         if not possible:
             raise InputError(f"give target=: sae_latents={latents} is below all of {TARGETS}")
         target = max(possible)
-    return Settings(target_actives=(target,), device=str(net.device), **{**usual, **given})
+    try:
+        return Settings(target_actives=(target,), device=str(net.device), **{**usual, **given})
+    except InputError as error:  # in the words of explain()
+        words = str(error).replace("--target-actives", "target")
+        raise InputError(re.sub("--([a-z-]+)", lambda m: m[1].replace("-", "_"), words)) from error
 
 
 @default_torch_state()
@@ -1019,6 +1009,8 @@ def explain(
     replaced.
     """
     clock = Stopwatch(console.stage_line)
+    if positions_per_image < 1:
+        raise InputError(f"positions_per_image must be at least 1, got {positions_per_image}")
     net = open_layer(model, layer, pool, layout, grid, prefix_tokens)
     images = {name: settings.pop(name) for name in IMAGE_OPTIONS if name in settings}
     with open_ranks() as ranks, printing_once(ranks):
@@ -1036,6 +1028,7 @@ def explain(
             with clock("activations"):
                 found = collect_activations(net, data, own.normalize_z, storing, ranks)
             warn_scale_shift(found)
+            ranks.on_first(warn_chance, found)
             if target is None:
                 with clock("target"):
                     picked = pick_target(found, own, data.train, train_wanted, ranks)
@@ -1133,10 +1126,8 @@ def run_script() -> int:
     try:
         main()
         return 0
-    except (InputError, TrainingError, WorkerError) as error:
+    except (InputError, BusyError, TrainingError, WorkerError) as error:
         words = str(error)
-    except BusyError as error:
-        words = f"{error}; give --wait to wait for it, or another --out"
     except OSError as error:
         words = f"{error.filename or 'a file'} could not be written or read ({error.strerror})"
     except KeyboardInterrupt:

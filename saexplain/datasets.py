@@ -350,6 +350,15 @@ def class_names(
     return tuple(found["train"])
 
 
+def reordered(classes: Sequence[str], sources: Mapping[str, Source]) -> Tensor | None:
+    """(n,) int64, for each class of the Dataset its place among `classes`, by name; None where they
+    are in one order, or where the names are others, which rename the classes."""
+    given, own = tuple(map(str, classes)), tuple(found_names(sources["train"]) or ())
+    if own == given[: len(own)] or not set(own) <= set(given):
+        return None
+    return torch.tensor([given.index(name) for name in own])
+
+
 # --------------------------------------------------------------------------------------------------
 # All of it
 # --------------------------------------------------------------------------------------------------
@@ -378,7 +387,8 @@ def load_own(
             pairs or dicts, a DataLoader, a Hugging Face dataset, or a folder with a folder of
             images for each class. A `train` with folders (or keys) train, val and test has all
             three. Of a missing split, images are drawn by class with `seed`.
-        classes: names of the logits; by default those that the Dataset or the folder has.
+        classes: names of the logits, in their order; by default those that the Dataset or the
+            folder has. Where these are the same in another order, labels follow the names.
         n_classes: number of logits, or a function of some images that gives it; by default that of
             the names, or of the labels.
         mean, std: of the normalization that the model's images have. Pictures that are read here,
@@ -402,6 +412,9 @@ def load_own(
     if all(found is not None for found in stored.values()):  # else known when all images are read
         check_label_range(stored, n_classes)
     parts = {name: read_source(source, device) for name, source in sources.items()}
+    order = reordered(classes, sources)
+    if order is not None:  # labels count the Dataset's classes, logits those given
+        parts = {k: part._replace(labels=order[part.labels]) for k, part in parts.items()}
     n_classes = check_label_range({k: part.labels.numpy() for k, part in parts.items()}, n_classes)
     ends = parts["train"].low, parts["train"].high
     display, shown = find_display(sources["train"], ends, given, model)

@@ -172,6 +172,8 @@ def pattern_diagnoses(analysis: Analysis, features: Sequence[int], noisy: str) -
         roughness = analysis.patterns.roughness[shown].median().item()
         what = "median roughness, 1 for white noise"
         found.append(Diagnosis("noisy patterns", roughness, 0.5, what, noisy))
+    if analysis.heats is None:  # no gradient leads to the pixels
+        return []
     what = "1 - correlation of a pattern's sum over an image with the pre-activation (median)"
     advice = "the network is not linear up to this layer: trust images more than patterns"
     return [*found, Diagnosis("unfaithful patterns", 1 - correlation, 0.5, what, advice)]

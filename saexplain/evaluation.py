@@ -448,11 +448,12 @@ image, and each edit as drawn changes the activity on {edit_difference:.0%} more
 the same edit elsewhere, with a 95% interval above 0. Medium: F1 is at least {medium_f1:g} and
 {medium_lift:g} above that of picking every image, and at least one edit is so confirmed. Low: the
 rest."""
-UNDRAWN_RULE = """Of a hypothesis without a drawing: Medium: the classes or the place that it names
-are confirmed. High: so is another of its results, none is refuted, and the F1 of picking the images
-of the classes named is at least {high_f1:g} and {high_lift:g} above that of picking every image, or
-{high_place:.0%} of its peaks are in the place. Low: the rest; effects on logits alone say what the
-feature does, not when it is active."""
+UNDRAWN_RULE = """Of a hypothesis without a drawing: Medium: the place that it names is confirmed,
+or the classes are, and their images predict it better than picking every image does. High: so is
+another of its results, none is refuted, and the F1 of picking the images of the classes named is at
+least {high_f1:g} and {high_lift:g} above that of picking every image, or {high_place:.0%} of its
+peaks are in the place. Low: the rest; effects on logits alone say what the feature does, not when
+it is active."""
 
 
 class Decision(NamedTuple):
@@ -501,9 +502,11 @@ def decide(evidence: Evidence, rule: Rule | None = None) -> Decision:
 
 def confidence_undrawn(evidence: Evidence, results: dict[str, str], rule: Rule) -> str:
     """The confidence by UNDRAWN_RULE."""
-    if CONFIRMED not in (results.get("classes"), results.get("place")):
-        return "Low"
     picked, place, found = evidence.picked, evidence.place, list(results.values())
+    predicts = picked is None or picked.f1 > evidence.chance_f1
+    by_class = results.get("classes") == CONFIRMED and predicts
+    if not by_class and results.get("place") != CONFIRMED:
+        return "Low"
     is_sharp = place is not None and place.share >= HIGH_PLACE_SHARE
     if picked and picked.f1 >= rule.high_f1:
         is_sharp |= picked.f1 - evidence.chance_f1 >= rule.high_lift

@@ -28,6 +28,7 @@ from torch import Tensor
 
 import feature_analysis as fa
 
+IN_WORDS = {"data_digest": "set of images", "network_sha256": "network or layer"}  # of inputs
 LOCK, WRITER = ".lock", ".writer"  # files of a folder: its lock, and which process has it
 
 
@@ -98,7 +99,7 @@ def folder_lock(folder: Path, wait: bool = False) -> Iterator[None]:
             writer = (folder / WRITER).read_text() or writer
         busy = f"{folder} is being written to by {writer}"
         if not wait:
-            raise BusyError(busy) from None
+            raise BusyError(f"{busy}; wait for it (wait=True, --wait) or write elsewhere") from None
         print(f"waiting: {busy}", flush=True)
         lock.acquire(poll_interval=0.2)  # seconds
     try:
@@ -177,9 +178,10 @@ def load_cached(folder: Path, name: str, inputs: dict, fresh: bool = False) -> S
         return None
     changed = [key for key in inputs if stage.inputs.get(key) != inputs[key]]
     if changed:
-        print(f"{name}: trained again, because of another {', '.join(changed)}")
+        words = ", ".join(IN_WORDS.get(key, key) for key in changed)
+        print(f"{name}: trained again, because of another {words}")
         return None
-    print(f"{name}: reused, made from equal settings and data (--fresh trains again)")
+    print(f"{name}: reused, made from equal settings and data (fresh trains again)")
     return stage
 
 

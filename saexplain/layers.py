@@ -31,7 +31,7 @@ from saexplain.images import SPLIT_NAMES, Data, Split, TensorLoader, digest_of
 from saexplain.optimization import progress_bar
 from saexplain.parallel import ONE_PROCESS, Ranks, shard_of
 from saexplain.positions import POOLS, Layout, find_layout, sampled_positions
-from saexplain.rows import mean_and_std
+from saexplain.rows import mean_and_std, spread_over
 from saexplain.store import MemoryStore, open_store
 
 METHODS = ("preactivations", "logits_from_preactivations")  # of a model that needs no hook
@@ -69,17 +69,17 @@ def collect_activations(
     for name in SPLIT_NAMES:
         raw = store_outputs(model, getattr(data, name), name, storing, ranks)
         outputs[name] = raw if name == "train" else ranks.gather_rows(raw)
-    train = outputs["train"].flatten(0, -2)  # (rows, d_in)
-    low, high = train.aminmax(dim=0)
-    if (high - low).max() <= 1e-6 * train.abs().max():
+    train = outputs["train"]
+    low, high = range_of(train.flatten(0, -2), ranks)
+    if (high - low).max() <= 1e-6 * torch.maximum(high, -low).max():
         raise InputError(
             f"the layer must give different outputs for different images, but it gives the same "
-            f"for all {len(outputs['train']):,} training images; are they blank, or all alike?"
+            f"for all {len(data.train.labels):,} training images; are they blank, or all alike?"
         )
-    mu, std = torch.zeros_like(low).float(), torch.ones_like(low).float()
+    mu, std = torch.zeros_like(low), torch.ones_like(low)
     if normalize:
-        mu, std = mean_and_std(outputs["train"], ranks)
-    device = getattr(model, "device", low.device)  # outputs that are many may be elsewhere
+        mu, std = mean_and_std(train, ranks)
+    device = getattr(model, "device", train.device)  # outputs that are many may be elsewhere
     mu, std = mu.to(device), usable_std(std).to(device)
     layer, splits = fa.ExplainedLayer(model, None, mu, std), {}
     for name, raw in outputs.items():
@@ -88,14 +88,28 @@ def collect_activations(
             own = shard_of(len(labels), ranks)
             images, labels = part_of(images, own), labels[own]
         splits[name] = fa.Activations(images, labels, layer.rows(raw, images))
-    check_logits(layer, splits["val"].raw[: fa.PROBED])
+    ranks.on_first(check_logits, layer, splits["val"].raw[: fa.PROBED])  # others may have none
     return replace(layer, splits=splits)
 
 
+def range_of(rows: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest value (d_in,) of each unit over the rows (n, d_in) of all ranks,
+    of which some may have none; float32 on the CPU."""
+    own = torch.stack(rows.aminmax(dim=0)).float().cpu() if len(rows) else None
+    found = torch.stack([both for both in ranks.gather(own) if both is not None])
+    return found[:, 0].amin(0), found[:, 1].amax(0)
+
+
+@torch.no_grad()
 def layer_inputs(net, data: Data) -> dict[str, str]:
-    """What a layer's outputs are made from: images, weights, the layer's name."""
+    """What a layer's outputs are made from: images, weights, what was recognized of the layer, and,
+    since code cannot be hashed, its outputs for a few training images."""
+    images = data.train.images
+    some = images[spread_over(len(images), fa.PROBED).to(images.device)]
+    found = digest_of([fa.values_of(net.preactivations(some))])
     weights = digest_of(net.model.state_dict().values())
-    return {"data": data.digest, "layer": net.title, "weights": weights}
+    inputs = {"data": data.digest, "layer": net.title, "layout": net.in_words(), "weights": weights}
+    return inputs | {"dtype": str(net.dtype), "torch": torch.__version__, "some outputs": found}
 
 
 @torch.no_grad()
@@ -126,7 +140,8 @@ def store_outputs(model, split: Split, name: str, storing: Storing, ranks: Ranks
     for batch, _ in progress_bar(loader, f"{SPLIT_NAMES[name]} images", len(loader)):
         raw = fa.values_of(model.preactivations(batch))
         if kept < p:
-            places = sampled_positions(own.start + store.done, len(raw), p, kept).to(raw.device)
+            given = (own.start + store.done, len(raw), p, kept, model.positions.n_prefix)
+            places = sampled_positions(*given).to(raw.device)
             raw = raw.gather(1, places[:, :, None].expand(-1, -1, raw.shape[2]))
         store[store.done : store.done + len(raw)] = raw if raw.dim() == 3 else raw[:, None]
     return store.raw if first.dim() == 3 else store.raw[:, 0]
@@ -142,6 +157,11 @@ def check_logits(layer: fa.ExplainedLayer, raw: fa.Rows) -> None:
     entropy and KL, would be another distribution than the network's."""
     far_off = layer.moved(raw, fa.values_of(raw) + 1, 1.0)
     found = torch.cat([layer.logits(raw), layer.logits(far_off)])
+    if found.shape[1] == 2 and not found[:, 0].any() and ((found[:, 1] - 0.5).abs() <= 0.5).all():
+        raise InputError(
+            "the network must return a logit, but it returns numbers from 0 to 1; leave out the "
+            "sigmoid at its end"
+        )
     if (found >= 0).all() and ((found.sum(1) - 1).abs() < LOW_PRECISION).all():
         raise InputError(
             "the network must return logits, but it returns probabilities, which are positive and "
@@ -174,14 +194,29 @@ def make_deterministic(device: torch.device) -> None:
         torch.use_deterministic_algorithms(True)
 
 
+def warn_chance(layer: fa.ExplainedLayer) -> None:
+    """Print a line where the network classifies validation images no better than by always naming
+    the most frequent class."""
+    _, labels, raw = layer.splits["val"]
+    right = (layer.logits(raw).argmax(1).cpu() == labels.cpu()).double().mean().item()
+    most = (labels.bincount().max() / len(labels)).item()
+    if right <= most:
+        print(
+            f"warning: the network classifies {right:.1%} of the validation images correctly, no "
+            f"more than naming the most frequent class for all would, {most:.1%}; are labels in "
+            f"the order of its logits, and images scaled as it expects them?"
+        )
+
+
 def warn_scale_shift(layer: fa.ExplainedLayer) -> None:
     """Print a line for validation or test images on which the layer's output is scaled otherwise
     than on training images, as where some are normalized and others not."""
-    train = fa.values_of(layer.splits["train"].raw).flatten(0, -2)
-    mean, std = train.mean(0), usable_std(train.std(0))
-    for name in ("val", "test"):
-        z = ((fa.values_of(layer.splits[name].raw) - mean) / std).flatten(0, -2)
-        off, spread = z.mean(0).abs().mean().item(), z.std(0).median().item()
+    found = {name: mean_and_std(fa.values_of(split.raw)) for name, split in layer.splits.items()}
+    train_mean, train_std = found.pop("train")
+    train_std = usable_std(train_std)
+    for name, (mean, std) in found.items():
+        off = ((mean - train_mean) / train_std).abs().mean().item()
+        spread = (std / train_std).median().item()
         if off > SCALE_SHIFT or not 1 / SCALE_RATIO < spread < SCALE_RATIO:
             print(
                 f"warning: the layer's outputs on {SPLIT_NAMES[name]} images lie {off:.1f} "
@@ -492,7 +527,7 @@ class AtLayer:
         noise = torch.rand(some.shape, generator=torch.Generator().manual_seed(0))
         noisy = some + (some.std() + 1) * noise.to(some)  # unlike the first, whatever that is
         tried = torch.cat([some, noisy])
-        output = self._output(tried)
+        output = self._first_output(tried)
         self.layout = find_layout(output, some.shape, self.layer, self.pool, *self.asked)
         logits = self._probe_logits(tried)
         rounding = max(LOW_PRECISION, 16 * torch.finfo(logits.dtype).eps)
@@ -514,6 +549,23 @@ class AtLayer:
         except ValueError:
             self.before = None
             raise
+
+    def _first_output(self, tried: Tensor) -> Tensor:
+        """The layer's output (B, ...). Raises ValueError for a model that cannot take the images,
+        and for outputs whose first dimension is another."""
+        try:
+            output = self._output(tried)
+        except RuntimeError as error:
+            if fa.is_out_of_memory(error):
+                raise
+            shape, reason = tuple(tried.shape[1:]), str(error).splitlines()[0]
+            raise ValueError(f"the model cannot take images of shape {shape}: {reason}") from error
+        if len(output) != len(tried):
+            raise ValueError(
+                f"layer {self.name!r} gives {tuple(output.shape)} for {len(tried)} images: images "
+                f"must come first, as with batch_first=True"
+            )
+        return output
 
     def _probe_logits(self, tried: Tensor) -> Tensor:
         """The model's logits. Raises ValueError unless they are (B, C), and the layer ran once."""

@@ -24,7 +24,9 @@ import feature_analysis as fa
 LAYOUTS = ("vector", "map", "tokens", "channels_last")
 POOLS = ("mean", "max", "flatten")  # ways to make (B, d_in) of an output with positions
 MOST_FLAT = 1024  # numbers of a flattened output: an SAE of more takes minutes, and mixes places
-MOST_PREFIX = 16  # tokens before the grid, as far as it is searched for
+USUAL_PREFIX = (0, 1, 2, 5)  # tokens before the grid: none, a class token, also one to distill
+# to, also four registers
+CHANNELS_FIRST = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,11 @@ def find_layout(
     if needed != len(shape) and not (kind == "map" and len(shape) > 1):
         raise ValueError(f"layout={kind!r} needs (B, ...) of {needed + 1} dimensions, got {shape}")
     found = Layout(kind, shape, output.dtype, output.device, pool=pool)
+    if kind != "tokens" and (grid is not None or prefix_tokens is not None):
+        raise ValueError(
+            f"grid= and prefix_tokens= are for tokens (B, T, D), but the layer gives {shape}, "
+            f"taken as a {kind}; leave them out, or give layout='tokens'"
+        )
     if kind == "vector":
         return Layout(kind, shape, output.dtype, output.device)
     if pool == "flatten" and math.prod(shape) > MOST_FLAT:
@@ -129,8 +136,13 @@ def _kind_of(shape: tuple[int, ...], image: tuple[int, int], module: nn.Module) 
     first, last = a * image[1] == b * image[0], b * image[1] == c * image[0]
     if first != last:
         return "channels_last" if first else "map"
-    ends_last = isinstance(_last_of(module), (nn.LayerNorm, nn.Linear))
-    return "channels_last" if ends_last and a * image[1] == b * image[0] else "map"
+    last = _last_of(module)
+    ends_last = isinstance(last, (nn.LayerNorm, nn.Linear))
+    if first and not ends_last and not isinstance(last, CHANNELS_FIRST):
+        raise ValueError(
+            f"{shape} may have its channels first or last; give layout='map' or 'channels_last'"
+        )
+    return "channels_last" if ends_last and first else "map"
 
 
 def _last_of(module: nn.Module) -> nn.Module:
@@ -149,28 +161,41 @@ def _grid_of_tokens(
         if prefix < 0 or prefix + height * width != n:
             raise ValueError(f"{n} tokens cannot be {prefix} prefix tokens and a grid {grid}")
         return fa.Positions((height, width), prefix)
-    for prefix in range(min(MOST_PREFIX, n)) if n_prefix is None else (n_prefix,):
+    for prefix in USUAL_PREFIX if n_prefix is None else (n_prefix,):
+        if prefix >= n:
+            continue
         width = round(math.sqrt((n - prefix) * image[1] / image[0]))
         height = (n - prefix) // width if width else 0
         if width and height * width == n - prefix and height * image[1] == width * image[0]:
             return fa.Positions((height, width), prefix)
+    if n_prefix is not None and not 0 <= n_prefix < n:
+        raise ValueError(
+            f"prefix_tokens must be at least 0 and leave tokens for a grid, got {n_prefix} of {n}"
+        )
     raise ValueError(
         f"{n} tokens for images of {image[0]} x {image[1]} pixels have no grid of their "
         f"proportions; give grid=(rows, columns) and prefix_tokens="
     )
 
 
-def sampled_positions(first: int, n: int, n_positions: int, wanted: int) -> Tensor:
+def sampled_positions(
+    first: int, n: int, n_positions: int, wanted: int, n_prefix: int = 0
+) -> Tensor:
     """(n, wanted) int64, random positions of images first .. first + n - 1, different ones of each.
 
-    All, in order, where there are no more. Which they are depends on the image's number alone, not
-    on how the images were cut into batches.
+    Prefix tokens are always among them, where there are fewer than wanted: in late layers of a
+    transformer the logits may depend on nothing else. All, in order, where there are no more. Which
+    they are depends on the image's number alone, not on how the images were cut into batches.
     """
     if wanted >= n_positions:
         return torch.arange(n_positions).expand(n, -1)
     image = torch.arange(first, first + n)[:, None]
     key = image * n_positions + torch.arange(n_positions)
-    for multiplier in (0x9E3779B1, 0x85EBCA6B):  # the mixing steps of MurmurHash3 (Appleby 2011)
+    # Shifts and odd multipliers mix the bits, as the last steps of MurmurHash3 do.
+    for multiplier in (0x9E3779B1, 0x85EBCA6B):
         key = ((key ^ (key >> 16)) * multiplier) & 0xFFFFFFFF
-    order = (key ^ (key >> 13)).argsort(dim=1, stable=True)
+    key = key ^ (key >> 13)
+    if n_prefix < wanted:
+        key[:, :n_prefix] = -1  # before all others
+    order = key.argsort(dim=1, stable=True)
     return order[:, :wanted].sort(1).values

@@ -442,11 +442,34 @@ def sae_record(
     }
 
 
-def write_summary(root: Path, records: list[dict], manifest: dict) -> None:
-    """frontier.png, summary.json, and settings.json, which makes the folder a finished run."""
+def write_summary(
+    root: Path,
+    records: list[dict],
+    settings: dict,
+    data: Data,
+    network: NamedTuple,
+    sae_digests: dict[str, str],
+) -> None:
+    """frontier.png, summary.json, and settings.json with all that the results were made from, which
+    makes the folder a finished run.
+
+    `network` has a title and a digest; `sae_digests` are by target.
+    """
     if len(records) > 1:
         figures.save_figure(figures.draw_frontier(records), root / "frontier.png")
     fa.write_whole(root / "summary.json", to_json(records))
+    manifest = {
+        "settings": settings,
+        "data": data.source,
+        "data_digest": data.digest,
+        "network": network.title,
+        "network_sha256": network.digest,
+        "sae_sha256": sae_digests,
+        "hypotheses_sha256": {
+            str(r["target_actives"]): r.get("hypotheses_sha256") for r in records
+        },
+        "classes": data.classes,
+    }
     fa.write_whole(root / "settings.json", to_json(manifest))
 
 

@@ -37,6 +37,11 @@ class Batch(NamedTuple):
     share: float  # of the whole batch, 0 to 1
 
 
+def spread_over(n: int, wanted: int) -> Tensor:
+    """(wanted,) int64, evenly spaced numbers from 0 to n - 1; all n where there are no more."""
+    return torch.linspace(0, n - 1, min(n, wanted), dtype=torch.float64).round().long()
+
+
 def moments(
     chunks: Iterable[Tensor], ranks: Ranks, square: Callable[[Tensor], Tensor]
 ) -> tuple[int, Tensor, Tensor]:
@@ -47,7 +52,7 @@ def moments(
     n, shift, total, squares = 0, None, 0.0, 0.0
     for chunk in chunks:
         if shift is None:  # near the mean, so that squares about it lose no digits
-            shift = ranks.broadcast_(chunk.mean(0))
+            shift = ranks.broadcast_(chunk.mean(0) if len(chunk) else chunk.sum(0))  # or none
         chunk = chunk - shift
         n += len(chunk)
         total = total + chunk.sum(0, dtype=torch.float64)
@@ -223,6 +228,13 @@ class TrainingRows:
         return self.ranks.sum_(found)
 
     def sample(self, n: int) -> Tensor:
-        """x (n, d_in) of a row of each of the first n images, their positions in turn."""
-        images = torch.arange(min(n, self.n_images), device=self.device)
-        return self.x_of(images * self.positions + images % self.positions)
+        """x (n, d_in) of a row of each of n images, their positions in turn.
+
+        Images with positions are evenly spaced: in folders they are sorted by class. The first
+        ones serve for vectors, as those of MNIST, whose order is random.
+        """
+        images = torch.arange(min(n, self.n_images))
+        if self.raw.dim() == 3:
+            images = spread_over(self.n_images, n)
+        numbers = images * self.positions + torch.arange(len(images)) % self.positions
+        return self.x_of(numbers.to(self.device))

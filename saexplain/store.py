@@ -28,6 +28,7 @@ from saexplain.parallel import MEMORY_SHARE, available_memory
 
 RECORD_SECONDS = 5.0  # between two records of how far a file is: each waits for the disk
 FLOAT16_MAX = torch.finfo(torch.float16).max
+ROUNDED_SHARE = 0.01  # of a channel's variance that rounding may add before a line says so
 VALUES, PROGRESS = "activations.float16", "activations.json"  # files of a store
 
 
@@ -135,7 +136,10 @@ class FileStore(ActivationStore):
                 f"{largest.item():,.6g} in images {start} to {start + len(raw) - 1}; choose "
                 f"another layer, or fewer images, so that they fit in memory"
             )
-        values = raw.detach().to("cpu", torch.float16).contiguous().numpy()
+        half = raw.detach().to("cpu", torch.float16).contiguous()
+        if start == 0:
+            warn_rounding(raw.detach().cpu(), half)
+        values = half.numpy()
         # Written, not mapped: on a full disk this raises OSError, where a mapping ends the process.
         self._file.seek(start * self._bytes)
         self._file.write(values.tobytes())
@@ -155,6 +159,24 @@ class FileStore(ActivationStore):
         self._file.close()
         mapped = np.memmap(self.folder / VALUES, np.float16, "r+", shape=self.shape)  # no copies
         return torch.from_numpy(mapped)
+
+
+def warn_rounding(raw: Tensor, half: Tensor) -> None:
+    """Print a line where a channel of raw (n, p, d_in) varies so little about its mean that its
+    values in 16 bits, `half`, are noisy."""
+    rows, error = (values.double().flatten(0, 1) for values in (raw, half.double() - raw))
+    std, noise = rows.std(0, correction=0), error.std(0, correction=0)
+    varies = std > 1e-7 * rows.abs().amax(0)  # by more than float32 rounds
+    share = torch.where(varies, noise / std, 0.0).square()
+    worst = int(share.argmax())
+    if share[worst] > ROUNDED_SHARE:
+        print(
+            f"warning: 16 bits add noise of {share[worst]:.1%} of its variance to channel {worst} "
+            f"(mean {rows[:, worst].mean():.4g}, standard deviation {std[worst]:.2g}), and of over "
+            f"{ROUNDED_SHARE:.0%} to {int((share > ROUNDED_SHARE).sum()):,} of {len(share):,}; "
+            f"with fewer images, or fewer positions per image, activations fit in memory",
+            flush=True,
+        )
 
 
 def open_store(

@@ -26,9 +26,10 @@ from saexplain.fidelity import (
     splice,
 )
 from saexplain.images import Split
+from saexplain.optimization import FULL_TRAIN_IMAGES
 from saexplain.parallel import ONE_PROCESS, Ranks, torch_threads
 from saexplain.reproducibility import compute_reproducibility, match_features
-from saexplain.rows import TrainingRows
+from saexplain.rows import TrainingRows, spread_over
 from saexplain.sae import JumpReLUSAE
 from saexplain.stages import Train, WantedSAE, gather_training, training_rows
 
@@ -54,8 +55,7 @@ def compare_targets(
 ) -> list[Comparison]:
     """The targets compared by SAEs that were trained for each with one seed, then with another."""
     pairs = list(zip(saes, [*targets, *targets], strict=True))
-    val, n = layer.splits["val"], COMPARED_IMAGES
-    few = fa.Activations(val.images, val.labels[:n], val.raw[:n])
+    few = spread_images(layer.splits["val"], COMPARED_IMAGES)
     layer = fa.ExplainedLayer(layer.model, None, layer.mu, layer.std, {**layer.splits, "val": few})
     z, z_train = rows_of(layer, "val"), rows_of(layer, "train")
     own = layer.logits(few.raw).argmax(1)
@@ -80,6 +80,13 @@ def compare_targets(
             )
         )
     return found
+
+
+def spread_images(split: fa.Activations, n: int) -> fa.Activations:
+    """The split, with labels and outputs of at most n images, evenly spaced: it may be sorted by
+    class. The images, which nothing here reads, stay those of the whole split."""
+    some = spread_over(len(split.raw), n)
+    return split._replace(labels=split.labels[some], raw=split.raw[some.to(split.raw.device)])
 
 
 def choose_target(compared: Sequence[Comparison]) -> int:
@@ -108,15 +115,18 @@ def pick_target(
 ) -> int:
     """The target for the layer, after short trainings with several, which are printed.
 
-    `split` are all training images, of which the layer has this rank's activations.
+    `split` are all training images, of which the layer has this rank's activations. However many
+    they are, a short training takes a fifth of the steps of a full one over FULL_TRAIN_IMAGES.
     """
     targets = [target for target in TARGETS if target < settings.sae_latents]
     wanted = []
     for seed in (settings.seed, settings.seed + 1):
         short = replace(settings, epochs_sae_final=1, seed=seed)
         wanted += [WantedSAE(target, short, Path(settings.out), {}) for target in targets]
+    few = spread_images(layer.splits["train"], FULL_TRAIN_IMAGES // ranks.world)
+    shorter = replace(layer, splits={**layer.splits, "train": few})
     with torch_threads(1):
-        saes = [sae for sae, _ in train(training_rows(layer, ranks).train, wanted)]
+        saes = [sae for sae, _ in train(training_rows(shorter, ranks).train, wanted)]
     layer = gather_training(layer, split, ranks)
 
     def choose() -> int:

@@ -296,8 +296,8 @@ def feature_lines(
 
 HOW_TESTED = """Each hypothesis was proposed from {discovery:,} validation images and frozen before
 it was tested, once, on the test half: the {test_half:,} test images with even numbers. The
-{replication_half:,} with odd numbers, the replication half, show whether the confidence is
-deserved. SHA-256 of hypotheses.json: `{sha256}`.
+{replication_half:,} with odd numbers, the replication half, show whether the confidence holds
+there as well. SHA-256 of hypotheses.json: `{sha256}`.
 """
 HOW_DRAWN = """
 A hypothesis is a drawing: cells where ink is wanted, and cells where it is not, some of them

@@ -783,3 +783,26 @@ def test_an_item_that_cannot_be_read_has_a_number(n_workers, collate_fn):
     with pytest.raises(InputError, match=r"^train: image 51 is 3 x 7 x 9 .*") as caught:
         load(DataLoader(rows, 7, sampler=order, num_workers=n_workers))
     assert "\n" not in str(caught.value)
+
+
+def names_by_image(data) -> dict[bytes, str]:
+    """The name of the class of each image."""
+    found = {}
+    for split in data[:3]:
+        for image, label in zip(split.images, split.labels.tolist(), strict=True):
+            found[image.numpy().tobytes()] = data.classes[label]
+    return found
+
+
+def test_labels_follow_the_names_of_the_logits(tmp_path):
+    folder = write_folder(tmp_path / "photos")
+    plain = names_by_image(ds.load_own(folder))
+    own = ds.load_own(folder, classes=("eel", "cat", "dog"))
+    assert own.classes == ("eel", "cat", "dog")
+    assert names_by_image(own) == plain
+    more = ds.load_own(folder, classes=("ant", "dog", "eel", "cat"))  # the network knows another
+    assert names_by_image(more) == plain
+    renamed = names_by_image(ds.load_own(folder, classes=("x", "y", "z")))
+    assert {name: renamed[image] for image, name in plain.items()} == dict(
+        zip(("cat", "dog", "eel"), "xyz", strict=True)
+    )

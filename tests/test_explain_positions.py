@@ -197,6 +197,8 @@ def test_arguments_that_cannot_be_used_are_named(resnet, tmp_path):
         driver.explain(resnet, "layer2", *splits(), layers=3, **given)
     with pytest.raises(ValueError, match="layout must be one of"):
         driver.explain(resnet, "layer2", *splits(), layout="rows", **given)
+    with pytest.raises(InputError, match="positions_per_image must be at least 1, got 0"):
+        driver.explain(resnet, "layer2", *splits(), positions_per_image=0, **given)
     assert json.dumps([path.name for path in tmp_path.iterdir()]) == "[]"
 
 
@@ -215,13 +217,20 @@ def test_a_second_layer_has_a_folder_of_its_own_and_a_shared_one_is_named(
     resnet, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    given = {**FAST, "hypotheses": False}
+    given, drawn, usual = {**FAST, "hypotheses": False}, [], driver.report.write_history
+
+    def write_history(folder, classifier, sae, target, logits_from, dead):
+        drawn.append(logits_from)
+        usual(folder, classifier, sae, target, logits_from, dead)
+
+    monkeypatch.setattr(driver.report, "write_history", write_history)
     normalized = [((images - 0.4) / 0.2, labels) for images, labels in splits()]
     first = driver.explain(resnet, "layer2", *normalized, mean=[0.4] * 3, std=[0.2] * 3, **given)
     pictures = first.data.display.pictures(first.data.val.images)
     torch.testing.assert_close(pictures, splits()[1][0], atol=1e-5, rtol=0)
     second = driver.explain(resnet, "wide", *splits(), **given)
     assert first.folder != second.folder
+    assert drawn == [None, driver.SCHEDULE.logit_kl_from]  # of positions no logits are used
     capsys.readouterr()
     driver.explain(resnet, "wide", *splits(), out=first.folder, **given)
     printed = capsys.readouterr().out

@@ -6,11 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import feature_analysis as fa
 from saexplain import images, layers
 from saexplain.files import InputError
 from saexplain.layers import AtLayer
+from saexplain.parallel import ONE_PROCESS
 
 
 class Branched(nn.Module):
@@ -294,6 +297,53 @@ def test_probabilities_are_no_logits():
     identity = SimpleNamespace(preactivations=lambda x: x, logits_from_preactivations=lambda x: x)
     eye = torch.eye(3)[torch.arange(30) % 3]
     assert layers.collect_activations(identity, data_of(eye, eye, eye)).n_classes == 3
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the largest tensor that is made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if torch.is_tensor(t)}
+        for made in tree_leaves(found):
+            if torch.is_tensor(made) and made.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, made.untyped_storage().nbytes())
+        return found
+
+
+def test_no_copy_of_a_whole_split_is_made():
+    raw = torch.randn(60_000, 2, 4, generator=torch.Generator().manual_seed(0)).half()
+    splits = {name: fa.Activations(raw, torch.zeros(60_000), raw) for name in images.SPLIT_NAMES}
+    layer = fa.ExplainedLayer(None, None, torch.zeros(4), torch.ones(4), splits)
+    with Allocations() as made:
+        layers.warn_scale_shift(layer)
+        layers.range_of(raw.flatten(0, 1), ONE_PROCESS)
+    assert 0 < made.largest < raw.untyped_storage().nbytes()  # sums are float64
+
+
+def test_large_outputs_in_16_bits_are_compared(capsys):
+    raw = 4e4 * torch.randn(400, 6, generator=torch.Generator().manual_seed(0)).sign().half()
+    split = fa.Activations(raw, torch.zeros(400), raw)
+    splits = dict.fromkeys(images.SPLIT_NAMES, split)
+    layers.warn_scale_shift(fa.ExplainedLayer(None, None, raw[0], torch.ones(6).half(), splits))
+    assert capsys.readouterr().out == ""
+
+
+def test_what_a_layer_is_made_from_names_code_and_type_and_library():
+    net, data = network(), data_of(*(some_images(n) for n in (40, 20, 30)))
+    found = layers.layer_inputs(AtLayer(net, "wide"), data)
+    assert found == layers.layer_inputs(AtLayer(net, "wide"), data)
+    assert found["torch"] == torch.__version__
+    assert found["dtype"] == "torch.float32"
+    assert found["layout"] == "a vector"
+    usual = net.forward
+    net.forward = lambda x: usual(x.flip(3))  # the same weights and images
+    other = layers.layer_inputs(AtLayer(net, "wide"), data)
+    assert {key for key in found if other[key] != found[key]} == {"some outputs"}
 
 
 @pytest.mark.parametrize(

@@ -332,6 +332,8 @@ def test_layouts(shape, image, module, given, words):
     [
         ({"grid": (5, 5)}, r"20 tokens cannot be -5 prefix tokens and a grid \(5, 5\)"),
         ({"prefix_tokens": 3}, "20 tokens for images of 8 x 9 pixels have no grid"),
+        ({"prefix_tokens": 20}, "at least 0 and leave tokens for a grid, got 20 of 20"),
+        ({"prefix_tokens": -5}, "at least 0 and leave tokens for a grid, got -5 of 20"),
         ({"layout": "rows"}, "layout must be one of .*, got 'rows'"),
         ({"layout": "channels_last"}, r"layout='channels_last' needs \(B, ...\) of 4 dimensions"),
     ],
@@ -339,6 +341,11 @@ def test_layouts(shape, image, module, given, words):
 def test_layouts_that_do_not_fit_are_named(given, message):
     with pytest.raises(ValueError, match=message):
         find_layout(torch.zeros(2, 20, 5), (2, 3, 8, 9), nn.ReLU(), **given)
+
+
+def whole_of_two(n: int) -> Tensor:
+    """Two positions of each image, without regard to prefix tokens."""
+    return sampled_positions(0, n, 49, 2)
 
 
 def test_sampled_positions_do_not_depend_on_the_batches():
@@ -350,6 +357,10 @@ def test_sampled_positions_do_not_depend_on_the_batches():
     assert counts.min() > 40  # 500 x 8 / 49 = 82 expected, and a deviation of 8
     assert counts.max() < 125
     assert torch.equal(sampled_positions(3, 2, 4, 8), torch.arange(4).expand(2, 4))
+    with_token = sampled_positions(0, 500, 49, 8, n_prefix=2)
+    assert torch.equal(with_token[:, :2], torch.arange(2).expand(500, 2))
+    assert torch.bincount(with_token.flatten(), minlength=49)[2:].min() > 30
+    assert torch.equal(sampled_positions(0, 500, 49, 2, n_prefix=2), whole_of_two(500))
 
 
 # --- Where ----------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ import feature_analysis as fa
 import MNIST_SAE_code as driver
 from saexplain import fidelity, parallel
 from saexplain.files import InputError, load_stage
+from saexplain.images import Data
+from saexplain.layers import collect_activations, range_of
 from saexplain.parallel import ONE_PROCESS, Ranks, WorkerError, Workers, open_ranks, shard_of
 from saexplain.rows import TrainingRows, mean_and_std
 from saexplain.sae import JumpReLUSAE
@@ -57,6 +59,11 @@ def positions() -> torch.Tensor:
 
 def settings(folder: Path) -> driver.Settings:
     return driver.Settings(target_actives=(TARGET,), out=str(folder), workers=0, **SMALL)
+
+
+def data_of(raw: torch.Tensor, *sizes: int) -> Data:
+    splits = (driver.Split(raw[:n], torch.arange(n) % 2) for n in sizes)
+    return Data(*splits, classes=("a", "b"), source="", digest="")
 
 
 def layer_of(raw: torch.Tensor, ranks: Ranks) -> fa.ExplainedLayer:
@@ -116,6 +123,9 @@ def exchange(folder: Path, ranks: Ranks) -> None:
         "of none": ranks.mean([torch.tensor([1.0, float("nan")][ranks.rank])], 1 - ranks.rank),
         "gather": ranks.gather(ranks.rank + 10),
         "rows": ranks.gather_rows(own),
+        "range": range_of(vectors()[: ranks.rank], ranks),  # of one row of all
+        "std": mean_and_std(vectors()[: 2 * ranks.rank][:, None], ranks)[1],
+        "layer of two": collect_activations(Net(), data_of(vectors(), 2, 1, 1), ranks=ranks).mu,
         "first": ranks.on_first(lambda: ranks.rank),
     }
     try:
@@ -195,6 +205,9 @@ def test_each_exchange_gives_every_rank_what_it_names(two_ranks):
         assert found["gather"] == [10, 11]
         assert found["first"] == 0
         assert found["error"] == "only the first rank finds out"
+        torch.testing.assert_close(found["range"], (vectors()[0], vectors()[0]))
+        torch.testing.assert_close(found["std"], vectors()[:2].std(0))
+        torch.testing.assert_close(found["layer of two"], vectors()[:2].mean(0))
     assert first["rows"][:, 0].tolist() == [0, 0, 1, 1, 1]
     assert second["rows"][:, 0].tolist() == [1, 1, 1]
 

@@ -261,7 +261,7 @@ def test_wrong_flags_are_one_line_and_status_2(script, tmp_path, flags, message)
     ("error", "status", "message"),
     [
         (WorkerError("a worker\nended"), 2, "a worker ended"),
-        (BusyError("busy"), 2, "busy; give --wait"),
+        (BusyError("busy"), 2, "busy"),
         (MemoryError(), 2, "out of memory"),
         (OSError(28, "No space left", "file"), 2, "file could not be written"),
         (KeyboardInterrupt(), 130, "interrupted"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,23 @@ def test_what_16_bits_cannot_store_is_named(value, no_memory, tmp_path):
     ):
         store[7:14] = raw[7:14]
     assert store.done == 7
+
+
+def test_a_channel_that_16_bits_make_noisy_is_named(no_memory, tmp_path, capsys):
+    """About 100 the numbers of 16 bits are 1/16 apart: the variance of rounding is its square by
+    12, here 13% of .05 squared."""
+    raw = torch.randn(4000, 3, 4, generator=torch.Generator().manual_seed(1))
+    raw[..., 0] = 100.03  # never varies
+    store = open_store(raw.shape, tmp_path / "even", INPUTS)
+    store[:4000] = raw
+    assert "warning" not in capsys.readouterr().out
+    raw[..., 2] = 100 + 0.05 * raw[..., 2]
+    store = open_store(raw.shape, tmp_path / "uneven", INPUTS)
+    store[:3000] = raw[:3000]
+    store[3000:] = raw[3000:]
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "warning" in line)
+    words = r"noise of (\d+\.\d)% .* to channel 2 \(mean 100, .* 0\.0\d+\), .* to 1 of 4;"
+    assert float(re.search(words, line)[1]) == pytest.approx(100 / 16**2 / 12 / 0.05**2, abs=1)
 
 
 @pytest.mark.parametrize("kind", ["memory", "file"])

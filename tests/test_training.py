@@ -438,7 +438,8 @@ def test_positions_are_rows_and_a_step_takes_those_of_a_batch_of_images(dtype):
     torch.testing.assert_close(
         rows.x_of(numbers), rows.coordinates.transform(standardized[numbers])
     )
-    of_sample = standardized[torch.tensor([0, 5, 10, 15, 16])]  # image by image, positions in turn
+    # Images from the first to the last, 0, 500, 1000, 1499 and 1999, and their positions in turn
+    of_sample = standardized[torch.tensor([0, 2001, 4002, 5999, 7996])]
     torch.testing.assert_close(rows.sample(5), rows.coordinates.transform(of_sample))
     torch.testing.assert_close(rows.x_std, rows.coordinates.transform(standardized).std(0))
 
@@ -552,6 +553,23 @@ def test_the_shift_is_that_of_a_sort(digits, monkeypatch):
         wanted = round(target * 1000)
         expected = (excess[wanted - 1] + excess[wanted]) / 2
         assert threshold_shift(sae, z, target) == expected
+
+
+def test_of_too_many_positions_an_even_sample_of_all_places_decides(monkeypatch):
+    """8 rows are too many for 3: a step of 3 would do, but of 3 positions it takes only the first,
+    and so would one of 6 of the others."""
+    sae = JumpReLUSAE(1, 1)
+    sae.W_enc.data.fill_(1)
+    monkeypatch.setattr(calibration, "CALIBRATED_ROWS", 10)
+    raw = torch.arange(1.0, 31).reshape(10, 3, 1)
+    taken = [1, 5, 9, 13, 17, 21, 25, 29]  # every fourth
+    rows = TrainingRows(raw)
+    assert calibration.row_step(rows) == 4
+    adjusted, shift = adjust_thresholds(sae, rows, 0.25)  # 2 of them
+    assert shift == 23
+    assert int((adjusted.encode(torch.tensor(taken)[:, None].float()) > 0).sum()) == 2
+    monkeypatch.setattr(calibration, "CALIBRATED_ROWS", 30)
+    assert threshold_shift(sae, rows, 0.25) == 22.5  # 8 of 30
 
 
 def test_tied_excesses_are_left_inactive():
