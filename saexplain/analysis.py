@@ -41,12 +41,14 @@ ADDED_TO = 16  # images to which a feature of a layer with positions is added
 class Patterns(NamedTuple):
     """What pixels drive the features, as far as gradients show it."""
 
-    gradients: Tensor | None  # (d_sae, C, H, W), in crops for a layer with positions; None: no
-    # gradient leads to the pixels
+    heats: Tensor | None  # (d_sae, H, W) gradients, of color images summed over channels, in crops
+    # for a layer with positions; None: no gradient leads to the pixels
     correlation: Tensor  # (d_sae,) of a pattern's sum over an image with the pre-activation
     units: Tensor | None = None  # (d_in, C, H, W) the same of the layer's units, without positions
     receptive: tuple[int, int] | None = None  # pixels of the crops; None: the whole image
     linear: bool = False  # whether the layer is linear in the pixels, so that patterns are exact
+    roughness: Tensor | None = None  # (d_sae,) how noisy each pattern is; 0 for one of a single
+    # row or column; None without patterns
 
 
 class Analysis(NamedTuple):
@@ -66,23 +68,15 @@ class Analysis(NamedTuple):
     @property
     def faithful(self) -> Tensor:
         """(d_sae,) bool, the features that their pattern shows: it follows them, without noise."""
-        if self.patterns.gradients is None:
+        if self.heats is None:
             return torch.zeros(len(self.patterns.correlation), dtype=torch.bool)
         follows = self.patterns.correlation >= FAITHFUL
-        return self.patterns.linear | (follows & (self.roughness <= SMOOTH))
-
-    @property
-    def roughness(self) -> Tensor:
-        """(d_sae,) how noisy each pattern is; 0 for one of a single row or column."""
-        if min(self.heats.shape[1:]) < 2:
-            return torch.zeros(len(self.heats))
-        return pattern_roughness(self.heats)
+        return self.patterns.linear | (follows & (self.patterns.roughness <= SMOOTH))
 
     @property
     def heats(self) -> Tensor | None:
         """(d_sae, H, W) input patterns; of color images, summed over channels."""
-        gradients = self.patterns.gradients
-        return None if gradients is None else gradients.sum(1)
+        return self.patterns.heats
 
     @property
     def unit_heats(self) -> Tensor | None:
@@ -145,18 +139,28 @@ def input_patterns(
     layer: fa.ExplainedLayer, split: fa.Activations, bank: fa.FeatureBank
 ) -> Patterns:
     """The patterns of all features; without gradients where none leads to the pixels."""
-    none = Patterns(None, torch.zeros(layer.d_sae))
     if not has_gradients(layer, split.images):
-        return none
+        return Patterns(None, torch.zeros(layer.d_sae))
     if layer.has_positions:
         side, gradients, correlation = aligned_patterns(layer, split, bank)
-        return Patterns(gradients, correlation, receptive=side)
+        heats = gradients.sum(1)
+        return Patterns(heats, correlation, receptive=side, roughness=roughness_of_each(heats))
     units = unit_gradients(layer, split.images)
     chosen = evenly_spaced(torch.arange(len(split.labels)), N_CORRELATED)
     some = fa.Activations(*(values[chosen.to(values.device)] for values in split))
     correlation = pattern_correlations(layer, units, some)
     linear = fa.is_linear(layer, tuple(split.images.shape[1:]), split.images[:64])
-    return Patterns(feature_patterns(layer, units), correlation, units, linear=linear)
+    heats = feature_patterns(layer, units).sum(1)
+    rough = roughness_of_each(heats)
+    return Patterns(heats, correlation, units, linear=linear, roughness=rough)
+
+
+def roughness_of_each(heats: Tensor) -> Tensor:
+    """(d_sae,) roughness of patterns (d_sae, H, W); 0 where they are a single row or column."""
+    if min(heats.shape[1:]) < 2:
+        return torch.zeros(len(heats))
+    # One by one, so that no copies of all patterns are made.
+    return torch.cat([pattern_roughness(heat) for heat in heats.split(1)])
 
 
 def has_gradients(layer: fa.ExplainedLayer, images) -> bool:
@@ -245,4 +249,4 @@ def _roughness(k: int, analysis: Analysis) -> float | None:
     heats = analysis.heats
     if heats is None or min(heats.shape[1:]) < 2:
         return None
-    return float(pattern_roughness(heats[k : k + 1])[0])
+    return float(analysis.patterns.roughness[k])

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from saexplain.analysis import Analysis
 from saexplain.fidelity import DENSE_FROM
-from saexplain.patterns import pattern_roughness
 
 if TYPE_CHECKING:
     from saexplain.where import Maps
@@ -165,11 +164,12 @@ def boolean_diagnoses(record: dict, target: str) -> list[Diagnosis]:
 def pattern_diagnoses(analysis: Analysis, features: Sequence[int], noisy: str) -> list[Diagnosis]:
     """The diagnoses of input patterns; of their noise, with the advice `noisy`, where a pattern is
     shown."""
-    shown = [k for k in features if analysis.faithful[k]] if analysis.heats is not None else []
+    faithful = analysis.faithful
+    shown = [k for k in features if faithful[k]] if analysis.heats is not None else []
     correlation = analysis.pattern_correlation[features].median().item()
     found = []
     if shown and min(analysis.heats.shape[1:]) > 1:
-        roughness = pattern_roughness(analysis.heats[shown]).median().item()
+        roughness = analysis.patterns.roughness[shown].median().item()
         what = "median roughness, 1 for white noise"
         found.append(Diagnosis("noisy patterns", roughness, 0.5, what, noisy))
     if analysis.heats is None:  # no gradient leads to the pixels

@@ -285,13 +285,29 @@ LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 BLANK_SHARE = 0.3  # of the pixels that have the smallest value: a ground with ink on it
 
 
-def as_ink(images: Tensor) -> Tensor:
+def as_ink(images: Tensor, on_ground: bool | None = None) -> Tensor:
     """Images (N, C, H, W), C = 1 or 3, as pictures show them: (N, 1, H, W) ink from 0 to 1.
 
     Normalized values are brought to [0, 1] by the smallest and the largest of each channel; colors
     become their luminance. Where a blank ground has the smallest value, as in MNIST, what is light
-    is shown dark.
+    is shown dark. `on_ground` gives whether it has; None: as it is in these images.
     """
+    light = _light(images)
+    return light if (_is_on_ground(light) if on_ground is None else on_ground) else 1 - light
+
+
+def has_ground(images: Tensor) -> bool:
+    """Whether a blank ground has the smallest value in images, so that `as_ink` shows light as
+    dark."""
+    return _is_on_ground(_light(images))
+
+
+def _is_on_ground(light: Tensor) -> bool:
+    return float((light <= light.min()).float().mean()) >= BLANK_SHARE
+
+
+def _light(images: Tensor) -> Tensor:
+    """Images (N, C, H, W) as light (N, 1, H, W) from 0 to 1."""
     images = images[:, None] if images.dim() == 3 else images
     if images.dim() != 4 or images.shape[1] not in (1, 3):
         shape = tuple(images.shape)
@@ -304,5 +320,4 @@ def as_ink(images: Tensor) -> Tensor:
     if images.shape[1] == 3:
         weights = torch.tensor(LUMINANCE, device=images.device)
         light = (light * weights[:, None, None]).sum(1, keepdim=True).clamp(0, 1)
-    is_ground = float((light <= light.min()).float().mean()) >= BLANK_SHARE
-    return light if is_ground else 1 - light
+    return light

@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 SIDE = 96  # pixels of an image in a gallery, at most
 BAR = 40, 10  # screen pixels across and down a color bar
+LEGEND = 24  # the same down the line below a gallery
 WARM = 255, 165, 0  # the tint of places where a map is large
 TINT, LIGHT, DARK = 0.3, 0.42, 22  # its share there; what is left of light elsewhere, and added
-SEEN = {
+COLOR_WORDS = {  # what the color over images means, by kind of maps
     "activation": "color: where the feature is active",
-    "occlusion": "color: how much covering this place lowers it",
+    "occlusion": "in dim images, color: how much covering this place lowers it",
 }
 PREFIX_SHARE = 0.5  # of a feature's peaks on prefix tokens, from which its maps are not shown
 GLOW = (40, 42, 48), (255, 185, 60)  # colors of a map alone, where it is 0 and where it is largest
@@ -75,7 +76,9 @@ class ColorGallery(fa.GalleryPainter):
 
     def _has_maps(self, k: int) -> bool:
         """Whether maps show where feature k is active."""
-        return self.maps is not None and float(self.maps.prefix_share[k]) < PREFIX_SHARE
+        if self.maps is None or float(self.maps.prefix_share[k]) >= PREFIX_SHARE:
+            return False
+        return not bool(self.maps.mean[k].isnan().any())
 
     def _maps_of(self, k: int, numbers: Sequence[int]) -> np.ndarray:
         """Maps (n, h, w) of the images in tiles of feature k, NaN where there is none."""
@@ -108,22 +111,22 @@ class ColorGallery(fa.GalleryPainter):
         return self.tile[0] - 2, self.tile[1] - 2
 
     def paint(self, k: int, bank: fa.FeatureBank) -> np.ndarray:
-        """The gallery of feature k, with words on what its colors mean."""
+        """The gallery of feature k, with a line below it on what its colors mean."""
         page = super().paint(k, bank)
         if not self._has_maps(k) or not bank.n_active[k]:
             return page
-        scale = float(self.maps.top[k].max())
+        scale = float(self.maps.top[k].nan_to_num().max())
         if self.maps.bands is not None:
             scale = max(scale, float(self.maps.bands[k].max()))
         bar = paint_overlay(
             np.full((1, BAR[1], BAR[0], 3), 190, np.uint8),
             np.linspace(0, 1, BAR[0])[None, None].repeat(BAR[1], 1),
         )[0]
-        some = "" if self.maps.bands is not None else f"first {self.maps.top.shape[1]}, "
-        words = fa.text_pixels(f"{some}{SEEN[self.maps.kind]}, up to {scale:.2f}", 11)
-        left = page.shape[1] - fa.MARGIN - words.shape[1]
-        fa.paste(page, words, fa.TITLE + 5, left)  # in line with the first header
-        fa.paste(page, bar, fa.TITLE + 8, left - BAR[0] - fa.GAP)
+        words = fa.text_pixels(f"{COLOR_WORDS[self.maps.kind]}, up to {scale:.2f}", 11)
+        top = len(page)
+        page = np.concatenate([page, np.full((LEGEND, *page.shape[1:]), fa.WHITE, np.uint8)])
+        fa.paste(page, words, top, fa.MARGIN + BAR[0] + fa.GAP)
+        fa.paste(page, bar, top + 3, fa.MARGIN)
         return page
 
 

@@ -87,6 +87,9 @@ MAX_LEVELS = 5_000_000  # bytes of all their ink: of larger images there are few
 MAX_COLOR_LEVELS = 1_500_000  # the same beside images in color, which need space themselves
 WHOLE_SIDE = 96  # pixels: gray images up to this side are shown as they are
 PATTERN_SIDE = 48  # pixels of a pattern, at most, where images are reduced or in color
+FEATURE_BYTES = 1600  # of what is known of a feature, as text
+SCRIPT_BYTES = 300_000  # of scripts and styles
+FITTED = 0.95  # of PAGE_BYTES, which features take where all are too many
 COLOR_ERRORS = 100  # misclassified images shown where there are many classes, or colors
 SPLITS = ("val", "test_half", "replication_half")
 ARRAY_KINDS = {
@@ -672,9 +675,9 @@ def _look(
 
 def _fitted_look(
     look: _Look, records: Sequence[dict], shown: Shown, pictures: Pictures, n_tests: int, used: int
-) -> _Look:
+) -> tuple[_Look, int]:
     """The look with thumbnails, and so many of them, that the page fits into PAGE_BYTES, of which
-    other arrays take `used`."""
+    other arrays take `used`; and how many features fit, about, where all are too many."""
 
     def count(n_top: int, n_band: int) -> tuple[int, int]:
         images, n = set(), 0
@@ -688,12 +691,96 @@ def _fitted_look(
     n_images = len(pictures)
     sample = pictures.of(evenly_spaced(torch.arange(n_images), SAMPLED))
     cells = math.prod(shown.maps.grid) if shown.maps is not None else 0
-    text = 1600 * len(records) + 300_000  # bytes of what is known of features, and of the scripts
-    size = fit_page(count, n_tests, sample, cells, (PAGE_BYTES - text) * 3 / 4 - used)
+    text = FEATURE_BYTES * len(records) + SCRIPT_BYTES
+    budget = (PAGE_BYTES - text) * 3 / 4 - used
+    size, needed = fit_page(count, n_tests, sample, cells, budget)
+    n = len(records)
+    if needed > budget and n > 1:
+        whole = text + (used + needed) * 4 / 3
+        share = (FITTED * PAGE_BYTES - SCRIPT_BYTES) / (whole - SCRIPT_BYTES)
+        n = max(1, min(n - 1, int(n * share)))
     if shown.maps is not None and shown.maps.kind == "occlusion":  # examples that have a map
         size = size._replace(n_top=min(size.n_top, shown.maps.top.shape[1]))
     shape = reduced_shape(look.whole, size.side) if look.can_reduce else look.whole
-    return look._replace(size=size, shape=shape)
+    return look._replace(size=size, shape=shape), n
+
+
+def _most_influential(records: Sequence[dict], n: int) -> Sequence[dict]:
+    """The n records of most influence, in their order."""
+    order = sorted(range(len(records)), key=lambda i: -records[i]["influence"])
+    return [records[i] for i in sorted(order[:n])]
+
+
+class _Contents(NamedTuple):
+    """What a page shows of the features that fit."""
+
+    records: Sequence[dict]
+    look: _Look
+    pictures: Pictures
+    canvas: Canvas | None  # of drawings, where readers can draw
+    arrays: dict[str, np.ndarray]  # of features
+    tests: dict[str, np.ndarray]  # of test images, but for their pixels
+
+
+def _feature_arrays(
+    layer: fa.ExplainedLayer,
+    records: Sequence[dict],
+    shown: Shown,
+    look: _Look,
+    pair: Sequence[int],
+    network: Network | None,
+) -> dict[str, np.ndarray]:
+    """The arrays of the features of `records`, and the network's."""
+    features, val = [record["feature"] for record in records], layer.splits["val"]
+    counts, largest = activation_histograms(shown.activity)
+    arrays = {}
+    if _any_faithful(shown, features):
+        arrays |= _pattern_arrays(shown, features, look)
+    if look.in_place:
+        n_classes = shown.bank.label_histogram.shape[1]
+        arrays |= _mean_arrays(shown, val.images, features, n_classes, arrays["inked"].shape)
+    if look.can_write:
+        arrays |= _split_arrays(layer, shown.canvas, features, largest, look.color)
+        arrays["drawings"] = _drawing_array(records, shown.canvas)
+        arrays["canvas_inked"] = shown.canvas.inked.numpy().astype(np.uint8)
+    arrays["histograms"] = counts[features].astype(np.float32)
+    if look.has_tables:
+        known = (shown.activity, features, pair, shown.removed)
+        arrays |= class_tables(layer, val.raw, *known)
+    else:
+        effects = class_effects(layer, val.raw, shown.activity, shown.removed)
+        arrays["class_adds"] = effects[:, features]
+    return arrays | (_weight_arrays(layer, network) if network is not None else {})
+
+
+def _fitting_contents(
+    layer: fa.ExplainedLayer,
+    records: Sequence[dict],
+    shown: Shown,
+    network: Network | None,
+    review: TestReview | None,
+) -> _Contents:
+    """What the page shows: all features, or those of most influence that fit into PAGE_BYTES."""
+    val, n_tests = layer.splits["val"], 0 if review is None else len(review.image)
+    pair, (_, largest) = review.pair if review else [0, 1], activation_histograms(shown.activity)
+    while True:
+        look, pictures = _look(records, layer, shown, network)
+        canvas = (shown.canvas or Canvas.fit(val.images)) if look.can_write else None
+        given = (shown._replace(canvas=canvas), look, pair, network)
+        arrays, tests = _feature_arrays(layer, records, *given), {}
+        if review is not None:
+            tests = _test_arrays(review, look.has_tables)
+        if n_tests and shown.maps is not None and shown.maps.kind == "activation":
+            test, some = layer.splits["test"], review.image[_spread_tests(review)]
+            raw, own = test.raw[some.to(test.raw.device)], [r["feature"] for r in records]
+            tests |= position_arrays(layer, raw, shown.maps, own, largest)
+        n = len(records)
+        if look.can_reduce or shown.maps is not None:
+            used = len(_pack(arrays | tests)[1]) * 3 // 4
+            look, n = _fitted_look(look, records, shown, pictures, n_tests, used)
+        if n == len(records):
+            return _Contents(records, look, pictures, canvas, arrays, tests)
+        records = _most_influential(records, n)
 
 
 def write_dashboard(
@@ -703,8 +790,9 @@ def write_dashboard(
     shown: Shown,
     overview: Overview | None = None,
     network: Network | None = None,
-) -> None:
-    """Write one HTML file that shows the features of `records`, completely or not at all.
+) -> int:
+    """Write one HTML file that shows the features of `records`, completely or not at all; returns
+    the number of features on it.
 
     Args:
         records: of feature_report.json, with or without hypotheses.
@@ -713,65 +801,33 @@ def write_dashboard(
         network: the layer's model, which the page then computes: one can draw an image and remove
             features. The SAE needs all SAE_WEIGHTS.
 
-    Images that are large or in color are reduced so that the page stays below PAGE_BYTES. Raises
-    ValueError for images of other than one or three channels, patterns or `inked` of another shape,
-    and classes that are not one name for each logit.
+    Images that are large or in color are reduced so that the page stays below PAGE_BYTES; where
+    that is not enough, it has only the features of most influence. Raises ValueError for images of
+    other than one or three channels, patterns or `inked` of another shape, and classes that are not
+    one name for each logit.
     """
     overview = overview or Overview()
-    features = [record["feature"] for record in records]
     n_classes = shown.bank.label_histogram.shape[1]
     names = _class_names(overview, n_classes)
-    val, test = layer.splits["val"], layer.splits.get("test")
-    look, pictures = _look(records, layer, shown, network)
-    counts, largest = activation_histograms(shown.activity)
-    canvas = None
-    if look.can_write:
-        canvas = shown.canvas or Canvas.fit(val.images)
-    review = None
+    val, test, review = layer.splits["val"], layer.splits.get("test"), None
     if test is not None:
         review = review_tests(layer, test.raw, test.labels)
-        if look.color or look.has_tables:
+        whole, _ = _look(records, layer, shown, network)
+        if whole.color or whole.has_tables:
             review = _fewer_errors(review, COLOR_ERRORS)
+    n_records = len(records)
+    found = _fitting_contents(layer, records, shown, network, review)
+    records, look, pictures, canvas, arrays, tests = found
+    features = [record["feature"] for record in records]
 
-    arrays = {}
-    if _any_faithful(shown, features):
-        arrays |= _pattern_arrays(shown, features, look)
-    if look.in_place:
-        arrays |= _mean_arrays(shown, val.images, features, n_classes, arrays["inked"].shape)
-    if look.can_write:
-        arrays |= _split_arrays(layer, canvas, features, largest, look.color)
-        arrays["drawings"] = _drawing_array(records, canvas)
-        arrays["canvas_inked"] = canvas.inked.numpy().astype(np.uint8)
-    arrays["histograms"] = counts[features].astype(np.float32)
-    if look.has_tables:
-        pair = review.pair if review else [0, 1]
-        known = (shown.activity, features, pair, shown.removed)
-        arrays |= class_tables(layer, val.raw, *known)
-    else:
-        effects = class_effects(layer, val.raw, shown.activity, shown.removed)
-        arrays["class_adds"] = effects[:, features]
-    if network is not None:
-        arrays |= _weight_arrays(layer, network)
-
-    tests, listed, test_fields = {}, [], None
-    if review is not None:
-        tests, listed = _test_arrays(review, look.has_tables), review.image.tolist()
-        test_fields = _test_fields(review, test)
-    if shown.maps is not None and listed:
-        some = _spread_tests(review)
-        if shown.maps.kind == "activation":
-            raw = test.raw[torch.tensor(listed)[some].to(test.raw.device)]
-            tests |= position_arrays(layer, raw, shown.maps, features, largest)
-    if look.can_reduce or shown.maps is not None:
-        used = len(_pack(arrays | tests)[1]) * 3 // 4
-        look = _fitted_look(look, records, shown, pictures, len(listed), used)
+    _, largest = activation_histograms(shown.activity)
     entries, pictured = _entries(records, layer.sae, shown, largest, look.size)
     if shown.maps is not None:
         arrays |= _map_arrays(layer, shown, entries, pictured)
     arrays = _image_arrays("images", pictures, pictured, look) | arrays
     if review is not None:
         test_pictures = Pictures(test.images, shown.display)
-        arrays |= _image_arrays("tests", test_pictures, listed, look) | tests
+        arrays |= _image_arrays("tests", test_pictures, review.image.tolist(), look) | tests
         for entry in entries if review.fixes is not None else ():
             entry["fixes"] = int(review.fixes[entry["feature"]])
             entry["breaks"] = int(review.breaks[entry["feature"]])
@@ -790,7 +846,7 @@ def write_dashboard(
         "features": entries,
         "map": {"cells": cells, "side": side, "kept": kept},
         "network": {"d_in": len(layer.mu), "d_sae": layer.d_sae} if network else None,
-        "tests": test_fields,
+        "tests": None if review is None else _test_fields(review, test),
         "arrays": places,
     }
     if not look.is_default:
@@ -803,10 +859,14 @@ def write_dashboard(
             "pattern": shape,
             "color": {"tile": tile_shape(*look.shape), "across": ACROSS} if look.color else None,
         }
+    if len(records) < n_records:
+        meta["features_known"] = n_records
     if look.has_tables:
         meta["tables"] = True
     if shown.maps is not None:
-        meta["where"] = map_fields(shown.maps, look.whole) | {"tests": some if listed else []}
+        some = _spread_tests(review) if review is not None else []
+        meta["where"] = map_fields(shown.maps, look.whole) | {"tests": some}
     page = _template().replace("{{PACK}}", packed)
     page = page.replace("{{META}}", _safe_json(meta))  # last: its text may contain the other marks
     fa.write_whole(path, page.encode("utf-8"))
+    return len(records)

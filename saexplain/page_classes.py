@@ -1,7 +1,9 @@
 """What do features do to many classes? Tables of the largest effects, for a page of small size.
 
-    fields, arrays = class_tables(layer, raw, activity, features, forced)
-    arrays = test_tables(review, pair)
+    if needs_tables(n_classes, n_features):
+        arrays |= class_tables(layer, raw, activity, features, pair)
+        arrays |= test_tables(logits, added, image, fixed, forced)  # of test images
+    few = sparse(effects)  # [class, value] of the largest
 
 With few classes a page has the effect of every feature on every logit, by class of image, which
 are C F C numbers. With many it has these tables. Takes a layer, activity and effects; gives arrays.

@@ -1,6 +1,7 @@
 """Where are features active? The maps that a page shows, small enough to be sent with it.
 
-    fields, arrays = map_fields(maps), mean_map_arrays(maps, features)
+    fields = map_fields(maps, image_shape) | feature_fields(maps, k)
+    found = mean_map_array(maps, features)                     # (F, h, w) uint8
     found, has_map = example_maps(layer, raw, maps, examples)  # (n, h, w) of examples
     arrays |= position_arrays(layer, raw, maps, features, largest)
 
@@ -12,6 +13,7 @@ Key: F features on the page, h x w positions of the grid.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -50,9 +52,10 @@ def map_fields(maps: Maps, image_shape: Sequence[int]) -> dict:
 
 
 def feature_fields(maps: Maps, k: int) -> dict:
-    """Where feature k is active, in numbers."""
+    """Where feature k is active, in numbers; the peak is None where it has no map."""
+    peak = float(maps.mean[k].max())
     return {
-        "mean_peak": float(f"{float(maps.mean[k].max()):.4g}"),
+        "mean_peak": None if math.isnan(peak) else float(f"{peak:.4g}"),
         "spread": round(float(maps.spread[k]), 3),
         "position_density": float(f"{float(maps.position_density[k]):.4g}"),
         "prefix_share": round(float(maps.prefix_share[k]), 3),
@@ -62,8 +65,8 @@ def feature_fields(maps: Maps, k: int) -> dict:
 
 
 def mean_map_array(maps: Maps, features: Sequence[int]) -> np.ndarray:
-    """(F, h, w) uint8 mean maps, each up to its largest."""
-    mean = maps.mean[features].float()
+    """(F, h, w) uint8 mean maps, each up to its largest; 0 where there is none."""
+    mean = maps.mean[features].float().nan_to_num()
     return quantize(mean, mean.amax((1, 2), keepdim=True))
 
 
@@ -80,7 +83,8 @@ def example_maps(
     if maps.kind != "activation":
         found, has_map = torch.zeros(len(examples), height, width), []
         for place, (k, _, rank) in enumerate(examples):
-            has_map.append(0 <= rank < maps.top.shape[1])
+            is_stored = 0 <= rank < maps.top.shape[1]
+            has_map.append(is_stored and not bool(maps.top[k, rank].isnan().any()))
             if has_map[-1]:
                 found[place] = maps.top[k, rank].float()
         return found, has_map

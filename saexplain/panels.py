@@ -278,13 +278,13 @@ def write_feature_panels(
     `images` are those the bank was collected on, ink or `Pictures`. A pattern that is not faithful
     is left out. Raises like `fa.write_feature_pictures`.
     """
-    heats, maps = analysis.shown_heats, analysis.maps
+    heats, maps, faithful = analysis.shown_heats, analysis.maps, analysis.faithful
     heats = None if heats is None else fa.as_array(heats)
     gallery = make_gallery(images, classes, maps)
     for k, note in notes.items():
         effects = analysis.logit.mean_delta[k], analysis.ablation.mean_delta[k]
-        heat = heats[k] if heats is not None and analysis.faithful[k] else None
-        if maps is not None:
+        heat = heats[k] if heats is not None and faithful[k] else None
+        if maps is not None and not maps.mean[k].isnan().any():
             note = note._replace(mean_map=maps.mean[k].numpy())
         pixels = _paint_panel(gallery, k, analysis.bank, heat, effects, note)
         fa.save_pixels(pixels, Path(folder) / f"feature_{k}_panel.png")

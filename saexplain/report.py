@@ -166,7 +166,7 @@ def prepare_report(
     not_compared = ""
     if options.hypotheses:
         with clock("propose and freeze"):
-            no_gradient = "" if analysis.patterns.gradients is not None else NO_GRADIENT
+            no_gradient = "" if analysis.heats is not None else NO_GRADIENT
             faithful = Faithful(analysis.faithful, analysis.pattern_correlation, no_gradient)
             heats = analysis.heats if layer.has_positions else None
             discovery = discover(layer, analysis.unit_heats, analysis.faithful, heats)
@@ -355,8 +355,9 @@ def write_page(
     canvas = draft.discovery.canvas if whole else None
     results = console.page_results(record)
     title = f"{layer.d_sae} features of {options.network} ({options.source})"
-    page.write_dashboard(
-        draft.folder / "feature_report.html",
+    path = draft.folder / "feature_report.html"
+    n_shown = page.write_dashboard(
+        path,
         report,
         layer,
         page.Shown(
@@ -381,6 +382,11 @@ def write_page(
         ),
         network,
     )
+    if n_shown < len(report):
+        print(
+            f"{path}: shows the {n_shown} features of most influence of {len(report)}, so that it "
+            f"stays below {page.PAGE_BYTES / 1e6:g} MB; feature_report.json has all"
+        )
 
 
 def write_history(

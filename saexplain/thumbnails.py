@@ -1,7 +1,7 @@
 """How do images fit into pictures and into one page? Reduced, in color as sheets of JPEG tiles.
 
     pictures = Pictures(images, display)                         # in their own colors, or as ink
-    size = fit_page(count, n_tests, samples, map_cells, budget)  # side and examples of a feature
+    size, needed = fit_page(count, n_tests, samples, map_cells, budget)  # and bytes
     small = reduce_images(pictures, size.side)                   # (N, C, h, w), area means
     sheets = encode_sheets(small)                                # arrays of bytes, a JPEG file each
 
@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from saexplain.images import as_ink
+from saexplain.images import as_ink, has_ground
 
 if TYPE_CHECKING:
     from saexplain.images import Display
@@ -30,7 +30,7 @@ PAGE_BYTES = 8_000_000  # of a page whose images can be reduced
 JPEG_QUALITY = 82
 BLOCK = 16  # pixels: tiles start at multiples, so that JPEG blocks of two tiles do not mix
 ACROSS, DOWN = 20, 20  # tiles of a sheet: browsers limit the size of a picture
-SAMPLED = 48  # images from which the bytes of all are estimated
+SAMPLED = 48  # images from which the bytes of all, and the ground of gray ones, are estimated
 MAP_BYTES = 0.5  # of a cell of a map, compressed
 
 
@@ -46,6 +46,10 @@ class Pictures:
         is_ink = not self.in_color and isinstance(images, Tensor)
         self.ink = as_ink(images.cpu()) if is_ink else None
         self.images, self.display = (None if is_ink else images), display
+        self.on_ground = None
+        if not self.in_color and self.ink is None:  # once, or pictures would depend on the others
+            sample = torch.linspace(0, len(images) - 1, min(SAMPLED, len(images))).round().long()
+            self.on_ground = has_ground(self._read(sample))
 
     def __len__(self) -> int:
         return len(self.images if self.ink is None else self.ink)
@@ -55,8 +59,12 @@ class Pictures:
         at = torch.as_tensor(index)
         if self.ink is not None:
             return self.ink[at]
-        found = self.display.pictures(self.images[at.to(self.images.device)]).cpu()
-        return found if self.in_color else as_ink(found)
+        found = self._read(at)
+        return found if self.in_color else as_ink(found, self.on_ground)
+
+    def _read(self, at: Tensor) -> Tensor:
+        """(n, C, H, W) in [0, 1] of the images at `at`, in their own colors."""
+        return self.display.pictures(self.images[at.to(self.images.device)]).cpu()
 
 
 class PageSize(NamedTuple):
@@ -139,8 +147,9 @@ def fit_page(
     sample: Tensor,
     map_cells: int,
     budget: float,
-) -> PageSize:
-    """The first of SIZES with which a page takes at most `budget` bytes, or else the last.
+) -> tuple[PageSize, float]:
+    """The first of SIZES with which images and maps take at most `budget` bytes, or else the last,
+    and the bytes that they take.
 
     Args:
         count: gives the numbers of images and of examples with so many strongest images, and so
@@ -152,6 +161,7 @@ def fit_page(
     for size in SIZES:
         n_images, n_examples = count(size.n_top, size.n_band)
         each = _bytes_of_image(reduce_images(sample, size.side))
-        if (n_images + n_more) * each + n_examples * map_cells * MAP_BYTES <= budget:
-            return size
-    return SIZES[-1]
+        needed = (n_images + n_more) * each + n_examples * map_cells * MAP_BYTES
+        if needed <= budget:
+            break
+    return size, needed

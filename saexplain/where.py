@@ -31,7 +31,7 @@ BLANK = 0.05  # of the images' standard deviation: a patch that varies less is b
 COVERED = 7  # patches along each side of an image that is covered patch by patch
 COVERED_IMAGES = 8  # strongest images of a feature that are covered
 COVER_ENTRIES = 2**30  # pixels of all images covered, at most: bounds the time
-SEEN = 0.95  # share of the squared gradient inside of the receptive field
+RECEPTIVE_SHARE = 0.95  # of the squared gradient, inside of the receptive field
 WHOLE = 0.9  # of an image's side, from which a receptive field is all of it
 ALIGNED = 8  # strongest images over which gradients are averaged, at most
 GRADIENT_PIXELS = 2**28  # of all gradients of aligned patterns, at most: bounds the time
@@ -46,9 +46,10 @@ class Maps(NamedTuple):
     kind: str  # "activation" of each position, or "occlusion": its fall where a patch is covered
     grid: tuple[int, int]  # (h, w) positions, or patches
     n_prefix: int  # tokens without a place, before the others
-    top: Tensor  # (d_sae, n, h, w) float16 of the first n images of bank.top; 0 where there is none
+    top: Tensor  # (d_sae, n, h, w) float16 of the first n images of bank.top; NaN where patches
+    # of an image were not covered
     bands: Tensor | None  # (d_sae, N_BANDS, PER_BAND, h, w) float16 of those of bank.bands
-    mean: Tensor  # (d_sae, h, w) over the images
+    mean: Tensor  # (d_sae, h, w) over the images that have a map; NaN where none has
     spread: Tensor  # (d_sae,) entropy of the mean map, 0: one position, 1: all alike
     position_density: Tensor  # (d_sae,) share of the positions at which the feature is active
     prefix_share: Tensor  # (d_sae,) share of active images with the peak on a prefix token
@@ -138,10 +139,16 @@ def _blank_shares(images, top: Tensor, bank: fa.FeatureBank) -> Tensor:
     shown = index[index >= 0].unique()
     if not len(shown):
         return torch.zeros(len(top))
-    gray = torch.cat([part.float().mean(1, keepdim=True).cpu() for part in split_of(images, shown)])
-    pool = torch.nn.functional.adaptive_avg_pool2d
-    varies = (pool(gray.square(), (h, w)) - pool(gray, (h, w)).square()).clamp(min=0).sqrt()
-    blank = (varies < BLANK * gray.std()).flatten(1)  # (n_shown, h w)
+    pool, parts, n, total, squares = torch.nn.functional.adaptive_avg_pool2d, [], 0, 0.0, 0.0
+    for part in split_of(images, shown):
+        gray = part.float().mean(1, keepdim=True).cpu()
+        varies = pool(gray.square(), (h, w)) - pool(gray, (h, w)).square()
+        parts.append(varies.clamp(min=0).sqrt().flatten(1))
+        n += gray.numel()
+        total += float(gray.sum(dtype=torch.float64))
+        squares += float(gray.square().sum(dtype=torch.float64))
+    std = math.sqrt(max(0.0, squares / n - (total / n) ** 2))  # of all pixels shown
+    blank = torch.cat(parts) < BLANK * std  # (n_shown, h w)
     peak = top.flatten(2).argmax(2)  # (d_sae, n)
     place = torch.searchsorted(shown, index.clamp(min=int(shown[0])))
     there = (index >= 0) & (top.flatten(2).amax(2) > 0)
@@ -167,7 +174,7 @@ def occlusion_maps(
     the mean color, for the strongest images of features in `order`, as far as the time allows.
 
     Zeiler & Fergus 2014, "Visualizing and Understanding Convolutional Networks" (occlusion). The
-    mean map is that of the images covered.
+    mean map is that of the images covered; the map of an image that is not is NaN.
     """
     height, width = images.shape[-2:]
     grid = (min(COVERED, height), min(COVERED, width))
@@ -190,13 +197,13 @@ def occlusion_maps(
             covered[p, :, rows, columns] = mean
         acts = layer.feature_acts(layer.raw(torch.cat([own, covered]))).cpu()
         falls[i] = (acts[:1] - acts[1:]).clamp(min=0)
-    top = torch.zeros(layer.d_sae, index.shape[1], n_patches, dtype=torch.float16)
+    top = torch.full((layer.d_sae, index.shape[1], n_patches), math.nan, dtype=torch.float16)
     for k, row in enumerate(index.tolist()):
         for n, image in enumerate(row):
             if image in slot:
                 top[k, n] = falls[slot[image], :, k].half()
     top = top.unflatten(2, grid)
-    mean_map = top.float().mean(1)
+    mean_map = top.float().nanmean(1)
     none = torch.zeros(layer.d_sae)
     return Maps(
         "occlusion",
@@ -205,7 +212,7 @@ def occlusion_maps(
         top,
         None,
         mean_map,
-        map_spread(mean_map),
+        map_spread(mean_map.nan_to_num()),
         bank.feature_density,
         none,
         _blank_shares(images, top, bank),
@@ -292,8 +299,8 @@ def aligned_patterns(
 ) -> Aligned:
     """The mean gradient of each feature over crops around its peaks in its strongest images.
 
-    A crop has SEEN of the squared gradient, over all features. The correlation is over COMPARED
-    images, at one position of each.
+    A crop has RECEPTIVE_SHARE of the squared gradient, over all features. The correlation is over
+    COMPARED images, at one position of each.
     """
     images, positions = split.images, layer.positions or fa.Positions((1, 1))
     height, width = images.shape[-2:]
@@ -304,21 +311,22 @@ def aligned_patterns(
     few = Peaks(*(column[some] for column in peaks))
     side = _receptive_side(peak_gradients(layer, images, few), center[some], (height, width))
     cell = math.ceil(max(side) / PATTERN_SIDE)
-    cells = math.ceil(side[0] / cell), math.ceil(side[1] / cell)
+    pixels = pixels_of_cells(side, cell)
+    cells = pixels.shape
     patterns = torch.zeros(layer.d_sae, images.shape[1], *cells)
     inside, image_of_ones = torch.zeros(layer.d_sae, 1, *cells), torch.ones(1, height, width)
     for places, gradient in peak_gradients(layer, images, peaks):
         for at, own in zip(places.tolist(), gradient, strict=True):
             k = peaks.feature[at]
-            patterns[k] += _cells(crop_around(own, center[at], side), cell) * cell**2  # sums
+            patterns[k] += _cells(crop_around(own, center[at], side), cell) * pixels  # sums
             inside[k] += _cells(crop_around(image_of_ones, center[at], side), cell)
     patterns /= inside.clamp(min=1)  # parts of crops beyond the border of an image do not count
     return Aligned(side, patterns, _crop_correlations(layer, split, patterns, side, cell))
 
 
 def _receptive_side(gradients, center: Tensor, whole: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the square around centers (n, 2) that has SEEN of the squared gradient;
-    the whole image where that is nearly all of it."""
+    """Height and width of the square around centers (n, 2) that has RECEPTIVE_SHARE of the
+    squared gradient; the whole image where that is nearly all of it."""
     height, width = whole
     row, column = torch.arange(height)[:, None] + 0.5, torch.arange(width) + 0.5
     energy = torch.zeros(2 * (height + width))  # by the side of the square that just has it
@@ -331,7 +339,7 @@ def _receptive_side(gradients, center: Tensor, whole: tuple[int, int]) -> tuple[
             )
     if not energy.sum():
         return whole
-    side = int(torch.searchsorted(energy.cumsum(0) / energy.sum(), SEEN))
+    side = int(torch.searchsorted(energy.cumsum(0) / energy.sum(), RECEPTIVE_SHARE))
     return whole if side >= WHOLE * min(whole) else (side, side)
 
 
@@ -342,6 +350,13 @@ def crop_around(image: Tensor, center: Tensor, side: tuple[int, int]) -> Tensor:
     top, left = (round(float(c) - s / 2) for c, s in zip(center, side, strict=True))
     padded = torch.nn.functional.pad(image, (side[1], side[1], side[0], side[0]))
     return padded[:, top + side[0] : top + 2 * side[0], left + side[1] : left + 2 * side[1]]
+
+
+def pixels_of_cells(side: tuple[int, int], cell: int) -> Tensor:
+    """(ch, cw) the number of pixels of each cell of a crop; at its end cells may be partial."""
+    down, across = (torch.arange(0, n, cell) for n in side)
+    down, across = (side[0] - down).clamp(max=cell), (side[1] - across).clamp(max=cell)
+    return (down[:, None] * across).float()
 
 
 def _cells(crop: Tensor, cell: int) -> Tensor:

@@ -170,6 +170,22 @@ def test_record_of_a_feature_has_the_results_of_plain_computations(scene):
         assert record["predictions_changed"] == pytest.approx(float(analysis.removed.changes[k]))
 
 
+def test_records_reuse_what_is_known_of_all_patterns(monkeypatch):
+    """Of thousands of large patterns, one pass over all takes seconds: none for each record."""
+    analysis = analysis_of(make_scene("conv"))
+    rough = pattern_roughness(analysis.heats)
+
+    def never(_heats):
+        raise AssertionError("the roughness of all patterns is known")
+
+    monkeypatch.setattr("saexplain.analysis.pattern_roughness", never)
+    assert analysis.heats is analysis.heats
+    records = [feature_record(k, analysis) for k in range(D_SAE)]
+    assert [r["pattern_roughness"] for r in records] == pytest.approx(rough.tolist())
+    follows = torch.tensor([r["pattern_correlation"] for r in records]) >= 0.5
+    assert analysis.faithful.equal(follows & (rough <= 0.5))
+
+
 def test_record_has_json_values_also_for_a_feature_that_is_never_active():
     analysis = analysis_of(make_scene("relu"))
     record = feature_record(sm.DEAD, analysis)

@@ -83,10 +83,35 @@ def test_images_without_a_map_and_features_without_a_place_stay_plain(world):
     page = gallery.paint(3, bank)
     same = [np.array_equal(tile(page, gallery, n), tile(plain, gallery, n)) for n in range(40)]
     assert same == [False] * 2 + [True] * 38
+    top = few.top.clone()
+    top[3, 0], top[5] = torch.nan, torch.nan  # nothing was covered in these images
+    mean = few.mean.index_fill(0, torch.tensor(5), torch.nan)
+    some = make_gallery(pictures, (), few._replace(top=top, mean=mean))
+    page = some.paint(3, bank)
+    same = [np.array_equal(tile(page, gallery, n), tile(plain, gallery, n)) for n in range(40)]
+    assert same == [True, False] + [True] * 38
+    assert np.array_equal(some.paint(5, bank), make_gallery(pictures).paint(5, bank))
     on_prefix = maps._replace(prefix_share=torch.ones(24))
     assert np.array_equal(make_gallery(pictures, (), on_prefix).paint(3, bank), plain)
     never = make_gallery(pictures, (), maps).paint(23, bank)
     assert np.array_equal(never, make_gallery(pictures).paint(23, bank))
+
+
+def test_the_legend_lies_below_the_gallery(world):
+    bank, maps = world.shown.bank, world.shown.maps
+    few = maps._replace(kind="occlusion", top=maps.top[:, :2], bands=None)
+    square = torch.rand(160, 3, 28, 28, generator=torch.Generator().manual_seed(0))  # narrow tiles
+    pictures = Pictures(4 * square - 2, Colors())
+    page, plain = (make_gallery(pictures, (), m).paint(3, bank) for m in (few, None))
+    first = make_gallery(pictures).places[0][0]
+    assert np.array_equal(page[:first], plain[:first])  # the headers
+    below = page[len(plain) :]
+    scale = float(few.top[3].float().max())
+    line = f"in dim images, color: how much covering this place lowers it, up to {scale:.2f}"
+    words = fa.text_pixels(line, 11)
+    left = fa.MARGIN + overlays.BAR[0] + fa.GAP
+    assert np.array_equal(below[: len(words), left : left + words.shape[1], 0], words)
+    assert np.ptp(below[:, fa.MARGIN :][:, : overlays.BAR[0]], axis=2).max() > 20  # the color bar
 
 
 def test_unfaithful_patterns_are_marked_in_their_pictures(world, tmp_path):

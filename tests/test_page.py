@@ -367,13 +367,37 @@ def test_a_pattern_that_is_not_faithful_is_not_on_the_page(world, tmp_path):
 
 
 def test_pages_of_large_images_stay_small(colored, color_page, tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "PAGE_BYTES", 0)  # the smallest that there is
+    monkeypatch.setattr(page, "PAGE_BYTES", 460_000)  # for all features with few small images
     path = write(tmp_path / "page.html", colored, network=None)
     assert path.stat().st_size < color_page.stat().st_size
     meta = meta_of(path)
     assert (meta["shape"], meta["look"]["whole"]) == ([24, 32], [48, 64])
     assert [len(meta["features"][3][name]) for name in ("top", "bands")] == [4, 0]
     assert meta["look"]["color"]["tile"] == [32, 32]
+    assert "features_known" not in meta
+
+
+def test_features_of_most_influence_are_shown_where_not_all_fit(colored, tmp_path, monkeypatch):
+    world, budget = color_world(200), 700_000
+    monkeypatch.setattr(page, "PAGE_BYTES", budget)
+    path = tmp_path / "page.html"
+    n = page.write_dashboard(path, world.records, world.layer, world.shown)
+    meta, arrays = meta_of(path), arrays_of(path)
+    own = [entry["feature"] for entry in meta["features"]]
+    influence = [record["influence"] for record in world.records]
+    best = sorted(range(200), key=lambda k: -influence[k])[:n]
+    assert 1 < n < 100
+    assert (own, meta["features_known"]) == (sorted(best), 200)
+    assert path.stat().st_size <= budget
+    assert len(arrays["histograms"]) == 24 * n
+    effects = page.class_effects(world.layer, world.layer.splits["val"].raw, world.shown.activity)
+    assert np.array_equal(arrays["class_adds"].reshape(6, n, 6), effects[:, own])
+    assert arrays["at_feature"].max() < n
+    assert len(arrays["mean_maps"]) == 48 * n
+
+    monkeypatch.setattr(page, "PAGE_BYTES", 0)
+    assert page.write_dashboard(path, world.records, world.layer, world.shown) == 1
+    assert [entry["feature"] for entry in meta_of(path)["features"]] == best[:1]
 
 
 def test_occlusion_maps_are_those_of_the_strongest_images(colored, tmp_path):
@@ -388,6 +412,15 @@ def test_occlusion_maps_are_those_of_the_strongest_images(colored, tmp_path):
     found = arrays["maps"].reshape(-1, 6, 8)[entry["top"][1][3]] / 255
     expected = maps.top[3, 1].float() / maps.top[3].float().max()
     assert found == pytest.approx(expected.numpy(), abs=0.034)
+
+    top, mean = maps.top.clone(), maps.mean.clone()
+    top[3, 1], top[5], mean[5] = torch.nan, torch.nan, torch.nan  # nothing was covered there
+    maps = maps._replace(top=top, mean=mean)
+    world = colored._replace(shown=colored.shown._replace(maps=maps))
+    entries = meta_of(write(path, world, network=None))["features"]
+    assert [len(row) for row in entries[3]["top"]] == [4, 3, 4]
+    assert [len(row) for row in entries[5]["top"]] == [3] * 3
+    assert (entries[5]["mean_peak"], entries[5]["scale"]) == (None, 0)
 
 
 def test_tables_of_many_classes_have_the_largest_effects(colored, tmp_path, monkeypatch):

@@ -777,6 +777,47 @@ def test_views_of_photographs(visit, tmp_path, monkeypatch, kind, width):
         wait_for_heading(page, "Overview")
 
 
+def test_a_run_is_advised_only_where_a_setting_changes(visit, tmp_path):
+    trust = "the network is not linear up to this layer: trust images more than patterns"
+    common = {"value": 0.9, "limit": 0.5, "what": "a share", "fine": False}
+    given = [{"complaint": words, "advice": words, **common} for words in ("lower target=", trust)]
+    path = write(tmp_path / "page.html", small_world(6), overview=html.Overview(diagnoses=given))
+    found = visit(path).locator("main").inner_text()
+    assert "What to do: lower target=, then run again." in found
+    assert f"What to do: {trust}." in found
+
+
+def test_features_that_are_not_on_the_page_are_named_without_links(visit, tmp_path, monkeypatch):
+    monkeypatch.setattr(html, "PAGE_BYTES", 410_000)
+    world = color_world()
+    path = write(tmp_path / "page.html", world, network=None)
+    meta = meta_of(path)
+    own = {entry["feature"] for entry in meta["features"]}
+    assert 3 < len(own) < 20
+    near = [k for entry in meta["features"] for k, _ in entry["near"]]
+    off = [k for row in meta["tests"]["fixing"] for k in row]
+    assert set(near) - own
+    assert set(off) - own
+    page = visit(path)
+    words = f"it has the {len(own)} features of most influence of 24"
+    assert words in page.locator("#fewer").inner_text()
+    t = next(t for t, row in enumerate(meta["tests"]["fixing"]) if set(row) - own)
+    views = [f"feature&feature={k}" for k in sorted(own)[:3]]
+    for view in (*views, f"errors&image={t}", "story&step=1", "story&step=3", "images", "pair"):
+        go(page, f"view={view}")
+        links = page.evaluate("[...document.querySelectorAll('main a')].map(a => a.hash)")
+        shown = {int(k) for link in links for k in re.findall("feature=([0-9]+)", link)}
+        assert shown <= own, view
+    go(page, f"view=errors&image={t}")
+    rows = page.locator(".units li").all_inner_texts()
+    absent = [row for row in rows if "which is not on this page" in row]
+    assert absent
+    assert all(re.search(r"[+−][0-9]", row) for row in absent)  # its contribution
+    number = next(k for k in range(24) if k not in own)
+    go(page, f"view=feature&feature={number}")
+    assert f"no feature {number} on this page" in page.locator("main").inner_text()
+
+
 SHOWN = """row => { const c = example(row, "", 0); return [...c.getContext("2d").getImageData(0, 0,
     c.width, c.height).data]; }"""
 

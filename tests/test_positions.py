@@ -469,7 +469,53 @@ def test_the_receptive_field_and_the_pattern_of_a_convolution():
     assert correlation.min() > 0.9
 
 
-def test_covering_a_place_takes_away_what_is_there():
+def test_partial_cells_of_a_pattern_count_their_own_pixels(monkeypatch):
+    """Positions that see every pixel of 15 x 15, in cells of 2 x 2: the last ones are smaller."""
+    monkeypatch.setattr(where, "PATTERN_SIDE", 8)
+    weight = torch.randn(225, 4, generator=torch.Generator().manual_seed(0))
+    model = SimpleNamespace(
+        positions=fa.Positions((1, 2)),
+        preactivations=lambda images: (images.flatten(1) @ weight).unflatten(1, (2, 2)),
+        logits_from_preactivations=lambda raw: raw.mean(1),
+        n_classes=2,
+    )
+    sae = JumpReLUSAE(2, 2).requires_grad_(False)
+    sae.W_enc.copy_(torch.eye(2))
+    sae.b_enc.fill_(50.0)
+    layer = fa.ExplainedLayer(model, sae, torch.zeros(2), torch.ones(2))
+    images = torch.rand(30, 1, 15, 15, generator=torch.Generator().manual_seed(1))
+    split = layer.activations(images, torch.zeros(30).long())
+    bank = fa.feature_bank(layer, split.raw, split.labels, topk=8)
+    side, patterns, _ = where.aligned_patterns(layer, split, bank)
+    assert (side, patterns.shape) == ((15, 15), (2, 1, 8, 8))
+    kernels = weight.T.view(2, 2, 15, 15)  # position, feature
+    for k in (0, 1):
+        top = bank.top.of(k).index
+        at = layer.acts_of(split.raw[top], k).argmax(1)
+        padded = nn.functional.pad(kernels[at, k].mean(0), (0, 1, 0, 1))
+        close(patterns[k, 0], padded.view(8, 2, 8, 2).sum((1, 3)), 1e-4)
+
+
+def test_patches_without_contrast_are_found_batch_by_batch(monkeypatch):
+    images = torch.rand(40, 3, 20, 30, generator=torch.Generator().manual_seed(0))
+    images[::3, :, :10, :10] = 0.5
+    sizes, split, pool = [], where.split_of, nn.functional.adaptive_avg_pool2d
+
+    def pooled(gray: Tensor, grid) -> Tensor:
+        sizes.append(len(gray))
+        return pool(gray, grid)
+
+    monkeypatch.setattr(where, "split_of", lambda images, index: split(images, index, 7))
+    monkeypatch.setattr(nn.functional, "adaptive_avg_pool2d", pooled)
+    index = torch.arange(40).view(4, 10)
+    top = torch.zeros(4, 10, 2, 3)
+    top[:3, :, 0, 0], top[3, :, 1, 2] = 1.0, 1.0
+    found = where._blank_shares(images, top, SimpleNamespace(top=SimpleNamespace(index=index)))
+    assert max(sizes) == 7  # never all images at their full size
+    assert found.tolist() == pytest.approx([0.4, 0.3, 0.3, 0.0])
+
+
+def test_covering_a_place_takes_away_what_is_there(monkeypatch):
     """Units that are the brightness of one patch: only covering that patch lowers them."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(196, 2), nn.ReLU(), nn.Linear(2, 2))
     net.requires_grad_(False)[1].bias.zero_()
@@ -490,3 +536,14 @@ def test_covering_a_place_takes_away_what_is_there():
             expected[n, row, column] = brightness - 4 * images.mean()
         close(maps.top[k].float(), expected, 2e-3)
     assert where.occlusion_maps(layer, images, bank, [1, 0]).top.equal(maps.top)
+
+    monkeypatch.setattr(where, "COVER_ENTRIES", 49 * 196 * 3)  # time for 3 images
+    few = where.occlusion_maps(layer, images, bank, [0, 1])
+    covered = torch.isin(bank.top.index, bank.top.index[0, :3])
+    assert 3 <= covered.sum() < covered.numel()
+    for k in (0, 1):
+        assert few.top[k, covered[k]].equal(maps.top[k, covered[k]])
+        assert few.top[k, ~covered[k]].isnan().all()
+        expected = maps.top[k, covered[k]].float().mean(0)  # of those that there are
+        close(few.mean[k].nan_to_num(), expected.nan_to_num())
+    assert few.spread.isfinite().all()

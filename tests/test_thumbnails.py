@@ -52,7 +52,9 @@ def test_thumbnails_are_as_large_and_as_many_as_fit():
         return 10 * n_top, 10 * n_top
 
     def fitted(budget: float, cells: int = 0) -> thumbnails.PageSize:
-        return fit_page(count, 5, noise, cells, budget)
+        size, needed = fit_page(count, 5, noise, cells, budget)
+        assert (needed <= budget) == (budget > 0)
+        return size
 
     each = sum(map(len, encode_sheets(noise))) / 8
     assert fitted(125 * each) == thumbnails.SIZES[0] == (96, 12, 3)
@@ -74,18 +76,32 @@ def test_pictures_are_in_color_only_with_a_display():
     assert Pictures(images).of([0]).shape == (1, 1, 4, 5)
 
 
-def test_images_that_are_read_when_needed(monkeypatch):
-    class Lazy:
-        shape, device, seen = (4, 3, 2, 2), torch.device("cpu"), []
+class Lazy:
+    def __init__(self, images: torch.Tensor):
+        self.images, self.shape, self.device = images, images.shape, images.device
+        self.seen = []
 
-        def __len__(self) -> int:
-            return 4
+    def __len__(self) -> int:
+        return len(self.images)
 
-        def __getitem__(self, at: torch.Tensor) -> torch.Tensor:
-            self.seen.append(at.tolist())
-            return at[:, None, None, None].expand(-1, 3, 2, 2) / 4
+    def __getitem__(self, at: torch.Tensor) -> torch.Tensor:
+        self.seen.append(at.tolist())
+        return self.images[at]
 
-    lazy = Lazy()
+
+def test_images_that_are_read_when_needed():
+    lazy = Lazy(torch.arange(4.0)[:, None, None, None].expand(-1, 3, 2, 2) / 4)
     found = Pictures(lazy, Display()).of([3, 1])
     assert lazy.seen == [[3, 1]]
     assert found[:, 0, 0, 0].tolist() == pytest.approx([0.75, 0.25])
+
+
+@pytest.mark.parametrize("n_blank", [10, 90])  # images on a black ground, of 100
+def test_gray_images_look_alike_whichever_are_read(n_blank):
+    images = 0.05 + 0.9 * torch.rand(100, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    images[:n_blank] = 0.0
+    images[:n_blank, :, 4:8, 4:8] = 0.8
+    whole, lazy = Pictures(images, Display()), Pictures(Lazy(images), Display())
+    assert len(lazy) == 100
+    for index in ([0], [0, 95], [95]):
+        assert torch.equal(lazy.of(index), whole.of(index))

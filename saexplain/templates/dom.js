@@ -64,6 +64,8 @@ const to = (view, more = {}) => "#" +
   new URLSearchParams({ view, ...more }).toString().replaceAll("%2C", ",").replaceAll("%3A", ":");
 const toFeature = k => to("feature", { feature: k });
 const link = (href, ...words) => el("a", { href }, ...words);
+/* A link to feature k, or the words alone where it is not on this page. */
+const featureLink = (k, words) => position.has(k) ? link(toFeature(k), words) : words;
 /* Links, or, where they would be many, a list to choose from. */
 function chooser(label, links, chosen) {
   if (links.length <= 21) return linkBar(label, links, chosen);

@@ -23,7 +23,7 @@ function flipSet(t, label, prediction) {
   if (!off.length)
     return el("p", { id: "flipSet" }, "No set of features was found whose removal fixes it.");
   const p = softmax(fixedLogits(t));
-  const ids = off.map((k, n) => [n ? ", " : "", link(toFeature(k), String(k))]);
+  const ids = off.map((k, n) => [n ? ", " : "", featureLink(k, String(k))]);
   return [el("p", { id: "flipSet", "data-off": off.join(" ") },
     `Minimal flip set: without ${off.length === 1 ? "feature" : "features"} `, ids,
     ` it is classified as `, el("b", {}, names[label]), ` (${probability(p[label])}). `,

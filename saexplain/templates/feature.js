@@ -122,8 +122,9 @@ function featureView() {
   const f = features[i], list = selection().map(([g]) => g.feature), at = list.indexOf(k);
   const step = by => toFeature(list[(at + by + list.length) % list.length] ?? k);
   const neighbors = (title, near) => el("p", { class: "small" }, title + ": ", near.map(([g, v]) =>
-    [link(toFeature(g), `feature ${g}`), ` (${v.toFixed(2)}) `]));
-  const other = el("input", { id: "other", type: "number", min: 0, value: f.near[0]?.[0] ?? k });
+    [featureLink(g, `feature ${g}`), ` (${v.toFixed(2)}) `]));
+  const [second] = f.near.find(([g]) => position.has(g)) ?? [k];
+  const other = el("input", { id: "other", type: "number", min: 0, value: second });
   const submit = el("input", { id: "side", type: "submit", value: "compare" });
   const compare = e => {
     e.preventDefault();

@@ -30,14 +30,15 @@ function effectCaption(f) {
 }
 /* A row of a list: a picture, the feature's caption, a note, and a value on this image or class. */
 function featureRow(k, value, more = {}) {
-  const i = position.get(k);
-  if (i === undefined) return el("li", { class: "unit" }, `Feature ${k} is not on this page.`);
+  const i = position.get(k), amount = el("b", { class: value < 0 ? "minus" : "plus" },
+    signed(value));
+  if (i === undefined) return el("li", { class: "unit" }, el("span"),
+    el("div", {}, `Feature ${k}, which is not on this page.`), amount);
   const f = features[i];
   return el("li", { class: "unit", onpointerenter: more.onpoint, onfocusin: more.onpoint },
     more.picture ?? face(i, 64),
     el("div", {}, link(toFeature(k), `Feature ${k}`), ": ", inkCaption(f), ".", el("br"),
-      el("span", { class: "soft" }, more.note ?? effectCaption(f))),
-    el("b", { class: value < 0 ? "minus" : "plus" }, signed(value)));
+      el("span", { class: "soft" }, more.note ?? effectCaption(f))), amount);
 }
 function featureRows(title, rows) {
   const list = rows.length ? el("ul", { class: "units" }, rows) : note("None.");

@@ -53,7 +53,7 @@ function tourSteps() {
     const pictures = outlined.map(i => [figure(i, onTest(image), `this ${names[label]}`),
       figure(i, onClass(label), `the mean ${names[label]}`),
       figure(i, onClass(goal), `the mean ${names[goal]}`)]);
-    const list = off.map(k => el("li", {}, link(toFeature(k), `Feature ${k}`), caption(k)));
+    const list = off.map(k => el("li", {}, featureLink(k, `Feature ${k}`), caption(k)));
     return [el("p", { class: "big" }, `Without ${these} the network classifies this ` +
       `${names[label]} as ${names[after]}.`),
     el("p", {}, `On this image, what separates ${names[label]} from ${names[goal]} is:`),
@@ -109,12 +109,15 @@ function pairSummary() {
     el("div", { class: "halves" }, side(a, b), side(b, a)),
     LOOK.in_place && note(PLACES, "; here on the mean image of the class. ", WORDS)];
 }
+/* Advice that begins with one of these changes a setting, so that another run is needed. */
+const CHANGES_SETTING = /^(lower|raise|set|compare|train) /;
 function diagnoses() {
   if (!meta.diagnoses.length) return "";
   const measured = d => d.value === null ? "not computed" : number(d.value);
+  const again = d => CHANGES_SETTING.test(d.advice) ? ", then run again" : "";
   const row = d => el("li", {}, el("b", {}, d.fine ? "✓ fine" : "! attention"),
     ` ${d.complaint}: ${measured(d)} (${d.what}; limit ${d.limit}).`,
-    d.fine ? "" : ` What to do: ${d.advice}, then run again.`);
+    d.fine ? "" : ` What to do: ${d.advice}${again(d)}.`);
   return [el("h2", {}, "Quality of the SAE"),
     note("Common problems of sparse autoencoders, each measured on this one."),
     el("ul", { class: "plain" }, meta.diagnoses.map(row))];
@@ -142,11 +145,14 @@ function storyView() {
       "and what an image must look like for it to be active. "
         : "which images activate each feature, where in them, and what it does to the logits. "),
     LOOK.can_write && link(to("yours"), "Write and test a hypothesis of your own")),
+    meta.features_known && el("p", { id: "fewer" }, "So that the page stays small, it has the " +
+      `${F} features of most influence of ${meta.features_known}; feature_report.json has all.`),
     mapSwitch(), tour(), ...pairSummary(),
     el("h2", {}, "The most influential features"),
     el("p", {}, `A feature's influence is its share of all changes of the logits that removing ` +
       `single features causes. ${plural(featuresForShare(.5), "feature")} of ${F} make up 50% ` +
-      `of the influence, ${featuresForShare(.9)} make up 90%. The most influential are:`),
+      `of the influence${meta.features_known ? " of those on this page" : ""}, ` +
+      `${featuresForShare(.9)} make up 90%. The most influential are:`),
     el("div", { class: "tiles" }, order.map(card)),
     note(FACE, " Supports and opposes: the feature's mean contribution to a logit over the " +
       "images on which it is active."),

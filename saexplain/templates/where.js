@@ -1,8 +1,6 @@
 /* Where features are active: maps over images, crops, and a switch for them. */
 const WHERE = meta.where ?? null;
 const [GH, GW] = WHERE?.grid ?? [1, 1], CELLS = GH * GW; /* positions of the grid */
-const SEEN = WHERE?.kind === "occlusion" ? "how much covering a place lowers its activation"
-  : "where it is active";
 const KEPT_MAPS = "saexplain heat maps";
 const heatMaps = { on: true };
 try { heatMaps.on = localStorage.getItem(KEPT_MAPS) !== "off"; } catch { /* nothing is kept */ }
@@ -84,8 +82,12 @@ function colorBar(ends, color) {
 }
 function mapLegend(f) {
   if (!heatMaps.on) return "";
+  const has = row => row[3] !== undefined;
+  if (!f.top.some(has)) return note("Which places matter for it is not known: patches were " +
+    "covered only in the strongest images of the features of most influence.");
   const words = WHERE.kind === "occlusion" ? "In color: places whose covering lowers the " +
-    "activation; full color is the largest fall on these images."
+    "activation; full color is the largest fall on these images." +
+    (f.top.every(has) ? "" : " An image that is not dim anywhere has no map.")
     : "In color: where the feature is active; full color is its largest activation here.";
   return [note(words), colorBar(["0", number(f.scale)], s => warmed([190, 190, 190], s))];
 }
@@ -108,6 +110,7 @@ function crops(f) {
       `the crop of ${an(name(row[1]))}`, 96))));
 }
 function meanMap(f, i) {
+  if (f.mean_peak === null) return "";
   const values = arrays.mean_maps.subarray(i * CELLS, (i + 1) * CELLS), side = 48;
   const canvas = picture(`mean map of feature ${f.feature}`, 140, `mean map${i}`,
     p => glow(smooth(values, p, side, Math.round(side * H / W)) / 255), side,
@@ -116,7 +119,8 @@ function meanMap(f, i) {
   return el("figure", {}, el("h3", {}, WHERE.kind === "occlusion" ? "Which places matter on average"
     : "Where it is active on average"), canvas, colorBar(["0", number(f.mean_peak)], glow),
   el("figcaption", { class: "small soft" }, WHERE.kind === "occlusion"
-    ? "The mean over its strongest images." : "The mean over all validation images."));
+    ? "The mean over those of its strongest images that have a map."
+    : "The mean over all validation images."));
 }
 function placeMarks(f) {
   const marks = [];
