@@ -482,7 +482,7 @@ def headline(record: dict) -> str:
 def headline_undrawn(own: dict) -> str:
     """The result in short, where drawings do not take the place of the features."""
     if not own["features"]:
-        return f"no hypothesis was tested: fewer than {MIN_ACTIVE} test images activate each feature"
+        return f"nothing was tested: fewer than {MIN_ACTIVE} test images activate each feature"
     undrawn = own.get("undrawn") or {"features": 0}
     tested = f"{undrawn['features']} of {own['features']} features that could be tested"
     clauses = [f"{tested} have no drawing"]
