@@ -4,6 +4,7 @@ This file is also the program that each rank runs: `python test_ranks.py PART FO
 """
 
 import itertools
+import json
 import os
 import socket
 import subprocess
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import feature_analysis as fa
 import MNIST_SAE_code as driver
 from saexplain import fidelity, layers, parallel, store
-from saexplain.files import InputError, load_stage
+from saexplain.files import InputError, load_stage, read_json
 from saexplain.images import Data
 from saexplain.parallel import ONE_PROCESS, Ranks, WorkerError, Workers, open_ranks, shard_of
 from saexplain.rows import TrainingRows, mean_and_std
@@ -133,7 +134,10 @@ def exchange(folder: Path, ranks: Ranks) -> None:
     store.MEMORY_SHARE = 0 if ranks.is_first else usual  # only its own are in a file
     for name, raw in (("vectors in files", vectors()), ("positions in files", positions())):
         storing = layers.Storing(folder=folder / name, made_from={"raw": name})
-        for _ in range(2):  # made, and taken from the folder
+        progress = storing.folder / "activations_val" / store.PROGRESS
+        for done in (None, 28, 61):  # made, continued after a kill, and taken from the folder
+            if done and ranks.is_first:
+                progress.write_text(json.dumps({**read_json(progress), "done": done}))
             given = data_of(raw, 90, 61, 40), True, storing, ranks
             splits = layers.collect_activations(Net(), *given).splits
         is_there = sorted(path.name for path in storing.folder.glob("*_val"))
