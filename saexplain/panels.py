@@ -217,7 +217,7 @@ def _paint_panel(
     if notes.mean_map is not None:
         tall = round(PANEL_PATTERN * gallery.tile[0] / gallery.tile[1])
         picture = paint_map(notes.mean_map, (tall, PANEL_PATTERN))
-        beside.append(("active there on average", picture))
+        beside.append(("where, on average", picture))
     if notes.sketch is not None:
         beside.append(("its hypothesis", _paint_sketch(notes.sketch, PANEL_PATTERN)))
     if notes.counterparts:
