@@ -90,6 +90,7 @@ PATTERN_SIDE = 48  # pixels of a pattern, at most, where images are reduced or i
 FEATURE_BYTES = 1600  # of what is known of a feature, as text
 SCRIPT_BYTES = 300_000  # of scripts and styles
 FITTED = 0.95  # of PAGE_BYTES, which features take where all are too many
+FEWEST_SHOWN = 100  # features that a page has in any case, if there are so many
 COLOR_ERRORS = 100  # misclassified images shown where there are many classes, or colors
 SPLITS = ("val", "test_half", "replication_half")
 ARRAY_KINDS = {
@@ -674,10 +675,19 @@ def _look(
 
 
 def _fitted_look(
-    look: _Look, records: Sequence[dict], shown: Shown, pictures: Pictures, n_tests: int, used: int
+    look: _Look,
+    records: Sequence[dict],
+    shown: Shown,
+    pictures: Pictures,
+    n_tests: int,
+    used: tuple[int, int],
 ) -> tuple[_Look, int]:
-    """The look with thumbnails, and so many of them, that the page fits into PAGE_BYTES, of which
-    other arrays take `used`; and how many features fit, about, where all are too many."""
+    """The look with thumbnails, and so many of them, that the page fits into PAGE_BYTES; and how
+    many features fit, about, where all are too many.
+
+    `used` are the bytes of the other arrays of features, and of those that do not depend on their
+    number.
+    """
 
     def count(n_top: int, n_band: int) -> tuple[int, int]:
         images, n = set(), 0
@@ -692,13 +702,14 @@ def _fitted_look(
     sample = pictures.of(evenly_spaced(torch.arange(n_images), SAMPLED))
     cells = math.prod(shown.maps.grid) if shown.maps is not None else 0
     text = FEATURE_BYTES * len(records) + SCRIPT_BYTES
-    budget = (PAGE_BYTES - text) * 3 / 4 - used
+    budget = (PAGE_BYTES - text) * 3 / 4 - sum(used)
     size, needed = fit_page(count, n_tests, sample, cells, budget)
     n = len(records)
-    if needed > budget and n > 1:
-        whole = text + (used + needed) * 4 / 3
-        share = (FITTED * PAGE_BYTES - SCRIPT_BYTES) / (whole - SCRIPT_BYTES)
-        n = max(1, min(n - 1, int(n * share)))
+    if needed > budget and n > FEWEST_SHOWN:
+        fixed = SCRIPT_BYTES + used[1] * 4 / 3
+        by_features = text + (sum(used) + needed) * 4 / 3 - fixed
+        fitting = int(n * (FITTED * PAGE_BYTES - fixed) / by_features)
+        n = max(FEWEST_SHOWN, min(n - 1, fitting))
     if shown.maps is not None and shown.maps.kind == "occlusion":  # examples that have a map
         size = size._replace(n_top=min(size.n_top, shown.maps.top.shape[1]))
     shape = reduced_shape(look.whole, size.side) if look.can_reduce else look.whole
@@ -776,7 +787,7 @@ def _fitting_contents(
             tests |= position_arrays(layer, raw, shown.maps, own, largest)
         n = len(records)
         if look.can_reduce or shown.maps is not None:
-            used = len(_pack(arrays | tests)[1]) * 3 // 4
+            used = tuple(len(_pack(some)[1]) * 3 // 4 for some in (arrays, tests))
             look, n = _fitted_look(look, records, shown, pictures, n_tests, used)
         if n == len(records):
             return _Contents(records, look, pictures, canvas, arrays, tests)
@@ -802,9 +813,9 @@ def write_dashboard(
             features. The SAE needs all SAE_WEIGHTS.
 
     Images that are large or in color are reduced so that the page stays below PAGE_BYTES; where
-    that is not enough, it has only the features of most influence. Raises ValueError for images of
-    other than one or three channels, patterns or `inked` of another shape, and classes that are not
-    one name for each logit.
+    that is not enough, it has only the features of most influence, FEWEST_SHOWN or more. Raises
+    ValueError for images of other than one or three channels, patterns or `inked` of another shape,
+    and classes that are not one name for each logit.
     """
     overview = overview or Overview()
     n_classes = shown.bank.label_histogram.shape[1]

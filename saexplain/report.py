@@ -384,8 +384,8 @@ def write_page(
     )
     if n_shown < len(report):
         print(
-            f"{path}: shows the {n_shown} features of most influence of {len(report)}, so that it "
-            f"stays below {page.PAGE_BYTES / 1e6:g} MB; feature_report.json has all"
+            f"{path}: shows the {n_shown} features of most influence of {len(report)}, as a page "
+            f"of all would be larger than {page.PAGE_BYTES / 1e6:g} MB; feature_report.json has all"
         )
 
 

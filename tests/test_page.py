@@ -378,6 +378,7 @@ def test_pages_of_large_images_stay_small(colored, color_page, tmp_path, monkeyp
 
 
 def test_features_of_most_influence_are_shown_where_not_all_fit(colored, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "FEWEST_SHOWN", 30)
     world, budget = color_world(200), 700_000
     monkeypatch.setattr(page, "PAGE_BYTES", budget)
     path = tmp_path / "page.html"
@@ -386,7 +387,7 @@ def test_features_of_most_influence_are_shown_where_not_all_fit(colored, tmp_pat
     own = [entry["feature"] for entry in meta["features"]]
     influence = [record["influence"] for record in world.records]
     best = sorted(range(200), key=lambda k: -influence[k])[:n]
-    assert 1 < n < 100
+    assert 30 < n < 190
     assert (own, meta["features_known"]) == (sorted(best), 200)
     assert path.stat().st_size <= budget
     assert len(arrays["histograms"]) == 24 * n
@@ -396,8 +397,9 @@ def test_features_of_most_influence_are_shown_where_not_all_fit(colored, tmp_pat
     assert len(arrays["mean_maps"]) == 48 * n
 
     monkeypatch.setattr(page, "PAGE_BYTES", 0)
-    assert page.write_dashboard(path, world.records, world.layer, world.shown) == 1
-    assert [entry["feature"] for entry in meta_of(path)["features"]] == best[:1]
+    assert page.write_dashboard(path, world.records, world.layer, world.shown) == 30
+    own = [entry["feature"] for entry in meta_of(path)["features"]]
+    assert own == sorted(sorted(range(200), key=lambda k: -influence[k])[:30])
 
 
 def test_occlusion_maps_are_those_of_the_strongest_images(colored, tmp_path):
