@@ -32,10 +32,11 @@ from saexplain.optimization import progress_bar
 from saexplain.parallel import ONE_PROCESS, Ranks, shard_of
 from saexplain.positions import POOLS, Layout, find_layout, sampled_positions
 from saexplain.rows import mean_and_std, spread_over
-from saexplain.store import MemoryStore, open_store
+from saexplain.store import FileStore, MemoryStore, open_store
 
 METHODS = ("preactivations", "logits_from_preactivations")  # of a model that needs no hook
 LOW_PRECISION = 1e-2  # relative difference of equal results on GPUs, which may round to 10 bits
+IMAGES_SENT = 256  # whose outputs go to the first rank at once
 SCALE_SHIFT = 1.0  # standard deviations that units may lie off on average; one class stays below
 SCALE_RATIO = 3.0  # times that they may spread further, or less far
 
@@ -68,7 +69,7 @@ def collect_activations(
     storing, outputs = storing or Storing(), {}
     for name in SPLIT_NAMES:
         raw = store_outputs(model, getattr(data, name), name, storing, ranks)
-        outputs[name] = raw if name == "train" else ranks.gather_rows(raw)
+        outputs[name] = raw if name == "train" else gather_outputs(raw, name, storing, ranks)
     train = outputs["train"]
     low, high = range_of(train.flatten(0, -2), ranks)
     if (high - low).max() <= 1e-6 * torch.maximum(high, -low).max():
@@ -145,6 +146,30 @@ def store_outputs(model, split: Split, name: str, storing: Storing, ranks: Ranks
             raw = raw.gather(1, places[:, :, None].expand(-1, -1, raw.shape[2]))
         store[store.done : store.done + len(raw)] = raw if raw.dim() == 3 else raw[:, None]
     return store.raw if first.dim() == 3 else store.raw[:, 0]
+
+
+def gather_outputs(raw: Tensor, name: str, storing: Storing, ranks: Ranks) -> Tensor:
+    """On the first rank, the outputs (n, ...) of all ranks, in a file if those of any rank are in
+    one; on the others their own."""
+    if ranks.world == 1 or not any(ranks.gather(raw.dtype != torch.float32)):
+        return ranks.gather_rows(raw)
+    rows, stores, at = raw.to("cpu", torch.float16), [], 0
+    rows = rows if raw.dim() == 3 else rows[:, None]
+    n = sum(ranks.gather(len(rows)))
+    made_from = {**storing.made_from, "ranks": ranks.world}
+
+    def open_file() -> bool:
+        folder = storing.folder / f"activations_{name}"
+        stores.append(FileStore((n, *rows.shape[1:]), folder, made_from))
+        return stores[0].done == n
+
+    if not ranks.on_first(open_file):
+        for piece in ranks.gather_pieces(rows, IMAGES_SENT):
+            if at >= stores[0].done:  # others were there before a kill
+                stores[0][at : at + len(piece)] = piece
+            at += len(piece)
+    rows = stores[0].raw if ranks.is_first else rows
+    return rows if raw.dim() == 3 else rows[:, 0]
 
 
 def part_of(images, part: slice):

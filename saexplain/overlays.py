@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 SIDE = 96  # pixels of an image in a gallery, at most
 BAR = 40, 10  # screen pixels across and down a color bar
 LEGEND = 24  # the same down the line below a gallery
-WARM = 255, 165, 0  # the tint of places where a map is large
+WARM = 255, 165, 0  # the tint of places where the map of a gray image is large
 TINT, LIGHT, DARK = 0.3, 0.42, 22  # its share there; what is left of light elsewhere, and added
-COLOR_WORDS = {  # what the color over images means, by kind of maps
-    "activation": "color: where the feature is active",
-    "occlusion": "in dim images, color: how much covering this place lowers it",
+SHADE = 0.35  # what is left of colors where a map is 0
+MAP_WORDS = {  # what brightness, or the tint of gray images, means, by kind of maps
+    "activation": "{look}: where the feature is active",
+    "occlusion": "in dim images, {look}: how much covering this place lowers it",
 }
 PREFIX_SHARE = 0.5  # of a feature's peaks on prefix tokens, from which its maps are not shown
 GLOW = (40, 42, 48), (255, 185, 60)  # colors of a map alone, where it is 0 and where it is largest
@@ -43,14 +44,19 @@ def smooth_maps(maps: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return found[:, 0].numpy()
 
 
-def paint_overlay(colors: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Images (n, H, W, 3) uint8 dim and gray where shares (n, H, W) are 0, in color with a warm
-    tint where they are 1."""
-    light = colors @ np.array([0.299, 0.587, 0.114])
-    dim = (DARK + LIGHT * light)[..., None]
-    warm = (1 - TINT) * colors + TINT * np.array(WARM)
+def paint_overlay(colors: np.ndarray, shares: np.ndarray, in_color: bool) -> np.ndarray:
+    """Images (n, H, W, 3) uint8, dark where shares (n, H, W) are 0, unchanged where they are 1.
+
+    Their hues stay, or an object would look as if it had another color; gray images, with
+    `in_color` False, get a warm tint instead, on which dark and light can be seen.
+    """
+    if in_color:
+        dim, bright = DARK + SHADE * colors, colors
+    else:
+        dim = (DARK + LIGHT * (colors @ np.array([0.299, 0.587, 0.114])))[..., None]
+        bright = (1 - TINT) * colors + TINT * np.array(WARM)
     strength = np.sqrt(shares.clip(0, 1))[..., None]
-    return (dim + strength * (warm - dim)).round().clip(0, 255).astype(np.uint8)
+    return (dim + strength * (bright - dim)).round().clip(0, 255).astype(np.uint8)
 
 
 def paint_map(mean: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -102,7 +108,7 @@ class ColorGallery(fa.GalleryPainter):
         has_map = ~np.isnan(found).any((1, 2))
         scale = float(found[has_map].max(initial=0))
         shares = smooth_maps(found[has_map] / max(scale, 1e-12), colors.shape[1:3])
-        colors[has_map] = paint_overlay(colors[has_map], shares)
+        colors[has_map] = paint_overlay(colors[has_map], shares, self.pictures.in_color)
         return colors
 
     @property
@@ -121,8 +127,11 @@ class ColorGallery(fa.GalleryPainter):
         bar = paint_overlay(
             np.full((1, BAR[1], BAR[0], 3), 190, np.uint8),
             np.linspace(0, 1, BAR[0])[None, None].repeat(BAR[1], 1),
+            self.pictures.in_color,
         )[0]
-        words = fa.text_pixels(f"{COLOR_WORDS[self.maps.kind]}, up to {scale:.2f}", 11)
+        look = "bright" if self.pictures.in_color else "color"
+        words = MAP_WORDS[self.maps.kind].format(look=look)
+        words = fa.text_pixels(f"{words}, up to {scale:.2f}", 11)
         top = len(page)
         page = np.concatenate([page, np.full((LEGEND, *page.shape[1:]), fa.WHITE, np.uint8)])
         fa.paste(page, words, top, fa.MARGIN + BAR[0] + fa.GAP)

@@ -347,6 +347,23 @@ class Ranks:
                 dist.recv(parts[rank], rank)
         return whole.to(rows.device)
 
+    def gather_pieces(self, rows: Tensor, n: int) -> Iterator[Tensor]:
+        """On the first rank, the rows (N, ...) of all in the order of the ranks, at most n at a
+        time; on the others nothing, while they send theirs. All have the same dtype."""
+        sizes = self.gather(len(rows))
+        if self.is_first:
+            yield from rows.split(n)
+            for rank, size in enumerate(sizes[1:], 1):
+                for start in range(0, size, n):
+                    piece = torch.empty(min(n, size - start), *rows.shape[1:], dtype=rows.dtype)
+                    with _exchange():
+                        dist.recv(piece, rank)
+                    yield piece
+            return
+        for start in range(0, len(rows), n):
+            with _exchange():
+                dist.send(rows[start : start + n].contiguous(), 0)
+
     def on_first(self, function: Callable, *args) -> Any:
         """The result of function(*args), which runs on the first rank, on every rank; so are its
         errors, except those that end the process."""

@@ -42,6 +42,15 @@ def spread_over(n: int, wanted: int) -> Tensor:
     return torch.linspace(0, n - 1, min(n, wanted), dtype=torch.float64).round().long()
 
 
+def are_grouped(labels: Tensor) -> bool:
+    """Whether images of a class, by labels (N,), follow each other much more often than in random
+    order, as in splits that are read class by class."""
+    labels = labels.cpu()
+    shares = labels.bincount() / len(labels)
+    changes = (labels.diff() != 0).double().mean()
+    return bool(changes < 0.5 * (1 - shares.square().sum()))
+
+
 def moments(
     chunks: Iterable[Tensor], ranks: Ranks, square: Callable[[Tensor], Tensor]
 ) -> tuple[int, Tensor, Tensor]:
@@ -82,6 +91,7 @@ class TrainingRows:
         mu, std: (d_in,), on the device of the training; without, raw is standardized already.
         logits_of: maps standardized rows (B, d_in) of a vector layer to logits (B, C).
         ranks: that share the images.
+        is_grouped: whether images of a class follow each other, on any rank.
     """
 
     def __init__(
@@ -91,15 +101,17 @@ class TrainingRows:
         std: Tensor | None = None,
         logits_of: Callable[[Tensor], Tensor] | None = None,
         ranks: Ranks = ONE_PROCESS,
+        is_grouped: bool = False,
     ):
         raw = getattr(raw, "raw", raw)  # rows that have their images with them
         self.raw, self.mu, self.std, self.logits_of, self.ranks = raw, mu, std, logits_of, ranks
         self.device = raw.device if mu is None else mu.device
         self.positions, self.d_in = (1 if raw.dim() == 2 else raw.shape[1]), raw.shape[-1]
-        found = ranks.gather((len(raw), raw.dtype != torch.float32))
-        shards = [n for n, _ in found]
+        found = ranks.gather((len(raw), raw.dtype != torch.float32, is_grouped))
+        shards, mapped, grouped = zip(*found, strict=True)
         self.n_images, self.first_image = sum(shards), sum(shards[: ranks.rank])
-        self.is_mapped = any(mapped for _, mapped in found)  # from a file that SAEs should share
+        self.is_mapped = any(mapped)  # from a file that SAEs should share
+        self.is_grouped = any(grouped)
 
     @classmethod
     def of(cls, z: Tensor | TrainingRows, logits_of: Callable | None = None) -> TrainingRows:
@@ -230,11 +242,11 @@ class TrainingRows:
     def sample(self, n: int) -> Tensor:
         """x (n, d_in) of a row of each of n images, their positions in turn.
 
-        Images with positions are evenly spaced: in folders they are sorted by class. The first
-        ones serve for vectors, as those of MNIST, whose order is random.
+        Evenly spaced ones with positions, or where they are grouped by class, as in folders; the
+        first ones serve for vectors in random order, as those of MNIST.
         """
         images = torch.arange(min(n, self.n_images))
-        if self.raw.dim() == 3:
+        if self.raw.dim() == 3 or self.is_grouped:
             images = spread_over(self.n_images, n)
         numbers = images * self.positions + torch.arange(len(images)) % self.positions
         return self.x_of(numbers.to(self.device))

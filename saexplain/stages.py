@@ -25,7 +25,7 @@ from saexplain.files import Stage, load_cached, prepare_folder, save_stage
 from saexplain.images import Split
 from saexplain.optimization import TrainingError
 from saexplain.parallel import ONE_PROCESS, Ranks, Task, Workers, torch_threads
-from saexplain.rows import TrainingRows
+from saexplain.rows import TrainingRows, are_grouped
 from saexplain.sae import JumpReLUSAE
 
 SAE_SETTINGS = "sae_latents epochs_sae_final batch_sae lr_sae head_kl normalize_z seed"
@@ -66,10 +66,11 @@ def training_rows(layer: fa.ExplainedLayer, ranks: Ranks = ONE_PROCESS) -> Rows:
     For layers with positions the logits are left out: a batch has only some positions of an image.
     """
     train, val = (layer.splits[name].raw for name in ("train", "val"))
+    labels = layer.splits["train"].labels
     is_vector = len(train.shape) == 2 and torch.is_tensor(train)  # and nothing goes around it
     logits_of = replace(layer, splits={}).logits_of_z if is_vector else None
     return Rows(
-        TrainingRows(train, layer.mu, layer.std, logits_of, ranks),
+        TrainingRows(train, layer.mu, layer.std, logits_of, ranks, are_grouped(labels)),
         TrainingRows(val, layer.mu, layer.std),
     )
 

@@ -103,6 +103,8 @@ def targets_table(compared: Sequence[Comparison], chosen: int) -> str:
             f"{c.target:>6}{c.agreement:>18.1%}{c.fvu:>8.3f}{c.fvu_pca:>16.3f}"
             f"{c.dense_share:>19.0%}{c.reproduced:>12.0%}{'  chosen' * (c.target == chosen)}"
         )
+    if all(c.agreement < KEPT for c in compared):
+        lines.append(f"none keeps {KEPT:.0%} of the predictions, so the largest target is taken")
     return "\n".join(lines)
 
 

@@ -481,8 +481,11 @@ def headline(record: dict) -> str:
 
 def headline_undrawn(own: dict) -> str:
     """The result in short, where drawings do not take the place of the features."""
+    if not own["features"]:
+        return f"nothing was tested: fewer than {MIN_ACTIVE} test images activate each feature"
     undrawn = own.get("undrawn") or {"features": 0}
-    clauses = [f"{undrawn['features']} of {own['features']} features have no drawing"]
+    tested = f"{undrawn['features']} of {own['features']} features that could be tested"
+    clauses = [f"{tested} have no drawing"]
     for name, words in (("classes", "classes"), ("place", "places")):
         if undrawn.get(name, {}).get("named"):
             clauses.append(f"{_confirmed_words(undrawn[name])} {words} named are confirmed")

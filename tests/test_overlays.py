@@ -23,18 +23,29 @@ def world():
     return color_world()
 
 
-def test_overlay_is_gray_where_a_map_is_zero_and_warm_where_it_is_large():
+def test_overlay_is_dark_where_a_map_is_zero_and_leaves_colors_where_it_is_large():
     colors = np.random.default_rng(0).integers(0, 256, (1, 20, 20, 3)).astype(np.uint8)
     shares = np.zeros((1, 20, 20))
     shares[0, :10] = 1
-    hot, cold = paint_overlay(colors, shares)[0].astype(float).reshape(2, 200, 3)
+    hot, cold = paint_overlay(colors, shares, True)[0].astype(float).reshape(2, 200, 3)
+    assert np.array_equal(hot, colors[0, :10].reshape(-1, 3))
+    assert cold.max() < 115
+    order = np.argsort(colors[0, 10:].reshape(-1, 3), axis=1, kind="stable")
+    assert (np.diff(np.take_along_axis(cold, order, 1), axis=1) >= 0).all()  # hues stay
+    half = paint_overlay(colors, shares / 4, True)[0, :10].reshape(-1, 3)
+    dim = paint_overlay(colors, 0 * shares, True)[0, :10].reshape(-1, 3).astype(float)
+    assert np.abs(half - (hot + dim) / 2).max() <= 1
+
+
+def test_overlay_of_gray_images_is_warm_where_a_map_is_large():
+    gray = np.random.default_rng(0).integers(0, 256, (1, 20, 20, 1)).astype(np.uint8).repeat(3, 3)
+    shares = np.zeros((1, 20, 20))
+    shares[0, :10] = 1
+    hot, cold = paint_overlay(gray, shares, False)[0].astype(float).reshape(2, 200, 3)
     assert np.ptp(cold, axis=1).max() == 0
     assert cold.max() < 140  # dim
-    same = 0.7 * colors[0, :10].reshape(-1, 3) + 0.3 * np.array([255, 165, 0])
+    same = 0.7 * gray[0, :10].reshape(-1, 3) + 0.3 * np.array([255, 165, 0])
     assert np.abs(hot - same).max() <= 0.51
-    half = paint_overlay(colors, shares / 4)[0, :10].reshape(-1, 3)
-    dim = paint_overlay(colors, 0 * shares)[0, :10].reshape(-1, 3).astype(float)
-    assert np.abs(half - (hot + dim) / 2).max() <= 1
 
 
 def test_maps_are_linear_between_positions():
@@ -67,11 +78,12 @@ def test_gallery_shows_images_in_color_with_maps_over_them(world):
         colors = (255 * (images[image] + 2) / 4 + 0.5).byte().permute(1, 2, 0).numpy()
         assert np.array_equal(tile(plain, gallery, number), colors)
         share = smooth_maps(acts[image][None] / scale, (48, 64))
-        expected = paint_overlay(colors[None], share)[0].astype(int)
+        expected = paint_overlay(colors[None], share, True)[0].astype(int)
         assert np.abs(tile(page, gallery, number) - expected).max() <= 1  # maps are float16
     image = int(bands[2].index[1])  # row 3 starts with the third quarter
     colors = (255 * (images[image] + 2) / 4 + 0.5).byte().permute(1, 2, 0).numpy()
-    expected = paint_overlay(colors[None], smooth_maps(acts[image][None] / scale, (48, 64)))[0]
+    share = smooth_maps(acts[image][None] / scale, (48, 64))
+    expected = paint_overlay(colors[None], share, True)[0]
     assert np.abs(tile(page, gallery, 31).astype(int) - expected).max() <= 1
 
 
@@ -107,11 +119,13 @@ def test_the_legend_lies_below_the_gallery(world):
     assert np.array_equal(page[:first], plain[:first])  # the headers
     below = page[len(plain) :]
     scale = float(few.top[3].float().max())
-    line = f"in dim images, color: how much covering this place lowers it, up to {scale:.2f}"
+    line = f"in dim images, bright: how much covering this place lowers it, up to {scale:.2f}"
     words = fa.text_pixels(line, 11)
     left = fa.MARGIN + overlays.BAR[0] + fa.GAP
     assert np.array_equal(below[: len(words), left : left + words.shape[1], 0], words)
-    assert np.ptp(below[:, fa.MARGIN :][:, : overlays.BAR[0]], axis=2).max() > 20  # the color bar
+    bar = below[3 + overlays.BAR[1] // 2, fa.MARGIN :][: overlays.BAR[0], 0].astype(int)
+    assert (np.diff(bar) >= 0).all()  # from dark to bright
+    assert bar[-1] - bar[0] > 90
 
 
 def test_unfaithful_patterns_are_marked_in_their_pictures(world, tmp_path):

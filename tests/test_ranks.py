@@ -4,6 +4,7 @@ This file is also the program that each rank runs: `python test_ranks.py PART FO
 """
 
 import itertools
+import json
 import os
 import socket
 import subprocess
@@ -18,10 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import feature_analysis as fa
 import MNIST_SAE_code as driver
-from saexplain import fidelity, parallel
-from saexplain.files import InputError, load_stage
+from saexplain import fidelity, layers, parallel, store
+from saexplain.files import InputError, load_stage, read_json
 from saexplain.images import Data
-from saexplain.layers import collect_activations, range_of
 from saexplain.parallel import ONE_PROCESS, Ranks, WorkerError, Workers, open_ranks, shard_of
 from saexplain.rows import TrainingRows, mean_and_std
 from saexplain.sae import JumpReLUSAE
@@ -40,7 +40,7 @@ class Net(torch.nn.Module):
         return images
 
     def logits_from_preactivations(self, raw):
-        return 3 * raw[:, :2]
+        return 3 * raw.flatten(1)[:, :2].float()
 
 
 def vectors() -> torch.Tensor:
@@ -123,11 +123,26 @@ def exchange(folder: Path, ranks: Ranks) -> None:
         "of none": ranks.mean([torch.tensor([1.0, float("nan")][ranks.rank])], 1 - ranks.rank),
         "gather": ranks.gather(ranks.rank + 10),
         "rows": ranks.gather_rows(own),
-        "range": range_of(vectors()[: ranks.rank], ranks),  # of one row of all
+        "range": layers.range_of(vectors()[: ranks.rank], ranks),  # of one row of all
         "std": mean_and_std(vectors()[: 2 * ranks.rank][:, None], ranks)[1],
-        "layer of two": collect_activations(Net(), data_of(vectors(), 2, 1, 1), ranks=ranks).mu,
+        "layer of two": layers.collect_activations(
+            Net(), data_of(vectors(), 2, 1, 1), ranks=ranks
+        ).mu,
         "first": ranks.on_first(lambda: ranks.rank),
     }
+    layers.IMAGES_SENT, usual = 7, store.MEMORY_SHARE
+    store.MEMORY_SHARE = 0 if ranks.is_first else usual  # only its own are in a file
+    for name, raw in (("vectors in files", vectors()), ("positions in files", positions())):
+        storing = layers.Storing(folder=folder / name, made_from={"raw": name})
+        progress = storing.folder / "activations_val" / store.PROGRESS
+        for done in (None, 28, 61):  # made, continued after a kill, and taken from the folder
+            if done and ranks.is_first:
+                progress.write_text(json.dumps({**read_json(progress), "done": done}))
+            given = data_of(raw, 90, 61, 40), True, storing, ranks
+            splits = layers.collect_activations(Net(), *given).splits
+        is_there = sorted(path.name for path in storing.folder.glob("*_val"))
+        found[name] = [splits[part].raw.clone() for part in ("val", "test")] + [is_there]
+    store.MEMORY_SHARE = usual
     try:
         ranks.on_first(fail)
     except InputError as error:
@@ -210,6 +225,17 @@ def test_each_exchange_gives_every_rank_what_it_names(two_ranks):
         torch.testing.assert_close(found["layer of two"], vectors()[:2].mean(0))
     assert first["rows"][:, 0].tolist() == [0, 0, 1, 1, 1]
     assert second["rows"][:, 0].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["vectors", "positions"])
+def test_what_does_not_fit_into_memory_is_gathered_in_a_file(name, two_ranks):
+    first, second = (torch.load(two_ranks / f"exchange{rank}.pt") for rank in (0, 1))
+    raw = RAW[name]().half()
+    val, test, is_there = first[f"{name} in files"]
+    assert torch.equal(val, raw[:61])
+    assert torch.equal(test, raw[:40])
+    assert is_there == ["activations_val"]
+    assert torch.equal(second[f"{name} in files"][0], raw[30:61])  # its own
 
 
 RAW = {"vectors": vectors, "positions": positions}

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import feature_analysis as fa
 import MNIST_SAE_code as st
 from MNIST_SAE_code import SCHEDULE, Settings
 from saexplain import calibration, fidelity
@@ -16,6 +17,7 @@ from saexplain.fidelity import mean_l0
 from saexplain.optimization import Adam, TrainingError, spread_batches
 from saexplain.rows import TrainingRows, mean_and_std
 from saexplain.sae import JumpReLUSAE, PCACoordinates
+from saexplain.stages import training_rows
 
 TOY = dict(sae_latents=64, batch_sae=100, epochs_sae_final=1)
 
@@ -452,6 +454,25 @@ def test_positions_are_rows_and_a_step_takes_those_of_a_batch_of_images(dtype):
     assert np.mean([row["loss"] for row in history[-10:]]) == pytest.approx(fvu, rel=0.15)
     adjusted, _ = adjust_thresholds(sae, rows, 3)
     assert int((adjusted.encode(standardized) > 0).sum()) == 3 * 8000
+
+
+@pytest.mark.parametrize("order", ["random", "by class", "by class, twice"])
+def test_of_vectors_grouped_by_class_all_classes_are_sampled(order):
+    labels = torch.arange(600) // 100
+    if order != "by class":
+        labels = labels[torch.randperm(600, generator=generator(1))]
+    if order == "by class, twice":
+        labels = torch.cat([part.sort().values for part in labels.split(300)])
+    raw = torch.eye(6)[labels]
+    split = fa.Activations(labels, labels, raw)
+    splits = {"train": split, "val": split}
+    layer = fa.ExplainedLayer(None, None, torch.zeros(6), torch.ones(6), splits)
+    rows = training_rows(layer).train
+    found = rows.coordinates.inverse_transform(rows.sample(60)).argmax(1)
+    if order.startswith("by class"):
+        assert (found.bincount() - 10).abs().max() <= 2
+    else:
+        assert torch.equal(found, labels[:60])
 
 
 @pytest.mark.parametrize(("n", "size"), [(1000, 100), (1037, 100), (30, 100)])

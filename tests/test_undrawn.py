@@ -571,7 +571,7 @@ def test_records_and_markdown_without_drawings(evaluation):
     assert not [t for t in titles if "F1, " in t or "painting" in t or "in their place" in t]
     assert not [row for row in text.summary_rows(record) if "none" in row]
     headline = text.headline(record)
-    assert headline.startswith("5 of 5 features have no drawing; 100% of 4 classes named are")
+    assert headline.startswith("5 of 5 features that could be tested have no drawing; 100% of 4 ")
     page = text.hypotheses_markdown(evaluation, record, "a title", classes=NAMES)
     for absent in ("{", "None", "Erasing", "Untrained features", "exchanged"):
         assert absent not in page

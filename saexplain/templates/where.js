@@ -15,8 +15,9 @@ function mapSwitch() {
 }
 
 /* ---------- colors ---------- */
-/* Gray and dim where a map is 0, in color with a warm tint where it is 1. */
+/* Dark where a map is 0, as it is where it is 1; a gray image gets a warm tint instead. */
 function warmed([r, g, b], share) {
+  if (LOOK.color) return [r, g, b].map(v => v + (1 - Math.sqrt(share)) * (22 + .35 * v - v));
   const dim = 22 + .42 * (.299 * r + .587 * g + .114 * b), s = Math.sqrt(share);
   const warm = v => dim + s * (v - dim);
   return [warm(.7 * r + .3 * 255), warm(.7 * g + .3 * 165), warm(.7 * b)];
@@ -85,10 +86,11 @@ function mapLegend(f) {
   const has = row => row[3] !== undefined;
   if (!f.top.some(has)) return note("Which places matter for it is not known: patches were " +
     "covered only in the strongest images of the features of most influence.");
-  const words = WHERE.kind === "occlusion" ? "In color: places whose covering lowers the " +
-    "activation; full color is the largest fall on these images." +
+  const look = LOOK.color ? "Bright" : "In color";
+  const words = WHERE.kind === "occlusion" ? `${look}: places whose covering lowers the ` +
+    "activation, most where it falls most on these images." +
     (f.top.every(has) ? "" : " An image that is not dim anywhere has no map.")
-    : "In color: where the feature is active; full color is its largest activation here.";
+    : `${look}: where the feature is active, most at its largest activation here.`;
   return [note(words), colorBar(["0", number(f.scale)], s => warmed([190, 190, 190], s))];
 }
 /* ---------- one feature ---------- */
