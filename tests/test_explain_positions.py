@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 import feature_analysis as fa
 import MNIST_SAE_code as driver
-from saexplain import datasets, store, where
+from saexplain import datasets, page, store, where
 from saexplain.files import InputError, read_json
 from saexplain.report import explain_sae
 from saexplain.targets import KEPT, Comparison, choose_target
@@ -97,8 +97,10 @@ def test_files_and_records_of_a_layer_with_positions(explained):
     assert sum("confirmed" in results.values() for results in tested) > 5
 
 
-def test_a_branch_and_a_class_token_are_explained(tmp_path):
+def test_a_branch_and_a_class_token_are_explained(tmp_path, monkeypatch, capsys):
     net = trained(ViT, 60)
+    monkeypatch.setattr(page, "PAGE_BYTES", 0)
+    monkeypatch.setattr(page, "FEWEST_SHOWN", 12)
     out = tmp_path / "branch"
     run = driver.explain(net, "blocks.1.attn", *splits(), classes=CLASSES, out=out, **FAST)
     (record,) = read_json(run.folder / "summary.json")
@@ -106,6 +108,10 @@ def test_a_branch_and_a_class_token_are_explained(tmp_path):
     images, _ = splits()[2]
     torch.testing.assert_close(run.layer.logits(run.layer.raw(images)), net(images))
     assert max(entry["prefix_share"] for entry in run.report) > 0.5  # some are on the token
+    assert (
+        f"shows the 12 features of most influence of {len(run.report)}" in capsys.readouterr().out
+    )
+    assert len(run.report) > 12  # the page leaves some out, feature_report.json none
 
 
 class Marked(Dataset):

@@ -813,7 +813,7 @@ def test_features_that_are_not_on_the_page_are_named_without_links(visit, tmp_pa
     rows = page.locator(".units li").all_inner_texts()
     absent = [row for row in rows if "which is not on this page" in row]
     assert absent
-    assert all(re.search("[+\N{MINUS SIGN}][0-9]", row) for row in absent)  # its contribution
+    assert all(re.search(r"[+\u2212][0-9]", row) for row in absent)  # its contribution
     number = next(k for k in range(24) if k not in own)
     go(page, f"view=feature&feature={number}")
     assert f"no feature {number} on this page" in page.locator("main").inner_text()
