@@ -24,7 +24,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from saexplain.files import InputError
 from saexplain.images import (
@@ -36,6 +35,7 @@ from saexplain.images import (
     split_by_class,
 )
 from saexplain.normalization import find_display, given_normalization, model_normalization
+from saexplain.optimization import tqdm
 from saexplain.parallel import MEMORY_SHARE, available_memory
 from saexplain.sources import (
     FORMS,

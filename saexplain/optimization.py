@@ -6,13 +6,17 @@ Takes tensors and numbers; draws and writes nothing. The losses are in MNIST_SAE
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from saexplain.parallel import in_worker
+
+with warnings.catch_warnings():  # in a notebook without ipywidgets it warns, and draws no bars
+    warnings.simplefilter("ignore")
+    from tqdm.auto import tqdm
 
 FULL_TRAIN_IMAGES = 48_000  # of MNIST, in passes over which epochs are counted
 
