@@ -1125,6 +1125,7 @@ def run_script() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that files and locks are tidied
     try:
         main()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to tidy
         return 0
     except (InputError, BusyError, TrainingError, WorkerError) as error:
         words = str(error)
