@@ -257,7 +257,7 @@ def percent(share: float) -> str:
 MOST_NAMED = 4  # classes of a group that are named
 IN_GROUP = 0.5  # of the largest change of a logit, that those of a group have
 MOST_OF_GROUP = 0.8  # share of a group whose names share a part that is mentioned
-SHARED_BY_FEW = 0.5  # share of all classes below which a shared part says something
+SHARED_BY_FEW = 0.5  # share of all classes below which a shared part is worth naming
 
 
 def parts_of_name(name: str) -> set[str]:

@@ -28,7 +28,7 @@ from saexplain.parallel import MEMORY_SHARE, available_memory
 
 RECORD_SECONDS = 5.0  # between two records of how far a file is: each waits for the disk
 FLOAT16_MAX = torch.finfo(torch.float16).max
-ROUNDED_SHARE = 0.01  # of a channel's variance that rounding may add before a line says so
+ROUNDED_SHARE = 0.01  # of a channel's variance that rounding may add before a line is printed
 VALUES, PROGRESS = "activations.float16", "activations.json"  # files of a store
 
 
