@@ -74,13 +74,15 @@ const effectClasses = values => !MANY ? shownClasses(values.map(Math.abs))
   : classes.filter(c => values[c]).sort((a, b) => values[b] - values[a]);
 const byClass = values => effectClasses(values).map(c =>
   ({ value: values[c], label: names[c], text: signed(values[c]) }));
+const sampled = () => WHERE?.kind === "activation"; /* a layer with positions: at most 64 images */
 const supports = (f, range = {}) =>
   bars("Mean contribution to each logit", byClass(f.supports), { id: "supports",
-    note: "Right: it supports the class, left: it opposes it; the mean over the images on which " +
-      "it is active.", ...range });
+    note: "Right: it supports the class, left: it opposes it; the mean over " +
+      `${sampled() ? "a sample of " : ""}the images on which it is active.`, ...range });
 const pushes = f => el("details", {}, el("summary", {}, "Effect of adding it to all images"),
   bars("", byClass(f.pushes), { id: "pushes", note: "The mean change of each logit when the " +
-    "feature is added with activation 1 to all images, whether or not it is active on them." }));
+    `feature is added with activation 1 to ${sampled() ? "all positions of some" : "all"} ` +
+    "images, whether or not it is active on them." }));
 /* What fits under a column. */
 const shortened = text => text.length > 5 ? `${text.slice(0, 4)}…` : text;
 function labelColumns(f) {
