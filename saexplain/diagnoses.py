@@ -197,7 +197,7 @@ def position_diagnoses(maps: Maps) -> list[Diagnosis]:
             "they may be read as positions, not as content: look at their mean maps",
         )
     ]
-    blank = (maps.blank_share > 0.5).float().mean().item()
+    blank = ((maps.blank_share > 0.5) & (maps.prefix_share <= 0.5)).float().mean().item()
     what = "share whose peak is on a patch without contrast, on most of their strongest images"
     advice = "they may carry what the whole image is about: look at their effects"
     found.append(Diagnosis("features on blank background", blank, 0.2, what, advice))
