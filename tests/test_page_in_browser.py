@@ -842,6 +842,7 @@ def test_switch_of_maps_is_kept(visit, color_page):
     page.click("#heatMaps")
     assert page.locator("#heatMaps").get_attribute("aria-pressed") == "false"
     assert not page.locator(".colorBar").count() > 1  # that of the mean map stays
+    page.wait_for_timeout(1000)  # the browser hands it to its storage a moment later
     page.reload()
     page.wait_for_selector("#heatMaps")
     assert page.locator("#heatMaps").inner_text() == "heat maps: off"

@@ -694,7 +694,7 @@ def test_layers_with_positions_have_diagnoses_of_their_own():
     assert "positions" in found["dense features"].what
     assert found["features that encode only a place"].value == 0.25
     assert found["features on prefix tokens"].value == 0.5
-    assert found["features on blank background"].value == 0.75
+    assert found["features on blank background"].value == 0.25
     assert found["unfaithful patterns"].value == pytest.approx(0.8)
     assert not {"noisy patterns", "failing hypotheses"} & found.keys()
     maps.n_prefix, maps.position_density = 0, torch.zeros(4)

@@ -130,8 +130,8 @@ function placeMarks(f) {
     "the place.");
   if (f.prefix_share >= .05) marks.push(`On ${percent(f.prefix_share, 0)} of the images that ` +
     "activate it, it is strongest on prefix tokens, such as the class token: no place.");
-  if (f.blank_share >= .5 && hasPlace(f)) marks.push(`On ${percent(f.blank_share, 0)} of its strongest images ` +
-    "its peak is on a part without contrast, such as a blank background.");
+  if (f.blank_share >= .5 && hasPlace(f)) marks.push(`On ${percent(f.blank_share, 0)} of its ` +
+    "strongest images its peak is on a part without contrast, such as a blank background.");
   return marks.map(words => el("p", { class: "mark" }, words));
 }
 const positionDensity = f => WHERE?.kind === "activation"
