@@ -17,7 +17,6 @@ import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,12 +45,6 @@ class Activity(NamedTuple):
     def peaks_of(self, k: int) -> Tensor:
         """(n,) the positions at which feature k is most active on the images that activate it."""
         return self.position[int(self.start[k]) : int(self.start[k + 1])]
-
-    def is_active(self, k: int) -> np.ndarray:
-        """(N,) bool, whether each image activates feature k."""
-        active = np.zeros(len(self.labels), dtype=bool)
-        active[self.of(k)[0]] = True
-        return active
 
     @property
     def n_active(self) -> Tensor:
