@@ -37,7 +37,6 @@ import io
 import itertools
 import math
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
@@ -1122,10 +1121,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
 
 def run_script() -> int:
     """main, with the errors a user can cause as one line on stderr; the exit status."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that files and locks are tidied
     try:
         main()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to tidy
         return 0
     except (InputError, BusyError, TrainingError, WorkerError) as error:
         words = str(error)

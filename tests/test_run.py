@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -228,15 +227,13 @@ def test_hypotheses_are_frozen_before_a_test_image_is_used(finished, tmp_path, m
 @pytest.fixture
 def script(monkeypatch, capsys):
     """Runs the script with flags; its exit status and the lines on stderr."""
-    before = signal.getsignal(signal.SIGTERM)
 
     def run(*flags: object) -> tuple[int, list[str]]:
         monkeypatch.setattr(sys, "argv", ["MNIST_SAE_code.py", *map(str, flags)])
         status = driver.run_script()
         return status, capsys.readouterr().err.splitlines()
 
-    yield run
-    signal.signal(signal.SIGTERM, before)
+    return run
 
 
 @pytest.mark.parametrize(
