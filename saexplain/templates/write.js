@@ -132,7 +132,7 @@ function measureTable(label, columns, names, id) {
 }
 const everyImage = m => ({ precision: m.rate, recall: 1, f1: m.chance_f1, average_precision: m.rate,
   auroc: .5 });
-/* The strongest image missed, and the one with the highest score that is wrongly picked. */
+/* The strongest image missed, and the one with the best match that is wrongly picked. */
 function examples() {
   const { i, scores, now: { threshold } } = writing, at = activeIn("val", i);
   const activation = pairsOf("val", i, "activation"), active = new Set(at);
@@ -146,7 +146,7 @@ function examples() {
   return put(el("div", { class: "row", id: "examples" }), {}, [
     example("Strongest image it misses", at[missed],
       `activation ${percent(activation[missed] / 255, 0)} of the largest`),
-    example("Highest score it wrongly picks", wrong, "the feature is inactive")]);
+    example("Best match it wrongly picks", wrong, "the feature is inactive")]);
 }
 function showWriting() {
   const { i, h, parts } = writing, any = writing.weights.some(Boolean);
@@ -169,7 +169,7 @@ function showWriting() {
   parts.test.disabled = Boolean(h.tested) || !any || both || !isTestable("test_half", i);
   const looks = mine.looks.get(h.feature) ?? 0;
   write(parts.state, h.tested ? "This hypothesis is tested and stays as it is. Change anything, " +
-    "and it becomes a new one." : both ? "It cannot raise and lower the same logit." : looks
+    "and it becomes a new one." : both ? "It cannot raise and lower the same score." : looks
     ? `The next test is look ${looks + 1} at the test half. Each look makes it weaker evidence.`
     : "Each test is a look at the test half, and every further look makes it weaker evidence.");
   if (parts.result.dataset.of !== String(h.tested?.sha256)) {
@@ -202,11 +202,12 @@ function resultView(h) {
     `edit elsewhere on ${e.elsewhere} `, marked(e.result));
   const lines = Object.entries(r.edits).map(edit);
   if (!testing.edits.can) lines.push(el("li", {}, "This page cannot test edits and " +
-    "logits, and confidence rests on edits: Python tests an exported file in full."));
+    "scores, and confidence rests on edits: Python tests an exported file in full."));
   if (r.classes)
     lines.push(el("li", {}, classWords(h.classes, r.classes), marked(r.classes.result)));
-  for (const [verb, c] of Object.entries(r.effects)) lines.push(el("li", {}, logitWords(verb, c),
-    "; whether random directions do as much, only Python tests"));
+  for (const [verb, c] of Object.entries(r.effects)) lines.push(el("li", {}, "Effect: ",
+    scoreWords(verb, c), "; whether random directions do as much, only Python tests"));
+  if (Object.keys(r.effects).length) lines.push(el("li", { class: "soft" }, NOT_WHY));
   const look = h.tries > 1 ? "Each look makes it weaker evidence. " : "";
   return [el("h3", {}, "Result: confidence ", el("b", {}, r.confidence ?? "not known"),
     h.confidence ? ` (you expected ${h.confidence})` : ""),
@@ -243,11 +244,12 @@ function writeForm(h) {
   const pick = (id, title, options, value, set) => el("label", {}, `${title} `, el("select",
     { id, onchange: e => set(e.target.value) }, options.map(([v, text]) =>
       el("option", { value: v, selected: String(v) === String(value ?? "") }, text))));
-  const logits = [["", "no logit"], ...classes.map(c => [c, names[c]])];
-  const logit = verb => pick(verb, `It ${verb}`, logits, h[verb], v =>
+  const scores = [["", "no class"], ...classes.map(c => [c, names[c]])];
+  const score = verb => pick(verb, `It ${verb} the score for`, scores, h[verb], v =>
     setField(verb, v === "" ? null : Number(v)));
   const tick = c => el("label", {}, el("input", { type: "checkbox", name: "class", value: c,
-    checked: h.classes.includes(c), onchange: e => setField("classes",
+    checked: h.classes.includes(c), title: fullNames.get(names[c]),
+    onchange: e => setField("classes",
       e.target.checked ? [...writing.h.classes, c].sort((a, b) => a - b)
         : writing.h.classes.filter(d => d !== c)) }), names[c]);
   return el("form", { id: "hypothesis", onsubmit: e => e.preventDefault() },
@@ -256,13 +258,14 @@ function writeForm(h) {
       onchange: e => setField("caption", e.target.value) })),
     el("fieldset", {}, el("legend", {}, "Mostly on images of"),
       el("div", { class: "controls wrap" }, classes.map(tick))),
-    el("div", { class: "controls wrap" }, logit("raises"), logit("lowers"),
+    el("div", { class: "controls wrap" }, score("raises"), score("lowers"),
       pick("sure", "How sure are you?", [["", "no opinion"], ...CONFIDENCES.map(c => [c, c])],
         h.confidence, v => setField("confidence", v))));
 }
 function writeView() {
-  const k = Number(address().get("feature")), i = positionOf(k);
-  if (i === undefined) return;
+  const found = featureOfAddress();
+  if (!found) return;
+  const [k, i] = found;
   const f = features[i], n = fromAddress("entry", mine.list.length, null);
   const drafts = mine.list.filter(h => h.feature === k && !h.tested);
   const h = (mine.list[n]?.feature === k && mine.list[n]) || drafts.at(-1) || blankHypothesis(k);
@@ -296,12 +299,12 @@ function writeView() {
         "it. Strong cells count twice. By keyboard: arrows move, space paints, r, b and e choose " +
         "the brush, s is strong.")),
       el("div", {}, parts.numbers, note(`On ${number(nOf("val"))} of ` +
-        `${number(total.val)} validation images, evenly spaced. Images with a score from ` +
-        "the best threshold on are picked."), parts.examples),
+        `${number(total.val)} validation images, evenly spaced. Images whose `,
+      term("match"), " reaches the best threshold are picked."), parts.examples),
       el("div", {}, writeForm(h), el("div", { class: "controls wrap" }, parts.test, parts.state),
         note(used, rare), parts.kept)),
     parts.result,
-    thumbnails("Strongest images", f.top),
+    thumbnails(STRONGEST_TITLE, f.top),
     el("div", { class: "halves" }, supports(f), labelColumns(f)));
   showWriting();
 }
