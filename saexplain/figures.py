@@ -73,6 +73,7 @@ class TrainingCurve(NamedTuple):
     """One panel of training.png."""
 
     title: str
+    unit: str
     steps: list[int]
     values: list[float]
     logarithmic: bool = False
@@ -93,20 +94,20 @@ def training_curves(
     """
     curves = []
 
-    def add(lines: Sequence[dict], name: str, title: str, **more) -> None:
+    def add(lines: Sequence[dict], name: str, title: str, unit: str, **more) -> None:
         if lines:
             steps, values = [line["step"] for line in lines], [line[name] for line in lines]
-            curves.append(TrainingCurve(title, steps, values, **more))
+            curves.append(TrainingCurve(title, unit, steps, values, **more))
 
-    add(classifier, "loss", "Classifier: cross entropy\nin nats", logarithmic=True)
-    variance = "SAE: share of the variance\nnot reconstructed"
-    add(sae, "loss", variance, logarithmic=True, logits_from=logits_from)
-    l0 = f"SAE: active features per image\n(dashed: the target, {target})"
-    add(sae, "l0", l0, target=target, logits_from=logits_from)
+    add(classifier, "loss", "Classifier: loss\n(cross entropy)", "nats", logarithmic=True)
+    variance = "SAE: variance not\nreconstructed (FVU)"
+    add(sae, "loss", variance, "share", logarithmic=True, logits_from=logits_from)
+    l0 = f"SAE: active features\n(dashed: the target, {target})"
+    add(sae, "l0", l0, "features per image", target=target, logits_from=logits_from)
     price = "SAE: lambda, the price\nof an active feature"
-    add(sae, "lambda", price, logits_from=logits_from)
+    add(sae, "lambda", price, "variance per feature", logits_from=logits_from)
     dead = f"SAE: dead latents, active on\nfewer than 1 in {1 / dead_below:,.0f} images"
-    add(sae, "dead", dead, logits_from=logits_from)
+    add(sae, "dead", dead, "latents", logits_from=logits_from)
     return curves
 
 
@@ -114,12 +115,13 @@ def draw_training(curves: Sequence[TrainingCurve]) -> Figure:
     """A panel for each curve, over the steps of its training."""
     title = "Training; every point is one batch"
     if any(curve.logits_from is not None for curve in curves):
-        title += ". Dotted: from this step on the classifier's logits are part of the loss"
+        title += ". Dotted: from this step on the loss has the classifier's scores (logits)"
     figure, panels = _row_of_panels(len(curves), 290, title)
     for axes, curve in zip(panels, curves, strict=True):
         axes.plot(curve.steps, curve.values, color=COLORS[0], linewidth=1.2)
         axes.set_title(curve.title, fontsize=NORMAL)
         axes.set_xlabel("step", fontsize=SMALL)
+        axes.set_ylabel(curve.unit, fontsize=SMALL)
         if curve.logarithmic:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
@@ -148,6 +150,15 @@ class Curve(NamedTuple):
     spread: Sequence[float]  # half the length of the bar at each value
 
 
+TITLES = {  # of panels, for short names of measurements
+    "FVU": "variance not reconstructed\n(FVU), share",
+    "FVU to PCs": "FVU over that of as many\nprincipal components",
+    "accuracy lost": "accuracy lost,\nshare of the test images",
+    "dead": "dead latents,\nnumber",
+    "L0 by dense": "share of L0 by features active\non over 10% of the images",
+}
+
+
 def draw_curves(title: str, targets: Sequence[int], panels: dict[str, dict[str, Curve]]) -> Figure:
     """A panel for each title, with a curve for each name; the ticks are the `targets`, at the L0 of
     the first curve."""
@@ -161,7 +172,7 @@ def draw_curves(title: str, targets: Sequence[int], panels: dict[str, dict[str, 
         axes.minorticks_off()
         axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # from 0, without cutting the largest
         axes.set_xlabel("active features per image", fontsize=SMALL)
-        axes.set_title(what, fontsize=NORMAL)
+        axes.set_title(TITLES.get(what, what), fontsize=NORMAL)
         if len(curves) > 1 and axes is row[0]:
             axes.legend(fontsize=8)
     return figure
@@ -174,9 +185,9 @@ def frontier_curves(records: Sequence[dict]) -> dict[str, Curve]:
     """
     l0 = [r["achieved_actives_test"] for r in records]
     found = {
-        "FVU, relative to as many PCs": [r["fvu_to_pca"] for r in records],
-        "% of predictions that change": [100 * (1 - r["agreement_jumprelu"]) for r in records],
-        "share of L0 by dense features": [r["dense_share_of_l0"] for r in records],
+        "FVU over that of as many\nprincipal components": [r["fvu_to_pca"] for r in records],
+        "predictions that change,\n% of the test images": [100 * (1 - r["agreement_jumprelu"]) for r in records],
+        "share of L0 by features active\non over 10% of the images": [r["dense_share_of_l0"] for r in records],
     }
     curves = {}
     for title, values in found.items():
@@ -186,8 +197,8 @@ def frontier_curves(records: Sequence[dict]) -> dict[str, Curve]:
         variance, similarity = (
             [r["reproducibility"][name] for r in records] for name in ("variance", "similarity")
         )
-        titles = {"variance reproduced across seeds": variance}
-        titles["similarity of nearest features"] = similarity
+        titles = {"variance reproduced\nacross seeds, share": variance}
+        titles["similarity of nearest features\n(1: the same)"] = similarity
         for title, over_pairs in titles.items():
             spread = [f["std"] or 0.0 for f in over_pairs]  # None: a single pair of SAEs
             curves[title] = Curve(l0, [f["mean"] for f in over_pairs], spread)
@@ -218,6 +229,7 @@ def _draw_agreements(axes: Axes, summaries: dict[str, Summary]) -> None:
     names = [name.replace(" ", "\n", 1) for name in summaries]
     axes.set_xticks(range(len(names)), names)
     axes.set_ylim(0, 1.1)
+    axes.set_yticks(np.arange(0, 1.01, 0.2))
     axes.set_ylabel("share of test images", fontsize=SMALL)
     title = "predictions kept: with the features (pale), with hypotheses in their place"
     axes.set_title(title, fontsize=NORMAL, loc="left")
@@ -238,7 +250,9 @@ def _draw_bands(axes: Axes, summaries: dict[str, Summary]) -> None:
     axes.set_xticks(range(len(names)), names)
     axes.set_ylim(0, 1.25)  # space for the legend
     axes.set_xlabel("share of images on which the feature is active", fontsize=SMALL)
-    axes.set_title("mean F1 of the drawings", fontsize=NORMAL, loc="left")
+    axes.set_ylabel("mean F1 (1: perfect)", fontsize=SMALL)
+    axes.set_yticks(np.arange(0, 1.01, 0.2))
+    axes.set_title("how well the drawings predict activity", fontsize=NORMAL, loc="left")
     axes.legend(fontsize=SMALL, loc="upper left", ncols=3)
 
 
@@ -276,7 +290,7 @@ def draw_influence(evaluation: Evaluation) -> Figure:
         axes.stairs(np.where(some, 100 * influence, 0), edges, fill=True, color=color, label=label)
     axes.set_xlim(0.5, len(order) + 0.5)
     axes.set_xlabel("features, the most influential first", fontsize=SMALL)
-    axes.set_ylabel("influence of each, %", fontsize=SMALL)
+    axes.set_ylabel("influence of each feature (bars), %", fontsize=SMALL)
     axes.legend(fontsize=SMALL, loc="center right", title="confidence in its hypothesis")
 
     total = axes.twinx()
@@ -285,14 +299,15 @@ def draw_influence(evaluation: Evaluation) -> Figure:
         at = (n, float(share.rstrip("%")))
         total.plot(*at, "o", color="0.2", markersize=4)
         given = {"fontsize": SMALL, "textcoords": "offset points"}
-        total.annotate(f"{n} make {share}", at, (6, -12), **given)
+        total.annotate(f"{n} features: {share}", at, (6, -12), **given)
     total.set_ylim(0, 105)
-    total.set_ylabel("all so far, %", fontsize=SMALL)
+    total.set_ylabel("influence of all up to here (line), %", fontsize=SMALL)
     for one in (axes, total):
         one.tick_params(labelsize=SMALL)
         one.spines["top"].set_visible(False)
     figure.suptitle(
-        "Influence: share of the total logit effect of single ablations, on the test images",
+        "Influence: a feature's share of all changes of scores (logits) that removing single "
+        "features causes, on the test half",
         fontsize=LARGE,
     )
     return figure

@@ -135,9 +135,9 @@ def _draw_chart(axes, title: str, values: np.ndarray, colors: tuple, classes: Se
 def _draw_charts(histogram, logit_delta, ablation_delta, classes: Sequence[str] = ()) -> np.ndarray:
     """Three charts with one bar per class, from (C,) each: (height, width, 3) uint8."""
     charts = (
-        ("active images, by label", histogram, (GRAY, GRAY)),
-        ("change of each logit when it is added", logit_delta, (RED, BLUE)),
-        ("change of each logit when it is removed", ablation_delta, (RED, BLUE)),
+        ("images on which it is active, by class", histogram, (GRAY, GRAY)),
+        ("change of each class's score when it is added", logit_delta, (RED, BLUE)),
+        ("the same when it is removed (not why it is active)", ablation_delta, (RED, BLUE)),
     )
     width, height = NUMBERS + CHART_WIDTH + fa.MARGIN, CHART_PITCH * len(charts)
     figure = new_figure(width, height)
@@ -174,6 +174,14 @@ def _paint_pattern(heat: np.ndarray, mask: np.ndarray | None, width: int) -> np.
     """A pattern (H, W) in color, (height, about width, 3) uint8."""
     colors = fa.pattern_colors(heat, fa.display_scale(heat, mask), mask)
     return fa.pattern_palette()[fa.enlarged(colors, fa.zoom_factor(heat.shape, width))]
+
+
+def _with_note(picture: np.ndarray, words: str) -> np.ndarray:
+    """The picture (H, W, 3) with a line of small letters below it."""
+    page = np.full((len(picture) + SMALL_LINE + 2, *picture.shape[1:]), fa.WHITE, np.uint8)
+    fa.paste(page, picture, 0, 0)
+    fa.paste(page, fa.text_pixels(words, 10)[:, : picture.shape[1]], len(picture) + 2, 0)
+    return page
 
 
 def _paint_counterparts(notes: PanelNotes, mask: np.ndarray | None) -> np.ndarray:
@@ -213,11 +221,14 @@ def _paint_panel(
 
     beside = []
     if heat is not None:
-        beside.append(("red raises, blue lowers", _paint_pattern(heat, mask, PANEL_PATTERN)))
+        scale = f"full color: {fa.display_scale(heat, mask):.2g} per pixel"
+        pattern = _with_note(_paint_pattern(heat, mask, PANEL_PATTERN), scale)
+        beside.append(("red raises, blue lowers", pattern))
     if notes.mean_map is not None:
         tall = round(PANEL_PATTERN * gallery.tile[0] / gallery.tile[1])
         picture = paint_map(notes.mean_map, (tall, PANEL_PATTERN))
-        beside.append(("where, on average", picture))
+        bright = f"brightest: {float(notes.mean_map.max()):.2g}, darkest: 0"
+        beside.append(("where, on average", _with_note(picture, bright)))
     if notes.sketch is not None:
         beside.append(("its hypothesis", _paint_sketch(notes.sketch, PANEL_PATTERN)))
     if notes.counterparts:

@@ -3,8 +3,8 @@ const CONTRIBUTION = "A feature's contribution to a score is the score minus wha
   "this feature alone is removed from the activations (what the SAE does not rebuild stays).";
 const NOT_ADDITIVE = "The network is not linear, so contributions do not sum to the score.";
 const NOT_WHY = "Effects on scores say what removing the feature does to the network, not why it " +
-  "is active: with activations shuffled over images, many of them are confirmed as well. They do " +
-  "not count for the confidence.";
+  "is active: with activations shuffled over images, many of them are confirmed as well. Alone " +
+  "they never give a confidence above Low.";
 const PLACES = `Red: ${INK} is wanted there; blue: it is not; the darker tone counts twice`;
 const WORDS = LOOK.color || !LOOK.can_write ? ""
   : "Ink is what pictures show dark. A bar is horizontal, a stem vertical, a slash rises, a " +

@@ -34,7 +34,7 @@ const GLOSSARY = {
     "small. Inconclusive: these images cannot decide.",
   "[a, b]": "A 95% interval: with other images of the same kind the number would mostly be in it.",
   "confidence": "How well a hypothesis did in its tests: High, Medium or Low. What removing a " +
-    "feature does to scores does not count.",
+    "feature does to scores is never enough for more than Low.",
   "replicated": "The other half of the test images gives a hypothesis the same confidence, or a " +
     "higher one.",
   "reproducible": "SAEs trained from other random starts (seeds) have nearly the same feature. " +
