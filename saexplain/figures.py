@@ -106,7 +106,7 @@ def training_curves(
     add(sae, "l0", l0, "features per image", target=target, logits_from=logits_from)
     price = "SAE: lambda, the price\nof an active feature"
     add(sae, "lambda", price, "variance per feature", logits_from=logits_from)
-    dead = f"SAE: dead latents, active on\nfewer than 1 in {1 / dead_below:,.0f} images"
+    dead = f"SAE: dead latents (active on\n< 1 in {1 / dead_below:,.0f} images)"
     add(sae, "dead", dead, "latents", logits_from=logits_from)
     return curves
 
@@ -124,6 +124,7 @@ def draw_training(curves: Sequence[TrainingCurve]) -> Figure:
         axes.set_ylabel(curve.unit, fontsize=SMALL)
         if curve.logarithmic:
             axes.set_yscale("log")
+            axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("")
         else:
@@ -156,6 +157,7 @@ TITLES = {  # of panels, for short names of measurements
     "accuracy lost": "accuracy lost,\nshare of the test images",
     "dead": "dead latents,\nnumber",
     "L0 by dense": "share of L0 by features active\non over 10% of the images",
+    "predictions that change, %": "predictions that change,\n% of the test images",
 }
 
 
@@ -185,9 +187,9 @@ def frontier_curves(records: Sequence[dict]) -> dict[str, Curve]:
     """
     l0 = [r["achieved_actives_test"] for r in records]
     found = {
-        "FVU over that of as many\nprincipal components": [r["fvu_to_pca"] for r in records],
-        "predictions that change,\n% of the test images": [100 * (1 - r["agreement_jumprelu"]) for r in records],
-        "share of L0 by features active\non over 10% of the images": [r["dense_share_of_l0"] for r in records],
+        "FVU to PCs": [r["fvu_to_pca"] for r in records],
+        "predictions that change, %": [100 * (1 - r["agreement_jumprelu"]) for r in records],
+        "L0 by dense": [r["dense_share_of_l0"] for r in records],
     }
     curves = {}
     for title, values in found.items():
@@ -299,7 +301,7 @@ def draw_influence(evaluation: Evaluation) -> Figure:
         at = (n, float(share.rstrip("%")))
         total.plot(*at, "o", color="0.2", markersize=4)
         given = {"fontsize": SMALL, "textcoords": "offset points"}
-        total.annotate(f"{n} features: {share}", at, (6, -12), **given)
+        total.annotate(f"first {n}: {share}", at, (6, -12), **given)
     total.set_ylim(0, 105)
     total.set_ylabel("influence of all up to here (line), %", fontsize=SMALL)
     for one in (axes, total):

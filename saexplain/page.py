@@ -75,8 +75,8 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 # files of templates/, joined in this order: later ones use what earlier ones define
-SCRIPTS = """core dom where parts words story class pair errors images features feature draw score store
-write yours main""".split()
+SCRIPTS = """core dom where parts words story class pair errors images features feature draw score
+store write yours main""".split()
 TOP_SHOWN, BAND_SHOWN = SIZES[0][1:]  # strongest images of a feature, and of each quarter, at most
 HISTOGRAM_BINS = 24
 NEIGHBORS = 4  # similar features listed with a feature, by direction and by coactivation

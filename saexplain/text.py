@@ -16,7 +16,14 @@ from typing import NamedTuple
 
 import feature_analysis as fa
 from saexplain.baselines import MAX_TESTED
-from saexplain.captions import MOST_LETTERS, images_of, images_of_classes, listed, logit_groups, percent
+from saexplain.captions import (
+    MOST_LETTERS,
+    images_of,
+    images_of_classes,
+    listed,
+    logit_groups,
+    percent,
+)
 from saexplain.edits import EditTest
 from saexplain.evaluation import (
     CONFIDENCES,
@@ -151,7 +158,9 @@ def _detection_line(d: Detection) -> str:
 
 
 def _edit_counts(name: str, t: EditTest) -> str:
-    return f"{EDIT_WORDS[name]} on {t.named} of {t.n} images, the same edit elsewhere on {t.elsewhere}"
+    return (
+        f"{EDIT_WORDS[name]} in {t.named} of {t.n} images, the same edit elsewhere in {t.elsewhere}"
+    )
 
 
 def _edit_line(name: str, t: EditTest) -> str:
@@ -427,7 +436,9 @@ def summary_rows(record: dict) -> list[list[str]]:
     for name in EDIT_WORDS:
         cells = [s["edits"][name] for s in sets]
         if any(s["f1_mean"] is not None for s in sets):
-            rows.append(row(f"{EDIT_WORDS[name]}, confirmed", (_number(cell, "{:.0%}") for cell in cells)))
+            rows.append(
+                row(f"{EDIT_WORDS[name]}, confirmed", (_number(cell, "{:.0%}") for cell in cells))
+            )
     ends = [f"{band['upto']:.0%}" for band in sets[0]["bands"][:-1]]
     names = [f"{low} to {high}" for low, high in itertools.pairwise(["0", *ends])]
     for i, name in enumerate([*names, f"more than {ends[-1]}"]):
