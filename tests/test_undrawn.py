@@ -360,7 +360,7 @@ def test_confidence_without_a_drawing(e, confidence):
 
 
 def test_effects_alone_never_give_more_than_low():
-    """Whatever F1 is, of a drawing or by class: results that are not confirmed leave effects only."""
+    """Whatever F1 is, of a drawing or by class: no other result is confirmed."""
     both = {"raises": CHANGE, "lowers": CHANGE}
     same_elsewhere = EditTest(n=100, named=90, elsewhere=90, only_named=0, only_elsewhere=0)
     for f1, place in itertools.product((None, 0.3, 1.0), (None, OPEN, BAD)):

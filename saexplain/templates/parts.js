@@ -94,5 +94,6 @@ function goInstead(href) {
 function misreadWords() {
   const list = [...misread].join(", ");
   return list && el("p", { id: "misread", class: "mark", role: "alert" },
-    `Not understood in the address: ${list}. This is the nearest view.`);
+    `Not understood in the address, or not on this page: ${list}. ` +
+    "This is the nearest view.");
 }

@@ -19,11 +19,12 @@ const GLOSSARY = {
   "influence": "A feature's share of all changes of scores that removing single features causes. " +
     "This page counts it on the validation images, hypotheses.md and influence.png on the test " +
     "images.",
-  "input pattern": `How much ${INK} at each place raises or lowers the feature's activation.`,
+  "input pattern": "What at each place of an image raises the feature's activation (red), and " +
+    "what lowers it (blue).",
   "hypothesis": "What an image must look like to activate a feature: a drawing, or words. It is " +
     "made from validation images and tested on test images.",
-  "match": `How well an image fits a drawing: its ${INK} in the red cells, minus that in the ` +
-    "blue cells. From a threshold on the image is picked: the feature is predicted to be active.",
+  ...LOOK.can_write && { "match": `How well an image fits a drawing: its ${INK} in the red cells, minus that in the ` +
+    "blue cells. From a threshold on the image is picked: the feature is predicted to be active." },
   "precision": "Of the images that a hypothesis picks, the share that activate the feature.",
   "recall": "Of the images that activate the feature, the share that a hypothesis picks.",
   "F1": "Precision and recall in one number, their harmonic mean, from 0 to 1.",
