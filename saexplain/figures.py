@@ -102,11 +102,11 @@ def training_curves(
     add(classifier, "loss", "Classifier: loss\n(cross entropy)", "nats", logarithmic=True)
     variance = "SAE: variance not\nreconstructed (FVU)"
     add(sae, "loss", variance, "share", logarithmic=True, logits_from=logits_from)
-    l0 = f"SAE: active features\n(dashed: the target, {target})"
-    add(sae, "l0", l0, "features per image", target=target, logits_from=logits_from)
+    l0 = f"SAE: features active at once\n(dashed: the target, {target})"
+    add(sae, "l0", l0, "features", target=target, logits_from=logits_from)
     price = "SAE: lambda, the price\nof an active feature"
     add(sae, "lambda", price, "variance per feature", logits_from=logits_from)
-    dead = f"SAE: dead latents (active on\n< 1 in {1 / dead_below:,.0f} images)"
+    dead = f"SAE: dead latents (active less\nthan 1 in {1 / dead_below:,.0f} times)"
     add(sae, "dead", dead, "latents", logits_from=logits_from)
     return curves
 

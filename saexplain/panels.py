@@ -104,8 +104,8 @@ def _paste_lines(page: np.ndarray, lines: Sequence[str], top: int) -> None:
 
 CHART_WIDTH, CHART_HEIGHT = 320, 58  # of a chart's bars
 CHART_TITLE, CHART_PITCH = 24, 108  # above a chart, and from one to the next
-CLASS_NUMBERS, CLASS_NAMES = 20, 10  # labels that fit below a chart, if numbers or names
-NAME_LETTERS = 5  # letters of a class's name below a bar
+CLASS_NUMBERS, CLASS_NAMES = 20, 32  # labels that fit below a chart, if numbers or names
+NAME_LETTERS, NAME_HEIGHT = 11, 50  # letters of a name below a bar, upright, and space for them
 NUMBERS = 70  # left of a chart, for the numbers of its axis
 BLUE, RED, GRAY = "#2166ac", "#b2182b", "#666666"  # of bars; blue and red are RdBu_r's
 
@@ -123,7 +123,7 @@ def _draw_chart(axes, title: str, values: np.ndarray, colors: tuple, classes: Se
     n_shown = CLASS_NAMES if named else CLASS_NUMBERS
     for c in range(0, len(values), math.ceil(len(values) / n_shown)):
         text = fa.shortened(fa.class_name(classes, c), NAME_LETTERS)
-        axes.text(c, -0.12, text, fontsize=7 if named else 8, **below_axes)
+        axes.text(c, -0.12, text, fontsize=7 if named else 8, rotation=90 * named, **below_axes)
     counts = not np.issubdtype(values.dtype, np.floating)  # images, not logits
     axes.locator_params(axis="y", nbins=3, integer=counts)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
@@ -137,12 +137,14 @@ def _draw_charts(histogram, logit_delta, ablation_delta, classes: Sequence[str] 
     charts = (
         ("images on which it is active, by class", histogram, (GRAY, GRAY)),
         ("change of each class's score when it is added", logit_delta, (RED, BLUE)),
-        ("the same when it is removed (not why it is active)", ablation_delta, (RED, BLUE)),
+        ("the same when removed (not why it is active)", ablation_delta, (RED, BLUE)),
     )
-    width, height = NUMBERS + CHART_WIDTH + fa.MARGIN, CHART_PITCH * len(charts)
+    named = max(map(len, classes), default=0) > fa.SHORT_NAME
+    pitch = CHART_PITCH + NAME_HEIGHT * named
+    width, height = NUMBERS + CHART_WIDTH + fa.MARGIN, pitch * len(charts)
     figure = new_figure(width, height)
     for row, (title, values, colors) in enumerate(charts):
-        bottom = height - CHART_PITCH * row - CHART_TITLE - CHART_HEIGHT
+        bottom = height - pitch * row - CHART_TITLE - CHART_HEIGHT
         box = NUMBERS / width, bottom / height, CHART_WIDTH / width, CHART_HEIGHT / height
         _draw_chart(figure.add_axes(box), title, fa.as_array(values), colors, classes)
     figure.canvas.draw()

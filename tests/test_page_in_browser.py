@@ -662,7 +662,7 @@ def test_hypothesis_drawn_by_pointer(visit, written, world, tmp_path):
     paint(page, (2, 2))
     assert not page.locator("#sha256").count()
     page.click("#test")
-    assert "2nd look at the test half" in page.locator("#result").inner_text()
+    assert "2nd test of this feature on them" in page.locator("#result").inner_text()
     entries = page.evaluate("mine.list")
     assert entries[0] == entry
     assert entries[1]["drawing"] != entry["drawing"]
@@ -777,7 +777,7 @@ def test_import_keeps_words_as_words_and_tests_again(visit, written, world, tmp_
     canvas = Canvas.fit(world.layer.splits["val"].images)
     (e,) = collect_evidence([hypothesis_of(entry)], world.layer, half, canvas)
     assert f"F1 {e.picked.f1:.2f}" in rows[0]  # not the 1.0 of the file
-    assert "3rd look at the test half" in rows[0]
+    assert "3rd test of this feature on these images" in rows[0]
     assert "Not tested yet" in rows[1]
     found = [
         [int(cell) for cell in row.locator("td").all_inner_texts()[1:]]

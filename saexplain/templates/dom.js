@@ -197,7 +197,8 @@ function bars(title, rows, more = {}) {
   const span = (kind, style, ...words) => el("span", { class: kind, style }, ...words);
   const lines = rows.map(r => {
     const from = Math.min(at(r.value), at(0)), wide = Math.abs(at(r.value) - at(0));
-    const bar = span(r.value < 0 ? "bar minus" : "bar", `left:${from}%;width:${wide}%`);
+    const kind = more.kind ?? (r.value < 0 ? "bar minus" : "bar");
+    const bar = span(kind, `left:${from}%;width:${wide}%`);
     const before = r.before !== undefined && span("before", `left:${at(r.before)}%`);
     const track = span("track", null, bar, span("zero", `left:${at(0)}%`), before);
     return el("li", {}, el("span", { class: "label", title: fullNames.get(r.label) }, r.label),

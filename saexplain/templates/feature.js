@@ -43,6 +43,7 @@ function scoreWords(verb, c) {
     `${(verb === "raises") === c.by >= 0 ? "falls" : "rises"} by ${number(Math.abs(c.by))} ` +
     (c.by >= 0 ? interval(c.low, c.high, number) : interval(-c.high, -c.low, number));
 }
+const hasEffects = f => ["raises", "lowers"].some(verb => f.found.results?.[verb]);
 function hypothesisCard(f) {
   const own = LOOK.can_write && el("a", { class: "button",
     href: to("write", { feature: f.feature }) }, "Write your own");
@@ -63,9 +64,9 @@ function hypothesisCard(f) {
     lines.push(el("p", {}, classWords(f.hypothesis.classes, of), marked(results.classes)));
   for (const [verb, c] of Object.entries(LOOK.can_write && effects || {}))
     lines.push(el("p", {}, `Effect: ${scoreWords(verb, c)} `, marked(results[verb])));
-  if (["raises", "lowers"].some(verb => results[verb])) lines.push(note(NOT_WHY));
+  if (LOOK.can_write && hasEffects(f)) lines.push(note(NOT_WHY));
   if (!LOOK.can_write) lines.push(el("ul", { class: "plain" },
-    f.lines.filter(line => OUTCOME.test(line)).map(evidenceLine)));
+    f.lines.filter(line => OUTCOME.test(line)).map(evidenceLine)), hasEffects(f) && note(NOT_WHY));
   const on = "on the other half of the test images", again = f.replicated === null ? ""
     : ["; ", term("replicated", f.replicated ? "replicated" : "not replicated"), ` ${on}`];
   const least = testing.min_active ?? "enough";
@@ -79,7 +80,7 @@ function hypothesisCard(f) {
 }
 const evidence = f => f.caption && el("details", {},
   el("summary", {}, "How this was tested"),
-  el("ul", { class: "small plain" }, f.lines.map(evidenceLine)), note(NOT_WHY));
+  el("ul", { class: "small plain" }, f.lines.map(evidenceLine)), hasEffects(f) && note(NOT_WHY));
 /* All classes; of many, the largest effects either way. */
 const effectClasses = values => !MANY ? shownClasses(values.map(Math.abs))
   : classes.filter(c => values[c]).sort((a, b) => values[b] - values[a]);
@@ -102,7 +103,7 @@ function labelColumns(f) {
     return columns(title, f.labels, names, { x: "class", y: "validation images" });
   const most = MANY ? largest(10, c => f.labels[c], C) : classes;
   return bars(title, most.map(c => ({ value: f.labels[c], label: names[c],
-    text: number(f.labels[c]) })), { unit: "images", note: "Validation images" +
+    text: number(f.labels[c]) })), { kind: "bar count", unit: "images", note: "Validation images" +
       (MANY ? "; the 10 classes with most of them." : ".") });
 }
 const quarters = ["Strongest quarter of its activations", "Second quarter", "Third quarter",

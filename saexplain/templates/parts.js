@@ -12,7 +12,7 @@ const WORDS = LOOK.color || !LOOK.can_write ? ""
 const EDITS = { erasing: `erasing the wanted ${INK}`, filling: "filling the unwanted cells",
   painting: "making images as drawn" };
 const STRONGEST = "the image that activates it most" + (meta.where ? ", and where in it" +
-  (isCropped() ? ", cropped to what the hottest position sees" : "") : "");
+  (isCropped() ? ", cropped to what the most active position sees" : "") : "");
 const FACE = !LOOK.in_place ? `The picture of a feature is ${STRONGEST}.`
   : "Each picture shows a feature's hypothesis on the mean of the images on which it is " +
   `active. ${PLACES}. ${WORDS}` + (features.every((_, i) => features[i].faithful !== false) ? ""

@@ -67,7 +67,7 @@ function cropped([slot, , , map], label, size) {
   canvas.className = "photo";
   return canvas;
 }
-/* The image that activates feature i most: cropped to what the hottest position sees. */
+/* The image that activates feature i most: cropped to what the most active position sees. */
 function strongest(i, size, label = "") {
   const [row] = features[i].top;
   if (!row) return picture(label, size, "blank", () => [200, 200, 200]);
@@ -101,7 +101,7 @@ function examplesOf(title, f, list) {
 function crops(f) {
   const some = f.top.filter(row => row[3] !== undefined).slice(0, CROPS);
   if (!isCropped() || !some.length || !hasPlace(f)) return "";
-  return el("div", {}, el("h3", {}, "What the hottest position sees"),
+  return el("div", {}, el("h3", {}, "What the most active position sees"),
     el("div", { class: "thumbs" }, some.map(row => cropped(row,
       `the crop of ${an(name(row[1]))}`, 96))));
 }

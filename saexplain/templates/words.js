@@ -23,8 +23,9 @@ const GLOSSARY = {
     "what lowers it (blue).",
   "hypothesis": "What an image must look like to activate a feature: a drawing, or words. It is " +
     "made from validation images and tested on test images.",
-  ...LOOK.can_write && { "match": `How well an image fits a drawing: its ${INK} in the red cells, minus that in the ` +
-    "blue cells. From a threshold on the image is picked: the feature is predicted to be active." },
+  ...LOOK.can_write && { "match": "How well an image fits a drawing: its " +
+    `${INK} in the red cells, minus that in the blue cells. From a threshold on the image is ` +
+    "picked: the feature is predicted to be active." },
   "precision": "Of the images that a hypothesis picks, the share that activate the feature.",
   "recall": "Of the images that activate the feature, the share that a hypothesis picks.",
   "F1": "Precision and recall in one number, their harmonic mean, from 0 to 1.",

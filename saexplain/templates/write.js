@@ -158,7 +158,7 @@ function showWriting() {
   write(parts.words, now ? `F1 ${now.f1.toFixed(2)}. ${pickedWords(now)}`
     : "Nothing is drawn yet. Paint on the picture.");
   parts.numbers.replaceChildren(measureTable("your numbers", [["yours", now],
-    ["machine's", parts.machine], ["all picked", everyImage(writing.now)]],
+    ["the program's", parts.machine], ["every image picked", everyImage(writing.now)]],
   ["precision", "recall", "f1", "average_precision"], "numbers"));
   parts.examples.replaceChildren(now ? examples() : "");
   parts.roles.forEach((node, n) =>
@@ -170,8 +170,9 @@ function showWriting() {
   const looks = mine.looks.get(h.feature) ?? 0;
   write(parts.state, h.tested ? "This hypothesis is tested and stays as it is. Change anything, " +
     "and it becomes a new one." : both ? "It cannot raise and lower the same score." : looks
-    ? `The next test is look ${looks + 1} at the test half. Each look makes it weaker evidence.`
-    : "Each test is a look at the test half, and every further look makes it weaker evidence.");
+    ? `This would be test ${looks + 1} of this feature on the same images. Each further test is ` +
+      "weaker evidence."
+    : "A second test on the same images is weaker evidence than the first: test what you believe.");
   if (parts.result.dataset.of !== String(h.tested?.sha256)) {
     parts.result.dataset.of = String(h.tested?.sha256);
     parts.result.replaceChildren(...h.tested ? resultView(h) : []);
@@ -193,9 +194,9 @@ const ordinal = n => n + (Math.floor(n / 10) % 10 === 1 ? "th"
   : { 1: "st", 2: "nd", 3: "rd" }[n % 10] ?? "th");
 function resultView(h) {
   const r = testResults(h), i = position.get(h.feature), again = r.other_half;
-  const columns = [["yours", r], ["machine's", machineResults(i, "test_half")],
-    ["all picked", everyImage(r)]];
-  if (again) columns.push(["yours, other half", again], ["machine's, other half",
+  const columns = [["yours", r], ["the program's", machineResults(i, "test_half")],
+    ["every image picked", everyImage(r)]];
+  if (again) columns.push(["yours, other half", again], ["the program's, other half",
     machineResults(i, "replication_half")]);
   const edit = ([verb, e]) => el("li", {}, `${EDITS[verb]} turns it ` +
     `${verb === "painting" ? "active" : "inactive"} on ${e.named} of ${e.n} images, the same ` +
@@ -208,14 +209,14 @@ function resultView(h) {
   for (const [verb, c] of Object.entries(r.effects)) lines.push(el("li", {}, "Effect: ",
     scoreWords(verb, c), "; whether random directions do as much, only Python tests"));
   if (Object.keys(r.effects).length) lines.push(el("li", { class: "soft" }, NOT_WHY));
-  const look = h.tries > 1 ? "Each look makes it weaker evidence. " : "";
+  const look = h.tries > 1 ? "Each further test is weaker evidence. " : "";
   return [el("h3", {}, "Result: confidence ", el("b", {}, r.confidence ?? "not known"),
     h.confidence ? ` (you expected ${h.confidence})` : ""),
   el("p", {}, pickedWords(r)),
   measureTable("results", columns, Object.keys(numberRows), "results"),
   el("ul", { class: "plain small" }, lines),
   note(`On ${number(r.n_images)} images of the test half, of which ${number(r.active)} activate ` +
-    `the feature. ${ordinal(h.tries)} look at the test half for this feature. ${look}` +
+    `the feature. ${ordinal(h.tries)} test of this feature on them. ${look}` +
     "Brackets: 95% intervals. Python tests all images of the half and edits others, so a result " +
     "near its bar may differ there. Frozen as SHA-256 ",
   el("code", { id: "sha256" }, h.tested.sha256), "."),
@@ -238,7 +239,7 @@ function paintTools(i) {
     parts.strong, el("label", { class: "small" }, "size ", size)),
   el("div", { class: "controls wrap" }, parts.undo,
     button("clear", whole(new Int8Array(CP)), { id: "clearPaint" }),
-    isDrawn(i) && button("start from the machine's", whole(drawingOf(i)), { id: "fromMachine" }))];
+    isDrawn(i) && button("start from the program's", whole(drawingOf(i)), { id: "fromMachine" }))];
 }
 function writeForm(h) {
   const pick = (id, title, options, value, set) => el("label", {}, `${title} `, el("select",
