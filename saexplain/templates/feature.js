@@ -33,8 +33,8 @@ const markNotes = { reproducible: "found by a second SAE, trained from another r
 /* Of a drawing, or of a hypothesis without one, which names classes and has no threshold. */
 const pickedWords = ({ precision, recall }, { threshold, strong_from: strong } = {}) =>
   `Of the images ${threshold === null ? "of the classes it names" : "it picks"}, ` +
-  `${percent(precision, 0)} activate the feature${strong ? " strongly" : ""}; it finds ` +
-  `${percent(recall, 0)} of those that do.`;
+  `${percent(precision, 0)} activate the feature${strong ? " strongly" : ""} (precision); it ` +
+  `finds ${percent(recall, 0)} of those that do (recall).`;
 const classWords = (named, { share, low, high, usual }) => `${percent(share, 0)} ` +
   `${interval(low, high)} of the images that activate it are ` +
   `${named.map(c => plurals[c]).join(" or ")}; of all images ${percent(usual, 0)} `;
