@@ -31,6 +31,18 @@ if TYPE_CHECKING:  # matplotlib takes half a second, which only drawing needs
 
 COLORS = ("#2166ac", "#b2182b", "#4d9221", "#e08214", "#666666")
 CONFIDENCE_COLORS = {"High": "#1b7837", "Medium": "#a6dba0", "Low": "#bfbfbf"}
+TITLES = {  # of panels, for short names of measurements
+    "FVU": "variance not reconstructed\n(FVU), share",
+    "FVU to PCs": "FVU over that of as many\nprincipal components",
+    "FVU, relative to as many PCs": "FVU over that of as many\nprincipal components",
+    "accuracy lost": "accuracy lost,\nshare of the test images",
+    "% of predictions that change": "predictions that change,\n% of the test images",
+    "dead": "dead latents,\nnumber",
+    "L0 by dense": "share of L0 by features active\non over 10% of the images",
+    "share of L0 by dense features": "share of L0 by features active\non over 10% of the images",
+    "variance reproduced across seeds": "variance reproduced\nacross seeds, share",
+    "similarity of nearest features": "similarity of nearest features\n(1: the same)",
+}
 PANEL_WIDTH = 250  # screen pixels of one panel in a row of them
 TINY, SMALL, NORMAL, LARGE = 7, 8.5, 9.5, 11  # points: numbers, ticks, titles of panels, of all
 
@@ -151,16 +163,6 @@ class Curve(NamedTuple):
     spread: Sequence[float]  # half the length of the bar at each value
 
 
-TITLES = {  # of panels, for short names of measurements
-    "FVU": "variance not reconstructed\n(FVU), share",
-    "FVU to PCs": "FVU over that of as many\nprincipal components",
-    "accuracy lost": "accuracy lost,\nshare of the test images",
-    "dead": "dead latents,\nnumber",
-    "L0 by dense": "share of L0 by features active\non over 10% of the images",
-    "predictions that change, %": "predictions that change,\n% of the test images",
-}
-
-
 def draw_curves(title: str, targets: Sequence[int], panels: dict[str, dict[str, Curve]]) -> Figure:
     """A panel for each title, with a curve for each name; the ticks are the `targets`, at the L0 of
     the first curve."""
@@ -187,9 +189,9 @@ def frontier_curves(records: Sequence[dict]) -> dict[str, Curve]:
     """
     l0 = [r["achieved_actives_test"] for r in records]
     found = {
-        "FVU to PCs": [r["fvu_to_pca"] for r in records],
-        "predictions that change, %": [100 * (1 - r["agreement_jumprelu"]) for r in records],
-        "L0 by dense": [r["dense_share_of_l0"] for r in records],
+        "FVU, relative to as many PCs": [r["fvu_to_pca"] for r in records],
+        "% of predictions that change": [100 * (1 - r["agreement_jumprelu"]) for r in records],
+        "share of L0 by dense features": [r["dense_share_of_l0"] for r in records],
     }
     curves = {}
     for title, values in found.items():
@@ -199,8 +201,8 @@ def frontier_curves(records: Sequence[dict]) -> dict[str, Curve]:
         variance, similarity = (
             [r["reproducibility"][name] for r in records] for name in ("variance", "similarity")
         )
-        titles = {"variance reproduced\nacross seeds, share": variance}
-        titles["similarity of nearest features\n(1: the same)"] = similarity
+        titles = {"variance reproduced across seeds": variance}
+        titles["similarity of nearest features"] = similarity
         for title, over_pairs in titles.items():
             spread = [f["std"] or 0.0 for f in over_pairs]  # None: a single pair of SAEs
             curves[title] = Curve(l0, [f["mean"] for f in over_pairs], spread)

@@ -42,11 +42,11 @@ def test_the_frontier_is_in_the_order_of_l0_and_leaves_gaps():
     records = [frontier_record(8), frontier_record(4, fvu_to_pca=None)]
     curves = figures.frontier_curves(records)
     assert len(curves) == 3
-    relative = curves["FVU to PCs"]
+    relative = curves["FVU, relative to as many PCs"]
     assert relative.l0 == [8.1, 4.1]
     assert relative.values[0] == 0.5
     assert math.isnan(relative.values[1])
-    assert curves["predictions that change, %"].values == pytest.approx([10, 10])
+    assert curves["% of predictions that change"].values == pytest.approx([10, 10])
     axes = figures.draw_frontier(records).axes
     assert [label.get_text() for label in axes[0].get_xticklabels()] == ["4", "8"]
     assert axes[1].lines[0].get_xdata().tolist() == [4.1, 8.1]
