@@ -1210,7 +1210,7 @@ def paint_pattern(heat: np.ndarray, k: int, inked=None, words: str = "") -> np.n
 
     scale = display_scale(heat, mask)
     paste(page, enlarged(pattern_colors(heat, scale, mask), zoom), top, MARGIN)
-    title, note = f"Feature {k}: pixels that drive it", f"full color = {scale:.2g} per unit of ink"
+    title, note = f"Feature {k}: pixels that drive it", f"full color: {scale:.2g} per pixel of ink"
     paste(page, text_pixels(title, 14, BOLD, TEXT), 6, MARGIN)
     line = text_pixels(words, 11, levels=TEXT) if words else text_pixels(note, 11, MONO, TEXT)
     paste(page, line, TITLE, MARGIN)

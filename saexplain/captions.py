@@ -2,7 +2,7 @@
 
     caption_of(weights)         # "Bar at the top right, blank just below it"
     images_of(classes, 6)       # "6s", "trousers"
-    logit_groups(delta)         # "without it the logits of 19 classes fall by 5.90 on average, ..."
+    logit_groups(delta)         # "remove it and the scores for 19 classes fall by 5.90 on average"
 
 Takes a drawing (h, w), positive where ink is wanted and negative where it is not; gives words from
 its geometry alone. It computes no statistics, and a caption decides nothing.
@@ -221,7 +221,7 @@ def caption_without_drawing(
     images: str, where: str, raised: str | None, lowered: str | None, is_strong: bool = False
 ) -> str:
     """What a hypothesis names that has no drawing, in words: the `images` of classes and `where` in
-    them, as in "in the center", or else the names of the logits that the feature raises and lowers;
+    them, as in "in the center", or else the classes whose scores the feature raises and lowers;
     `is_strong` where it is about strongly active images only."""
     clauses = [words for words in (images, where) if words]
     if clauses and is_strong:
@@ -229,8 +229,8 @@ def caption_without_drawing(
     if not clauses:
         moved = (("raises", raised), ("lowers", lowered))
         names = [(verb, fa.shortened(name, MOST_LETTERS)) for verb, name in moved if name]
-        clauses = [f"{verb} the logit of {name}" for verb, name in names]
-    text = ", ".join(clauses) or "no class, place or logit stands out"
+        clauses = [f"{verb} the score for {name}" for verb, name in names]
+    text = ", ".join(clauses) or "no class, place or score stands out"
     return text[:1].upper() + text[1:]
 
 
@@ -317,19 +317,20 @@ def images_of_classes(group: Sequence[int], classes: Sequence[str]) -> str:
 
 def group_words(change: Sequence[float], classes: Sequence[str], verb: str) -> str:
     """The classes whose logit changes by at least half of the largest of `change` (C,), in words,
-    as in "the logits of 19 classes fall by 5.90 on average, most for 53: 50, 51, ..."."""
+    as in "the scores for 19 classes fall by 5.90 on average, most for 53, then 50, ..."."""
     largest = max(change)
     order = sorted(range(len(change)), key=lambda c: (-change[c], c))
     group = [c for c in order if change[c] >= IN_GROUP * largest]
     names = [fa.class_name(classes, c) for c in range(len(change))]
     if len(group) == 1:
-        return f"the logit of {names[group[0]]} {verb}s by {largest:.2f}"
+        name = fa.shortened(names[group[0]], MOST_LETTERS)
+        return f"the score for {name} {verb}s by {largest:.2f}"
     mean = sum(change[c] for c in group) / len(group)
     first, *others = [fa.shortened(names[c], MOST_LETTERS) for c in group[: MOST_NAMED + 1]]
     others += ["..."] if len(group) > MOST_NAMED + 1 else []
     named = f"most for {first}, then {', '.join(others)}"
     which = classes_in_words(group, names)
-    return f"the logits of {which} {verb} by {mean:.2f} on average, {named}"
+    return f"the scores for {which} {verb} by {mean:.2f} on average, {named}"
 
 
 def logit_groups(delta: Sequence[float], classes: Sequence[str] = (), least: float = 0.02) -> str:
@@ -340,7 +341,7 @@ def logit_groups(delta: Sequence[float], classes: Sequence[str] = (), least: flo
     for verb, change in (("fall", [-d for d in delta]), ("rise", delta)):
         if max(change) >= least:
             clauses.append(group_words(change, classes, verb))
-    return f"without it {'; '.join(clauses)}" if clauses else ""
+    return f"remove it and {'; '.join(clauses)}" if clauses else ""
 
 
 def plural(name: str) -> str:

@@ -491,7 +491,7 @@ UNDRAWN_RULE = """Of a hypothesis without a drawing: Medium: the place that it n
 or the classes are, and their images predict it better than picking every image does. High: so is
 another of its results, none is refuted, and the F1 of picking the images of the classes named is at
 least {high_f1:g} and {high_lift:g} above that of picking every image, or {high_place:.0%} of its
-peaks are in the place. Low: the rest; effects on logits alone say what the feature does, not when
+peaks are in the place. Low: the rest; effects on scores alone say what the feature does, not why
 it is active."""
 
 

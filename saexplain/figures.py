@@ -31,6 +31,18 @@ if TYPE_CHECKING:  # matplotlib takes half a second, which only drawing needs
 
 COLORS = ("#2166ac", "#b2182b", "#4d9221", "#e08214", "#666666")
 CONFIDENCE_COLORS = {"High": "#1b7837", "Medium": "#a6dba0", "Low": "#bfbfbf"}
+TITLES = {  # of panels, for short names of measurements
+    "FVU": "variance not reconstructed\n(FVU), share",
+    "FVU to PCs": "FVU over that of as many\nprincipal components",
+    "FVU, relative to as many PCs": "FVU over that of as many\nprincipal components",
+    "accuracy lost": "accuracy lost,\nshare of the test images",
+    "% of predictions that change": "predictions that change,\n% of the test images",
+    "dead": "dead latents,\nnumber",
+    "L0 by dense": "share of L0 by features active\non over 10% of the images",
+    "share of L0 by dense features": "share of L0 by features active\non over 10% of the images",
+    "variance reproduced across seeds": "variance reproduced\nacross seeds, share",
+    "similarity of nearest features": "similarity of nearest features\n(1: the same)",
+}
 PANEL_WIDTH = 250  # screen pixels of one panel in a row of them
 TINY, SMALL, NORMAL, LARGE = 7, 8.5, 9.5, 11  # points: numbers, ticks, titles of panels, of all
 
@@ -73,6 +85,7 @@ class TrainingCurve(NamedTuple):
     """One panel of training.png."""
 
     title: str
+    unit: str
     steps: list[int]
     values: list[float]
     logarithmic: bool = False
@@ -93,20 +106,20 @@ def training_curves(
     """
     curves = []
 
-    def add(lines: Sequence[dict], name: str, title: str, **more) -> None:
+    def add(lines: Sequence[dict], name: str, title: str, unit: str, **more) -> None:
         if lines:
             steps, values = [line["step"] for line in lines], [line[name] for line in lines]
-            curves.append(TrainingCurve(title, steps, values, **more))
+            curves.append(TrainingCurve(title, unit, steps, values, **more))
 
-    add(classifier, "loss", "Classifier: cross entropy\nin nats", logarithmic=True)
-    variance = "SAE: share of the variance\nnot reconstructed"
-    add(sae, "loss", variance, logarithmic=True, logits_from=logits_from)
-    l0 = f"SAE: active features per image\n(dashed: the target, {target})"
-    add(sae, "l0", l0, target=target, logits_from=logits_from)
+    add(classifier, "loss", "Classifier: loss\n(cross entropy)", "nats", logarithmic=True)
+    variance = "SAE: variance not\nreconstructed (FVU)"
+    add(sae, "loss", variance, "share", logarithmic=True, logits_from=logits_from)
+    l0 = f"SAE: features active at once\n(dashed: the target, {target})"
+    add(sae, "l0", l0, "features", target=target, logits_from=logits_from)
     price = "SAE: lambda, the price\nof an active feature"
-    add(sae, "lambda", price, logits_from=logits_from)
-    dead = f"SAE: dead latents, active on\nfewer than 1 in {1 / dead_below:,.0f} images"
-    add(sae, "dead", dead, logits_from=logits_from)
+    add(sae, "lambda", price, "variance per feature", logits_from=logits_from)
+    dead = f"SAE: dead latents (active less\nthan 1 in {1 / dead_below:,.0f} times)"
+    add(sae, "dead", dead, "latents", logits_from=logits_from)
     return curves
 
 
@@ -114,14 +127,16 @@ def draw_training(curves: Sequence[TrainingCurve]) -> Figure:
     """A panel for each curve, over the steps of its training."""
     title = "Training; every point is one batch"
     if any(curve.logits_from is not None for curve in curves):
-        title += ". Dotted: from this step on the classifier's logits are part of the loss"
+        title += ". Dotted: from this step on the loss has the classifier's scores (logits)"
     figure, panels = _row_of_panels(len(curves), 290, title)
     for axes, curve in zip(panels, curves, strict=True):
         axes.plot(curve.steps, curve.values, color=COLORS[0], linewidth=1.2)
         axes.set_title(curve.title, fontsize=NORMAL)
         axes.set_xlabel("step", fontsize=SMALL)
+        axes.set_ylabel(curve.unit, fontsize=SMALL)
         if curve.logarithmic:
             axes.set_yscale("log")
+            axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("")
         else:
@@ -161,7 +176,7 @@ def draw_curves(title: str, targets: Sequence[int], panels: dict[str, dict[str, 
         axes.minorticks_off()
         axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # from 0, without cutting the largest
         axes.set_xlabel("active features per image", fontsize=SMALL)
-        axes.set_title(what, fontsize=NORMAL)
+        axes.set_title(TITLES.get(what, what), fontsize=NORMAL)
         if len(curves) > 1 and axes is row[0]:
             axes.legend(fontsize=8)
     return figure
@@ -218,6 +233,7 @@ def _draw_agreements(axes: Axes, summaries: dict[str, Summary]) -> None:
     names = [name.replace(" ", "\n", 1) for name in summaries]
     axes.set_xticks(range(len(names)), names)
     axes.set_ylim(0, 1.1)
+    axes.set_yticks(np.arange(0, 1.01, 0.2))
     axes.set_ylabel("share of test images", fontsize=SMALL)
     title = "predictions kept: with the features (pale), with hypotheses in their place"
     axes.set_title(title, fontsize=NORMAL, loc="left")
@@ -238,7 +254,9 @@ def _draw_bands(axes: Axes, summaries: dict[str, Summary]) -> None:
     axes.set_xticks(range(len(names)), names)
     axes.set_ylim(0, 1.25)  # space for the legend
     axes.set_xlabel("share of images on which the feature is active", fontsize=SMALL)
-    axes.set_title("mean F1 of the drawings", fontsize=NORMAL, loc="left")
+    axes.set_ylabel("mean F1 (1: perfect)", fontsize=SMALL)
+    axes.set_yticks(np.arange(0, 1.01, 0.2))
+    axes.set_title("how well the drawings predict activity", fontsize=NORMAL, loc="left")
     axes.legend(fontsize=SMALL, loc="upper left", ncols=3)
 
 
@@ -276,7 +294,7 @@ def draw_influence(evaluation: Evaluation) -> Figure:
         axes.stairs(np.where(some, 100 * influence, 0), edges, fill=True, color=color, label=label)
     axes.set_xlim(0.5, len(order) + 0.5)
     axes.set_xlabel("features, the most influential first", fontsize=SMALL)
-    axes.set_ylabel("influence of each, %", fontsize=SMALL)
+    axes.set_ylabel("influence of each feature (bars), %", fontsize=SMALL)
     axes.legend(fontsize=SMALL, loc="center right", title="confidence in its hypothesis")
 
     total = axes.twinx()
@@ -285,14 +303,15 @@ def draw_influence(evaluation: Evaluation) -> Figure:
         at = (n, float(share.rstrip("%")))
         total.plot(*at, "o", color="0.2", markersize=4)
         given = {"fontsize": SMALL, "textcoords": "offset points"}
-        total.annotate(f"{n} make {share}", at, (6, -12), **given)
+        total.annotate(f"first {n}: {share}", at, (6, -12), **given)
     total.set_ylim(0, 105)
-    total.set_ylabel("all so far, %", fontsize=SMALL)
+    total.set_ylabel("influence of all up to here (line), %", fontsize=SMALL)
     for one in (axes, total):
         one.tick_params(labelsize=SMALL)
         one.spines["top"].set_visible(False)
     figure.suptitle(
-        "Influence: share of the total logit effect of single ablations, on the test images",
+        "Influence: a feature's share of all changes of scores (logits) that removing single "
+        "features causes, on the test half",
         fontsize=LARGE,
     )
     return figure

@@ -75,8 +75,8 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 # files of templates/, joined in this order: later ones use what earlier ones define
-SCRIPTS = """core dom where parts story class pair errors images features feature draw score store
-write yours main""".split()
+SCRIPTS = """core dom where parts words story class pair errors images features feature draw score
+store write yours main""".split()
 TOP_SHOWN, BAND_SHOWN = SIZES[0][1:]  # strongest images of a feature, and of each quarter, at most
 HISTOGRAM_BINS = 24
 NEIGHBORS = 4  # similar features listed with a feature, by direction and by coactivation
@@ -383,7 +383,8 @@ def _image_arrays(
 
 
 def _pattern_arrays(shown: Shown, features: Sequence[int], look: _Look) -> dict[str, np.ndarray]:
-    """Input patterns from -127 to 127, full color, and the pixels (h, w) that images ink.
+    """Input patterns from -127 to 127, full color, and the pixels (h, w) that images ink; where
+    pixels are the images' own, also the value (F,) of full color.
 
     A pattern that is not faithful is blank.
     """
@@ -403,7 +404,10 @@ def _pattern_arrays(shown: Shown, features: Sequence[int], look: _Look) -> dict[
     if shown.faithful is not None:
         heats[~fa.as_array(shown.faithful)[features]] = 0
     inked = np.ones(shape) if mask is None else mask
-    return {"heats": heats.round().astype(np.int8), "inked": inked.astype(np.uint8)}
+    arrays = {"heats": heats.round().astype(np.int8), "inked": inked.astype(np.uint8)}
+    if look.is_default:
+        arrays["heat_scale"] = scales.ravel().astype(np.float32)
+    return arrays
 
 
 def _mean_arrays(

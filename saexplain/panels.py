@@ -104,8 +104,8 @@ def _paste_lines(page: np.ndarray, lines: Sequence[str], top: int) -> None:
 
 CHART_WIDTH, CHART_HEIGHT = 320, 58  # of a chart's bars
 CHART_TITLE, CHART_PITCH = 24, 108  # above a chart, and from one to the next
-CLASS_NUMBERS, CLASS_NAMES = 20, 10  # labels that fit below a chart, if numbers or names
-NAME_LETTERS = 5  # letters of a class's name below a bar
+CLASS_NUMBERS, CLASS_NAMES = 20, 32  # labels that fit below a chart, if numbers or names
+NAME_LETTERS, NAME_HEIGHT = 11, 50  # letters of a name below a bar, upright, and space for them
 NUMBERS = 70  # left of a chart, for the numbers of its axis
 BLUE, RED, GRAY = "#2166ac", "#b2182b", "#666666"  # of bars; blue and red are RdBu_r's
 
@@ -123,7 +123,7 @@ def _draw_chart(axes, title: str, values: np.ndarray, colors: tuple, classes: Se
     n_shown = CLASS_NAMES if named else CLASS_NUMBERS
     for c in range(0, len(values), math.ceil(len(values) / n_shown)):
         text = fa.shortened(fa.class_name(classes, c), NAME_LETTERS)
-        axes.text(c, -0.12, text, fontsize=7 if named else 8, **below_axes)
+        axes.text(c, -0.12, text, fontsize=7 if named else 8, rotation=90 * named, **below_axes)
     counts = not np.issubdtype(values.dtype, np.floating)  # images, not logits
     axes.locator_params(axis="y", nbins=3, integer=counts)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
@@ -135,14 +135,16 @@ def _draw_chart(axes, title: str, values: np.ndarray, colors: tuple, classes: Se
 def _draw_charts(histogram, logit_delta, ablation_delta, classes: Sequence[str] = ()) -> np.ndarray:
     """Three charts with one bar per class, from (C,) each: (height, width, 3) uint8."""
     charts = (
-        ("active images, by label", histogram, (GRAY, GRAY)),
-        ("change of each logit when it is added", logit_delta, (RED, BLUE)),
-        ("change of each logit when it is removed", ablation_delta, (RED, BLUE)),
+        ("images on which it is active, by class", histogram, (GRAY, GRAY)),
+        ("change of each class's score when it is added", logit_delta, (RED, BLUE)),
+        ("the same when removed (not why it is active)", ablation_delta, (RED, BLUE)),
     )
-    width, height = NUMBERS + CHART_WIDTH + fa.MARGIN, CHART_PITCH * len(charts)
+    named = max(map(len, classes), default=0) > fa.SHORT_NAME
+    pitch = CHART_PITCH + NAME_HEIGHT * named
+    width, height = NUMBERS + CHART_WIDTH + fa.MARGIN, pitch * len(charts)
     figure = new_figure(width, height)
     for row, (title, values, colors) in enumerate(charts):
-        bottom = height - CHART_PITCH * row - CHART_TITLE - CHART_HEIGHT
+        bottom = height - pitch * row - CHART_TITLE - CHART_HEIGHT
         box = NUMBERS / width, bottom / height, CHART_WIDTH / width, CHART_HEIGHT / height
         _draw_chart(figure.add_axes(box), title, fa.as_array(values), colors, classes)
     figure.canvas.draw()
@@ -174,6 +176,14 @@ def _paint_pattern(heat: np.ndarray, mask: np.ndarray | None, width: int) -> np.
     """A pattern (H, W) in color, (height, about width, 3) uint8."""
     colors = fa.pattern_colors(heat, fa.display_scale(heat, mask), mask)
     return fa.pattern_palette()[fa.enlarged(colors, fa.zoom_factor(heat.shape, width))]
+
+
+def _with_note(picture: np.ndarray, words: str) -> np.ndarray:
+    """The picture (H, W, 3) with a line of small letters below it."""
+    page = np.full((len(picture) + SMALL_LINE + 2, *picture.shape[1:]), fa.WHITE, np.uint8)
+    fa.paste(page, picture, 0, 0)
+    fa.paste(page, fa.text_pixels(words, 10)[:, : picture.shape[1]], len(picture) + 2, 0)
+    return page
 
 
 def _paint_counterparts(notes: PanelNotes, mask: np.ndarray | None) -> np.ndarray:
@@ -213,11 +223,14 @@ def _paint_panel(
 
     beside = []
     if heat is not None:
-        beside.append(("red raises, blue lowers", _paint_pattern(heat, mask, PANEL_PATTERN)))
+        scale = f"full color: {fa.display_scale(heat, mask):.2g} per pixel"
+        pattern = _with_note(_paint_pattern(heat, mask, PANEL_PATTERN), scale)
+        beside.append(("red raises, blue lowers", pattern))
     if notes.mean_map is not None:
         tall = round(PANEL_PATTERN * gallery.tile[0] / gallery.tile[1])
         picture = paint_map(notes.mean_map, (tall, PANEL_PATTERN))
-        beside.append(("where, on average", picture))
+        bright = f"brightest: {float(notes.mean_map.max()):.2g}, darkest: 0"
+        beside.append(("where, on average", _with_note(picture, bright)))
     if notes.sketch is not None:
         beside.append(("its hypothesis", _paint_sketch(notes.sketch, PANEL_PATTERN)))
     if notes.counterparts:

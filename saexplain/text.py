@@ -16,7 +16,14 @@ from typing import NamedTuple
 
 import feature_analysis as fa
 from saexplain.baselines import MAX_TESTED
-from saexplain.captions import images_of, images_of_classes, listed, logit_groups, percent
+from saexplain.captions import (
+    MOST_LETTERS,
+    images_of,
+    images_of_classes,
+    listed,
+    logit_groups,
+    percent,
+)
 from saexplain.edits import EditTest
 from saexplain.evaluation import (
     CONFIDENCES,
@@ -103,9 +110,9 @@ def evaluated_record(k: int, evaluation: Evaluation, classes: Sequence[str] = ()
 # --------------------------------------------------------------------------------------------------
 
 EDIT_WORDS = {
-    "erasing": "erasing the wanted ink deactivates it",
-    "filling": "filling the unwanted cells deactivates it",
-    "painting": "making an image as drawn activates it",
+    "erasing": "erasing the wanted ink turns it off",
+    "filling": "filling the unwanted cells turns it off",
+    "painting": "making an image as drawn turns it on",
 }
 
 
@@ -141,17 +148,19 @@ def _picked_line(e: Evidence) -> str:
     found = f"precision {precision}, recall {recall}, on {p.n:,} images"
     found += " of the classes named" if e.undrawn else " picked"
     by = "by class, not by a drawing: " if e.undrawn else ""
-    return f"{by}F1 {p.f1:.2f}, of picking every image {chance:.2f}: {found}"
+    return f"{by}F1 {p.f1:.2f} (picking every image: {chance:.2f}): {found}"
 
 
 def _detection_line(d: Detection) -> str:
     ends = f"[{auroc_words(d.auroc_low)}, {auroc_words(d.auroc_high)}]"
     found = f"AUROC {auroc_words(d.auroc)} {ends}"
-    return f"the score ranks images with {found}, average precision {d.average_precision:.3f}"
+    return f"the match ranks images with {found}, average precision {d.average_precision:.3f}"
 
 
 def _edit_counts(name: str, t: EditTest) -> str:
-    return f"{EDIT_WORDS[name]} on {t.named} of {t.n} images, elsewhere on {t.elsewhere}"
+    return (
+        f"{EDIT_WORDS[name]} in {t.named} of {t.n} images, the same edit elsewhere in {t.elsewhere}"
+    )
 
 
 def _edit_line(name: str, t: EditTest) -> str:
@@ -186,16 +195,21 @@ def place_words(h: Hypothesis, e: Evidence) -> str:
     return f"on {share} of {counted_words(e)} its peak is in the {h.place}, {usual}"
 
 
+def short_name(classes: Sequence[str], c: int) -> str:
+    """The name of class c in at most MOST_LETTERS."""
+    return fa.shortened(fa.class_name(classes, c), MOST_LETTERS)
+
+
 def effect_words(verb: str, c: LogitChange, classes: Sequence[str]) -> str:
-    """What removing the feature does to a logit, in words."""
+    """What removing the feature does to the score for a class, in words."""
     falls = (verb == "raises") == (c.by >= 0)
-    lost, name = "falls" if falls else "rises", fa.class_name(classes, c.logit)
+    lost, name = "falls" if falls else "rises", short_name(classes, c.logit)
     low, high = (c.low, c.high) if c.by >= 0 else (-c.high, -c.low)
     change = f"{abs(c.by):.2f} [{low:.2f}, {high:.2f}]"
     others = (
         f"95% of random directions make one {'fall' if verb == 'raises' else 'rise'} by at most"
     )
-    return f"without it the logit of {name} {lost} by {change}; {others} {c.null:.2f}"
+    return f"remove it and the score for {name} {lost} by {change}; {others} {c.null:.2f}"
 
 
 def measured_lines(
@@ -208,7 +222,7 @@ def measured_lines(
     if e.detection:
         lines.append(_detection_line(e.detection))
     if e.correlation is not None:
-        lines.append(f"correlation of the score with the pre-activation {e.correlation:.2f}")
+        lines.append(f"correlation of the match with the pre-activation {e.correlation:.2f}")
     lines += [f"{_edit_line(name, t)}: {d.results[name]}" for name, t in e.edits.items()]
     if e.classes:
         lines.append(f"{class_words(h, e, classes)}: {d.results['classes']}")
@@ -220,37 +234,38 @@ def measured_lines(
         lines.append(f"{effect_words(verb, change, classes)}: {d.results[verb]}")
         pairs = zip(change.at_doses[1:], change.linear[1:], strict=True)
         doses = ", ".join(f"{found:+.2f} (linear {line:+.2f})" for found, line in pairs)
-        name = fa.class_name(classes, change.logit)
+        name = short_name(classes, change.logit)
         typical = "its own map" if e.at_positions else "its mean activation"
-        lines.append(f"the logit of {name} with 0.5, 1, 2 times {typical}: {doses}")
+        lines.append(f"the score for {name} with 0.5, 1, 2 times {typical} added: {doses}")
     return lines
 
 
 def evidence_line(e: Evidence, classes: Sequence[str] = ()) -> str:
     """The evidence in one line, all of it from images on which nothing was proposed."""
-    clauses = [f"active on {percent(e.n_active / e.n_images)} of {e.n_images:,} unseen images"]
+    clauses = [f"active on {percent(e.n_active / e.n_images)} of {e.n_images:,} test images"]
     ranked = sorted(range(len(e.label_histogram)), key=lambda c: (-e.label_histogram[c], c))
     shares = []
     for c in ranked[:2]:
         if e.label_histogram[c]:
             share = percent(e.label_histogram[c] / e.n_active)
-            shares.append(f"{share} of them {images_of(classes, c)}")
+            named = fa.shortened(images_of(classes, c), MOST_LETTERS)
+            shares.append(f"{share} of them {named}")
     clauses[0] += ", " + listed(shares) if shares else ""
     if e.n_strong is not None:
         tested = "classes and place are tested" if e.undrawn else "it is tested"
         clauses.append(f"{tested} on {counted_words(e)}")
     if not e.is_testable:
-        clauses.append("too few active, or inactive, images to test")
+        clauses.append("not tested: too few active, or inactive, images")
     if e.picked:
         clauses.append(picked_words(e.picked, e.undrawn, e.n_strong is not None))
         f1 = "F1 by class" if e.undrawn else "F1"
-        clauses.append(f"{f1} {e.picked.f1:.2f}, of picking every image {e.chance_f1:.2f}")
+        clauses.append(f"{f1} {e.picked.f1:.2f} (picking every image: {e.chance_f1:.2f})")
     if e.place:
         where = f"of its peaks {percent(e.place.share)} are in the place named"
         clauses.append(f"{where}, of all features' {percent(e.place.usual)}")
     clauses += [_edit_counts(name, test) for name, test in e.edits.items()]
     if e.n_active:
-        clauses.append(f"without it {percent(e.changes)} of their predictions change")
+        clauses.append(f"removing it changes {percent(e.changes)} of their predictions")
     return "; ".join(clauses)
 
 
@@ -272,7 +287,7 @@ def feature_lines(
     lines = [
         f"### Feature {h.feature}: {h.caption}",
         "",
-        f"- Influence: {percent(e.influence)}",
+        f"- It accounts for {percent(e.influence)} of all influence",
         f"- Evidence: {evidence_line(e, classes)}",
         f"- Confidence: {confidence_words(d.confidence, row.replicated)}{marked}",
     ]
@@ -281,12 +296,12 @@ def feature_lines(
     if e.place:
         lines.append(f"- Place: {place_words(h, e)}: {d.results['place']}")
     if groups := logit_groups(e.delta, classes) if e.delta else "":
-        lines.append(f"- Logits: {groups}")
+        lines.append(f"- Effects: {groups}")
     for verb, change in e.effects.items():
-        lines.append(f"- Logit: {effect_words(verb, change, classes)}: {d.results[verb]}")
+        lines.append(f"- Effect: {effect_words(verb, change, classes)}: {d.results[verb]}")
     if top_images:
         numbers = ", ".join(f"#{image}" for image in top_images)
-        lines.append(f"- strongest of the {e.n_active:,} test images that activate it: {numbers}")
+        lines.append(f"- Strongest of the {e.n_active:,} test images that activate it: {numbers}")
     return [*lines, ""]
 
 
@@ -301,15 +316,17 @@ there as well. SHA-256 of hypotheses.json: `{sha256}`.
 """
 HOW_DRAWN = """
 A hypothesis is a drawing: cells where ink is wanted, and cells where it is not, some of them
-strongly, which counts twice. An image's score is its ink in the former less that in the latter;
-from the threshold with the largest F1 on the validation images on, it is picked: the feature is
-predicted to be active. Classes and logits are tested by themselves and add nothing to the score.
-The captions are made from the geometry of the drawings, and decide nothing.
+strongly, which counts twice. An image's match is its ink in the former less that in the latter. An
+image whose match reaches the threshold is picked: the feature is predicted to be active on it.
+Precision is the share of the picked images that activate the feature, recall the share of the
+images that activate it that are picked, F1 their harmonic mean. The threshold is the one with the
+largest F1 on the validation images. Classes and effects are tested by themselves and are no part of
+the match. The captions are made from the geometry of the drawings, and decide nothing.
 """
 HOW_CROPS = """
-Drawings are of the {side} pixels that a position of the layer sees. An image's score is the largest
+Drawings are of the {side} pixels that a position of the layer sees. An image's match is the largest
 over its positions. Edits change an active image around the feature's peak, and an inactive one
-around the position with the largest score.
+around the position with the largest match.
 """
 HOW_UNDRAWN = """
 {undrawn} hypotheses have no drawing, for the reason given with each. They name classes, and, where
@@ -332,8 +349,11 @@ active images get {fill} of full ink. Painting: inactive images are made as draw
 same shapes elsewhere, with as much ink, are edited for comparison."""
 HOW_DECIDED = """
 - Classes: their share of the active images must be {enrichment} times that of all images.
-- Logits: removing the feature must change each by more than {percentile:.0%} of random directions
-of its norm change the logit they change most.
+- Effects: a class's score (logit) is the number that the network computes for it; it predicts the
+class with the largest. Removing the feature must change the score by more than {percentile:.0%} of
+random directions of its norm change the score they change most. Effects say what removing the
+feature does to the network, not why it is active: with activations shuffled over images, many are
+confirmed as well. Alone they never give a confidence above Low.
 
 A test is confirmed when its value reaches the bar and its 95% interval leaves out that there is no
 difference; refuted when the interval stays below the bar; otherwise inconclusive. Features with
@@ -343,7 +363,9 @@ on the logit scale; of shares, Wilson's; of edits, Newcombe's for pairs.
 {confidence} A hypothesis is replicated when the replication half gives it at least the same
 confidence.
 
-A feature's influence is its share of the logit effect of all single ablations.
+A feature's influence is its share of all changes of scores that removing single features causes.
+Here it is counted on the test half; on the page, and in feature_report.json, on the validation
+images.
 """
 
 SWAPPED = """With each feature's drawing exchanged for that of the feature that is active next more
@@ -372,7 +394,7 @@ SUMMARY_ROWS = (  # title, key, format
     ("  of picking every image", "chance_mean", "{:.2f}"),
     ("average precision", "average_precision", "{:.2f}"),
     ("AUROC of 0.85 or more", "auroc_above", "{:.0%}"),
-    ("correlation with the pre-activation", "correlation", "{:.2f}"),
+    ("correlation of match and pre-activation", "correlation", "{:.2f}"),
     ("influence with confidence High", "influence_high", "{:.0%}"),
     ("  Medium", "influence_medium", "{:.0%}"),
 )
@@ -381,8 +403,8 @@ SUMMARY_ROWS = (  # title, key, format
 UNDRAWN_ROWS = (  # title, result
     ("  classes", "classes"),
     ("  place", "place"),
-    ("  logit it raises", "raises"),
-    ("  logit it lowers", "lowers"),
+    ("  score it raises", "raises"),
+    ("  score it lowers", "lowers"),
 )
 
 
@@ -414,7 +436,9 @@ def summary_rows(record: dict) -> list[list[str]]:
     for name in EDIT_WORDS:
         cells = [s["edits"][name] for s in sets]
         if any(s["f1_mean"] is not None for s in sets):
-            rows.append(row(f"{name} confirmed", (_number(cell, "{:.0%}") for cell in cells)))
+            rows.append(
+                row(f"{EDIT_WORDS[name]}, confirmed", (_number(cell, "{:.0%}") for cell in cells))
+            )
     ends = [f"{band['upto']:.0%}" for band in sets[0]["bands"][:-1]]
     names = [f"{low} to {high}" for low, high in itertools.pairwise(["0", *ends])]
     for i, name in enumerate([*names, f"more than {ends[-1]}"]):
@@ -475,8 +499,10 @@ def headline(record: dict) -> str:
         if own["agreement_hypotheses"] is not None:
             text += f"; {high} of it with confidence High"
     counts = record["features_that_make_influence"]
-    made = ", ".join(f"{n} make up {share}" for share, n in counts.items())
-    return f"{text}. Features by influence on the test images: {made}."
+    (first, n), *others = counts.items()
+    made = [f"{n} features account for {first} of all influence"]
+    made += [f"{n} for {share}" for share, n in others]
+    return f"{text}. On the test half {listed(made)}."
 
 
 def headline_undrawn(own: dict) -> str:

@@ -111,6 +111,8 @@ def small_world(d_sae: int = 24, zoom: int = 1) -> World:
             "ablation_delta_vector": removed.mean_delta[k].tolist(),
             "logit_delta_vector": pushes.mean_delta[k].tolist(),
         }
+        if not records[k]["evidence"]["picked"]:
+            records[k]["f1"] = None  # too rare to be tested
     heats = torch.tensordot(layer.sae.W_enc.T, unit_heats, dims=1)
     return World(layer, records, page.Shown(bank, activity, heats))
 

@@ -250,12 +250,12 @@ def test_words_for_classes_and_shares():
     [
         (("6s and 7s", "in the upper third", "6", None), "6s and 7s, in the upper third"),
         (("", "in the lower left", "6", "7"), "In the lower left"),
-        (("", "", "6", "7"), "Raises the logit of 6, lowers the logit of 7"),
-        (("", "", None, "0"), "Lowers the logit of 0"),
-        (("", "", None, None), "No class, place or logit stands out"),
+        (("", "", "6", "7"), "Raises the score for 6, lowers the score for 7"),
+        (("", "", None, "0"), "Lowers the score for 0"),
+        (("", "", None, None), "No class, place or score stands out"),
         (("cats", "in the center", None, None, True), "Strongest on cats, in the center"),
         (("", "in the center", None, None, True), "Strongest in the center"),
-        (("", "", "6", None, True), "Raises the logit of 6"),
+        (("", "", "6", None, True), "Raises the score for 6"),
     ],
 )
 def test_captions_without_a_drawing(given, caption):
@@ -281,17 +281,18 @@ def test_classes_whose_logits_move_together_are_one_group():
     delta[7] = -2.9  # less than half of the largest fall
     mean = np.mean([6 - i / 10 for i in range(19)])
     assert logit_groups(delta, PAIRS) == (
-        f"without it the logits of 19 classes with 5 in their name fall by {mean:.2f} on average, "
-        f"most for 53, then 05, 15, 25, 35, ...; the logit of 26 rises by 6.00"
+        f"remove it and the scores for 19 classes with 5 in their name fall by {mean:.2f} on "
+        f"average, most for 53, then 05, 15, 25, 35, ...; the score for 26 rises by 6.00"
     )
     some = logit_groups(changes(100, fall=[*fives[:9], 80]), PAIRS)
-    assert "of 10 classes, 9 of them with 5 in their name, fall by" in some
+    assert "for 10 classes, 9 of them with 5 in their name, fall by" in some
     first, last = (logit_groups(changes(100, fall=at), PAIRS) for at in (range(50, 60), fives[1:6]))
-    assert "of 10 classes with names that begin with 5 fall by" in first
-    assert "of 5 classes with names that end in 5 fall by" in last
+    assert "for 10 classes with names that begin with 5 fall by" in first
+    assert "for 5 classes with names that end in 5 fall by" in last
     few = logit_groups(changes(100, fall=[50, 51]), PAIRS)  # two classes say little
-    assert few == "without it the logits of 2 classes fall by 5.95 on average, most for 50, then 51"
-    assert "of 3 classes fall by" in logit_groups(changes(100, fall=[12, 34, 67]), PAIRS)
+    words = "remove it and the scores for 2 classes fall by 5.95 on average, most for 50, then 51"
+    assert few == words
+    assert "for 3 classes fall by" in logit_groups(changes(100, fall=[12, 34, 67]), PAIRS)
 
 
 def test_words_and_endings_that_names_share_are_mentioned():
@@ -307,7 +308,7 @@ def test_words_and_endings_that_names_share_are_mentioned():
 
 def test_logits_that_hardly_move_are_not_mentioned():
     assert logit_groups([0.0, -0.019, 0.019]) == ""
-    assert logit_groups([0.0, -0.5, 0.019]) == "without it the logit of 1 falls by 0.50"
+    assert logit_groups([0.0, -0.5, 0.019]) == "remove it and the score for 1 falls by 0.50"
 
 
 def test_images_of_several_classes_are_a_group():

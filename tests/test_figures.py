@@ -93,4 +93,4 @@ def test_influence_is_sorted_colored_by_confidence_and_summed():
     assert labels == [f"{name}: {share} of the influence" for name, share in shares.items()]
     np.testing.assert_allclose(total.lines[0].get_ydata(), [60, 90, 100])
     notes = [text.get_text() for text in total.texts]
-    assert notes == ["1 make 50%", "2 make 90%", "3 make 99%"]
+    assert notes == ["first 1: 50%", "first 2: 90%", "first 3: 99%"]

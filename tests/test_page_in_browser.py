@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 FLAGS = ("--no-sandbox", "--no-first-run", "--disable-gpu", "--disable-background-networking")
 VIEWS = ("story", "class&class=7", "pair", "errors", "features", "features&as=map")
 VIEWS += ("features&as=charts", "feature&feature=3", "two&features=3,4", "draw")
-VIEWS += ("write&feature=3", "write&feature=23", "yours")
+VIEWS += ("write&feature=3", "write&feature=23", "yours", "words")
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_contributions_to_a_pair_on_an_image(visit, written, review):
     image = labels.index(4, review.n_errors)
     page = visit(written, f"#view=pair&a=4&b=9&image={image}")
     expected = differences(review, image, 4, 9)
-    rows = page.locator("#imageParts li").all_inner_texts()
+    rows = page.locator("#imageParts li:not(.scale)").all_inner_texts()
     assert len(rows) == min(12, len(expected)) > 2
     for row in rows:
         assert numbers_in(row)[-1] == pytest.approx(expected[int(row.split()[0])], abs=0.0051)
@@ -225,7 +225,7 @@ def test_sorting_filtering_and_searching(visit, written, world):
     page.select_option("#sort", "density")
     assert features_in_grid(page) == by(world, "mean_active")
     page.select_option("#sort", "F1")
-    assert features_in_grid(page) == list(range(23, -1, -1))  # as planted
+    assert features_in_grid(page) == [*range(22, -1, -1), 23]  # as planted; one has none
     page.select_option("#sort", "number")
     supported = [int(np.argmin(r["ablation_delta_vector"])) for r in world.records[:23]]
     mode = [r["label_mode_when_active"] for r in world.records]
@@ -236,6 +236,9 @@ def test_sorting_filtering_and_searching(visit, written, world):
         ("density", "never"): [23],
         ("label", str(mode[0])): [k for k in range(24) if mode[k] == mode[0]],
         ("supports", str(supported[0])): [k for k in range(23) if supported[k] == supported[0]],
+        ("mark", "reproducible"): list(range(1, 24, 2)),
+        ("confidence", "Low"): list(range(2, 23, 3)),  # the last feature is too rare to be tested
+        ("confidence", "not tested"): [23],
     }
     for (field, value), features in expected.items():
         page.select_option(f"#{field}", value)
@@ -245,13 +248,153 @@ def test_sorting_filtering_and_searching(visit, written, world):
     assert features_in_grid(page) == [3, 13, 23]
 
 
+def test_the_list_is_remembered_counted_and_followed(visit, written):
+    page = visit(written, "#view=features")
+    assert page.locator("#resetList").is_disabled()
+    page.select_option("#sort", "number")
+    page.select_option("#confidence", "High")
+    page.select_option("#mark", "seed-specific")
+    own = list(range(0, 24, 6))  # as planted: every third is High, every other one seed-specific
+    assert page.locator("#count").inner_text() == "4 of 24 features"
+    shared = page.url
+    page.locator("#grid a").nth(1).click()
+    wait_for_heading(page, f"Feature {own[1]}")
+    assert "2 of 4 in the filtered list, sorted by number" in page.locator("main").inner_text()
+    page.click("text=next →")
+    wait_for_heading(page, f"Feature {own[2]}")
+    for k in (own[3], own[0], own[1]):  # from the last to the first
+        page.keyboard.press("ArrowRight")
+        wait_for_heading(page, f"Feature {k}")
+    go(page, "view=feature&feature=5")
+    assert "Not in your filtered list of 4." in page.locator("main").inner_text()
+
+    page.goto("about:blank")  # the next visit
+    page.goto(f"file://{written}#view=features")
+    page.wait_for_selector("#grid a")
+    assert features_in_grid(page) == own
+    assert page.locator("#mark").input_value() == "seed-specific"
+    page.click("#resetList")
+    assert page.locator("#count").inner_text() == "24 of 24 features"
+    assert "confidence" not in page.url
+    other = visit(written, "#" + shared.split("#")[1])  # of somebody else
+    assert features_in_grid(other) == own
+    other.fill("#search", "nothing like it")
+    assert other.locator("#count").inner_text().startswith("0 of 24 features")
+    assert features_in_grid(other) == []
+
+
+ADDRESSES = {  # the heading shown, and what is named as not understood
+    "view=__proto__": ("Overview", "view “__proto__”"),
+    "view=constructor": ("Overview", "view “constructor”"),
+    "%%%": ("Overview", "view “%%%”"),
+    "step=-1": (None, "step “-1”"),  # the overview, or the first step of the tour
+    "view=two&features=1": ("Feature 1", "features “1”"),
+    "view=two&features=1,99999": ("Feature 1", "features “1,99999”"),
+    "view=two": ("All features", "features “”"),
+    "view=feature&feature=abc": ("All features", "feature “abc”"),
+    "view=feature&feature=-1": ("All features", "feature “-1”"),
+    "view=write&feature=1e1": ("All features", "feature “1e1”"),
+    "view=class&class=99": ("Features of class 0", "class “99”"),
+    "view=errors&image=99999": ("Errors", "image “99999”"),
+    "view=pair&a=4&b=9&image=x": ("Why 4 and not 9?", "image “x”"),
+    "set=3:Infinity": ("Draw an image", "set “3:Infinity”"),
+    "view=draw&set=3:1e300": ("Draw an image", "set “3:1e300”"),
+    "view=features&as=toString": ("All features", "as “toString”"),
+    "view=features&sort=__proto__": ("All features", "sort “__proto__”"),
+    "view=features&confidence=Maybe": ("All features", "confidence “Maybe”"),
+    "view=words&of=constructor": ("Words", "of “constructor”"),
+}
+
+
+def test_what_an_address_cannot_mean_is_named(visit, written):
+    page = visit(written)
+    for address, (heading, words) in ADDRESSES.items():
+        page.goto("about:blank")
+        page.goto(f"file://{written}#{address}")
+        page.wait_for_selector("body[data-ready]")
+        assert heading in (None, page.locator("h2").first.inner_text()), address
+        assert page.locator("#misread").inner_text().split(": ", 1)[1].startswith(f"{words}. ")
+        page.evaluate("document.getElementById('misread').remove()")
+        assert not re.search("NaN|Infinity|undefined", page.locator("main").inner_text()), address
+    go(page, "view=features&sort=density")
+    assert page.locator("#misread").count() == 0
+    go(page, "view=story&step=end")
+    assert page.locator("#misread").count() == 0
+
+
+def test_terms_lead_to_their_meaning_and_scores_have_one_name(visit, written):
+    page = visit(written, "#view=words")
+    known = page.locator("dt").all_inner_texts()
+    assert len(known) == len(set(known)) == page.locator("dd").count() > 20
+    for view in VIEWS:
+        go(page, f"view={view}")
+        page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+        links = page.evaluate("[...document.querySelectorAll('a.term')].map(a => a.hash)")
+        terms = {link.split("of=")[1].replace("+", " ") for link in links}
+        assert terms <= set(known), view
+        if view not in ("story", "draw", "words"):  # where it is explained
+            assert "logit" not in page.locator("main").inner_text().lower(), view
+    go(page, "view=feature&feature=3")
+    page.click("a.term >> text=influence")
+    assert page.locator("dt.here").inner_text() == "influence"
+    assert page.locator("dt.here").evaluate("e => e.getBoundingClientRect().bottom < innerHeight")
+
+
+COLUMNS = """svg => {
+    const of = (kind, name) => [...svg.querySelectorAll(kind)].map(e => +e.getAttribute(name));
+    const marks = [...svg.querySelectorAll('text')].filter(e => e.getAttribute('text-anchor') ===
+        'end').slice(0, of('line', 'y1').length).map(e => +e.textContent.replace(',', ''));
+    return [marks, of('line', 'y1'), of('rect', 'y'), of('rect', 'height')];
+}"""
+
+
+def test_columns_have_the_heights_that_their_axis_says(visit, written, world):
+    page = visit(written, "#view=feature&feature=3")
+    chart = page.locator("svg[aria-label^='Images on which it is active']")
+    marks, lines, tops, heights = chart.evaluate(COLUMNS)
+    assert len(marks) == len(lines) > 2
+    assert marks[0] == 0
+    for mark, line in zip(marks[1:], lines[1:], strict=True):
+        per_image = (lines[0] - line) / mark
+        counts = world.records[3]["label_histogram"]
+        assert np.subtract(lines[0], tops) == pytest.approx(per_image * np.array(counts), abs=0.6)
+    assert np.add(tops, heights) == pytest.approx(lines[0], abs=0.6)
+    words = chart.locator("text").all_text_contents()
+    assert {"class", "validation images"} <= set(words)
+
+
+LONG = [
+    "n" * 200,
+    "words in a name, " * 12,
+    "\u05de\u05d7\u05dc\u05e7\u05d4 " * 34,
+    "\U0001f469\u200d\U0001f467" * 60,
+]
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_long_class_names_widen_no_view(visit, world, tmp_path, width):
+    names = [*LONG, *(f"{LONG[0]}{c}" for c in range(4, 10))]
+    path = write(tmp_path / "page.html", world, overview=html.Overview(classes=names))
+    page = visit(path, viewport={"width": width, "height": 800})
+    for view in (*VIEWS, "story&step=1", "story&step=2", "story&step=3", "draw&image=60"):
+        go(page, f"view={view}")
+        page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+        assert page.evaluate(FITS), view
+    go(page, "view=class&class=4")
+    chosen = page.locator("nav[aria-label='Class'] a[aria-current=true]")
+    assert chosen.get_attribute("title") == names[4]
+    assert chosen.inner_text() == "n" * 20 + "…" + "n" * 10 + "4"  # they differ at the end
+
+
 def test_feature_view_links_arrows_and_escape(visit, written, world):
     page, order = visit(written, "#feature=5"), by(world, "influence")
     wait_for_heading(page, "Feature 5")
     page.keyboard.press("ArrowRight")
     wait_for_heading(page, f"Feature {order[(order.index(5) + 1) % 24]}")
     go(page, "view=feature&feature=3")
-    shown = [numbers_in(row)[-1] for row in page.locator("#supports li").all_inner_texts()]
+    shown = [
+        numbers_in(row)[-1] for row in page.locator("#supports li:not(.scale)").all_inner_texts()
+    ]
     lost = [-change for change in world.records[3]["ablation_delta_vector"]]
     assert shown == pytest.approx(lost, abs=0.0051)
     go(page, "view=features&as=charts")
@@ -519,7 +662,7 @@ def test_hypothesis_drawn_by_pointer(visit, written, world, tmp_path):
     paint(page, (2, 2))
     assert not page.locator("#sha256").count()
     page.click("#test")
-    assert "2nd look at the test half" in page.locator("#result").inner_text()
+    assert "2nd test of this feature on them" in page.locator("#result").inner_text()
     entries = page.evaluate("mine.list")
     assert entries[0] == entry
     assert entries[1]["drawing"] != entry["drawing"]
@@ -634,7 +777,7 @@ def test_import_keeps_words_as_words_and_tests_again(visit, written, world, tmp_
     canvas = Canvas.fit(world.layer.splits["val"].images)
     (e,) = collect_evidence([hypothesis_of(entry)], world.layer, half, canvas)
     assert f"F1 {e.picked.f1:.2f}" in rows[0]  # not the 1.0 of the file
-    assert "3rd look at the test half" in rows[0]
+    assert "3rd test of this feature on these images" in rows[0]
     assert "Not tested yet" in rows[1]
     found = [
         [int(cell) for cell in row.locator("td").all_inner_texts()[1:]]
@@ -737,7 +880,7 @@ def test_every_view_is_accessible(visit, written, scheme):
 # Where features are active, colors, and many classes
 # --------------------------------------------------------------------------------------------------
 
-SEEN_VIEWS = ("story", "class&class=1", "pair", "errors", "images", "features")
+SEEN_VIEWS = ("story", "class&class=1", "pair", "errors", "images", "features", "words")
 SEEN_VIEWS += ("features&as=map", "feature&feature=2", "feature&feature=23", "two&features=3,4")
 INK = r"(?i)NaN|undefined|\bink\b|\binked\b|pixel|^$"
 
@@ -764,7 +907,7 @@ def test_views_of_photographs(visit, tmp_path, monkeypatch, kind, width):
         viewport={"width": width, "height": 800},
     )
     menu = page.locator("#views a").all_inner_texts()
-    assert menu == ["Overview", "Classes", "Two classes", "Errors", "Images", "Features"]
+    assert menu == ["Overview", "Classes", "Two classes", "Errors", "Images", "Features", "Words"]
     for view in (*SEEN_VIEWS, "story&step=3"):
         go(page, f"view={view}")
         page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
@@ -816,7 +959,7 @@ def test_features_that_are_not_on_the_page_are_named_without_links(visit, tmp_pa
     assert all(re.search(r"[+\u2212][0-9]", row) for row in absent)  # its contribution
     number = next(k for k in range(24) if k not in own)
     go(page, f"view=feature&feature={number}")
-    assert f"no feature {number} on this page" in page.locator("main").inner_text()
+    assert f"not on this page: feature “{number}”" in page.locator("#misread").inner_text()
 
 
 SHOWN = """row => { const c = example(row, "", 0); return [...c.getContext("2d").getImageData(0, 0,

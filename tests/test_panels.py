@@ -22,6 +22,7 @@ def rgb(name: str) -> list[int]:
 def chart_of(pixels: np.ndarray, number: int) -> np.ndarray:
     """The bars of one of the three charts of a panel, (CHART_HEIGHT, CHART_WIDTH, 3)."""
     pattern_end = fa.HEADER + fa.MARGIN + round(panels.PANEL_PATTERN / SIDE) * SIDE
+    pattern_end += panels.SMALL_LINE + 2  # what full color is
     top = pattern_end + fa.MARGIN + panels.CHART_PITCH * number + panels.CHART_TITLE
     right = pixels.shape[1] - fa.MARGIN
     return pixels[top : top + panels.CHART_HEIGHT, right - panels.CHART_WIDTH : right].astype(int)

@@ -19,6 +19,7 @@ from saexplain import baselines, console, diagnoses, substitution, text
 from saexplain import evaluation as ev
 from saexplain import hypotheses as hy
 from saexplain.activity import collect_activity
+from saexplain.edits import EditTest
 from saexplain.evaluation import CONFIRMED, INCONCLUSIVE, REFUTED
 from saexplain.hypotheses import PLACES, Faithful, Hypothesis, Rule, place_cells, place_of
 from saexplain.own import read_hypotheses, write_hypotheses
@@ -130,7 +131,7 @@ def test_classes_places_and_logits_are_those_planted(hypotheses):
     captions = [h.caption for h in hypotheses]
     assert captions[pp.CORNER] == "Cats, in the upper left"
     assert captions[pp.BOTTOM] == "Red foxes and dogs, in the lower third"
-    assert captions[pp.ANYWHERE] == "No class, place or logit stands out"
+    assert captions[pp.ANYWHERE] == "No class, place or score stands out"
     assert captions[pp.PREFIX] == "Owls, on a prefix token"
     assert captions[pp.RARE] == "nothing drawn"
 
@@ -356,6 +357,19 @@ def undrawn_evidence(f1: float | None = None, **parts) -> ev.Evidence:
 def test_confidence_without_a_drawing(e, confidence):
     assert ev.decide(e).confidence == confidence
     assert ev.decide(e._replace(undrawn=False)).confidence == "Low"  # no edit is confirmed
+
+
+def test_effects_alone_never_give_more_than_low():
+    """Whatever F1 is, of a drawing or by class: no other result is confirmed."""
+    both = {"raises": CHANGE, "lowers": CHANGE}
+    same_elsewhere = EditTest(n=100, named=90, elsewhere=90, only_named=0, only_elsewhere=0)
+    for f1, place in itertools.product((None, 0.3, 1.0), (None, OPEN, BAD)):
+        for classes in (None,) if f1 is None else (OPEN, BAD):
+            e = undrawn_evidence(f1, classes=classes, place=place, effects=both)
+            assert ev.decide(e).confidence == "Low"
+        for edits in ({}, {"erasing": same_elsewhere, "painting": same_elsewhere}):
+            d = ev.decide(undrawn_evidence(f1, edits=edits, effects=both)._replace(undrawn=False))
+            assert (d.results["raises"], d.confidence) == (CONFIRMED, "Low")
 
 
 def test_a_place_is_confirmed_by_half_of_the_peaks_and_more_than_usual():
@@ -615,10 +629,10 @@ def test_many_classes_are_summarized_in_groups(evaluation):
     e = row.evidence._replace(delta=(-3.0, -2.0, 0.5, 0.0, 0.4))
     changed = evaluation._replace(rows=[row._replace(evidence=e)])
     words = text.evaluated_record(0, changed, NAMES)["effects_words"]
-    falls = "without it the logits of 2 classes fall by 2.50 on average, most for cat, then dog"
+    falls = "remove it and the scores for 2 classes fall by 2.50 on average, most for cat, then dog"
     assert (
         words
-        == f"{falls}; the logits of 2 classes rise by 0.45 on average, most for red fox, then hen"
+        == f"{falls}; the scores for 2 classes rise by 0.45 on average, most for red fox, then hen"
     )
     entry = {"caption": "c", "evidence": {"text": "t"}, "confidence": "Low", "replicated": None}
     assert console.hypothesis_lines({**entry, "effects_words": words})[-1].endswith(words)

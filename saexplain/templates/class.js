@@ -19,7 +19,8 @@ function classView() {
     el("figcaption", { class: "small" },
       `The mean ${names[c]}. ${INK[0].toUpperCase() + INK.slice(1)} on red ${SPOTS} supports the ` +
       `class, ${INK} on blue ${SPOTS} opposes it ` +
-      `(the patterns of its supporting features, weighted by their contributions).`));
+      "(the input patterns of its supporting features, weighted by their contributions).",
+    twoColorBar("opposes", "supports")));
   const showOne = i => LOOK.in_place && figure.replaceChildren(sketch(i, 224, onClass(c)),
     el("figcaption", { class: "small" },
       `The drawing of feature ${features[i].feature} on the mean ${names[c]}. ${PLACES}.`));
@@ -35,16 +36,16 @@ function classView() {
   const beside = LOOK.in_place && el("div", { class: "pinned" }, figure,
     button("all features", showAll),
     note("Point at a feature, or tab to it, to see its drawing."));
-  showMain(el("h2", {}, `Features of class ${names[c]}`),
+  showMain(el("h2", { title: meta.classes[c] }, `Features of class ${names[c]}`),
     classLinks("Class", d => to("class", { class: d }), c), mapSwitch(),
     el("div", { class: LOOK.in_place ? "aside" : "" }, beside,
-    el("div", {}, featureRows(`Features that support ${names[c]}`, supporting.map(row)),
-      featureRows(`Features that oppose ${names[c]} on images of ${plurals[c]}`,
-        opposing.map(row)),
-      el("h3", {}, `The feature that separates ${names[c]} most from`),
+    el("div", {}, featureRows(`Evidence for ${names[c]}, on images of ${plurals[c]}`,
+      supporting.map(row)),
+      featureRows(`Evidence against ${names[c]}, on images of ${plurals[c]}`, opposing.map(row)),
+      el("h3", {}, `The feature that is the best evidence for ${names[c]} over`),
       el("ul", { class: "plain" }, rivals(c).map(against)),
-      TABLES && note(`The classes whose logits are largest on images of ${plurals[c]}.`),
-      note(`Each number is a feature's contribution to the logit of ${names[c]}, the mean over ` +
+      TABLES && note(`The classes whose scores are largest on images of ${plurals[c]}.`),
+      note(`Each number is a feature's contribution to the score for ${names[c]}, the mean over ` +
         `all ${n.toLocaleString("en")} validation images of the class; an image on which the ` +
         "feature is inactive counts as 0. ", CONTRIBUTION, " ", NOT_ADDITIVE))));
 }

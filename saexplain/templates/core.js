@@ -2,8 +2,18 @@
 "use strict";
 const meta = JSON.parse(document.getElementById("meta").textContent);
 const features = meta.features, F = features.length;
-const names = meta.classes, C = names.length, classes = [...names.keys()];
-const plurals = meta.plurals; /* names of several images of a class, as in "6s" */
+const LONGEST_NAME = 32, fullNames = new Map(); /* by what is shown of long ones */
+const isolated = text => /[\u0590-\u08ff\ufb1d-\ufefc]/.test(text) /* from right to left */
+  ? `\u2068${text}\u2069` : text;
+function shownName(text) { /* both ends of a long name: names often begin alike */
+  const letters = [...text];
+  if (letters.length <= LONGEST_NAME) return isolated(text);
+  const short = isolated(`${letters.slice(0, 20).join("")}…${letters.slice(-11).join("")}`);
+  fullNames.set(short, text);
+  return short;
+}
+const names = meta.classes.map(shownName), C = names.length, classes = [...names.keys()];
+const plurals = meta.plurals.map(shownName); /* names of several images of a class, as in "6s" */
 const [H, W] = meta.shape, P = H * W;
 /* How things are shown, where not as ink with patterns in the images' own coordinates. */
 const LOOK = meta.look ?? { whole: [H, W], in_place: true, can_write: true, pattern: [H, W],

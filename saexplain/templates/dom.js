@@ -71,11 +71,11 @@ function chooser(label, links, chosen) {
   if (links.length <= 21) return linkBar(label, links, chosen);
   return el("select", { id: label.replaceAll(" ", ""), "aria-label": label,
     onchange: e => { location.hash = e.target.value; } }, links.map(([text, href, value]) =>
-    el("option", { value: href, selected: value === chosen }, text)));
+    el("option", { value: href, title: fullNames.get(text), selected: value === chosen }, text)));
 }
 const linkBar = (label, links, chosen) => el("nav", { "aria-label": label },
-  links.map(([text, href, value]) => el("a", { href, "aria-current": value === chosen && "true" },
-    text)));
+  links.map(([text, href, value]) => el("a", { href, title: fullNames.get(text),
+    "aria-current": value === chosen && "true" }, text)));
 
 /* ---------- pictures ---------- */
 const painted = new Map();
@@ -174,6 +174,21 @@ function tint(context, weights, cell) { /* a drawing over what is there, `cell` 
   });
 }
 
+/* ---------- what colors and lengths mean ---------- */
+function colorBar(ends, color) {
+  const bar = picture("", 90, null, p => color((p % 60) / 59), 60, 6);
+  bar.style.height = "12px";
+  return el("p", { class: "small soft colorBar" }, ends[0], bar, ends[1]);
+}
+/* From blue through white, 0, to red. */
+const twoColorBar = (low, high) => colorBar([low, high], share => heatColor(2 * share - 1));
+/* Round values from 0 to `high`, about `n` of them. */
+function ticks(high, n = 4) {
+  const power = 10 ** Math.floor(Math.log10(high / n));
+  const step = [1, 2, 5, 10].find(m => m * power * n >= high * .999) * power;
+  return Array.from({ length: Math.floor(high / step * 1.0001) + 1 }, (_, m) => m * step);
+}
+
 /* ---------- bars: positive values right of the line, negative left ---------- */
 function bars(title, rows, more = {}) {
   const values = rows.map(r => r.value).concat(rows.map(r => r.before ?? 0), 0);
@@ -182,15 +197,22 @@ function bars(title, rows, more = {}) {
   const span = (kind, style, ...words) => el("span", { class: kind, style }, ...words);
   const lines = rows.map(r => {
     const from = Math.min(at(r.value), at(0)), wide = Math.abs(at(r.value) - at(0));
-    const bar = span(r.value < 0 ? "bar minus" : "bar", `left:${from}%;width:${wide}%`);
+    const kind = more.kind ?? (r.value < 0 ? "bar minus" : "bar");
+    const bar = span(kind, `left:${from}%;width:${wide}%`);
     const before = r.before !== undefined && span("before", `left:${at(r.before)}%`);
     const track = span("track", null, bar, span("zero", `left:${at(0)}%`), before);
-    return el("li", {}, span("label", null, r.label), track, span("value", null, r.text));
+    return el("li", {}, el("span", { class: "label", title: fullNames.get(r.label) }, r.label),
+      track, span("value", null, r.text));
   });
+  const ends = [low, 0, high].filter((v, n) => n === 1 || Math.abs(at(v) - at(0)) > 28);
+  const marks = ends.map(v => span("tick", `left:${at(v)}%;transform:translateX(-${at(v)}%)`,
+    Number.isInteger(v) ? number(v) : signed(v)));
+  lines.push(el("li", { class: "scale", "aria-hidden": "true" }, span("label"),
+    span("ticks", null, marks), span("value", null, more.unit ?? "")));
   return el("div", { class: "chart" }, title && el("h3", {}, title),
     el("ul", { class: "bars", id: more.id, ...more.data }, lines), more.note && note(more.note));
 }
-/* All classes, or of many those with the ten highest logits. */
+/* All classes, or of many those with the ten highest scores. */
 function shownClasses(logits) {
   if (C <= 12) return classes;
   const order = [...classes].sort((a, b) => logits[b] - logits[a] || a - b);
@@ -199,27 +221,36 @@ function shownClasses(logits) {
 function logitBars(title, logits, more = {}) {
   const p = softmax(logits), best = argmax(p);
   const rows = shownClasses(more.before ?? logits).map(c => ({
-    label: c === best ? el("b", {}, names[c]) : names[c], value: logits[c],
+    label: c === best ? el("b", { title: fullNames.get(names[c]) }, names[c]) : names[c],
+    value: logits[c],
     before: more.before?.[c], text: `${signed(logits[c])} (${probability(p[c])})` }));
   const data = { "data-logits": [...logits].join(" ") };
-  return bars(title, rows, { data, ...more });
+  return bars(title, rows, { data, unit: "score", ...more });
 }
-function columns(title, values, labels, height = 110, width = 300) { /* upright bars, for counts */
-  const high = Math.max(...values, 1e-12), w = width / values.length;
+const fitting = width => Math.max(300, Math.min(width, innerWidth - 40)); /* a phone's screen */
+/* Upright bars of counts; `more` has the axes' titles x and y, ticks [share of the width, text]
+   where columns have no labels, and a size. */
+function columns(title, values, labels, more) {
+  const { x, y, height = 150 } = more, width = fitting(more.width ?? 340);
+  const high = Math.max(...values, 1);
+  const left = 44, top = 20, bottom = 34, w = (width - left - 8) / values.length;
   const words = [...values].map((v, i) => `${labels[i]} ${number(v)}`).join(", ");
-  const box = { viewBox: `0 0 ${width} ${height}`, role: "img",
-    "aria-label": `${title}: ${words}` };
-  const chart = svg("svg", { width, height, ...box });
-  [...values].forEach((v, i) => {
-    const tall = (height - 34) * v / high, wide = labels[i].length > 3, last = values.length - 1;
-    const bar = { x: i * w + 1.5, width: Math.max(1, w - 3), y: height - 20 - tall,
-      height: Math.max(.5, tall), class: "column" };
-    chart.append(svg("rect", bar, svg("title", {}, `${labels[i]}: ${number(v)}`)));
-    let x = (i + .5) * w, anchor = "middle"; /* wide labels stay inside at either end */
-    if (wide && i === 0) [x, anchor] = [0, "start"];
-    if (wide && i === last) [x, anchor] = [width, "end"];
-    chart.append(svg("text", { x, y: height - 6, "text-anchor": anchor }, labels[i]));
-  });
-  chart.append(svg("text", { x: 0, y: 11 }, `highest: ${number(high)}`));
+  const chart = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img",
+    "aria-label": `${title}, ${y}: ${words}` });
+  const level = v => height - bottom - (height - bottom - top) * v / high;
+  const text = (words, place) => chart.append(svg("text", place, words));
+  for (const v of ticks(high)) {
+    chart.append(svg("line", { x1: left, x2: width - 8, y1: level(v), y2: level(v),
+      class: "axis" }));
+    text(number(v), { x: left - 5, y: level(v) + 4, "text-anchor": "end" });
+  }
+  [...values].forEach((v, i) => chart.append(svg("rect", { x: left + i * w + 1, y: level(v),
+    width: Math.max(1, w - 2), height: Math.max(.5, level(0) - level(v)), class: "column" },
+  svg("title", {}, `${labels[i]}: ${number(v)}`))));
+  const under = more.ticks ?? labels.map((label, i) => [(i + .5) / values.length, label]);
+  for (const [share, label] of under) text(label, { x: left + share * (width - left - 8),
+    y: height - 20, "text-anchor": share === 1 ? "end" : "middle" });
+  text(y, { x: 0, y: 11 });
+  text(x, { x: left + (width - left - 8) / 2, y: height - 4, "text-anchor": "middle" });
   return el("div", {}, el("h3", {}, title), chart);
 }

@@ -49,7 +49,8 @@ function readAddress() {
   if (set === null) return;
   live.change.clear();
   for (const [k, v] of set.split(",").map(part => part.split(":").map(Number)))
-    if (k in arrays.threshold && v >= 0) live.change.set(k, v);
+    if (k in arrays.threshold && v >= 0 && v <= 1e6) live.change.set(k, v);
+    else misreadField("set");
 }
 
 /* ---------- numbers ---------- */

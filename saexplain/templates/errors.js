@@ -1,6 +1,6 @@
 /* The misclassified test images, and the features whose removal fixes them. */
-const removalCounts = f => `Removed from every test image, it alone fixes ` +
-  `${plural(f.fixes, "error")} and breaks ${plural(f.breaks, "correct prediction")}.`;
+const removalCounts = f => `Removing it from every test image fixes ` +
+  `${plural(f.fixes, "mistake")} and causes ${number(f.breaks)}.`;
 /* What the features of a flip set contribute on other images, and do when removed from all. */
 function elsewhere(off, label, prediction) {
   const line = (cells, tag) => el("tr", {}, cells.map(cell => el(tag, {}, cell)));
@@ -12,24 +12,24 @@ function elsewhere(off, label, prediction) {
   return [el("h3", {}, "The same features on other images"),
     el("div", { class: "scroll", tabindex: 0, role: "group", "aria-label": "other images" },
       el("table", {}, line(["feature", `mean on ${plurals[prediction]}`,
-        `mean on ${plurals[label]}`, ...isCounted ? ["fixes", "breaks"] : []], "th"),
+        `mean on ${plurals[label]}`, ...isCounted ? ["fixes", "causes"] : []], "th"),
       listed.map(i => line(cells(i), "td")))),
-    note(`Mean: contribution to the logit difference ${names[prediction]} − ${names[label]} on ` +
-      "the validation images of a class." + (isCounted ? " Fixes, breaks: errors fixed and " +
-      "correct predictions broken when the feature alone is removed from every test image." : ""))];
+    note(`Mean: contribution to the score for ${names[prediction]} minus that for ` +
+      `${names[label]} on the validation images of a class.` + (isCounted ? " Fixes, causes: " +
+      "mistakes fixed and caused when this feature alone is removed from every test image." : ""))];
 }
 function flipSet(t, label, prediction) {
   const off = meta.tests.fixing[t];
   if (!off.length)
-    return el("p", { id: "flipSet" }, "No set of features was found whose removal fixes it.");
+    return el("p", { id: "flipSet" }, "No features were found whose removal fixes it.");
   const p = softmax(fixedLogits(t));
   const ids = off.map((k, n) => [n ? ", " : "", featureLink(k, String(k))]);
   return [el("p", { id: "flipSet", "data-off": off.join(" ") },
-    `Minimal flip set: without ${off.length === 1 ? "feature" : "features"} `, ids,
+    `What would fix it: without ${off.length === 1 ? "feature" : "features"} `, ids,
     ` it is classified as `, el("b", {}, names[label]), ` (${probability(p[label])}). `,
     drawLink(t, off, "Try it in the drawing view")),
-  note("Found greedily: the feature whose removal helps most goes first; features that prove " +
-    "needless are put back. A smaller set may exist."),
+  note("The smallest ", term("flip set"), " found: the feature whose removal helps most goes " +
+    "first; features that prove needless are put back. A smaller set may exist."),
   ...elsewhere(off, label, prediction)];
 }
 function oneError(t) {
@@ -43,12 +43,11 @@ function oneError(t) {
       `${names[prediction]} (${probability(p[prediction])})`),
     el("div", { class: "row" }, testDigit(t, 140), logitBars("", testLogits(t))),
     flipSet(t, label, prediction),
-    el("h3", {}, "Contributions to the logit difference " +
-      `${names[prediction]} − ${names[label]} on this image`),
-    featureRows(`Features that support ${names[prediction]}, the wrong class`,
+    featureRows(`Evidence for ${names[prediction]}, the wrong class`,
       wrong.slice(0, 6).map(row)),
-    featureRows(`Features that support ${names[label]}, the right class`,
-      right.slice(0, 4).map(row)),
+    featureRows(`Evidence for ${names[label]}, outvoted`, right.slice(0, 4).map(row)),
+    note(`Numbers: contributions to the score for ${names[prediction]} minus that for ` +
+      `${names[label]}.`),
     note(CONTRIBUTION, " ", NOT_ADDITIVE));
 }
 function errorsView() {
@@ -57,7 +56,7 @@ function errorsView() {
   const t = fromAddress("image", n, n ? 0 : null), label = fromAddress("label", C, null);
   const listed = [...Array(n).keys()].filter(e => label === null || labels[e] === label);
   const chosen = listed.includes(t) ? t : listed[0], keep = label === null ? {} : { label };
-  const which = n < errors ? `Shown are the ${n} with the largest logit difference. ` : "";
+  const which = n < errors ? `Shown are the ${n} of the largest difference. ` : "";
   const wrong = MANY ? new Set(labels.slice(0, n)) : null; /* classes of which errors are shown */
   const filter = chooser("Errors on", [["all", to("errors"), null],
     ...classes.filter(c => wrong?.has(c) ?? true).map(c =>
@@ -65,7 +64,7 @@ function errorsView() {
   showMain(el("h2", {}, "Errors"),
     el("p", {}, `${errors.toLocaleString("en")} of ${plural(meta.tests.n, "test image")} ` +
       `${errors === 1 ? "is" : "are"} misclassified. ${which}They are sorted by how far the ` +
-      "predicted class's logit exceeds that of the true class."),
+      "score for the predicted class exceeds that for the true class."),
     filter, el("div", { class: "aside wide" },
       el("div", {}, strip("Errors", listed, image => to("errors", { image, ...keep }), chosen,
         e => `${names[labels[e]]} → ${names[predicted(e)]}`),

@@ -1,12 +1,16 @@
 /* The view named in the address, and the keys that work in every view. */
 const views = { story: storyView, class: classView, pair: pairView, errors: errorsView,
-  features: featuresView, feature: featureView, two: twoView,
+  features: featuresView, feature: featureView, two: twoView, words: wordsView,
   ...LOOK.can_write && { draw: drawView, write: writeView, yours: yoursView },
   ...WHERE && { images: imagesView } };
 const inMenu = { story: "Overview", class: "Classes", pair: "Two classes", errors: "Errors",
-  images: "Images", features: "Features", draw: "Draw", yours: "Your hypotheses" };
+  images: "Images", features: "Features", draw: "Draw", yours: "Your hypotheses",
+  words: "Words" };
 let current = "";
-const viewOf = () => address().get("view") ?? (address().has("feature") ? "feature" : "story");
+const withoutView = { feature: "feature", set: "draw", step: "story" }; /* short addresses */
+const viewOf = () => address().get("view") ??
+  withoutView[Object.keys(withoutView).find(field => address().has(field))] ??
+  (location.hash.slice(1) || "story");
 
 function focusKey(node) { /* a selector that finds the same control after its view is redrawn */
   if (!node || node === document.body) return null;
@@ -16,11 +20,16 @@ function focusKey(node) { /* a selector that finds the same control after its vi
     ? `nav[aria-label="${CSS.escape(group)}"] a[href="${CSS.escape(node.getAttribute("href"))}"]`
     : null;
 }
-function route() {
-  const view = viewOf() in views ? viewOf() : "story", same = view === current;
+function route(isNear = false) { /* isNear: the address asked for something else */
+  if (isNear !== true) misread.clear();
+  const isKnown = Object.hasOwn(views, viewOf()), view = isKnown ? viewOf() : "story";
+  if (!isKnown) misreadField("view", viewOf());
+  const same = view === current;
   const back = same ? focusKey(document.activeElement) : null;
   current = view;
   views[view]();
+  if (current !== view) return; /* it went to another one */
+  main.prepend(misreadWords());
   document.querySelectorAll("#views a").forEach(a =>
     a.setAttribute("aria-current", a.dataset.view === view ? "page" : "false"));
   const heading = main.querySelector("h2")?.textContent ?? "";
@@ -50,10 +59,8 @@ function keys(e) {
   if (/^(INPUT|SELECT|TEXTAREA|CANVAS)$/.test(e.target.tagName)) return;
   if (e.target.closest?.("[role=group]")) return;
   if (current === "feature" && (e.key === "ArrowLeft" || e.key === "ArrowRight")) {
-    const list = selection().map(([f]) => f.feature);
-    const at = list.indexOf(Number(address().get("feature")));
     const by = e.key === "ArrowRight" ? 1 : -1;
-    if (list.length) location.hash = toFeature(list[(at + by + list.length) % list.length]);
+    location.hash = neighborInList(Number(address().get("feature")), by);
   } else if (current === "features") gridKeys(e);
 }
 function start() {
@@ -67,5 +74,6 @@ function start() {
   route();
   document.body.dataset.ready = Math.round(performance.now()); /* ms since loading began */
 }
+recallList();
 unpack().then(() => LOOK.can_write && loadMine()).then(start).catch(error => showMain(el("p", {},
   `This browser could not read the page's data (${error}). Use a current Chromium or Firefox.`)));

@@ -7,13 +7,14 @@ function onImage(t, a, b) { /* contributions to the logit difference a - b on te
     ? link(toFeature(k), face(position.get(k), 32), `${k}`) : `${k}`;
   return el("div", { id: "onImage", "data-difference": difference },
     el("h3", {}, `Test image ${meta.tests.number[t]}, ${an(name(meta.tests.labels[t]))}`),
-    el("div", { class: "row" }, testDigit(t, 112), el("p", {}, `Logits: ${names[a]} `,
+    el("div", { class: "row" }, testDigit(t, 112), el("p", {}, `Scores: ${names[a]} `,
       el("b", {}, signed(logits[a])), `, ${names[b]} `, el("b", {}, signed(logits[b])),
       `; ${names[difference > 0 ? a : b]} is ahead by ${number(Math.abs(difference))}. Removing ` +
       `a feature takes its contribution away from the difference. `, drawLink(t))),
     bars("", rows.slice(0, 12).map(u =>
       ({ value: u.value, text: signed(u.value), label: label(u.k) })),
-    { id: "imageParts", note: `Right: supports ${names[a]}; left: supports ${names[b]}. The ` +
+    { id: "imageParts", unit: "score",
+      note: `Right: supports ${names[a]}; left: supports ${names[b]}. The ` +
       `${Math.min(12, rows.length)} largest of ${plural(rows.length, "active feature")}.` }));
 }
 function pairView() {
@@ -31,18 +32,18 @@ function pairView() {
   const row = (c, d) => i => separatingRow(i, c, d, elsewhereWords(i, c, d));
   const words = i => outcome(i).slice(0, isError(i) ? 2 : 1).map(c => names[c]).join(" → ");
   const side = (c, d) => el("div", { class: "large" }, featureRows(
-    `Features that support ${names[c]}, on images of ${plurals[c]}`,
+    `Evidence for ${names[c]} over ${names[d]}, on images of ${plurals[c]}`,
     separating(c, d, 8).map(row(c, d))), isCompared(c, d) ? "" : note(`Not computed: ` +
-    `${names[d]} is not among the classes whose logits are largest on images of ${plurals[c]}: `,
+    `${names[d]} is not among the classes whose scores are largest on images of ${plurals[c]}: `,
   rivals(c).map((r, n) => [n ? ", " : "", link(to("pair", { a: c, b: r }), names[r])]), "."));
   showMain(el("h2", {}, `Why ${names[a]} and not ${names[b]}?`),
     el("div", { class: "row" }, el("span", {}, "this class"),
       classLinks("This class", c => to("pair", { a: c, b: c === b ? a : b }), a)),
     el("div", { class: "row" }, el("span", {}, "not that class"),
       classLinks("Not that class", c => to("pair", { a: c === a ? b : a, b: c }), b)),
-    el("p", {}, `The network prefers ${names[a]} to ${names[b]} when its logit is larger. Each ` +
-      `number is a feature's contribution to this logit difference, the mean over all ` +
-      `validation images of the class.`),
+    el("p", {}, `The network prefers ${names[a]} to ${names[b]} when its `, term("score"),
+      " is larger. Each number is a feature's ", term("contribution"), ` to the difference of ` +
+      `the two scores, the mean over all validation images of the class.`),
     el("div", { class: "halves" }, side(a, b), side(b, a)),
     mapSwitch(), LOOK.in_place && note(PLACES, "; here on the mean image of the class. ", WORDS),
     el("h2", {}, "On one image"), meta.tests ? "" : noTests(),

@@ -1,7 +1,10 @@
 /* What several views share: a feature as a row or a card, and notes on what the numbers mean. */
-const CONTRIBUTION = "A feature's contribution to a logit is the logit minus what it is after " +
-  "this feature alone is removed from the activations (what the SAE does not reconstruct stays).";
-const NOT_ADDITIVE = "The network is not linear, so contributions do not sum to the logit.";
+const CONTRIBUTION = "A feature's contribution to a score is the score minus what it is after " +
+  "this feature alone is removed from the activations (what the SAE does not rebuild stays).";
+const NOT_ADDITIVE = "The network is not linear, so contributions do not sum to the score.";
+const NOT_WHY = "Effects on scores say what removing the feature does to the network, not why it " +
+  "is active: with activations shuffled over images, many of them are confirmed as well. Alone " +
+  "they never give a confidence above Low.";
 const PLACES = `Red: ${INK} is wanted there; blue: it is not; the darker tone counts twice`;
 const WORDS = LOOK.color || !LOOK.can_write ? ""
   : "Ink is what pictures show dark. A bar is horizontal, a stem vertical, a slash rises, a " +
@@ -9,7 +12,7 @@ const WORDS = LOOK.color || !LOOK.can_write ? ""
 const EDITS = { erasing: `erasing the wanted ${INK}`, filling: "filling the unwanted cells",
   painting: "making images as drawn" };
 const STRONGEST = "the image that activates it most" + (meta.where ? ", and where in it" +
-  (isCropped() ? ", cropped to what the hottest position sees" : "") : "");
+  (isCropped() ? ", cropped to what the most active position sees" : "") : "");
 const FACE = !LOOK.in_place ? `The picture of a feature is ${STRONGEST}.`
   : "Each picture shows a feature's hypothesis on the mean of the images on which it is " +
   `active. ${PLACES}. ${WORDS}` + (features.every((_, i) => features[i].faithful !== false) ? ""
@@ -26,7 +29,7 @@ function effectCaption(f) {
   const up = supported(f), down = opposed(f), words = [];
   if (f.supports[up] > 0) words.push(`supports ${names[up]} (${signed(f.supports[up])})`);
   if (f.supports[down] < 0) words.push(`opposes ${names[down]} (${signed(f.supports[down])})`);
-  return words.length ? words.join(", ") : "changes no logit";
+  return words.length ? words.join(", ") : "changes no score";
 }
 /* A row of a list: a picture, the feature's caption, a note, and a value on this image or class. */
 function featureRow(k, value, more = {}) {
@@ -68,8 +71,29 @@ function drawLink(t, off = [], words = "Open it in the drawing view") {
 }
 const classLinks = (label, href, chosen) =>
   chooser(label, classes.map(c => [names[c], href(c), c]), chosen);
+
+/* ---------- the address, which readers may type ---------- */
+const misread = new Set(); /* what was not understood, in words, until the next address */
+function misreadField(field, value = address().get(field) ?? "") {
+  const text = [...value].slice(0, 40).join("");
+  misread.add(`${field} “${text}${text === value ? "" : "…"}”`);
+}
 /* A whole number of the address below `n`, or a default. */
 function fromAddress(field, n, otherwise) {
   const value = address().get(field);
-  return value !== null && /^\d+$/.test(value) && Number(value) < n ? Number(value) : otherwise;
+  if (value === null || value === "end") return otherwise; /* "end": of the tour */
+  if (/^\d+$/.test(value) && Number(value) < n) return Number(value);
+  misreadField(field);
+  return otherwise;
+}
+/* The address has no such feature or view: the nearest view that there is. */
+function goInstead(href) {
+  history.replaceState(null, "", href);
+  route(true);
+}
+function misreadWords() {
+  const list = [...misread].join(", ");
+  return list && el("p", { id: "misread", class: "mark", role: "alert" },
+    `Not understood in the address, or not on this page: ${list}. ` +
+    "This is the nearest view.");
 }

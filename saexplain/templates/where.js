@@ -67,19 +67,13 @@ function cropped([slot, , , map], label, size) {
   canvas.className = "photo";
   return canvas;
 }
-/* The image that activates feature i most: cropped to what the hottest position sees. */
+/* The image that activates feature i most: cropped to what the most active position sees. */
 function strongest(i, size, label = "") {
   const [row] = features[i].top;
   if (!row) return picture(label, size, "blank", () => [200, 200, 200]);
   if (!WHERE || !hasPlace(features[i])) return digit("images", row[0], label, size);
   return isCropped() && row[3] !== undefined ? cropped(row, label, size)
     : example(row, label, size);
-}
-/* ---------- what the colors mean ---------- */
-function colorBar(ends, color) {
-  const bar = picture("", 120, null, p => color((p % 60) / 59), 60, 6);
-  bar.style.height = "12px";
-  return el("p", { class: "small soft colorBar" }, ends[0], bar, ends[1]);
 }
 function mapLegend(f) {
   if (!heatMaps.on) return "";
@@ -107,7 +101,7 @@ function examplesOf(title, f, list) {
 function crops(f) {
   const some = f.top.filter(row => row[3] !== undefined).slice(0, CROPS);
   if (!isCropped() || !some.length || !hasPlace(f)) return "";
-  return el("div", {}, el("h3", {}, "What the hottest position sees"),
+  return el("div", {}, el("h3", {}, "What the most active position sees"),
     el("div", { class: "thumbs" }, some.map(row => cropped(row,
       `the crop of ${an(name(row[1]))}`, 96))));
 }
@@ -140,9 +134,9 @@ const positionDensity = f => WHERE?.kind === "activation"
 /* The face and the maps of feature i, where these show what it sees. */
 function whereItIs(f, i) {
   const words = f.faithful === false && f.correlation !== undefined ? note("Its input pattern is " +
-    `not faithful: correlation ${f.correlation.toFixed(2)} with the pre-activation. So it is not ` +
-    "shown.") : "";
-  return [placeMarks(f), mapSwitch(), examplesOf("Strongest images", f, f.top),
+    `not faithful: what it predicts has a correlation of ${f.correlation.toFixed(2)} with the ` +
+    "activation before the threshold. So it is not shown.") : "";
+  return [placeMarks(f), mapSwitch(), examplesOf(STRONGEST_TITLE, f, f.top),
     f.top.length && hasPlace(f) ? mapLegend(f) : "",
     el("div", { class: "row" }, crops(f), meanMap(f, i)), words];
 }

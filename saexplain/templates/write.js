@@ -132,7 +132,7 @@ function measureTable(label, columns, names, id) {
 }
 const everyImage = m => ({ precision: m.rate, recall: 1, f1: m.chance_f1, average_precision: m.rate,
   auroc: .5 });
-/* The strongest image missed, and the one with the highest score that is wrongly picked. */
+/* The strongest image missed, and the one with the best match that is wrongly picked. */
 function examples() {
   const { i, scores, now: { threshold } } = writing, at = activeIn("val", i);
   const activation = pairsOf("val", i, "activation"), active = new Set(at);
@@ -146,7 +146,7 @@ function examples() {
   return put(el("div", { class: "row", id: "examples" }), {}, [
     example("Strongest image it misses", at[missed],
       `activation ${percent(activation[missed] / 255, 0)} of the largest`),
-    example("Highest score it wrongly picks", wrong, "the feature is inactive")]);
+    example("Best match it wrongly picks", wrong, "the feature is inactive")]);
 }
 function showWriting() {
   const { i, h, parts } = writing, any = writing.weights.some(Boolean);
@@ -158,7 +158,7 @@ function showWriting() {
   write(parts.words, now ? `F1 ${now.f1.toFixed(2)}. ${pickedWords(now)}`
     : "Nothing is drawn yet. Paint on the picture.");
   parts.numbers.replaceChildren(measureTable("your numbers", [["yours", now],
-    ["machine's", parts.machine], ["all picked", everyImage(writing.now)]],
+    ["the program's", parts.machine], ["every image picked", everyImage(writing.now)]],
   ["precision", "recall", "f1", "average_precision"], "numbers"));
   parts.examples.replaceChildren(now ? examples() : "");
   parts.roles.forEach((node, n) =>
@@ -169,9 +169,10 @@ function showWriting() {
   parts.test.disabled = Boolean(h.tested) || !any || both || !isTestable("test_half", i);
   const looks = mine.looks.get(h.feature) ?? 0;
   write(parts.state, h.tested ? "This hypothesis is tested and stays as it is. Change anything, " +
-    "and it becomes a new one." : both ? "It cannot raise and lower the same logit." : looks
-    ? `The next test is look ${looks + 1} at the test half. Each look makes it weaker evidence.`
-    : "Each test is a look at the test half, and every further look makes it weaker evidence.");
+    "and it becomes a new one." : both ? "It cannot raise and lower the same score." : looks
+    ? `This would be test ${looks + 1} of this feature on the same images. Each further test is ` +
+      "weaker evidence."
+    : "A second test on the same images is weaker evidence than the first: test what you believe.");
   if (parts.result.dataset.of !== String(h.tested?.sha256)) {
     parts.result.dataset.of = String(h.tested?.sha256);
     parts.result.replaceChildren(...h.tested ? resultView(h) : []);
@@ -193,28 +194,29 @@ const ordinal = n => n + (Math.floor(n / 10) % 10 === 1 ? "th"
   : { 1: "st", 2: "nd", 3: "rd" }[n % 10] ?? "th");
 function resultView(h) {
   const r = testResults(h), i = position.get(h.feature), again = r.other_half;
-  const columns = [["yours", r], ["machine's", machineResults(i, "test_half")],
-    ["all picked", everyImage(r)]];
-  if (again) columns.push(["yours, other half", again], ["machine's, other half",
+  const columns = [["yours", r], ["the program's", machineResults(i, "test_half")],
+    ["every image picked", everyImage(r)]];
+  if (again) columns.push(["yours, other half", again], ["the program's, other half",
     machineResults(i, "replication_half")]);
   const edit = ([verb, e]) => el("li", {}, `${EDITS[verb]} turns it ` +
     `${verb === "painting" ? "active" : "inactive"} on ${e.named} of ${e.n} images, the same ` +
     `edit elsewhere on ${e.elsewhere} `, marked(e.result));
   const lines = Object.entries(r.edits).map(edit);
   if (!testing.edits.can) lines.push(el("li", {}, "This page cannot test edits and " +
-    "logits, and confidence rests on edits: Python tests an exported file in full."));
+    "scores, and confidence rests on edits: Python tests an exported file in full."));
   if (r.classes)
     lines.push(el("li", {}, classWords(h.classes, r.classes), marked(r.classes.result)));
-  for (const [verb, c] of Object.entries(r.effects)) lines.push(el("li", {}, logitWords(verb, c),
-    "; whether random directions do as much, only Python tests"));
-  const look = h.tries > 1 ? "Each look makes it weaker evidence. " : "";
+  for (const [verb, c] of Object.entries(r.effects)) lines.push(el("li", {}, "Effect: ",
+    scoreWords(verb, c), "; whether random directions do as much, only Python tests"));
+  if (Object.keys(r.effects).length) lines.push(el("li", { class: "soft" }, NOT_WHY));
+  const look = h.tries > 1 ? "Each further test is weaker evidence. " : "";
   return [el("h3", {}, "Result: confidence ", el("b", {}, r.confidence ?? "not known"),
     h.confidence ? ` (you expected ${h.confidence})` : ""),
   el("p", {}, pickedWords(r)),
   measureTable("results", columns, Object.keys(numberRows), "results"),
   el("ul", { class: "plain small" }, lines),
   note(`On ${number(r.n_images)} images of the test half, of which ${number(r.active)} activate ` +
-    `the feature. ${ordinal(h.tries)} look at the test half for this feature. ${look}` +
+    `the feature. ${ordinal(h.tries)} test of this feature on them. ${look}` +
     "Brackets: 95% intervals. Python tests all images of the half and edits others, so a result " +
     "near its bar may differ there. Frozen as SHA-256 ",
   el("code", { id: "sha256" }, h.tested.sha256), "."),
@@ -237,17 +239,18 @@ function paintTools(i) {
     parts.strong, el("label", { class: "small" }, "size ", size)),
   el("div", { class: "controls wrap" }, parts.undo,
     button("clear", whole(new Int8Array(CP)), { id: "clearPaint" }),
-    isDrawn(i) && button("start from the machine's", whole(drawingOf(i)), { id: "fromMachine" }))];
+    isDrawn(i) && button("start from the program's", whole(drawingOf(i)), { id: "fromMachine" }))];
 }
 function writeForm(h) {
   const pick = (id, title, options, value, set) => el("label", {}, `${title} `, el("select",
     { id, onchange: e => set(e.target.value) }, options.map(([v, text]) =>
       el("option", { value: v, selected: String(v) === String(value ?? "") }, text))));
-  const logits = [["", "no logit"], ...classes.map(c => [c, names[c]])];
-  const logit = verb => pick(verb, `It ${verb}`, logits, h[verb], v =>
+  const scores = [["", "no class"], ...classes.map(c => [c, names[c]])];
+  const score = verb => pick(verb, `It ${verb} the score for`, scores, h[verb], v =>
     setField(verb, v === "" ? null : Number(v)));
   const tick = c => el("label", {}, el("input", { type: "checkbox", name: "class", value: c,
-    checked: h.classes.includes(c), onchange: e => setField("classes",
+    checked: h.classes.includes(c), title: fullNames.get(names[c]),
+    onchange: e => setField("classes",
       e.target.checked ? [...writing.h.classes, c].sort((a, b) => a - b)
         : writing.h.classes.filter(d => d !== c)) }), names[c]);
   return el("form", { id: "hypothesis", onsubmit: e => e.preventDefault() },
@@ -256,13 +259,14 @@ function writeForm(h) {
       onchange: e => setField("caption", e.target.value) })),
     el("fieldset", {}, el("legend", {}, "Mostly on images of"),
       el("div", { class: "controls wrap" }, classes.map(tick))),
-    el("div", { class: "controls wrap" }, logit("raises"), logit("lowers"),
+    el("div", { class: "controls wrap" }, score("raises"), score("lowers"),
       pick("sure", "How sure are you?", [["", "no opinion"], ...CONFIDENCES.map(c => [c, c])],
         h.confidence, v => setField("confidence", v))));
 }
 function writeView() {
-  const k = Number(address().get("feature")), i = positionOf(k);
-  if (i === undefined) return;
+  const found = featureOfAddress();
+  if (!found) return;
+  const [k, i] = found;
   const f = features[i], n = fromAddress("entry", mine.list.length, null);
   const drafts = mine.list.filter(h => h.feature === k && !h.tested);
   const h = (mine.list[n]?.feature === k && mine.list[n]) || drafts.at(-1) || blankHypothesis(k);
@@ -296,12 +300,12 @@ function writeView() {
         "it. Strong cells count twice. By keyboard: arrows move, space paints, r, b and e choose " +
         "the brush, s is strong.")),
       el("div", {}, parts.numbers, note(`On ${number(nOf("val"))} of ` +
-        `${number(total.val)} validation images, evenly spaced. Images with a score from ` +
-        "the best threshold on are picked."), parts.examples),
+        `${number(total.val)} validation images, evenly spaced. Images whose `,
+      term("match"), " reaches the best threshold are picked."), parts.examples),
       el("div", {}, writeForm(h), el("div", { class: "controls wrap" }, parts.test, parts.state),
         note(used, rare), parts.kept)),
     parts.result,
-    thumbnails("Strongest images", f.top),
+    thumbnails(STRONGEST_TITLE, f.top),
     el("div", { class: "halves" }, supports(f), labelColumns(f)));
   showWriting();
 }

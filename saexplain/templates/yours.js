@@ -1,4 +1,4 @@
-/* The ledger: the reader's hypotheses beside the machine's, and how their confidence came out. */
+/* The reader's hypotheses beside the program's, and how their confidence came out. */
 function calibration() { /* counts by confidence given, and found */
   const counts = new Map(CONFIDENCES.map(c => [c, new Map(CONFIDENCES.map(d => [d, 0]))]));
   for (const h of mine.list) if (h.tested && h.confidence) {
@@ -23,10 +23,11 @@ function entryRow(h, n) {
   const machine = r && machineResults(i, "test_half"), f1 = m => m ? m.f1.toFixed(2) : "none";
   const figure = (words, node) =>
     el("figure", {}, node, el("figcaption", { class: "small soft" }, words));
-  const words = r ? [el("p", {}, "F1 ", el("b", {}, f1(r)), `, machine's ${f1(machine)}, every ` +
-    `image ${r.chance_f1.toFixed(2)}. Confidence: you expected ${h.confidence || "nothing"}, ` +
+  const words = r ? [el("p", {}, "F1 ", el("b", {}, f1(r)), `, the program's ${f1(machine)}, ` +
+    `picking every image ${r.chance_f1.toFixed(2)}. Confidence: you expected ` +
+    `${h.confidence || "nothing"}, ` +
     "found was ", el("b", {}, r.confidence ?? "not known"), ". ",
-  el("span", { class: "soft" }, `${ordinal(h.tries)} look at the test half.`))]
+  el("span", { class: "soft" }, `${ordinal(h.tries)} test of this feature on these images.`))]
     : [el("p", { class: "soft" }, "Not tested yet.")];
   const remove = button("delete", () => {
     mine.list.splice(n, 1);
@@ -36,10 +37,10 @@ function entryRow(h, n) {
   return el("li", { class: "entry" },
     figure("yours", drawn(weights, onMean(i), 96,
     `your drawing: ${cellsInWords(weights)}`)),
-    figure("machine's", sketch(i, 96)),
+    figure("the program's", sketch(i, 96)),
     el("div", {}, el("p", {}, link(toFeature(f.feature), `Feature ${f.feature}`), ": ",
       el("b", {}, h.caption || "no words"), el("br"), el("span", { class: "soft" },
-        `machine: ${f.caption ?? "none"}`)), words,
+        `the program: ${f.caption ?? "none"}`)), words,
     el("div", { class: "controls" }, link(to("write", { feature: f.feature, entry: n }), "open"),
       remove)));
 }
