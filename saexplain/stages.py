@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 
 import feature_analysis as fa
-from saexplain import report
 from saexplain.calibration import adjust_thresholds
 from saexplain.fidelity import evenly_spaced, mean_l0
 from saexplain.files import Stage, load_cached, prepare_folder, save_stage
@@ -29,6 +29,7 @@ from saexplain.rows import TrainingRows, are_grouped
 from saexplain.sae import JumpReLUSAE
 
 SAE_SETTINGS = "sae_latents epochs_sae_final batch_sae lr_sae head_kl normalize_z seed"
+FURTHER = re.compile("stability_seed_|frozen_decoder")  # folders of SAEs that the run's own needs
 FROZEN_EPOCHS = 2  # of the frozen decoder; 5 take 2.4 times as long, and lower FVU by 6%
 
 
@@ -111,7 +112,10 @@ def sae_stages(
 def load_sae(wanted: WantedSAE, rows: TrainingRows) -> Stage | None:
     """The SAE in its folder, if it was made from the same; else None."""
     prepare_folder(wanted.folder)
-    return load_cached(wanted.folder, "sae", wanted.inputs(rows), wanted.settings.fresh)
+    settings, is_main = wanted.settings, not FURTHER.match(wanted.folder.name)
+    of = f" for {wanted.target} actives" if len(settings.target_actives) > 1 else ""
+    given = ("sae", wanted.inputs(rows), f"the SAE{of}" if is_main else "")
+    return load_cached(wanted.folder, *given, settings.named, settings.fresh)
 
 
 def save_sae(
@@ -137,8 +141,6 @@ def save_sae(
         "l0_before_shift": mean_l0(before, rows.val),
         "history": history,
     }
-    if not wanted.freeze_decoder:  # a baseline, trained while the new results are made
-        report.replace_results(Path(wanted.settings.out))
     return save_stage(wanted.folder, "sae", tensors, wanted.inputs(rows.train), info)
 
 
