@@ -226,10 +226,14 @@ def input_changes(old: dict, new: dict, named: Callable[[str], str] = str) -> st
     if old.keys() - OPTIONAL_INPUTS != new.keys() - OPTIONAL_INPUTS:
         return "it is of an earlier version of the program"
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    words = [CHANGED_IN_WORDS[key] for key in changed if key in CHANGED_IN_WORDS]
+    words = []
     for key in changed:
-        if key not in CHANGED_IN_WORDS:
-            values = change_in_words(old.get(key), new.get(key))
+        if key in CHANGED_IN_WORDS:  # another seed draws other images, and trains other networks
+            words += [] if "seed" in changed else [CHANGED_IN_WORDS[key]]
+        elif key not in old or key not in new:
+            words.append("another kind of layer")
+        else:
+            values = change_in_words(old[key], new[key])
             words.append(f"{INPUTS_IN_WORDS.get(key) or named(key)} changed {values}")
     return in_short(words)
 

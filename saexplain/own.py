@@ -125,9 +125,16 @@ def count_tries(hypotheses: Sequence[Hypothesis], folder: Path, sae: object) -> 
     """
     path = folder / TRIES_FILE
     of_saes = read_json(path) if path.exists() else {}
-    tried = of_saes.setdefault(digest_of_sae(sae), {}) if isinstance(of_saes, dict) else None
-    if not isinstance(tried, dict) or not all(isinstance(seen, list) for seen in tried.values()):
-        raise InputError(f"{path} is damaged; move it away, and drawings are counted anew")
+    try:
+        lists = [seen for tried in of_saes.values() for seen in tried.values()]
+    except AttributeError:
+        lists = [None]
+    if not all(isinstance(seen, list) for seen in lists):
+        raise InputError(
+            f"{path} is damaged, or of an earlier version of the program; move it away, and "
+            f"drawings are counted anew"
+        )
+    tried = of_saes.setdefault(digest_of_sae(sae), {})
     counts = []
     for h in hypotheses:
         digest = hashlib.sha256("\n".join(drawing_rows(h.weights)).encode()).hexdigest()

@@ -166,7 +166,7 @@ def results_in_words(root: Path, new: dict, named: Callable[[str], str]) -> str:
     try:
         old = load_manifest(root)
     except InputError:
-        return "results whose settings.json cannot be read"
+        return "results with a settings.json that cannot be read"
     if MANIFEST_KEYS - old.keys():
         return "results of an earlier version of the program"
     if old["caller"] != new["caller"]:
@@ -175,7 +175,8 @@ def results_in_words(root: Path, new: dict, named: Callable[[str], str]) -> str:
         return "results of an earlier version of the program"
     words = [] if old["network"] == new["network"] else [f"for {old['network']}"]
     others = [key for key in IN_WORDS if new.get(key) and new[key] != old[key]]
-    words += [IN_WORDS[others[0]]] if others and not words else []
+    other_seed = old["settings"]["seed"] != new["settings"]["seed"]  # which draws other images
+    words += [IN_WORDS[others[0]]] if others and not words and not other_seed else []
     settings = [
         f"{named(key)} {change_in_words(value)}"
         for key, value in old["settings"].items()

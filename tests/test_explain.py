@@ -87,14 +87,16 @@ def test_equal_inputs_reuse_the_sae_and_others_do_not(explained, tmp_path, capsy
     net, run, _ = explained
     own = {"classes": NAMES, "out": str(shutil.copytree(run.folder, tmp_path / "copy")), **FAST}
     again = driver.explain(net, "1", *splits(), **own)
-    assert "sae: reused" in capsys.readouterr().out
+    assert "reusing the SAE" in capsys.readouterr().out
     assert torch.equal(again.layer.sae.W_enc, run.layer.sae.W_enc)
     other = network()
     with torch.no_grad():
         other[4].weight[0, 0] += 0.5  # what comes after the layer counts as well
     driver.explain(other, "1", *splits(), **own)
-    assert "sae: trained again" in capsys.readouterr().out
-    with pytest.raises(InputError, match="explains layer 1 of Sequential, which is not stored"):
+    assert "another network or layer: retraining the SAE" in capsys.readouterr().out
+    with pytest.raises(
+        InputError, match=r"explains layer 1 of Sequential, which .*: call explain\(\)"
+    ):
         driver.load_run(own["out"])
 
 
