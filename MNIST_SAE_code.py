@@ -1091,7 +1091,8 @@ def train_combination(settings: Settings) -> dict:
         made_from = {"data_digest": data.digest, "network_sha256": classifier.digest}
         with folder_lock(folder, settings.wait):
             wanted = [WantedSAE(target, settings, folder, made_from)]
-            (stage,) = sae_stages(layer, training_rows(layer), wanted, train_wanted)
+            given = (layer, training_rows(layer), wanted, train_wanted)
+            (stage,) = sae_stages(*given, f"the SAE in {folder}")
     sae = JumpReLUSAE.from_weights(stage.tensors, layer.device)
     own = settings.chosen("sae_latents normalize_z seed")
     return {**report.sae_record(layer.with_sae(sae), target, stage, own), "data": data.source}

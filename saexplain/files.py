@@ -196,17 +196,17 @@ def load_cached(
     """The stage that was made from equal inputs, in one of `stage_folders`; otherwise None, after
     printing why. It is in the folder then. With `fresh` it is always None.
 
-    `what` is the stage in words; without it, only damage is printed. `named` gives the name by
-    which the user knows a setting.
+    `what` is the stage in words; without it nothing is printed. `named` gives the name by which the
+    user knows a setting.
     """
-    reason = damage = ""
+    reason = ""
     for place in [] if fresh else stage_folders(folder):
         if not (place / f"{name}.json").exists():
             continue
         try:
             stage = load_stage(place, name)
         except InputError as error:
-            damage = str(error).removesuffix(AGAIN)
+            reason = reason or str(error).removesuffix(AGAIN)
             continue
         reason = input_changes(stage.inputs, inputs, named)
         if not reason:
@@ -216,8 +216,8 @@ def load_cached(
                 files = (place / f"{name}{ending}" for ending in (".safetensors", ".json"))
                 write_stage(folder, name, *(path.read_bytes() for path in files))
             return stage
-    if damage or (reason and what):
-        print(f"{reason if what and reason else damage}: retraining {what or 'it'}")
+    if reason and what:
+        print(f"{reason}: retraining {what}")
     return None
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,6 @@ from saexplain.rows import TrainingRows, are_grouped
 from saexplain.sae import JumpReLUSAE
 
 SAE_SETTINGS = "sae_latents epochs_sae_final batch_sae lr_sae head_kl normalize_z seed"
-FURTHER = re.compile("stability_seed_|frozen_decoder")  # folders of SAEs that the run's own needs
 FROZEN_EPOCHS = 2  # of the frozen decoder; 5 take 2.4 times as long, and lower FVU by 6%
 
 
@@ -93,11 +91,12 @@ def gather_training(layer: fa.ExplainedLayer, split: Split, ranks: Ranks) -> fa.
 
 
 def sae_stages(
-    layer: fa.ExplainedLayer, rows: Rows, wanted: Sequence[WantedSAE], train: Train
+    layer: fa.ExplainedLayer, rows: Rows, wanted: Sequence[WantedSAE], train: Train, what: str = ""
 ) -> list[Stage]:
-    """The SAEs wanted, on every rank: reused, or trained together and calibrated."""
+    """The SAEs wanted, on every rank: reused, or trained together and calibrated. `what` is that of
+    `load_sae`."""
     ranks = rows.train.ranks
-    stages = ranks.on_first(lambda: [load_sae(one, rows.train) for one in wanted])
+    stages = ranks.on_first(lambda: [load_sae(one, rows.train, what) for one in wanted])
     missing = [i for i, stage in enumerate(stages) if stage is None]
     if missing:
         with torch_threads(1):
@@ -109,13 +108,12 @@ def sae_stages(
     return stages
 
 
-def load_sae(wanted: WantedSAE, rows: TrainingRows) -> Stage | None:
-    """The SAE in its folder, if it was made from the same; else None."""
+def load_sae(wanted: WantedSAE, rows: TrainingRows, what: str = "") -> Stage | None:
+    """The SAE in its folder, if it was made from the same; else None. With `what`, the SAE in
+    words, a line is printed."""
     prepare_folder(wanted.folder)
-    settings, is_main = wanted.settings, not FURTHER.match(wanted.folder.name)
-    of = f" for {wanted.target} actives" if len(settings.target_actives) > 1 else ""
-    given = ("sae", wanted.inputs(rows), f"the SAE{of}" if is_main else "")
-    return load_cached(wanted.folder, *given, settings.named, settings.fresh)
+    given = ("sae", wanted.inputs(rows), what, wanted.settings.named, wanted.settings.fresh)
+    return load_cached(wanted.folder, *given)
 
 
 def save_sae(
@@ -168,7 +166,14 @@ def train_saes(
             folder = settings.folder_of(target)
             folder = folder if seed == settings.seed else folder / f"stability_seed_{seed}"
             wanted.append(WantedSAE(target, own, folder, made_from))
-    given = (layer, training_rows(layer, ranks), train, workers)
+    rows, several = training_rows(layer, ranks), len(settings.target_actives) > 1
+
+    def print_reuse() -> None:
+        for one in wanted[: len(settings.target_actives)]:  # those of the run's own seed
+            load_sae(one, rows.train, f"the SAE for {one.target} actives" if several else "the SAE")
+
+    ranks.on_first(print_reuse)  # before any training
+    given = (layer, rows, train, workers)
     tasks = start_saes("sae", wanted, *given)
     fewer = replace(settings, epochs_sae_final=min(FROZEN_EPOCHS, settings.epochs_sae_final))
     drawn = settings.hypotheses and not layer.has_positions  # it is a baseline of drawings

@@ -94,9 +94,9 @@ def test_a_damaged_stage_is_explained_and_made_again(saved, damage, capsys):
     expected = "damaged" if (saved / "thing.safetensors").exists() else "incomplete"
     with pytest.raises(InputError, match=rf"thing\.safetensors .* {expected}.*run again"):
         load_stage(saved, "thing")
-    assert load_cached(saved, "thing", INPUTS) is None
+    assert load_cached(saved, "thing", INPUTS, "the thing") is None
     (line,) = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(rf".*thing\.safetensors .* {expected}.*: retraining it", line)
+    assert re.fullmatch(rf".*thing\.safetensors .* {expected}.*: retraining the thing", line)
 
 
 def test_a_stage_that_is_being_replaced_is_none(saved, monkeypatch):
