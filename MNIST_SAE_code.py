@@ -885,10 +885,10 @@ def open_run(
     root: Path, manifest: dict, target: int | None, data_dir: str | None, device: str
 ) -> Run:
     """`load_run` of the run whose settings.json holds the manifest."""
-    if manifest.get("caller") in ("explain", "explain_sae"):
+    if manifest.get("network", OWN_NETWORK) != OWN_NETWORK:
         raise InputError(
-            f"{root} explains {manifest['network']}, which is not stored there: call "
-            f"{manifest['caller']}() again with the same arguments; explain() reuses the SAE"
+            f"{root} explains {manifest['network']}, which is not stored there: call explain() or "
+            f"explain_sae() again with the same arguments; explain() reuses the SAE"
         )
     stored = manifest["settings"]
     runs.check_version(root, manifest, KINDS)

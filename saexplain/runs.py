@@ -49,7 +49,7 @@ IN_WORDS = {
     "network_sha256": "of a network with other weights",
     "sae_sha256": "of another SAE",
 }
-MANIFEST_KEYS = {"caller", "settings", "data", "network", "classes", "hypotheses_sha256", *IN_WORDS}
+MANIFEST_KEYS = {"settings", "data", "network", "classes", "hypotheses_sha256", *IN_WORDS}
 
 
 class Network(NamedTuple):
@@ -169,8 +169,9 @@ def results_in_words(root: Path, new: dict, named: Callable[[str], str]) -> str:
         return "results with a settings.json that cannot be read"
     if MANIFEST_KEYS - old.keys():
         return "results of an earlier version of the program"
-    if old["caller"] != new["caller"]:
-        return f"results of {CALLERS.get(old['caller'])} for {old['network']}"
+    caller = old.get("caller", new["caller"])
+    if caller != new["caller"]:
+        return f"results of {CALLERS.get(caller)} for {old['network']}"
     if old["settings"].keys() != new["settings"].keys():
         return "results of an earlier version of the program"
     words = [] if old["network"] == new["network"] else [f"for {old['network']}"]

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import contents_of
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -112,6 +113,34 @@ def test_a_saelens_folder_is_explained(explained, tmp_path):
     assert any(name in line for record in shown for line in record["measured"] for name in NAMES)
     for name in ("feature_report.html", "hypotheses.md", "summary.json"):
         assert (tmp_path / name).stat().st_size > 100, name
+
+
+def test_explain_sae_names_what_it_replaces_and_replaces_it_when_complete(
+    explained, tmp_path, monkeypatch, capsys
+):
+    net, run, _ = explained
+    folder, other = shutil.copytree(run.folder, tmp_path / "run"), top_k_of(run.layer.sae)
+    other.W_enc.mul_(2)
+
+    def explain(sae) -> str:
+        capsys.readouterr()
+        given = (sae, run.layer.mu, run.layer.std, *splits(), folder)
+        explain_sae(net, "1", *given, hypotheses=False, features=2)
+        return capsys.readouterr().out
+
+    before = contents_of(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("saexplain.report.write_page", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            explain(run.layer.sae)
+    assert before.items() <= contents_of(folder).items()
+    line = f"{folder} has results of {{}}; they are replaced when this run has finished"
+    assert line.format("explain() for layer 1 of Sequential") in explain(run.layer.sae)
+    assert not (folder / "sae.json").exists()
+    assert "replaced" not in explain(run.layer.sae)
+    assert line.format("another SAE") in explain(other)
+    with pytest.raises(InputError, match="which is not stored there"):
+        driver.load_run(folder)
 
 
 def test_the_callers_torch_state_makes_no_difference(explained, tmp_path):
