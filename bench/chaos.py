@@ -1,7 +1,7 @@
 """Does a run survive what machines do? Kills, a second writer, a full disk; then it runs again.
 
-    python bench/chaos.py            # some 70 disturbed runs, about six minutes
-    python bench/chaos.py --short    # six, within a minute
+    python bench/chaos.py            # some 110 disturbed runs, about eight minutes
+    python bench/chaos.py --short    # seven, within a minute
 
 Each disturbance meets a tiny run that replaces a finished one of another seed. Afterwards load_run
 must open one of the two with all its files, or where the files were being replaced find an
@@ -120,7 +120,7 @@ def die_before(change: int) -> None:
 
 def disturbances(chaos: Chaos, short: bool, draw: random.Random) -> Iterator[tuple[str, object]]:
     """Disturb one run after another; what was done, and what was wrong with how the run ended."""
-    for change in (20,) if short else itertools.count(1):
+    for change in (20, 60) if short else itertools.count(1):
         status, output = chaos.start(NEW, partial(die_before, change))()
         yield f"killed before change {change} of a file", status > 0 and output[-300:]
         if status == 0:  # there are no further changes
@@ -145,7 +145,7 @@ def disturbances(chaos: Chaos, short: bool, draw: random.Random) -> Iterator[tup
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="six disturbed runs")
+    parser.add_argument("--short", action="store_true", help="seven disturbed runs")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of kills")
     args = parser.parse_args()
     if not hasattr(os, "fork"):

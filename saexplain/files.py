@@ -224,7 +224,7 @@ def load_cached(
 def input_changes(old: dict, new: dict, named: Callable[[str], str] = str) -> str:
     """What differs between the inputs of two stages, in words; "" where they are equal."""
     if old.keys() - OPTIONAL_INPUTS != new.keys() - OPTIONAL_INPUTS:
-        return "it is of an earlier version of the program"
+        return "it is of another version of the program"
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     words = []
     for key in changed:

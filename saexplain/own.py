@@ -131,7 +131,7 @@ def count_tries(hypotheses: Sequence[Hypothesis], folder: Path, sae: object) -> 
         lists = [None]
     if not all(isinstance(seen, list) for seen in lists):
         raise InputError(
-            f"{path} is damaged, or of an earlier version of the program; move it away, and "
+            f"{path} is damaged, or of another version of the program; move it away, and "
             f"drawings are counted anew"
         )
     tried = of_saes.setdefault(digest_of_sae(sae), {})

@@ -501,13 +501,14 @@ def explain_sae(
     sae = sae.to(net.device) if isinstance(sae, torch.nn.Module) else sae
     explained = fa.ExplainedLayer(net, sae, mu.to(net.device), std.to(net.device))
     with torch.no_grad():  # an SAE that does not fit is an error before anything is deleted
-        explained.feature_acts(explained.raw(data.val.images[: fa.PROBED]))
+        some = explained.feature_acts(explained.raw(data.val.images[: fa.PROBED]))
     make_deterministic(net.device)
     with folder_lock(folder, wait), torch_threads(1), Workers(workers) as pool_of_workers:
-        made_from, digest = layer_inputs(net, data), digest_of([sae.W_enc, sae.W_dec, mu, std])
+        made_from = layer_inputs(net, data)
         network = runs.Network(given.caller, net.title, made_from["weights"])
         settings = {name: getattr(given, name) for name in OPTIONS_OF_RESULTS.split()}
-        manifest, digests = network.manifest(settings, data), {"None": digest}  # of no target
+        manifest = network.manifest(settings, data)
+        digests = {"None": digest_of([sae.W_enc, sae.W_dec, mu, std, some])}  # it has no target
         staged = runs.begin_run(folder, {**manifest, "sae_sha256": digests}, str)
         with clock("activations"):
             storing = Storing(folder=folder, made_from=made_from)

@@ -168,12 +168,12 @@ def results_in_words(root: Path, new: dict, named: Callable[[str], str]) -> str:
     except InputError:
         return "results with a settings.json that cannot be read"
     if MANIFEST_KEYS - old.keys():
-        return "results of an earlier version of the program"
+        return "results of another version of the program"
     caller = old.get("caller", new["caller"])
     if caller != new["caller"]:
         return f"results of {CALLERS.get(caller)} for {old['network']}"
     if old["settings"].keys() != new["settings"].keys():
-        return "results of an earlier version of the program"
+        return "results of another version of the program"
     words = [] if old["network"] == new["network"] else [f"for {old['network']}"]
     others = [key for key in IN_WORDS if new.get(key) and new[key] != old[key]]
     other_seed = old["settings"]["seed"] != new["settings"]["seed"]  # which draws other images
@@ -214,4 +214,4 @@ def check_version(root: Path, manifest: dict, settings: Mapping) -> None:
         MANIFEST_KEYS - manifest.keys()
         or manifest["settings"].keys() != settings.keys() - NO_RESULTS
     ):
-        raise InputError(f"{root} has a run of an earlier version of the program; run it again")
+        raise InputError(f"{root} has a run of another version of the program; run it again")

@@ -46,7 +46,7 @@ def test_a_stage_made_from_equal_inputs_is_reused(saved, capsys):
             {key: 7 for key in "abcdef"},
             f"{', '.join(f'{key} changed 1 -> 7' for key in 'ABCD')} and 2 more",
         ),
-        ({"head_kl": 0.25}, "it is of an earlier version of the program"),
+        ({"head_kl": 0.25}, "it is of another version of the program"),
     ],
 )
 def test_what_changed_is_a_line_before_the_retraining(tmp_path, changes, line, capsys):

@@ -186,7 +186,7 @@ def edit_hypotheses(folder) -> None:
         (lambda f: (f / "settings.json").unlink(), "no finished run"),
         (lambda f: edit(f / "settings.json", data_digest="x"), "was made with: bundled sample"),
         (lambda f: edit(f / "settings.json", network="net"), r"not stored .*call explain\(\)"),
-        (lambda f: edit(f / "settings.json", settings={}), "of an earlier version .*run it again"),
+        (lambda f: edit(f / "settings.json", settings={}), "of another version .*run it again"),
         (lambda f: (f / "settings.json").write_text("{}"), r"settings\.json is damaged"),
         (lambda f: (f / "settings.json").write_text("{"), r"settings\.json cannot be read"),
         (stage_of_another_seed, "networks of another run"),

@@ -154,7 +154,7 @@ def test_tests_of_ones_own_hypotheses_stay_with_their_sae(root, sae):
         ({"network": "another"}, "for net"),
         ({"network": "another", "settings": {**OLD, "seed": 1}}, "for net with SEED 0"),
         ({"caller": "explain_sae"}, "of MNIST_SAE_code.py for net"),
-        ({"settings": {"seed": 0}}, "of an earlier version of the program"),
+        ({"settings": {"seed": 0}}, "of another version of the program"),
     ],
 )
 def test_results_of_another_run_are_named_before_they_are_replaced(tmp_path, new, words, capsys):
@@ -169,7 +169,7 @@ def test_results_of_another_run_are_named_before_they_are_replaced(tmp_path, new
     ("name", "content", "words"),
     [
         ("settings.json", "{}", "results with a settings.json that cannot be read"),
-        ("settings.json", '{"settings": {}}', "results of an earlier version of the program"),
+        ("settings.json", '{"settings": {}}', "results of another version of the program"),
         ("summary.json", "[]", "results of an unfinished run"),
         ("sae.json", "{}", ""),
         ("notes.md", "mine", ""),
@@ -205,5 +205,5 @@ def test_a_run_of_an_earlier_version_is_named(tmp_path):
         {**found, "settings": {"seed": 0}},
         {key: found[key] for key in found if key != "classes"},
     ):
-        with pytest.raises(InputError, match="of an earlier version of the program; run it again"):
+        with pytest.raises(InputError, match="of another version of the program; run it again"):
             runs.check_version(tmp_path, changed, OLD)
