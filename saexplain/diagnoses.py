@@ -81,84 +81,54 @@ def diagnose(
     those of the stages "bank", "patterns", "effects" and "pictures"; advice uses the caller's
     `names`.
     """
-    maps = analysis.maps
-    has_positions = maps is not None and maps.kind == "activation"
+    at_positions = analysis.maps is not None and analysis.maps.kind == "activation"
     found = pattern_diagnoses(analysis, features, names["noisy"])
-    redundant = (analysis.nearest.cosine > 0.9).float().mean().item()
-    of_all = seconds["bank"] + seconds["patterns"] + seconds["effects"]
+    found += latent_diagnoses(record, analysis, names, at_positions)
     # Pictures are drawn only of the features reported, the rest is computed for every latent.
+    of_all = seconds["bank"] + seconds["patterns"] + seconds["effects"]
     per_feature = of_all / record["sae_latents"] + seconds["pictures"] / len(features)
-    dense, where = record["dense_share_of_l0"], "images"
-    if has_positions:
-        dense, where = dense_share(maps.position_density), "positions"
-    fewer, target = f"lower {names['latents']}", names["target"]
-    found += [
-        Diagnosis(
-            "redundant features",
-            redundant,
-            0.05,
-            "share with a neighbor above cosine 0.9",
-            fewer,
-        ),
-        *boolean_diagnoses(record, target),
-        Diagnosis(
-            "dead latents",
-            record["dead_features"] / record["sae_latents"],
-            0.05,
-            "share inactive at all training positions that were kept"
-            if has_positions
-            else "share inactive on all training images",
-            f"{fewer} or raise {target}",
-        ),
-        Diagnosis(
-            "dense features",
-            dense,
-            0.6,
-            f"share of L0 by features active on over a tenth of the {where}",
-            f"lower {target}"
-            if dense is not None
-            else "no feature is active on any training image: are they scaled as the others are?",
-        ),
-        Diagnosis(
-            "slow analysis",
-            1000 * per_feature,  # milliseconds
-            100.0,
-            "milliseconds per feature, pictures included",
-            f"set {names['features']}",
-        ),
-    ]
+    what, advice = "milliseconds per feature, pictures included", f"set {names['features']}"
+    found.append(Diagnosis("slow analysis", 1000 * per_feature, 100.0, what, advice))
     own = record["hypotheses"]["summaries"]["SAE"] if "hypotheses" in record else {}
     if own.get("agreement_hypotheses") is not None:
-        found.append(
-            Diagnosis(
-                "failing hypotheses",
-                own["agreement"] - own["agreement_hypotheses"],
-                0.1,
-                "predictions lost when hypotheses take the place of the features",
-                "drawings see dark and light only, no color: trust images more than drawings",
-            )
-        )
+        lost = own["agreement"] - own["agreement_hypotheses"]
+        what = "predictions lost when hypotheses take the place of the features"
+        advice = "drawings see dark and light only, no color: trust images more than drawings"
+        found.append(Diagnosis("failing hypotheses", lost, 0.1, what, advice))
     if "reproducibility" in record:
-        found.append(
-            Diagnosis(
-                "seed-specific features",
-                1 - record["reproducibility"]["variance"]["mean"],
-                0.5,
-                "share of the variance not reproduced across seeds",
-                f"lower {target}",
-            )
-        )
-    return found + (position_diagnoses(maps) if has_positions else [])
+        specific = 1 - record["reproducibility"]["variance"]["mean"]
+        what = "share of the variance not reproduced across seeds"
+        advice = f"lower {names['target']}"
+        found.append(Diagnosis("seed-specific features", specific, 0.5, what, advice))
+    return found + (position_diagnoses(analysis.maps) if at_positions else [])
 
 
-def boolean_diagnoses(record: dict, target: str) -> list[Diagnosis]:
-    """The diagnosis of features that are only on or off, where that was measured."""
-    lost = record.get("delta_acc_boolean_scaled")
-    if lost is None:
-        return []
-    what = "accuracy lost when features are on or off"
-    advice = f"compare several targets ({target})"
-    return [Diagnosis("low boolean fidelity", lost, 0.02, what, advice)]
+def latent_diagnoses(
+    record: dict, analysis: Analysis, names: Mapping[str, str], at_positions: bool
+) -> list[Diagnosis]:
+    """The diagnoses of how latents are used: twice, as mere switches, never, too often."""
+    fewer, target = f"lower {names['latents']}", names["target"]
+    redundant = (analysis.nearest.cosine > 0.9).float().mean().item()
+    what = "share with a neighbor above cosine 0.9"
+    found = [Diagnosis("redundant features", redundant, 0.05, what, fewer)]
+    lost = record.get("delta_acc_boolean_scaled")  # not measured with positions
+    if lost is not None:
+        what = "accuracy lost when features are on or off"
+        advice = f"compare several targets ({target})"
+        found.append(Diagnosis("low boolean fidelity", lost, 0.02, what, advice))
+    dead = record["dead_features"] / record["sae_latents"]
+    what = "share inactive on all training images"
+    if at_positions:
+        what = "share inactive at all training positions that were kept"
+    found.append(Diagnosis("dead latents", dead, 0.05, what, f"{fewer} or raise {target}"))
+    dense, where = record["dense_share_of_l0"], "images"
+    if at_positions:
+        dense, where = dense_share(analysis.maps.position_density), "positions"
+    what = f"share of L0 by features active on over a tenth of the {where}"
+    advice = f"lower {target}"
+    if dense is None:
+        advice = "no feature is active on any training image: are they scaled as the others are?"
+    return [*found, Diagnosis("dense features", dense, 0.6, what, advice)]
 
 
 def pattern_diagnoses(analysis: Analysis, features: Sequence[int], noisy: str) -> list[Diagnosis]:

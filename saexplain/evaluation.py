@@ -13,7 +13,7 @@ Key: N test images, C classes, F hypotheses, P cells of the canvas.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -94,6 +94,7 @@ TINY_DOSE = 1 / 64  # of the same, for the slope of the linear prediction
 EFFECT_IMAGES = 48  # active images from which the feature is removed
 EFFECT_IMAGES_SLOW = 32  # the same where the rest of the network takes long ...
 DOSED_IMAGES_SLOW = 8  # ... and those of them to which doses are added
+SCORED_AT_ONCE = 256  # drawings, which bounds the memory of their scores
 MANY_CLASSES = 20  # from more classes on, the change of each logit is kept
 
 
@@ -203,8 +204,8 @@ class Evidence(NamedTuple):
     n_active: int
     n_images: int
     label_histogram: tuple[int, ...]  # of the active images
-    influence: float | None  # share of the logit effect of all single ablations
-    changes: float | None  # share of the active images whose prediction changes without it
+    influence: float | None = None  # share of the logit effect of all single ablations
+    changes: float | None = None  # share of the active images whose prediction changes without it
     picked: Picked | None = None  # by the score; of an undrawn hypothesis, by the classes named
     detection: Detection | None = None  # by the score
     correlation: float | None = None  # of the score with the pre-activation, z W_enc
@@ -273,66 +274,104 @@ def collect_evidence(
     activity = activity or collect_activity(layer, raw, split.labels)
     check_activity(activity, layer, raw)
     check_hypotheses(hypotheses, layer, canvas)
-    histograms = label_histograms(activity, layer.n_classes)
-    label_counts = torch.bincount(activity.labels, minlength=histograms.shape[1]).numpy()
-    influence = changes = [None] * layer.d_sae
-    deltas = [()] * layer.d_sae
     if in_full:
         removed = removed or removal_effects(layer, raw, activity)
-        influence, changes = removed.influence.tolist(), removed.changes.tolist()
-        if histograms.shape[1] > MANY_CLASSES:
-            deltas = [tuple(delta) for delta in removed.mean_delta.tolist()]
-    n_active, evidence, counted = activity.n_active.tolist(), [], []
-    for h in hypotheses:
-        k = h.feature
-        given = (tuple(histograms[k].tolist()), influence[k], changes[k])
-        e = Evidence(k, n_active[k], len(raw), *given, delta=deltas[k], undrawn=bool(h.undrawn))
-        e = e._replace(at_positions=layer.has_positions)
-        counted.append(histograms[k])
-        if h.strong_from is not None:
-            counted[-1] = strong_histogram(k, activity, h.strong_from, histograms.shape[1])
-            e = e._replace(n_strong=int(counted[-1].sum()))
-        evidence.append(e)
-
-    drawn = drawn or [None] * len(hypotheses)
+    histograms = label_histograms(activity, layer.n_classes)
+    label_counts = torch.bincount(activity.labels, minlength=histograms.shape[1]).numpy()
+    evidence = [
+        count_images(h, layer, activity, histograms[h.feature], removed if in_full else None)
+        for h in hypotheses
+    ]
     tested = [i for i, e in enumerate(evidence) if e.is_testable and hypotheses[i].is_drawn]
-    if any(hypotheses[i].threshold is None for i in tested):
-        raise ValueError("each hypothesis must have a threshold: see with_thresholds")
-    crops = crops_on(canvas, layer, split.images) if tested else None
-    if tested and crops is None:
-        levels = ink_levels(canvas, split.images)
-    for first in range(0, len(tested), 256):  # bounds the memory of the scores
-        some = tested[first : first + 256]
-        own = [hypotheses[i] for i in some]
-        weights = np.stack([h.weights for h in own])
-        scores = crops.scores(weights, split.images)[0] if crops else scores_of(weights, levels)
-        active = [
-            activity.of(h.feature)[0][strong_pairs(h.feature, activity, h.strong_from)] for h in own
-        ]
-        ranked, found = [None] * len(own), [None] * len(own)
-        if in_full:
-            ranked = score_detections(list(scores.numpy()), [at.numpy() for at in active])
-            readouts = layer.sae.W_enc.detach()[:, [h.feature for h in own]]
-            found = correlations(scores, pre_activations(layer, raw, readouts)).tolist()
-        for n, (i, h, at) in enumerate(zip(some, own, active, strict=True)):
-            predicted = scores[n] >= h.threshold
-            picked = Picked(int(predicted.sum()), len(at), int(predicted[at].sum()))
-            edits = edit_tests(h, layer, split.images, activity, canvas, drawn[i], crops)
-            evidence[i] = evidence[i]._replace(
-                picked=picked, detection=ranked[n], correlation=found[n], edits=edits
-            )
+    own = [hypotheses[i] for i in tested]
+    prepared = [drawn[i] if drawn else None for i in tested]
+    found = evaluate_drawings(own, layer, split, canvas, activity, in_full, prepared)
+    for i, of_drawing in zip(tested, found, strict=True):
+        evidence[i] = evidence[i]._replace(**of_drawing)
+
     places = Places.of(layer, activity) if layer.has_positions else None
     for i, (h, e) in enumerate(zip(hypotheses, evidence, strict=True)):
         if not e.is_testable:
             continue
         if in_full or h.undrawn:
-            classes = measure_classes(h, counted[i], label_counts)
-            picked = e.picked or pick_classes(h, counted[i], label_counts)
+            counted = histograms[h.feature]
+            if h.strong_from is not None:
+                counted = strong_histogram(h.feature, activity, h.strong_from, len(label_counts))
+            classes = measure_classes(h, counted, label_counts)
+            picked = e.picked or pick_classes(h, counted, label_counts)
             e = e._replace(classes=classes, place=measure_place(h, places), picked=picked)
         if in_full:
             e = e._replace(effects=measure_effects(h, layer, raw, activity, rule.percentile))
         evidence[i] = e
     return evidence
+
+
+def count_images(
+    h: Hypothesis,
+    layer: fa.ExplainedLayer,
+    activity: Activity,
+    histogram: np.ndarray,
+    removed: Removals | None,
+) -> Evidence:
+    """The evidence before anything is tested: how many images activate the feature, `histogram`
+    (C,) by label, and what removing it does, if that is known."""
+    k = h.feature
+    known = {}
+    if removed:
+        known = {"influence": float(removed.influence[k]), "changes": float(removed.changes[k])}
+        if len(histogram) > MANY_CLASSES:
+            known["delta"] = tuple(removed.mean_delta[k].tolist())
+    if h.strong_from is not None:
+        known["n_strong"] = int(strong_pairs(k, activity, h.strong_from).sum())
+    return Evidence(
+        k,
+        int(activity.n_active[k]),
+        len(activity.labels),
+        tuple(histogram.tolist()),
+        undrawn=bool(h.undrawn),
+        at_positions=layer.has_positions,
+        **known,
+    )
+
+
+def evaluate_drawings(
+    hypotheses: Sequence[Hypothesis],
+    layer: fa.ExplainedLayer,
+    split: fa.Activations,
+    canvas: Canvas,
+    activity: Activity,
+    in_full: bool,
+    drawn: Sequence[Drawn | None],
+) -> Iterator[dict]:
+    """Of each drawn hypothesis, the fields of `Evidence` about its drawing, in their order."""
+    if not hypotheses:
+        return
+    if any(h.threshold is None for h in hypotheses):
+        raise ValueError("each hypothesis must have a threshold: see with_thresholds")
+    crops = crops_on(canvas, layer, split.images)
+    levels = None if crops else ink_levels(canvas, split.images)
+    for first in range(0, len(hypotheses), SCORED_AT_ONCE):
+        own = hypotheses[first : first + SCORED_AT_ONCE]
+        weights = np.stack([h.weights for h in own])
+        scores = crops.scores(weights, split.images)[0] if crops else scores_of(weights, levels)
+        active = [
+            activity.of(h.feature)[0][strong_pairs(h.feature, activity, h.strong_from)] for h in own
+        ]
+        ranked = found = [None] * len(own)
+        if in_full:
+            ranked = score_detections(list(scores.numpy()), [at.numpy() for at in active])
+            readouts = layer.sae.W_enc.detach()[:, [h.feature for h in own]]
+            found = correlations(scores, pre_activations(layer, split.raw, readouts)).tolist()
+        for n, (h, at) in enumerate(zip(own, active, strict=True)):
+            predicted = scores[n] >= h.threshold
+            picked = Picked(int(predicted.sum()), len(at), int(predicted[at].sum()))
+            given = (h, layer, split.images, activity, canvas, drawn[first + n], crops)
+            yield {
+                "picked": picked,
+                "detection": ranked[n],
+                "correlation": found[n],
+                "edits": edit_tests(*given),
+            }
 
 
 def crops_on(canvas: Canvas, layer: fa.ExplainedLayer, images) -> Crops | None:

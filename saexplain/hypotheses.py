@@ -474,6 +474,7 @@ def changed_logits(
 POSITIONS_UNDRAWN = "the layer has positions, and a drawing is of the whole image"
 UNFAITHFUL = "its pattern follows it with a correlation of {correlation:.2f} only"
 ROUGH = "its pattern is as rough as noise"
+UNCAPTIONED = "not captioned"
 PREDICTS_BADLY = "its drawing picks validation images hardly better than picking every image does"
 
 
@@ -603,60 +604,72 @@ def propose_hypotheses(
     drawings = draw_features(layer, discovery, activity, features)
     label_counts = torch.bincount(activity.labels, minlength=layer.n_classes).numpy()
     places = Places.of(layer, activity) if layer.has_positions else None
-    n_active, n_images, hypotheses = activity.n_active.tolist(), len(discovery.labels), []
-    for k, drawn in enumerate(drawings.weights):
-        reason = undrawn.get(k, "")
-        enough = n_active[k] >= MIN_ACTIVE
-        if places and enough and not reason and not drawn.any():
-            reason = PREDICTS_BADLY
-        if not reason:
-            # With positions the drawing has been fitted to enough images of either kind.
-            enough &= bool(drawn.any())
-            enough &= bool(places) or n_images - n_active[k] >= MIN_ACTIVE
-        if not enough:
-            hypotheses.append(Hypothesis(k, np.zeros_like(drawn), undrawn=reason))
-            continue
-        given = (k, activity, label_counts, rule.enrichment)
-        if reason and places:
-            strong_from, named_classes = strong_classes(*given)
-        else:
-            choose = predictive_classes if reason else enriched_classes
-            strong_from = drawings.strong_from.get(k)
-            counted = strong_histogram(k, activity, strong_from, layer.n_classes)
-            named_classes = choose(counted, label_counts, rule.enrichment)
-        named = {"classes": named_classes, "strong_from": strong_from}
-        if in_full:
+    findings = Findings(drawings, activity, label_counts, places, rule.enrichment, classes)
+    hypotheses = []
+    for k in range(layer.d_sae):
+        h = propose(k, undrawn.get(k, ""), findings)
+        if in_full and h.caption == UNCAPTIONED:  # not an empty one
             given = (removed.mean_delta[k], layer, discovery.raw, activity, rule.percentile)
-            named |= changed_logits(k, *given)
-        if places:
-            named["place"] = places.place(k, rule.enrichment, named["strong_from"])
-        h = Hypothesis(
-            feature=k,
-            wanted=drawn.clip(0, None),
-            unwanted=(-drawn).clip(0, None),
-            **named,
-            caption="not captioned",
-            threshold=drawings.thresholds.get(k),
-            undrawn=reason,
-        )
-        if in_full:
-            on_prefix = bool(places) and places.is_on_prefix(k, h.strong_from)
-            h = captioned(h, drawings.strength[k], classes, on_prefix, bool(places))
+            h = captioned(replace(h, **changed_logits(k, *given)), findings)
         hypotheses.append(h)
     return hypotheses
 
 
-def captioned(
-    h: Hypothesis, strength: np.ndarray, classes: Sequence[str], on_prefix: bool, in_crops: bool
-) -> Hypothesis:
-    """The hypothesis with the caption of its drawing, whose cells matter by `strength` (h, w), or
-    of what else it names; `in_crops` where a drawing is of what a position sees."""
+class Findings(NamedTuple):
+    """What hypotheses are proposed from."""
+
+    drawings: Drawings
+    activity: Activity
+    label_counts: np.ndarray  # (C,) of all images
+    places: Places | None  # of a layer with positions
+    enrichment: float  # of `Rule`
+    classes: Sequence[str]  # names, for captions
+
+
+def propose(k: int, undrawn: str, findings: Findings) -> Hypothesis:
+    """The hypothesis about feature k, without effects and with a caption to be replaced; `undrawn`
+    is why it has no drawing. It is empty where too few images are active, or inactive."""
+    drawings, activity, label_counts, places, enrichment, _ = findings
+    drawn, n_active = drawings.weights[k], int(activity.n_active[k])
+    enough = n_active >= MIN_ACTIVE
+    if places and enough and not undrawn and not drawn.any():
+        undrawn = PREDICTS_BADLY
+    if not undrawn:
+        # With positions the drawing has been fitted to enough images of either kind.
+        inactive = len(activity.labels) - n_active
+        enough = enough and drawn.any() and (places or inactive >= MIN_ACTIVE)
+    if not enough:
+        return Hypothesis(k, np.zeros_like(drawn), undrawn=undrawn)
+    if undrawn and places:
+        strong_from, named = strong_classes(k, activity, label_counts, enrichment)
+    else:
+        choose = predictive_classes if undrawn else enriched_classes
+        strong_from = drawings.strong_from.get(k)
+        counted = strong_histogram(k, activity, strong_from, len(label_counts))
+        named = choose(counted, label_counts, enrichment)
+    return Hypothesis(
+        feature=k,
+        wanted=drawn.clip(0, None),
+        unwanted=(-drawn).clip(0, None),
+        classes=named,
+        caption=UNCAPTIONED,
+        threshold=drawings.thresholds.get(k),
+        undrawn=undrawn,
+        strong_from=strong_from,
+        place=places.place(k, enrichment, strong_from) if places else "",
+    )
+
+
+def captioned(h: Hypothesis, findings: Findings) -> Hypothesis:
+    """The hypothesis with the caption of its drawing, or of what else it names."""
+    places, classes = findings.places, findings.classes
     if not h.undrawn:
-        words = caption_of(h.weights, strength)
-        words = f"Around its peak: {words[:1].lower()}{words[1:]}" if in_crops else words
+        words = caption_of(h.weights, findings.drawings.strength[h.feature])
+        words = f"Around its peak: {words[:1].lower()}{words[1:]}" if places else words
         return replace(h, caption=words)
     raised = None if h.raises is None else fa.class_name(classes, h.raises)
     lowered = None if h.lowers is None else fa.class_name(classes, h.lowers)
+    on_prefix = bool(places) and places.is_on_prefix(h.feature, h.strong_from)
     images = images_of_classes(h.classes, classes)
     where = "on a prefix token" if on_prefix else f"in the {h.place}" if h.place else ""
     caption = caption_without_drawing(images, where, raised, lowered, h.strong_from is not None)
