@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import feature_analysis as fa
-from saexplain import console, page, report
+from saexplain import console, page, report, runs
 from saexplain.baselines import features_along
 from saexplain.datasets import check_split_leakage
 from saexplain.estimates import estimate
@@ -226,13 +226,16 @@ class Settings:
         root = Path(self.out)
         return root if len(self.target_actives) == 1 else root / f"target_{target}"
 
+    def named(self, name: str) -> str:
+        """The setting as it is written above."""
+        return name.upper()
+
     def chosen(self, names: str) -> dict:
         """The settings of those names, separated by spaces."""
         return {name: getattr(self, name) for name in names.split()}
 
 
 KINDS = get_type_hints(Settings)
-NO_RESULTS = ("fresh", "wait", "workers", "my_hypotheses")  # settings that change no result
 CLASSIFIER_SETTINGS = "hidden_units epochs_ffn batch_ffn lr_ffn weight_decay_ffn seed"
 
 
@@ -689,11 +692,11 @@ def classifier_stage(settings: Settings, data: Data, folder: Path) -> tuple[Clas
     device = data.train.labels.device
     inputs = {**settings.chosen(CLASSIFIER_SETTINGS), "data_digest": data.digest}
     inputs |= {"device": device.type, "torch": torch.__version__}
-    stage = load_cached(folder, "classifier", inputs, settings.fresh)
+    given = ("classifier", inputs, "the classifier", settings.named, settings.fresh)
+    stage = load_cached(folder, *given)
     if stage is None:
         model, history = train_classifier(data.train, settings, len(data.classes))
         info = {"data": data.source, "history": history}
-        report.replace_results(Path(settings.out))
         stage = save_stage(folder, "classifier", model.state_dict(), inputs, info)
     return restore_classifier(stage.tensors).to(device), stage
 
@@ -719,18 +722,10 @@ def train_wanted(
 # --------------------------------------------------------------------------------------------------
 
 
-class Network(NamedTuple):
-    """The network that is explained, as the files of a run name it."""
-
-    title: str  # in words
-    digest: str  # SHA-256 of its weights, and of its outputs where it was not trained here
-    history: Sequence[dict] = ()  # of its training, where it was trained here
-
-
 def explain_activations(
     layer: fa.ExplainedLayer,
     data: Data,
-    network: Network,
+    network: runs.Network,
     settings: Settings,
     clock: Stopwatch,
     workers: Workers,
@@ -742,18 +737,19 @@ def explain_activations(
     all train, and the first explains; the others have no records.
     """
     made_from = {"data_digest": data.digest, "network_sha256": network.digest}
+    root, final = Path(settings.out), settings
+    settings = replace(settings, out=str(root / runs.STAGING))  # until all is complete
     with clock("sae"):
         trained = train_saes(layer, settings, made_from, train_wanted, workers, ranks)
     layer = gather_training(layer, data.train, ranks)
     if not ranks.is_first:
         ranks.barrier()  # until the first has explained them
         return []
-    report.replace_results(Path(settings.out))
     options = report.Options(
         classes=data.classes,
         network=network.title,
         source=data.source,
-        caller="script" if network.title == OWN_NETWORK else "explain",
+        caller=network.caller,
         display=data.display,
         **settings.chosen("topk n_eval alpha hypotheses features seed"),
     )
@@ -781,12 +777,12 @@ def explain_activations(
         in_tasks = {f"{name}, in tasks": s for name, s in workers.seconds.items()}
         seconds = {**clock.seconds, **draft.clock.seconds, **in_tasks}
         records[target]["seconds"] = {**seconds, "whole run": clock.total()}
-    kept = {name: v for name, v in asdict(settings).items() if name not in NO_RESULTS}
     digests = {str(t): saes.stages[settings.seed].digest for t, saes in trained.items()}
-    given = (list(records.values()), kept, data, network, digests)
+    given = (list(records.values()), network.manifest(asdict(final), data), digests)
     report.write_summary(Path(settings.out), *given)
-    folders = {settings.folder_of(target): record for target, record in records.items()}
-    console.print_results(Path(settings.out), folders, list(reports.values()))
+    runs.finish_run(root)
+    folders = {final.folder_of(target): record for target, record in records.items()}
+    console.print_results(root, folders, list(reports.values()))
     ranks.barrier()
     return list(records.values())
 
@@ -879,25 +875,23 @@ def load_run(
     the images are others than those it was trained on.
     """
     root = Path(folder)
-    if not (root / "settings.json").exists():
-        raise InputError(f"{root} holds no finished run; run MNIST_SAE_code.py --out {root} first")
-    manifest = read_json(root / "settings.json")
     try:
-        return open_run(root, manifest, target, data_dir, device)
+        return open_run(root, runs.load_manifest(root), target, data_dir, device)
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{root} holds a damaged run ({error!r}); run it again") from error
+        raise InputError(f"{root} has a damaged run ({error!r}); run it again") from error
 
 
 def open_run(
     root: Path, manifest: dict, target: int | None, data_dir: str | None, device: str
 ) -> Run:
     """`load_run` of the run whose settings.json holds the manifest."""
-    if manifest["network"] != OWN_NETWORK:
+    if manifest.get("network", OWN_NETWORK) != OWN_NETWORK:
         raise InputError(
-            f"{root} explains {manifest['network']}, which is not stored there: call explain() "
-            f"again with the same network, images and settings; it reuses the SAE"
+            f"{root} explains {manifest['network']}, which is not stored there: call explain() or "
+            f"explain_sae() again with the same arguments; explain() reuses the SAE"
         )
     stored = manifest["settings"]
+    runs.check_version(root, manifest, KINDS)
     targets = tuple(stored["target_actives"])  # JSON has no tuples
     settings = Settings(**{**stored, "target_actives": targets, "out": str(root)})  # it may move
     if target is None and len(settings.target_actives) == 1:
@@ -923,6 +917,14 @@ def open_run(
     layer = collect_activations(model, data, settings.normalize_z)
     explained = layer.with_sae(JumpReLUSAE.from_weights(sae.tensors, layer.device))
     return Run(explained, settings, data._replace(classes=tuple(manifest["classes"])), place)
+
+
+class Arguments(Settings):
+    """Settings that are arguments of explain()."""
+
+    def named(self, name: str) -> str:
+        """The argument for a setting."""
+        return "target" if name == "target_actives" else name
 
 
 EXPLAINED = "explained"  # folder of the results of explain(), by network and layer
@@ -955,7 +957,7 @@ def explain_settings(net: AtLayer, raw: fa.Rows, target: int | None, given: dict
             raise InputError(f"give target=: sae_latents={latents} is below all of {TARGETS}")
         target = max(possible)
     try:
-        return Settings(target_actives=(target,), device=str(net.device), **{**usual, **given})
+        return Arguments(target_actives=(target,), device=str(net.device), **{**usual, **given})
     except InputError as error:  # in the words of explain()
         words = str(error).replace("--target-actives", "target")
         raise InputError(re.sub("--([a-z-]+)", lambda m: m[1].replace("-", "_"), words)) from error
@@ -1020,7 +1022,7 @@ def explain(
         make_deterministic(net.device)
         root = Path(own.out)
         with one_writer(root, own.wait, ranks), torch_threads(1), Workers(own.workers) as workers:
-            print(f"{net.title}: {net.in_words()}; results go to {root}{report.replaced_in(root)}")
+            print(f"{net.title}: {net.in_words()}; results go to {root}")
             print(estimate(net, data, positions_per_image, own, target is None))
             made_from = layer_inputs(net, data)
             storing = Storing(positions_per_image, root, made_from)
@@ -1028,11 +1030,14 @@ def explain(
                 found = collect_activations(net, data, own.normalize_z, storing, ranks)
             warn_scale_shift(found)
             ranks.on_first(warn_chance, found)
+            digest = ranks.on_first(digest_of_outputs, found, made_from)
+            network = runs.Network("explain", net.title, digest)
+            known = {**asdict(own), "target_actives": target and [target]}  # None: not known yet
+            ranks.on_first(runs.begin_run, root, network.manifest(known, data), own.named)
             if target is None:
                 with clock("target"):
                     picked = pick_target(found, own, data.train, train_wanted, ranks)
                     own = replace(own, target_actives=(picked,))
-            network = Network(net.title, ranks.on_first(digest_of_outputs, found, made_from))
             explain_activations(found, data, network, own, clock, workers, ranks)
             stage = load_stage(root, "sae")
     sae = JumpReLUSAE.from_weights(stage.tensors, found.device)
@@ -1058,11 +1063,13 @@ def run_once(settings: Settings) -> list[dict]:
             data = load_images(settings.data, settings.seed, pick_device(settings.device))
         print(f"data: {data.in_words()}; device {settings.device}, seed {settings.seed}")
         check_split_leakage(data)
+        manifest = runs.Network("script", OWN_NETWORK).manifest(asdict(settings), data)
+        staging = ranks.on_first(runs.begin_run, root, manifest, settings.named)
         with clock("classifier"):
-            model, stage = ranks.on_first(classifier_stage, settings, data, root)
+            model, stage = ranks.on_first(classifier_stage, settings, data, staging)
         with clock("activations"):
             layer = collect_activations(model, data, settings.normalize_z, ranks=ranks)
-        network = Network(OWN_NETWORK, stage.digest, stage.record["history"])
+        network = runs.Network("script", OWN_NETWORK, stage.digest, stage.record["history"])
         return explain_activations(layer, data, network, settings, clock, workers, ranks)
 
 
@@ -1084,7 +1091,8 @@ def train_combination(settings: Settings) -> dict:
         made_from = {"data_digest": data.digest, "network_sha256": classifier.digest}
         with folder_lock(folder, settings.wait):
             wanted = [WantedSAE(target, settings, folder, made_from)]
-            (stage,) = sae_stages(layer, training_rows(layer), wanted, train_wanted)
+            given = (layer, training_rows(layer), wanted, train_wanted)
+            (stage,) = sae_stages(*given, f"the SAE in {folder}")
     sae = JumpReLUSAE.from_weights(stage.tensors, layer.device)
     own = settings.chosen("sae_latents normalize_z seed")
     return {**report.sae_record(layer.with_sae(sae), target, stage, own), "data": data.source}
@@ -1093,12 +1101,11 @@ def train_combination(settings: Settings) -> dict:
 def report_my_hypotheses(settings: Settings) -> list[dict]:
     """The records of hypotheses of one's own, tested on the finished run in the folder `out`."""
     moved = None if settings.data == DATA else settings.data  # by default where they were
-    path, target = Path(settings.out) / "settings.json", None
-    if path.exists() and len(read_json(path)["settings"]["target_actives"]) > 1:
-        target = settings.target_actives[0]
+    found = runs.load_manifest(Path(settings.out))["settings"].get("target_actives", [])
+    target = settings.target_actives[0] if len(found) > 1 else None
     run = load_run(settings.out, target, moved, settings.device)
     given = read_hypotheses(settings.my_hypotheses, run.layer.sae)
-    with folder_lock(run.folder, settings.wait), torch_threads(1):
+    with folder_lock(Path(settings.out), settings.wait), torch_threads(1):
         return report_own(given, run.layer, run.folder, run.report, run.data.classes)
 
 

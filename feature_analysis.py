@@ -31,7 +31,7 @@ import itertools
 import math
 import operator
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -931,14 +931,13 @@ GRAYS = np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1)  # (256, 3), the pa
 def write_whole(path: str | Path, content: bytes) -> None:
     """Write a file so that it is there completely or not at all, whatever interrupts."""
     path = Path(path)
-    handle, unfinished = tempfile.mkstemp(UNFINISHED, f".{path.name}.", path.parent)
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(unfinished, "xb") as file:  # not mkstemp, which ignores the umask
             file.write(content)
-        os.chmod(unfinished, 0o644)  # mkstemp makes files that only their owner may read
         os.replace(unfinished, path)  # atomic within a folder
     except BaseException:  # an interrupt as well
-        Path(unfinished).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
 
 

@@ -24,6 +24,7 @@ Where to look:
     where are files and pictures written?      report.py, panels.py, figures.py, page.py, text.py
     what does the terminal show?               console.py
     how is work spread, saved and reused?      parallel.py, files.py, sweep.py
+    which run does a folder have?              runs.py
 
 `feature_analysis` has the numbers and pictures of single features; MNIST_SAE_code.py trains an SAE.
 """

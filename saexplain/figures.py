@@ -7,7 +7,7 @@ Takes finished records and evaluations; gives matplotlib Figures, and writes not
 
 To add a plot, write a function that returns a Figure made by `new_figure(width, height)`, in
 screen pixels; call `save_figure` where its records are complete; add the file's name to
-RESULT_FILES of saexplain/report.py, which the next run deletes, and to `places_to_look` of
+OWN_FILES of saexplain/runs.py, which the next run removes, and to `places_to_look` of
 saexplain/console.py, which the terminal shows.
 """
 

@@ -1,7 +1,7 @@
 """Can a saved file be trusted? Locks, strict JSON, and trained stages with their inputs.
 
     with folder_lock(folder):  # no other process writes there
-        stage = load_cached(folder, "sae", inputs)  # None unless it was made from equal inputs
+        stage = load_cached(folder, "sae", inputs, "the SAE")  # None unless made from equal inputs
         stage = stage or save_stage(folder, "sae", tensors, inputs, info)
 
 Takes tensors and records; gives name.safetensors with name.json, or one error that says what is
@@ -16,7 +16,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,14 @@ from torch import Tensor
 
 import feature_analysis as fa
 
-IN_WORDS = {"data_digest": "set of images", "network_sha256": "network or layer"}  # of inputs
+# Of a folder: what a run has written so far, and the stages of one that was interrupted.
+STAGING, INTERRUPTED = ".unfinished_run", ".interrupted_run"
+CHANGED_IN_WORDS = {"data_digest": "other images", "network_sha256": "another network or layer"}
+INPUTS_IN_WORDS = {"torch": "the version of torch", "device": "the kind of device"}
+INPUTS_IN_WORDS |= {"positions": "the number of positions per image"}
+OPTIONAL_INPUTS = {"positions", "freeze_decoder"}  # of some stages only
+AGAIN = "; delete both, or run again"
+MOST_CHANGES = 4  # named in a line
 LOCK, WRITER = ".lock", ".writer"  # files of a folder: its lock, and which process has it
 
 
@@ -139,11 +146,15 @@ def save_stage(
     on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     stored = safetensors.torch.save(on_cpu)
     record = {"sha256": sha256_of(stored), "inputs": inputs, **info}
-    # Each is written whole. Interrupted in between, the new tensors lie beside the old record,
-    # whose SHA-256 is not theirs.
-    fa.write_whole(folder / f"{name}.safetensors", stored)
-    fa.write_whole(folder / f"{name}.json", to_json(record))
+    write_stage(folder, name, stored, to_json(record))
     return Stage(on_cpu, record, record["sha256"])
+
+
+def write_stage(folder: Path, name: str, stored: bytes, record: bytes) -> None:
+    """Write both files of a stage, the record last: without it there is no stage."""
+    (folder / f"{name}.json").unlink(missing_ok=True)
+    fa.write_whole(folder / f"{name}.safetensors", stored)
+    fa.write_whole(folder / f"{name}.json", record)
 
 
 def load_stage(folder: Path, name: str) -> Stage:
@@ -151,38 +162,91 @@ def load_stage(folder: Path, name: str) -> Stage:
 
     Raises InputError when a file is missing or damaged, or the two do not belong together.
     """
+    at = f"{folder / name}.safetensors with its .json"
     try:
         record = json.loads((folder / f"{name}.json").read_bytes())
         stored = (folder / f"{name}.safetensors").read_bytes()
         if not isinstance(record["inputs"], dict) or record["sha256"] != sha256_of(stored):
             raise ValueError("its two files do not belong together")
         return Stage(safetensors.torch.load(stored), record, record["sha256"])
+    except FileNotFoundError as error:
+        raise InputError(f"{at} is incomplete: {error.filename} is missing{AGAIN}") from error
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise InputError(
-            f"{folder / name}.safetensors with its .json is damaged or incomplete "
-            f"({type(error).__name__}: {error}); delete both, or run again"
-        ) from error
+        raise InputError(f"{at} is damaged ({type(error).__name__}: {error}){AGAIN}") from error
 
 
-def load_cached(folder: Path, name: str, inputs: dict, fresh: bool = False) -> Stage | None:
-    """The saved stage if it was made from equal inputs; otherwise None, after printing why.
+def stage_folders(folder: Path) -> list[Path]:
+    """Where a stage of the folder may be: inside STAGING also in the same subfolder of the run that
+    was interrupted, and of the finished one."""
+    if STAGING not in folder.parts:
+        return [folder]
+    at = folder.parts.index(STAGING)
+    root, inside = Path(*folder.parts[:at]), folder.parts[at + 1 :]
+    return [folder, root.joinpath(INTERRUPTED, *inside), root.joinpath(*inside)]
 
-    With `fresh` it is always None.
+
+def load_cached(
+    folder: Path,
+    name: str,
+    inputs: dict,
+    what: str = "",
+    named: Callable[[str], str] = str,
+    fresh: bool = False,
+) -> Stage | None:
+    """The stage that was made from equal inputs, in one of `stage_folders`; otherwise None, after
+    printing why. It is in the folder then. With `fresh` it is always None.
+
+    `what` is the stage in words; without it nothing is printed. `named` gives the name by which the
+    user knows a setting.
     """
-    if fresh or not (folder / f"{name}.json").exists():
-        return None
-    try:
-        stage = load_stage(folder, name)
-    except InputError as error:
-        print(f"{name}: trained again, because {error}")
-        return None
-    changed = [key for key in inputs if stage.inputs.get(key) != inputs[key]]
-    if changed:
-        words = ", ".join(IN_WORDS.get(key, key) for key in changed)
-        print(f"{name}: trained again, because of another {words}")
-        return None
-    print(f"{name}: reused, made from equal settings and data (fresh trains again)")
-    return stage
+    reason = ""
+    for place in [] if fresh else stage_folders(folder):
+        if not (place / f"{name}.json").exists():
+            continue
+        try:
+            stage = load_stage(place, name)
+        except InputError as error:
+            reason = reason or str(error).removesuffix(AGAIN)
+            continue
+        reason = input_changes(stage.inputs, inputs, named)
+        if not reason:
+            if what:
+                print(f"reusing {what}: its settings and images are equal (fresh trains again)")
+            if place != folder:
+                files = (place / f"{name}{ending}" for ending in (".safetensors", ".json"))
+                write_stage(folder, name, *(path.read_bytes() for path in files))
+            return stage
+    if reason and what:
+        print(f"{reason}: retraining {what}")
+    return None
+
+
+def input_changes(old: dict, new: dict, named: Callable[[str], str] = str) -> str:
+    """What differs between the inputs of two stages, in words; "" where they are equal."""
+    if old.keys() - OPTIONAL_INPUTS != new.keys() - OPTIONAL_INPUTS:
+        return "it is of another version of the program"
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    words = []
+    for key in changed:
+        if key in CHANGED_IN_WORDS:  # another seed draws other images, and trains other networks
+            words += [] if "seed" in changed else [CHANGED_IN_WORDS[key]]
+        elif key not in old or key not in new:
+            words.append("another kind of layer")
+        else:
+            values = change_in_words(old[key], new[key])
+            words.append(f"{INPUTS_IN_WORDS.get(key) or named(key)} changed {values}")
+    return in_short(words)
+
+
+def change_in_words(*values: object) -> str:
+    """Values on one line, the old one and the new."""
+    return " -> ".join(" ".join(str(value).strip("[]").split())[:40] for value in values)
+
+
+def in_short(words: Sequence[str]) -> str:
+    """The words, of many the first."""
+    more = len(words) - MOST_CHANGES
+    return ", ".join(words[:MOST_CHANGES]) + (f" and {more} more" if more > 0 else "")
 
 
 def check_chain(root: Path, manifest: dict, target: int, classifier: Stage, sae: Stage) -> None:
@@ -197,6 +261,6 @@ def check_chain(root: Path, manifest: dict, target: int, classifier: Stage, sae:
     ]
     if any(found != expected for found, expected in made_from):
         raise InputError(
-            f"{root} holds networks of another run than its settings.json: a later one stopped "
-            f"half way; run it again"
+            f"{root} has networks of another run than its settings.json: files of two runs were "
+            f"mixed; run it again"
         )

@@ -117,13 +117,24 @@ def write_hypotheses(
     fa.write_whole(path, content.encode())
 
 
-def count_tries(hypotheses: Sequence[Hypothesis], folder: Path) -> list[int]:
+def count_tries(hypotheses: Sequence[Hypothesis], folder: Path, sae: object) -> list[int]:
     """How many different drawings of each hypothesis's feature were tested in the folder so far,
-    these included; they are added to its TRIES_FILE."""
+    these included; they are added to its TRIES_FILE.
+
+    Drawings are counted for each SAE, so that no later run in the folder resets the count.
+    """
     path = folder / TRIES_FILE
-    tried = read_json(path) if path.exists() else {}
-    if not isinstance(tried, dict) or not all(isinstance(seen, list) for seen in tried.values()):
-        raise InputError(f"{path} is damaged; move it away, and drawings are counted anew")
+    of_saes = read_json(path) if path.exists() else {}
+    try:
+        lists = [seen for tried in of_saes.values() for seen in tried.values()]
+    except AttributeError:
+        lists = [None]
+    if not all(isinstance(seen, list) for seen in lists):
+        raise InputError(
+            f"{path} is damaged, or of another version of the program; move it away, and "
+            f"drawings are counted anew"
+        )
+    tried = of_saes.setdefault(digest_of_sae(sae), {})
     counts = []
     for h in hypotheses:
         digest = hashlib.sha256("\n".join(drawing_rows(h.weights)).encode()).hexdigest()
@@ -131,7 +142,7 @@ def count_tries(hypotheses: Sequence[Hypothesis], folder: Path) -> list[int]:
         if digest not in seen:
             seen.append(digest)
         counts.append(seen.index(digest) + 1)
-    fa.write_whole(path, to_json(tried))
+    fa.write_whole(path, to_json(of_saes))
     return counts
 
 
@@ -170,7 +181,7 @@ def evaluate_own(
     hypotheses = with_thresholds(hypotheses, levels, activity)
     halves = split_test_images(layer.splits["test"])
     rows = evaluate_halves(hypotheses, layer, halves, canvas, rule)
-    tries, results = count_tries(hypotheses, folder), []
+    tries, results = count_tries(hypotheses, folder, layer.sae), []
     for number, (h, row, n_tried) in enumerate(zip(hypotheses, rows, tries, strict=True), 1):
         at, _ = activity.of(h.feature)
         mean = (levels[at] if len(at) else levels).mean(0).view(canvas.shape) / FULL_INK

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 import feature_analysis as fa
-from saexplain import console, figures, page, text
+from saexplain import console, figures, page, runs, text
 from saexplain.activity import collect_activity
 from saexplain.analysis import Analysis, analyze, by_influence, feature_record
 from saexplain.baselines import default_directions, evaluate_baseline, features_along
@@ -42,7 +41,7 @@ from saexplain.evaluation import (
     split_test_images,
 )
 from saexplain.fidelity import feature_stats, measure_fidelity, rows_of
-from saexplain.files import InputError, Stage, folder_lock, read_json, to_json, to_json_lines
+from saexplain.files import InputError, Stage, folder_lock, to_json, to_json_lines
 from saexplain.hypotheses import (
     Discovery,
     Faithful,
@@ -52,7 +51,7 @@ from saexplain.hypotheses import (
     load_frozen,
     propose_hypotheses,
 )
-from saexplain.images import Data, Display
+from saexplain.images import Data, Display, digest_of
 from saexplain.ink import FULL_INK
 from saexplain.layers import (
     Storing,
@@ -74,9 +73,7 @@ from saexplain.where import FAITHFUL
 
 N_PANELS = 5  # features, the most influential, that get a panel and a line on the terminal
 PICTURE_TASKS = 2  # each is sent all images, so not more than keep two cores busy
-RESULT_FILES = """settings.json summary.json frontier.png feature_report.json feature_report.html
-hypotheses.json hypotheses.md explained.png influence.png training.png run.log.jsonl
-saelens/cfg.json saelens/sae_weights.safetensors""".split()
+OPTIONS_OF_RESULTS = "topk n_eval alpha hypotheses features seed"
 NO_GRADIENT = "no gradient leads from the layer to the pixels, so that it has no pattern"
 NO_DRAWING = "This page cannot compute the network, so you cannot draw for it; all else works."
 
@@ -119,33 +116,6 @@ class Draft(NamedTuple):
     pictures: list[Task]
     clock: Stopwatch
     shown: Pictures  # the validation images
-
-
-def remove_results(folder: Path) -> bool:
-    """Delete the results of an earlier run, settings.json first, without which it is no finished
-    run; whether there were any."""
-    found = [folder / name for name in RESULT_FILES if (folder / name).exists()]
-    pictures = r"feature_\d+_(gallery|pattern|panel|hypothesis)\.(png|npy)"
-    pictures += r"|my_hypothesis_\d+_feature_\d+\.png|my_hypotheses(_tried\.json|\.md)"
-    found += [path for path in folder.iterdir() if re.fullmatch(pictures, path.name)]
-    for path in found:
-        path.unlink(missing_ok=True)
-    return bool(found)
-
-
-def replaced_in(root: Path) -> str:
-    """In words, of which network the results are that will be replaced; empty without any."""
-    if not (root / "settings.json").exists():
-        return ""
-    return f", in place of those of {read_json(root / 'settings.json')['network']}"
-
-
-def replace_results(root: Path) -> None:
-    """Delete the results of an earlier run, before its networks are replaced and before new results
-    are written, so that files of two runs are never paired."""
-    for folder in [root, *sorted(root.glob("target_*"))]:  # settings.json of the root goes first
-        if folder.is_dir() and remove_results(folder):
-            print(f"{folder}: the results of an earlier run are replaced")
 
 
 def prepare_report(
@@ -384,8 +354,8 @@ def write_page(
     )
     if n_shown < len(report):
         print(
-            f"{path}: shows the {n_shown} features of most influence of {len(report)}, as a page "
-            f"of all would be larger than {page.PAGE_BYTES / 1e6:g} MB; feature_report.json has all"
+            f"{path.name}: shows the {n_shown} features of most influence of {len(report)}, as a "
+            f"page of all would exceed {page.PAGE_BYTES / 1e6:g} MB; feature_report.json has all"
         )
 
 
@@ -443,34 +413,16 @@ def sae_record(
 
 
 def write_summary(
-    root: Path,
-    records: list[dict],
-    settings: dict,
-    data: Data,
-    network: NamedTuple,
-    sae_digests: dict[str, str],
+    root: Path, records: list[dict], manifest: dict, sae_digests: dict[str, str]
 ) -> None:
     """frontier.png, summary.json, and settings.json with all that the results were made from, which
-    makes the folder a finished run.
-
-    `network` has a title and a digest; `sae_digests` are by target.
-    """
+    makes the folder a finished run. `sae_digests` are by target."""
     if len(records) > 1:
         figures.save_figure(figures.draw_frontier(records), root / "frontier.png")
     fa.write_whole(root / "summary.json", to_json(records))
-    manifest = {
-        "settings": settings,
-        "data": data.source,
-        "data_digest": data.digest,
-        "network": network.title,
-        "network_sha256": network.digest,
-        "sae_sha256": sae_digests,
-        "hypotheses_sha256": {
-            str(r["target_actives"]): r.get("hypotheses_sha256") for r in records
-        },
-        "classes": data.classes,
-    }
-    fa.write_whole(root / "settings.json", to_json(manifest))
+    frozen = {str(r["target_actives"]): r.get("hypotheses_sha256") for r in records}
+    manifest = {**manifest, "sae_sha256": sae_digests, "hypotheses_sha256": frozen}
+    fa.write_whole(root / runs.MANIFEST, to_json(manifest))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -549,15 +501,20 @@ def explain_sae(
     sae = sae.to(net.device) if isinstance(sae, torch.nn.Module) else sae
     explained = fa.ExplainedLayer(net, sae, mu.to(net.device), std.to(net.device))
     with torch.no_grad():  # an SAE that does not fit is an error before anything is deleted
-        explained.feature_acts(explained.raw(data.val.images[: fa.PROBED]))
+        some = explained.feature_acts(explained.raw(data.val.images[: fa.PROBED]))
     make_deterministic(net.device)
     with folder_lock(folder, wait), torch_threads(1), Workers(workers) as pool_of_workers:
-        remove_results(folder)
+        made_from = layer_inputs(net, data)
+        network = runs.Network(given.caller, net.title, made_from["weights"])
+        settings = {name: getattr(given, name) for name in OPTIONS_OF_RESULTS.split()}
+        manifest = network.manifest(settings, data)
+        digests = {"None": digest_of([sae.W_enc, sae.W_dec, mu, std, some])}  # it has no target
+        staged = runs.begin_run(folder, {**manifest, "sae_sha256": digests}, str)
         with clock("activations"):
-            storing = Storing(folder=folder, made_from=layer_inputs(net, data))
+            storing = Storing(folder=folder, made_from=made_from)
             plain = collect_activations(net, data, normalize=False, storing=storing)
         explained = replace(explained, splits=plain.splits)
-        draft = prepare_report(explained, folder, given, clock, pool_of_workers)
+        draft = prepare_report(explained, staged, given, clock, pool_of_workers)
         record = {
             "target_actives": None,
             "sae_latents": explained.d_sae,
@@ -574,5 +531,6 @@ def explain_sae(
         pool_of_workers.results(pending)
         seconds = {**clock.seconds, **pool_of_workers.seconds}
         record["seconds"] = {**seconds, "whole run": clock.total()}
-        fa.write_whole(folder / "summary.json", to_json([record]))
+        write_summary(staged, [record], manifest, digests)
+        runs.finish_run(folder)
     return report

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 
 import feature_analysis as fa
-from saexplain import report
 from saexplain.calibration import adjust_thresholds
 from saexplain.fidelity import evenly_spaced, mean_l0
 from saexplain.files import Stage, load_cached, prepare_folder, save_stage
@@ -92,11 +91,12 @@ def gather_training(layer: fa.ExplainedLayer, split: Split, ranks: Ranks) -> fa.
 
 
 def sae_stages(
-    layer: fa.ExplainedLayer, rows: Rows, wanted: Sequence[WantedSAE], train: Train
+    layer: fa.ExplainedLayer, rows: Rows, wanted: Sequence[WantedSAE], train: Train, what: str = ""
 ) -> list[Stage]:
-    """The SAEs wanted, on every rank: reused, or trained together and calibrated."""
+    """The SAEs wanted, on every rank: reused, or trained together and calibrated. `what` is that of
+    `load_sae`."""
     ranks = rows.train.ranks
-    stages = ranks.on_first(lambda: [load_sae(one, rows.train) for one in wanted])
+    stages = ranks.on_first(lambda: [load_sae(one, rows.train, what) for one in wanted])
     missing = [i for i, stage in enumerate(stages) if stage is None]
     if missing:
         with torch_threads(1):
@@ -108,10 +108,12 @@ def sae_stages(
     return stages
 
 
-def load_sae(wanted: WantedSAE, rows: TrainingRows) -> Stage | None:
-    """The SAE in its folder, if it was made from the same; else None."""
+def load_sae(wanted: WantedSAE, rows: TrainingRows, what: str = "") -> Stage | None:
+    """The SAE in its folder, if it was made from the same; else None. With `what`, the SAE in
+    words, a line is printed."""
     prepare_folder(wanted.folder)
-    return load_cached(wanted.folder, "sae", wanted.inputs(rows), wanted.settings.fresh)
+    given = ("sae", wanted.inputs(rows), what, wanted.settings.named, wanted.settings.fresh)
+    return load_cached(wanted.folder, *given)
 
 
 def save_sae(
@@ -137,8 +139,6 @@ def save_sae(
         "l0_before_shift": mean_l0(before, rows.val),
         "history": history,
     }
-    if not wanted.freeze_decoder:  # a baseline, trained while the new results are made
-        report.replace_results(Path(wanted.settings.out))
     return save_stage(wanted.folder, "sae", tensors, wanted.inputs(rows.train), info)
 
 
@@ -166,7 +166,14 @@ def train_saes(
             folder = settings.folder_of(target)
             folder = folder if seed == settings.seed else folder / f"stability_seed_{seed}"
             wanted.append(WantedSAE(target, own, folder, made_from))
-    given = (layer, training_rows(layer, ranks), train, workers)
+    rows, several = training_rows(layer, ranks), len(settings.target_actives) > 1
+
+    def print_reuse() -> None:
+        for one in wanted[: len(settings.target_actives)]:  # those of the run's own seed
+            load_sae(one, rows.train, f"the SAE for {one.target} actives" if several else "the SAE")
+
+    ranks.on_first(print_reuse)  # before any training
+    given = (layer, rows, train, workers)
     tasks = start_saes("sae", wanted, *given)
     fewer = replace(settings, epochs_sae_final=min(FROZEN_EPOCHS, settings.epochs_sae_final))
     drawn = settings.hypotheses and not layer.has_positions  # it is a baseline of drawings

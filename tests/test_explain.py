@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import contents_of
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -87,14 +88,16 @@ def test_equal_inputs_reuse_the_sae_and_others_do_not(explained, tmp_path, capsy
     net, run, _ = explained
     own = {"classes": NAMES, "out": str(shutil.copytree(run.folder, tmp_path / "copy")), **FAST}
     again = driver.explain(net, "1", *splits(), **own)
-    assert "sae: reused" in capsys.readouterr().out
+    assert "reusing the SAE" in capsys.readouterr().out
     assert torch.equal(again.layer.sae.W_enc, run.layer.sae.W_enc)
     other = network()
     with torch.no_grad():
         other[4].weight[0, 0] += 0.5  # what comes after the layer counts as well
     driver.explain(other, "1", *splits(), **own)
-    assert "sae: trained again" in capsys.readouterr().out
-    with pytest.raises(InputError, match="explains layer 1 of Sequential, which is not stored"):
+    assert "another network or layer: retraining the SAE" in capsys.readouterr().out
+    with pytest.raises(
+        InputError, match=r"explains layer 1 of Sequential, which .*: call explain\(\)"
+    ):
         driver.load_run(own["out"])
 
 
@@ -110,6 +113,34 @@ def test_a_saelens_folder_is_explained(explained, tmp_path):
     assert any(name in line for record in shown for line in record["measured"] for name in NAMES)
     for name in ("feature_report.html", "hypotheses.md", "summary.json"):
         assert (tmp_path / name).stat().st_size > 100, name
+
+
+def test_explain_sae_names_what_it_replaces_and_replaces_it_when_complete(
+    explained, tmp_path, monkeypatch, capsys
+):
+    net, run, _ = explained
+    folder, other = shutil.copytree(run.folder, tmp_path / "run"), top_k_of(run.layer.sae)
+    other.W_enc.mul_(2)
+
+    def explain(sae) -> str:
+        capsys.readouterr()
+        given = (sae, run.layer.mu, run.layer.std, *splits(), folder)
+        explain_sae(net, "1", *given, hypotheses=False, features=2)
+        return capsys.readouterr().out
+
+    before = contents_of(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("saexplain.report.write_page", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            explain(run.layer.sae)
+    assert before.items() <= contents_of(folder).items()
+    line = f"{folder} has results of {{}}; they are replaced when this run has finished"
+    assert line.format("explain() for layer 1 of Sequential") in explain(run.layer.sae)
+    assert not (folder / "sae.json").exists()
+    assert "replaced" not in explain(run.layer.sae)
+    assert line.format("another SAE") in explain(other)
+    with pytest.raises(InputError, match="which is not stored there"):
+        driver.load_run(folder)
 
 
 def test_the_callers_torch_state_makes_no_difference(explained, tmp_path):

@@ -142,7 +142,7 @@ def test_images_and_activations_larger_than_memory(resnet, name, tmp_path, monke
     driver.explain(resnet, name, *three, out=tmp_path, **FAST)
     again = capsys.readouterr().out
     assert "600 images are there" in again
-    assert "sae: reused" in again
+    assert "reusing the SAE" in again
 
 
 def test_a_folder_of_photographs_is_explained_in_one_call(resnet, tmp_path, monkeypatch, capsys):
@@ -240,7 +240,7 @@ def test_a_second_layer_has_a_folder_of_its_own_and_a_shared_one_is_named(
     capsys.readouterr()
     driver.explain(resnet, "wide", *splits(), out=first.folder, **given)
     printed = capsys.readouterr().out
-    assert "in place of those of layer layer2 of ResNet" in printed
+    assert f"{first.folder} has results for layer layer2 of ResNet; they are replaced" in printed
 
 
 def test_few_latents_limit_the_targets_that_are_tried(resnet, tmp_path, capsys):

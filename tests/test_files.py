@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,23 +26,42 @@ def saved(tmp_path) -> Path:
 
 
 def test_a_stage_made_from_equal_inputs_is_reused(saved, capsys):
-    stage = load_cached(saved, "thing", dict(INPUTS))
+    stage = load_cached(saved, "thing", dict(INPUTS), "the thing")
     assert torch.equal(stage.tensors["a"], torch.arange(6.0).view(2, 3).T)
     assert (stage.inputs, stage.record["note"]) == (INPUTS, "x")
     assert stage.digest == files.sha256_of((saved / "thing.safetensors").read_bytes())
-    assert "thing: reused" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("reusing the thing: ")
 
 
-@pytest.mark.parametrize("name", INPUTS)
-def test_a_stage_made_from_other_inputs_is_not_reused_and_the_input_is_named(saved, name, capsys):
-    assert load_cached(saved, "thing", {**INPUTS, name: "other"}) is None
-    words = {"data_digest": "set of images"}.get(name, name)
-    assert f"because of another {words}\n" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"seed": 1}, "SEED changed 0 -> 1"),
+        ({"lr": 0.2, "seed": 1}, "SEED changed 0 -> 1, LR changed 0.1 -> 0.2"),
+        ({"data_digest": "x"}, "other images"),
+        ({"torch": "3"}, "the version of torch changed 2 -> 3"),
+        ({"network_sha256": "x"}, "another network or layer"),
+        ({"positions": 8}, "another kind of layer"),
+        (
+            {key: 7 for key in "abcdef"},
+            f"{', '.join(f'{key} changed 1 -> 7' for key in 'ABCD')} and 2 more",
+        ),
+        ({"head_kl": 0.25}, "it is of another version of the program"),
+    ],
+)
+def test_what_changed_is_a_line_before_the_retraining(tmp_path, changes, line, capsys):
+    inputs = INPUTS | {"torch": "2", "network_sha256": "n"} | dict.fromkeys("abcdef", 1)
+    save_stage(tmp_path, "thing", {"a": torch.zeros(3)}, inputs, {})
+    given = (tmp_path, "thing", inputs | changes)
+    assert load_cached(*given, "the thing", str.upper) is None
+    assert capsys.readouterr().out == f"{line}: retraining the thing\n"
+    assert load_cached(*given) is None  # a further SAE of a run, which has named it already
+    assert capsys.readouterr().out == ""
 
 
 def test_without_a_stage_or_with_fresh_there_is_none_and_nothing_to_explain(saved, capsys):
     assert load_cached(saved, "nothing", INPUTS) is None
-    assert load_cached(saved, "thing", INPUTS, fresh=True) is None
+    assert load_cached(saved, "thing", INPUTS, "the thing", fresh=True) is None
     assert capsys.readouterr().out == ""
 
 
@@ -71,10 +91,39 @@ def replace_tensors(folder):
 )
 def test_a_damaged_stage_is_explained_and_made_again(saved, damage, capsys):
     damage(saved)
-    with pytest.raises(InputError, match=r"thing\.safetensors .* damaged or incomplete"):
+    expected = "damaged" if (saved / "thing.safetensors").exists() else "incomplete"
+    with pytest.raises(InputError, match=rf"thing\.safetensors .* {expected}.*run again"):
         load_stage(saved, "thing")
+    assert load_cached(saved, "thing", INPUTS, "the thing") is None
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf".*thing\.safetensors .* {expected}.*: retraining the thing", line)
+
+
+def test_a_stage_that_is_being_replaced_is_none(saved, monkeypatch):
+    """Killed after the tensors were written, there is no record of others beside them."""
+
+    def write(path, content, usual=fa.write_whole):
+        usual(path, content)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fa, "write_whole", write)
+    with pytest.raises(KeyboardInterrupt):
+        save_stage(saved, "thing", {"a": torch.zeros(3)}, INPUTS, {})
+    assert [path.name for path in saved.iterdir()] == ["thing.safetensors"]
     assert load_cached(saved, "thing", INPUTS) is None
-    assert "thing: trained again, because" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_permissions_that_the_umask_leaves(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        for content in (b"new", b"replaced"):
+            fa.write_whole(tmp_path / "file", content)
+            assert (tmp_path / "file").stat().st_mode & 0o777 == mode
+    finally:
+        os.umask(before)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"replaced"]
 
 
 def test_json_is_strict_and_an_unreadable_file_is_named(tmp_path):

@@ -1,9 +1,11 @@
 """Hypotheses that a person wrote: files of strangers, tests on a finished run, the report."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from planted import SIDE, drawing
 
 import MNIST_SAE_code as driver
@@ -101,15 +103,19 @@ def test_files_that_hold_no_hypotheses_are_an_error_of_one_line(tmp_path, conten
     assert "\n" not in str(error.value)
 
 
+SAES = [SimpleNamespace(W_enc=torch.full((2, 3), value)) for value in (0.0, 1.0)]
+
+
 def test_tries_are_different_drawings_of_a_feature(tmp_path):
     a, b, c = drawing(3, STEM), drawing(3, STEM.T), drawing(4, STEM)
-    assert own.count_tries([a, b, c], tmp_path) == [1, 2, 1]
-    assert own.count_tries([drawing(3, STEM, caption="another"), c], tmp_path) == [1, 1]
-    assert own.count_tries([drawing(3, STEM[:, ::-1]), b], tmp_path) == [3, 2]
-    for damaged in ("{", "[1]", '{"3": 1}'):
+    assert own.count_tries([a, b, c], tmp_path, SAES[0]) == [1, 2, 1]
+    assert own.count_tries([drawing(3, STEM, caption="another"), c], tmp_path, SAES[0]) == [1, 1]
+    assert own.count_tries([a], tmp_path, SAES[1]) == [1]  # of another run in the folder
+    assert own.count_tries([drawing(3, STEM[:, ::-1]), b], tmp_path, SAES[0]) == [3, 2]
+    for damaged in ("{", "[1]", '{"3": 1}', '{"3": ["x"]}', '{"x": {"3": 1}}'):
         (tmp_path / own.TRIES_FILE).write_text(damaged)
         with pytest.raises(InputError, match="move it away"):
-            own.count_tries([a], tmp_path)
+            own.count_tries([a], tmp_path, SAES[0])
 
 
 # --- On a finished run ----------------------------------------------------------------------------
@@ -226,7 +232,7 @@ def test_hypotheses_that_do_not_fit_the_run_are_not_counted(run_copy, tmp_path, 
 def test_missing_runs_and_files_are_named(finished, tmp_path):
     write(tmp_path / "mine.json", [ENTRY])
     for name, out, message in (
-        ("mine.json", tmp_path, "holds no finished run"),
+        ("mine.json", tmp_path, "has no finished run"),
         ("no.json", finished, "no.json cannot be read"),
     ):
         with pytest.raises(InputError, match=message):

@@ -9,10 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import BARE, TINY, files_of
+from conftest import BARE, TINY, contents_of, files_of
 
 import MNIST_SAE_code as driver
-from saexplain.files import BusyError, InputError, read_json
+from saexplain.files import STAGING, BusyError, InputError, read_json
 from saexplain.parallel import WorkerError
 
 # --- What a run writes ----------------------------------------------------------------------------
@@ -98,7 +98,9 @@ def test_a_second_run_reuses_the_stages_and_writes_the_same_bytes(run_copy, caps
     before = files_of(run_copy)
     driver.main([*TINY, "--out", str(run_copy)])
     text = capsys.readouterr().out
-    assert (text.count("classifier: reused"), text.count("sae: reused")) == (1, 3)
+    assert (text.count("reusing the classifier"), text.count("reusing the SAE")) == (1, 1)
+    assert "retraining" not in text
+    assert "replaced" not in text
     assert len(text.splitlines()) <= 80  # a line for each stage among them
     for path in re.findall(r"^  (\S+)   ", text[text.index("Where to look") :], re.MULTILINE):
         assert Path(path).exists()
@@ -119,10 +121,13 @@ def test_neither_workers_nor_threads_change_a_byte(finished, tmp_path):
 def test_other_settings_replace_the_results_of_another_run_with_a_line(run_copy, capsys):
     driver.main([*BARE, "--epochs-sae-final", "2", "--out", str(run_copy)])
     text = capsys.readouterr().out
-    assert "classifier: reused" in text
-    assert "sae: trained again, because of another epochs_sae_final" in text
-    assert f"{run_copy}: the results of an earlier run are replaced" in text
+    first, changed = text.index(f"{run_copy} has results with "), text.index("EPOCHS_SAE_FINAL ch")
+    assert first < text.index("reusing the classifier") < changed
+    named = "HYPOTHESES True, STABILITY_SEEDS 1, FEATURES 0; they are replaced when this run has"
+    assert f"with EPOCHS_SAE_FINAL 1, {named} finished: give --out another folder" in text
+    assert text.count("EPOCHS_SAE_FINAL changed 1 -> 2: retraining the SAE\n") == 1
     assert not list(run_copy.glob("hypotheses*"))
+    assert not list(run_copy.glob("stability*"))
     assert "hypothesis" not in read_json(run_copy / "feature_report.json")[0]
     driver.load_run(run_copy)
 
@@ -141,6 +146,10 @@ def test_several_targets_have_folders_and_a_frontier(tmp_path, capsys):
     assert torch.equal(run.layer.mu, torch.zeros(128))
     with pytest.raises(InputError, match=r"target must be one of \[4, 12\]"):
         driver.load_run(tmp_path)
+    driver.main([*BARE, "--target-actives", "12", "--no-normalize-z", "--out", str(tmp_path)])
+    assert "has results with TARGET_ACTIVES 4, 12; they" in capsys.readouterr().out
+    assert not [*tmp_path.glob("target_*"), *tmp_path.glob("frontier.png")]
+    assert driver.load_run(tmp_path).folder == tmp_path
 
 
 # --- Loading --------------------------------------------------------------------------------------
@@ -176,9 +185,12 @@ def edit_hypotheses(folder) -> None:
     [
         (lambda f: (f / "settings.json").unlink(), "no finished run"),
         (lambda f: edit(f / "settings.json", data_digest="x"), "was made with: bundled sample"),
-        (lambda f: edit(f / "settings.json", network="net"), "explains net, .*call explain"),
+        (lambda f: edit(f / "settings.json", network="net"), r"not stored .*call explain\(\)"),
+        (lambda f: edit(f / "settings.json", settings={}), "of another version .*run it again"),
+        (lambda f: (f / "settings.json").write_text("{}"), r"settings\.json is damaged"),
+        (lambda f: (f / "settings.json").write_text("{"), r"settings\.json cannot be read"),
         (stage_of_another_seed, "networks of another run"),
-        (lambda f: (f / "classifier.safetensors").write_bytes(b""), "damaged or incomplete"),
+        (lambda f: (f / "classifier.safetensors").write_bytes(b""), "is damaged"),
         (edit_hypotheses, r"hypotheses\.json.*run it again"),
         (lambda f: (f / "hypotheses.json").unlink(), "hypotheses.*run it again"),
     ],
@@ -197,12 +209,29 @@ def stop(*_, **__):
     raise StopHere
 
 
-def test_a_run_that_stopped_half_way_is_no_finished_run(run_copy, monkeypatch):
-    monkeypatch.setattr(driver, "finish_target", stop)
-    with pytest.raises(StopHere):
-        driver.main([*TINY, "--out", str(run_copy)])
-    with pytest.raises(InputError, match="no finished run"):
-        driver.load_run(run_copy)
+def test_a_run_that_stops_half_way_leaves_the_finished_one_as_it_was(
+    run_copy, tmp_path, monkeypatch, capsys
+):
+    other, before = [*BARE, "--seed", "3", "--out"], contents_of(run_copy)
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "finish_target", stop)
+        for folder in (run_copy, tmp_path / "new"):
+            with pytest.raises(StopHere):
+                driver.main([*other, str(folder)])
+    assert before.items() <= contents_of(run_copy).items()
+    assert driver.load_run(run_copy).settings.seed == 0
+    with pytest.raises(InputError, match="has an unfinished run; the same command again"):
+        driver.load_run(tmp_path / "new")
+    capsys.readouterr()
+    for folder in (run_copy, tmp_path / "new"):
+        driver.main([*other, str(folder)])
+        text = capsys.readouterr().out
+        assert f"{folder} has an unfinished run" in text
+        assert "reusing the classifier" in text
+        assert "reusing the SAE" in text
+        assert ("has results with HYPOTHESES True, " in text) == (folder == run_copy)
+    assert files_of(run_copy) == files_of(tmp_path / "new")
+    assert [p.name for p in run_copy.iterdir() if p.name.startswith(".")] == [".lock"]
 
 
 def test_hypotheses_are_frozen_before_a_test_image_is_used(finished, tmp_path, monkeypatch):
@@ -217,7 +246,7 @@ def test_hypotheses_are_frozen_before_a_test_image_is_used(finished, tmp_path, m
     monkeypatch.setattr(driver, "finish_target", stop)
     with pytest.raises(StopHere):
         driver.main([*TINY, "--out", str(tmp_path)])
-    frozen = (tmp_path / "hypotheses.json").read_bytes()
+    frozen = (tmp_path / STAGING / "hypotheses.json").read_bytes()
     assert frozen == (finished / "hypotheses.json").read_bytes()
 
 
@@ -244,7 +273,7 @@ def script(monkeypatch, capsys):
         ("--device warp", "--device warp cannot be used"),
         ("--data nowhere", "--data nowhere"),
         ("--seeds", "--seeds"),
-        ("--my-hypotheses nowhere.json", "holds no finished run"),
+        ("--my-hypotheses nowhere.json", "has no finished run"),
     ],
 )
 def test_wrong_flags_are_one_line_and_status_2(script, tmp_path, flags, message):
