@@ -32,7 +32,6 @@ References
 
 from __future__ import annotations
 
-import argparse
 import io
 import itertools
 import math
@@ -40,9 +39,14 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple, get_type_hints
+from typing import NamedTuple
+
+if __name__ == "__main__":  # PyTorch takes over a second
+    from saexplain.progress import show_loading
+
+    show_loading()
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +70,7 @@ from saexplain.files import (
     read_json,
     save_stage,
 )
+from saexplain.flags import build_parser, check_fields, setting
 from saexplain.hypotheses import load_frozen
 from saexplain.images import Data, Split, TensorLoader, load_images
 from saexplain.layers import (
@@ -89,7 +94,6 @@ from saexplain.optimization import (
     check_weights_finite,
     logged_steps,
     n_steps,
-    progress_bar,
     ramp,
     scaled_epochs,
 )
@@ -106,6 +110,7 @@ from saexplain.parallel import (
     printing_once,
     torch_threads,
 )
+from saexplain.progress import progress_bar, script_output
 from saexplain.reproducibility import compare_seeds
 from saexplain.rows import Batch, TrainingRows
 from saexplain.sae import JumpReLUSAE
@@ -148,14 +153,10 @@ DATA = "auto"  # folder of images in MNIST's format; "sample": 5,000 digits; "au
 OUT = "artifacts_mnist_sae"  # where everything is written
 DEVICE = "auto"  # auto takes a CUDA GPU when there is one
 WORKERS = -1  # processes beside this one; -1 takes one for each further core
+VERBOSE = False  # print all numbers, not only those that matter most
 FRESH = False  # train again although finished stages could be reused
 WAIT = False  # wait for another run that writes to the same folder
 MY_HYPOTHESES = ""  # a file of your own hypotheses, to be tested on the finished run in OUT
-
-
-def setting(default, what: str, least: float | None = None):
-    """A dataclass field with the help text of its flag, and its smallest value."""
-    return field(default=default, metadata={"help": what, "least": least})
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,7 @@ class Settings:
     out: str = setting(OUT, "folder for everything that is written")
     device: str = setting(DEVICE, "auto, cpu, cuda or cuda:N")
     workers: int = setting(WORKERS, "processes beside this one; -1: one for each further core", -1)
+    verbose: bool = setting(VERBOSE, "print all numbers, not only those that matter most")
     fresh: bool = setting(FRESH, "train again instead of reusing finished stages")
     wait: bool = setting(WAIT, "wait while another run writes to the same folder")
     my_hypotheses: str = setting(
@@ -198,19 +200,7 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value, kind, least = getattr(self, f.name), KINDS[f.name], f.metadata["least"]
-            if f.name == "target_actives":
-                continue
-            accepted = (int, float) if kind is float else kind
-            if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
-                raise InputError(f"{flag_name(f.name)} must be {kind.__name__}, got {value!r}")
-            if kind in (int, float) and not abs(value) < 1e300:  # nan is not, either
-                raise InputError(f"{flag_name(f.name)} must be finite, got {str(value)[:40]}")
-            if kind is int and value >= 2**31:
-                raise InputError(f"{flag_name(f.name)} must be below 2**31, got {str(value)[:40]}")
-            if least is not None and value < least:
-                raise InputError(f"{flag_name(f.name)} must be at least {least:g}, got {value}")
+        check_fields(self)
         targets = self.target_actives
         if not targets or len(set(targets)) < len(targets):
             raise InputError(f"--target-actives must be different numbers, got {list(targets)}")
@@ -231,13 +221,22 @@ class Settings:
         return {name: getattr(self, name) for name in names.split()}
 
 
-KINDS = get_type_hints(Settings)
-NO_RESULTS = ("fresh", "wait", "workers", "my_hypotheses")  # settings that change no result
+NO_RESULTS = ("fresh", "wait", "workers", "my_hypotheses", "verbose")  # they change no result
 CLASSIFIER_SETTINGS = "hidden_units epochs_ffn batch_ffn lr_ffn weight_decay_ffn seed"
-
-
-def flag_name(name: str) -> str:
-    return "--" + name.replace("_", "-")
+GROUPS = {  # of --help: title, an example, names of settings
+    "what most people set": (
+        "--target-actives 10 20 --features 50 --out DIR",
+        "data out target_actives sae_latents features seed verbose",
+    ),
+    "the SAE": (
+        "--sae-latents 256 --epochs-sae-final 10",
+        "epochs_sae_final batch_sae lr_sae head_kl normalize_z stability_seeds",
+    ),
+    "the classifier": ("--epochs-ffn 6", CLASSIFIER_SETTINGS.removesuffix(" seed")),
+    "the analysis": ("--topk 40 --no-hypotheses", "hypotheses topk n_eval alpha"),
+    "machine and files": ("--workers 0 --fresh", "device workers fresh wait"),
+    "hypotheses of your own": ("--my-hypotheses my_hypotheses.json", "my_hypotheses"),
+}
 
 
 def parse_runs(argv: Sequence[str] | None = None) -> list[Settings]:
@@ -245,23 +244,11 @@ def parse_runs(argv: Sequence[str] | None = None) -> list[Settings]:
 
     Raises InputError for values that cannot be used.
     """
-
-    def fail(message: str) -> None:
-        raise InputError(f"{' '.join(message.split())} (--help lists the flags)")
-
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.error = fail  # one line, as for every other wrong input
-    for f in fields(Settings):
-        kind: dict = {"type": KINDS[f.name]}
-        if KINDS[f.name] is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        elif f.name in ("target_actives", "sae_latents"):
-            kind = {"type": int, "nargs": "+"}
-        parser.add_argument(flag_name(f.name), default=f.default, help=f.metadata["help"], **kind)
-    parser.add_argument("--seeds", type=int, nargs="+", help="train every combination of these")
+    description = (__doc__ or "").partition("\n")[0]  # python -OO strips docstrings
+    parser = build_parser(Settings, GROUPS, description, ("target_actives", "sae_latents"))
+    sweep = parser.add_argument_group("a sweep", "example: --seeds 0 1 2 --sae-latents 256 512")
+    what = "train and measure with each of these seeds, and each of --sae-latents"
+    sweep.add_argument("--seeds", type=int, nargs="+", metavar="N", help=what)
     given = vars(parser.parse_args(argv))
     given["target_actives"] = tuple(given["target_actives"])
     seeds = given.pop("seeds") or [given.pop("seed")]
@@ -744,6 +731,8 @@ def explain_activations(
     made_from = {"data_digest": data.digest, "network_sha256": network.digest}
     with clock("sae"):
         trained = train_saes(layer, settings, made_from, train_wanted, workers, ranks)
+        own = [saes.stages[settings.seed] for saes in trained.values()]
+        clock.result = report.sae_words(layer, own) if ranks.is_first else ""
     layer = gather_training(layer, data.train, ranks)
     if not ranks.is_first:
         ranks.barrier()  # until the first has explained them
@@ -765,8 +754,9 @@ def explain_activations(
         given = (network.history, own.record["history"], target, logits_from, DEAD_BELOW)
         writing.append(workers.start("training.png", report.write_history, folder, *given))
         explained = layer.with_sae(JumpReLUSAE.from_weights(own.tensors, layer.device))
+        label = f"target {target}" if len(trained) > 1 else ""
         drafts[target] = report.prepare_report(
-            explained, folder, options, Stopwatch(clock.report), workers
+            explained, folder, options, Stopwatch(clock.shown, label), workers
         )
     for target, draft in drafts.items():
         given = (target, trained[target], data, settings, workers)
@@ -775,8 +765,11 @@ def explain_activations(
     for target, draft in drafts.items():
         frontier, weights = report.frontier_of(list(records.values())), page_weights(layer.model)
         with draft.clock("page"):
-            report.write_page(draft, records[target], reports[target], frontier, weights)
-    workers.results(writing)
+            given = (records[target], reports[target], frontier, weights)
+            draft.clock.result = report.write_page(draft, *given)
+    with clock("files"):
+        workers.results(writing)
+        clock.result = f"in {settings.out}"
     for target, draft in drafts.items():
         in_tasks = {f"{name}, in tasks": s for name, s in workers.seconds.items()}
         seconds = {**clock.seconds, **draft.clock.seconds, **in_tasks}
@@ -786,7 +779,8 @@ def explain_activations(
     given = (list(records.values()), kept, data, network, digests)
     report.write_summary(Path(settings.out), *given)
     folders = {settings.folder_of(target): record for target, record in records.items()}
-    console.print_results(Path(settings.out), folders, list(reports.values()))
+    found = (folders, list(reports.values()), settings.verbose)
+    console.print_results(Path(settings.out), *found)
     ranks.barrier()
     return list(records.values())
 
@@ -824,10 +818,13 @@ def finish_target(
         own = settings.chosen("sae_latents normalize_z seed")
         record = report.sae_record(layer, target, stages[settings.seed], own, untrained)
         record["data"] = data.source
+        draft.clock.result = console.kept_words(record)
     with draft.clock("reproducibility"):
         device = layer.device
         saes = {s: JumpReLUSAE.from_weights(stage.tensors, device) for s, stage in others.items()}
         replicates = compare_seeds(layer, settings.seed, saes, baselines)
+        if replicates:
+            draft.clock.result = console.reproduced_words(replicates.record)
     save_saelens(layer, draft.folder / "saelens")
     return report.finish_report(draft, record, replicates, tasks, workers)
 
@@ -1007,30 +1004,35 @@ def explain(
     InputError for what cannot be used, ValueError for a layer whose output cannot be read or
     replaced.
     """
-    clock = Stopwatch(console.stage_line)
+    clock = Stopwatch(shown=True)
     if positions_per_image < 1:
         raise InputError(f"positions_per_image must be at least 1, got {positions_per_image}")
     net = open_layer(model, layer, pool, layout, grid, prefix_tokens)
     images = {name: settings.pop(name) for name in IMAGE_OPTIONS if name in settings}
     with open_ranks() as ranks, printing_once(ranks):
-        data = report.load_splits(net, classes, train, val, test, **images)
+        with clock("data"):
+            data = report.load_splits(net, classes, train, val, test, **images)
+            clock.result = data.source
         with torch.no_grad():
             some = net.preactivations(data.train.images[: fa.PROBED])
         own = explain_settings(net, some, target, settings)
         make_deterministic(net.device)
         root = Path(own.out)
         with one_writer(root, own.wait, ranks), torch_threads(1), Workers(own.workers) as workers:
-            print(f"{net.title}: {net.in_words()}; results go to {root}{report.replaced_in(root)}")
-            print(estimate(net, data, positions_per_image, own, target is None))
+            replaced = report.replaced_in(root)
+            console.print_words(f"{net.title}: {net.in_words()}; results go to {root}{replaced}")
+            console.print_words(estimate(net, data, positions_per_image, own, target is None))
             made_from = layer_inputs(net, data)
             storing = Storing(positions_per_image, root, made_from)
             with clock("activations"):
                 found = collect_activations(net, data, own.normalize_z, storing, ranks)
+                clock.result = console.layer_words(found)
             warn_scale_shift(found)
             ranks.on_first(warn_chance, found)
             if target is None:
                 with clock("target"):
                     picked = pick_target(found, own, data.train, train_wanted, ranks)
+                    clock.result = f"{picked} active features keep most predictions"
                     own = replace(own, target_actives=(picked,))
             network = Network(net.title, ranks.on_first(digest_of_outputs, found, made_from))
             explain_activations(found, data, network, own, clock, workers, ranks)
@@ -1046,7 +1048,7 @@ def explain(
 
 def run_once(settings: Settings) -> list[dict]:
     """Data, classifier, SAEs, reports; the records of summary.json."""
-    clock, root = Stopwatch(console.stage_line), Path(settings.out)
+    clock, root = Stopwatch(shown=True), Path(settings.out)
     with (
         open_ranks() as ranks,
         printing_once(ranks),
@@ -1056,12 +1058,15 @@ def run_once(settings: Settings) -> list[dict]:
     ):
         with clock("data"):
             data = load_images(settings.data, settings.seed, pick_device(settings.device))
-        print(f"data: {data.in_words()}; device {settings.device}, seed {settings.seed}")
+            clock.result = data.source
         check_split_leakage(data)
         with clock("classifier"):
             model, stage = ranks.on_first(classifier_stage, settings, data, root)
+            right = (model(data.val.images).argmax(1) == data.val.labels).double().mean().item()
+            clock.result = f"{right:.2%} of the validation images right"
         with clock("activations"):
             layer = collect_activations(model, data, settings.normalize_z, ranks=ranks)
+            clock.result = console.layer_words(layer)
         network = Network(OWN_NETWORK, stage.digest, stage.record["history"])
         return explain_activations(layer, data, network, settings, clock, workers, ranks)
 
@@ -1096,9 +1101,11 @@ def report_my_hypotheses(settings: Settings) -> list[dict]:
     path, target = Path(settings.out) / "settings.json", None
     if path.exists() and len(read_json(path)["settings"]["target_actives"]) > 1:
         target = settings.target_actives[0]
-    run = load_run(settings.out, target, moved, settings.device)
+    clock = Stopwatch(shown=True)
+    with clock("finished run"):
+        run = load_run(settings.out, target, moved, settings.device)
     given = read_hypotheses(settings.my_hypotheses, run.layer.sae)
-    with folder_lock(run.folder, settings.wait), torch_threads(1):
+    with folder_lock(run.folder, settings.wait), torch_threads(1), clock("test"):
         return report_own(given, run.layer, run.folder, run.report, run.data.classes)
 
 
@@ -1122,7 +1129,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
 def run_script() -> int:
     """main, with the errors a user can cause as one line on stderr; the exit status."""
     try:
-        main()
+        with script_output():
+            main()
         return 0
     except (InputError, BusyError, TrainingError, WorkerError) as error:
         words = str(error)
