@@ -176,9 +176,7 @@ class Settings:
     epochs_ffn: int = setting(EPOCHS_FFN, "classifier epochs on the full set", 1)
     batch_ffn: int = setting(BATCH_FFN, "images per classifier step", 1)
     lr_ffn: float = setting(LR_FFN, "peak classifier learning rate", 1e-9)
-    weight_decay_ffn: float = setting(
-        WEIGHT_DECAY_FFN, "decoupled weight decay of the classifier", 0
-    )
+    weight_decay_ffn: float = setting(WEIGHT_DECAY_FFN, "weight decay of the classifier", 0)
     topk: int = setting(TOPK, "strongest images kept per feature", 1)
     n_eval: int = setting(N_EVAL, "images over which an effect is averaged", 1)
     alpha: float = setting(ALPHA, "how much of a feature is added to measure its logit effect")
@@ -186,18 +184,14 @@ class Settings:
     stability_seeds: int = setting(STABILITY_SEEDS, "further SAEs, to see what is reproduced", 0)
     features: int = setting(FEATURES, "report so many of the most influential features; 0: all", 0)
     seed: int = setting(SEED, "seed of every random choice", 0)
-    data: str = setting(
-        DATA, "folder of images in MNIST's file format, or 'sample', or 'auto': MNIST from the web"
-    )
+    data: str = setting(DATA, "folder with files like MNIST's; 'sample'; 'auto': from the web")
     out: str = setting(OUT, "folder for everything that is written")
     device: str = setting(DEVICE, "auto, cpu, cuda or cuda:N")
     workers: int = setting(WORKERS, "processes beside this one; -1: one for each further core", -1)
     verbose: bool = setting(VERBOSE, "print all numbers, not only those that matter most")
     fresh: bool = setting(FRESH, "train again instead of reusing finished stages")
     wait: bool = setting(WAIT, "wait while another run writes to the same folder")
-    my_hypotheses: str = setting(
-        MY_HYPOTHESES, "FILE of your own hypotheses: test them on the finished run in --out"
-    )
+    my_hypotheses: str = setting(MY_HYPOTHESES, "file of hypotheses to test on the run in --out")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -244,8 +238,7 @@ def parse_runs(argv: Sequence[str] | None = None) -> list[Settings]:
 
     Raises InputError for values that cannot be used.
     """
-    description = (__doc__ or "").partition("\n")[0]  # python -OO strips docstrings
-    parser = build_parser(Settings, GROUPS, description, ("target_actives", "sae_latents"))
+    parser = build_parser(Settings, GROUPS, __doc__, ("target_actives", "sae_latents"))
     sweep = parser.add_argument_group("a sweep", "example: --seeds 0 1 2 --sae-latents 256 512")
     what = "train and measure with each of these seeds, and each of --sae-latents"
     sweep.add_argument("--seeds", type=int, nargs="+", metavar="N", help=what)
@@ -1062,8 +1055,7 @@ def run_once(settings: Settings) -> list[dict]:
         check_split_leakage(data)
         with clock("classifier"):
             model, stage = ranks.on_first(classifier_stage, settings, data, root)
-            right = (model(data.val.images).argmax(1) == data.val.labels).double().mean().item()
-            clock.result = f"{right:.2%} of the validation images right"
+            clock.result = report.accuracy_words(model, data.val)
         with clock("activations"):
             layer = collect_activations(model, data, settings.normalize_z, ranks=ranks)
             clock.result = console.layer_words(layer)

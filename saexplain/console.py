@@ -177,8 +177,9 @@ def feature_words(entry: dict) -> str:
 def diagnosis_words(d: Mapping) -> str:
     """A diagnosis beyond its limit, with its number and what to change."""
     if d["value"] is None:
-        return f"{d['complaint']}: {d['what']}: {NOT_COMPUTED}; {d['advice']}"
-    return f"{d['complaint']}: {d['what']}: {d['value']:.3g}, above {d['limit']:g}; {d['advice']}"
+        return f"{d['complaint']}: {NOT_COMPUTED} ({d['what']}); {d['advice']}"
+    measured = f"{d['value']:.3g}, above {d['limit']:g} ({d['what']})"
+    return f"{d['complaint']}: {measured}; {d['advice']}"
 
 
 def diagnoses_text(record: dict) -> str:
@@ -285,7 +286,7 @@ SHORT = (  # what is shown of each SAE: title, text from its record, None where 
     ("features that are never active (dead)", _number("dead_features", "{}")),
     ("predictions kept by drawings of all features", _percent("agreement_hypotheses")),
     ("  by drawings in the best baseline", _best_drawn),
-    ("influence explained with high confidence", _high),
+    ("influence of features with a hypothesis rated High", _high),
     ("features found again by an SAE of another seed", _reproduced),
     ("  in the best baseline", _best_reproduced),
 )
@@ -329,7 +330,7 @@ def warnings_text(records: Sequence[dict]) -> str:
 def places_to_look(root: Path, folders: Mapping[Path, dict]) -> str:
     """The last lines of a run: its pages, in the folders of its SAEs, and what is beside them."""
     pages = [folder / "feature_report.html" for folder in folders]
-    lines = ["Open in a browser: classes, errors, every feature, a canvas for your own hypotheses"]
+    lines = ["Open in a browser (classes, errors, features, a canvas for your hypotheses):"]
     lines += [f"  {path}" for path in pages[:PAGES_SHOWN]]
     if len(pages) > PAGES_SHOWN:
         lines.append(f"  and {len(pages) - PAGES_SHOWN} more, of the other targets")

@@ -1,7 +1,7 @@
 """How do settings become flags? One for each field of a dataclass, in groups with an example each.
 
     latents: int = setting(512, "number of SAE features", least=2)      # a field
-    parser = build_parser(Settings, GROUPS, "What the script does.", several=("latents",))
+    parser = build_parser(Settings, GROUPS, __doc__, several=("latents",))
 
 It knows no setting.
 """
@@ -66,15 +66,17 @@ class _Parser(argparse.ArgumentParser):
 def build_parser(
     settings: type,
     groups: Mapping[str, tuple[str, str]],
-    description: str,
+    doc: str | None,
     several: Collection[str] = (),
 ) -> argparse.ArgumentParser:
     """A parser with a flag for each field of the dataclass `settings`.
 
     `groups` have, by title, an example and the names of their fields, separated by spaces; every
-    field is in one. Those named in `several` take one or more numbers. Wrong flags raise InputError.
+    field is in one. Those named in `several` take one or more numbers. `doc` begins with a line
+    about the script; with python -OO it is None. Wrong flags raise InputError.
     """
-    parser = _Parser(description=description, formatter_class=_Formatter, usage="%(prog)s [flags]")
+    given = {"formatter_class": _Formatter, "usage": "%(prog)s [flags]"}
+    parser = _Parser(description=(doc or "").partition("\n")[0], **given)
     kinds, left = get_type_hints(settings), {f.name: f for f in fields(settings)}
     for title, (example, names) in groups.items():
         section = parser.add_argument_group(title, f"example: {parser.prog} {example}")
@@ -86,9 +88,10 @@ def build_parser(
 
 
 def _add_flag(section: argparse._ArgumentGroup, f: Field, kind: type, several: bool) -> None:
-    default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-    words = {True: "; on by default", False: "", "": ""}.get(default, f" (default: {default})")
-    given: dict = {"default": f.default, "help": f.metadata["help"] + words.replace("%", "%%")}
+    default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
+    shown = {"True": "yes", "False": "no"}.get(default, default) or "none"
+    words = f"{f.metadata['help']} (default: {shown})"
+    given: dict = {"default": f.default, "help": words.replace("%", "%%")}
     if kind is bool:
         given["action"] = argparse.BooleanOptionalAction
     elif several:

@@ -112,7 +112,7 @@ class Stopwatch:
                 torch.cuda.synchronize()
         passed = time.perf_counter() - started
         self.seconds[stage] = self.seconds.get(stage, 0.0) + passed
-        if self.shown:
+        if self.shown and (self.result or passed > 0.05):
             number = ": ".join(filter(None, (self.label, self.result)))
             print(stage_words(stage, passed, number), flush=True)
 

@@ -27,7 +27,6 @@ with warnings.catch_warnings():  # in a notebook without ipywidgets it warns, an
     from tqdm.auto import tqdm
 
 DRAWN_EVERY = 0.1  # seconds
-LOADING = "loading PyTorch ..."  # shown until the first stage begins
 STAGES = {  # names of stages in summary.json -> their titles
     "sae": "SAE",
     "bank": "strongest images",
@@ -51,12 +50,6 @@ def stage_words(stage: str, seconds: float, number: str = "") -> str:
 def is_notebook() -> bool:
     """Whether bars are the widgets of a notebook."""
     return any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
-
-
-def show_loading() -> None:
-    """Show in a terminal that something happens; the first rank does."""
-    if sys.stdout is not None and sys.stdout.isatty() and os.environ.get("RANK", "0") == "0":
-        print(LOADING, end="\r", flush=True)
 
 
 class SafeStream(io.TextIOBase):
@@ -128,8 +121,8 @@ def script_output() -> Iterator[None]:
     """`safe_output` for a whole process: without warnings of libraries, which a user cannot act on,
     as this project prints its own; and Python ends in peace where stdout is closed."""
     stdout = sys.stdout
-    if stdout is not None and stdout.isatty():
-        print(" " * len(LOADING), end="\r", flush=True)
+    while _lines:
+        _lines.pop().close()
     try:
         with safe_output(), warnings.catch_warnings():
             if not sys.warnoptions:
@@ -202,6 +195,12 @@ class LiveLine:
 
 
 _lines: list[LiveLine] = []  # the live line, if there is one
+
+
+def show_loading() -> None:
+    """Show a live line until `script_output` begins; of several ranks, the first does."""
+    if sys.stdout is not None and sys.stdout.isatty() and os.environ.get("RANK", "0") == "0":
+        _lines.append(LiveLine("loading PyTorch"))
 
 
 @contextmanager

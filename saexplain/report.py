@@ -52,7 +52,7 @@ from saexplain.hypotheses import (
     load_frozen,
     propose_hypotheses,
 )
-from saexplain.images import Data, Display
+from saexplain.images import Data, Display, Split
 from saexplain.ink import FULL_INK
 from saexplain.layers import (
     Storing,
@@ -425,6 +425,13 @@ def frontier_of(records: Sequence[dict]) -> list[dict]:
     """What the page's frontier shows of each record of summary.json."""
     keys = {"l0": "achieved_actives_test", "fvu": "fvu", "agreement": "agreement_jumprelu"}
     return [{name: record[key] for name, key in keys.items()} for record in records]
+
+
+@torch.no_grad()
+def accuracy_words(model: torch.nn.Module, val: Split) -> str:
+    """How many validation images the network classifies right, in words."""
+    right = (model(val.images).argmax(1) == val.labels).double().mean().item()
+    return f"{right:.2%} of the validation images right"
 
 
 @torch.no_grad()
