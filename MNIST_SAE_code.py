@@ -320,7 +320,7 @@ def train_classifier(
     losses = torch.zeros(steps, device=device)
     plan = batches(n, settings.batch_ffn, epochs, generator)
     flag = ("classifier training", "--lr-ffn", settings.lr_ffn)
-    for step, index in enumerate(progress_bar(plan, "classifier", steps)):
+    for step, index in enumerate(progress_bar(plan, "classifier steps", steps)):
         loss = F.cross_entropy(model(train.images[index]), train.labels[index])
         gradients = torch.autograd.grad(loss, weights)
         optimizer.step(gradients, settings.lr_ffn * ramp((step + 0.5) / steps, 0.2, 0.2))
@@ -634,8 +634,7 @@ def train_together(trainers: Sequence[SAETrainer]) -> list[tuple[JumpReLUSAE, li
     if any((t.rows, t.steps) != (first.rows, first.steps) for t in trainers):
         raise ValueError("SAEs trained together must have the same rows, batch_sae and epochs")
     use_logits = first.rows.logits_of is not None and any(t.settings.head_kl for t in trainers)
-    what = f"SAE, {', '.join(str(t.target) for t in trainers)} active"
-    for step, index in enumerate(progress_bar(first.batches(), what, first.steps)):
+    for step, index in enumerate(progress_bar(first.batches(), "SAE steps", first.steps)):
         with_logits = use_logits and (step + 0.5) / first.steps > SCHEDULE.logit_kl_from
         batch = first.rows.batch(index, with_logits)
         for trainer in trainers:

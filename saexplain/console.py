@@ -320,8 +320,8 @@ def warnings_text(records: Sequence[dict]) -> str:
         return f"Warnings: none, in {len(records[0]['diagnoses'])} diagnoses"
     lines = ["Warnings"]
     for d, targets in list(found.values())[:WARNINGS_SHOWN]:
-        of = f" (targets {', '.join(map(str, targets))})" if len(records) > 1 else ""
-        lines.append(wrapped(f"  {diagnosis_words(d)}{of}", 4, 2))
+        at = f"target {', '.join(map(str, targets))}: " if len(records) > 1 else ""
+        lines.append(wrapped(f"  {at}{diagnosis_words(d)}", 4, 2))
     if len(found) > WARNINGS_SHOWN:
         lines.append(f"  and {len(found) - WARNINGS_SHOWN} more: --verbose, or summary.json")
     return "\n".join(lines)

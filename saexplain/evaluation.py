@@ -56,6 +56,7 @@ from saexplain.hypotheses import (
 from saexplain.ink import Canvas
 from saexplain.layers import part_of
 from saexplain.patterns import correlations
+from saexplain.progress import progress_bar
 from saexplain.statistics import Z_95, Detection, score_detections, wilson_interval
 from saexplain.substitution import Agreements
 
@@ -314,7 +315,8 @@ def collect_evidence(
             ranked = score_detections(list(scores.numpy()), [at.numpy() for at in active])
             readouts = layer.sae.W_enc.detach()[:, [h.feature for h in own]]
             found = correlations(scores, pre_activations(layer, raw, readouts)).tolist()
-        for n, (i, h, at) in enumerate(zip(some, own, active, strict=True)):
+        edited = progress_bar(zip(some, own, active, strict=True), "edited", len(own))
+        for n, (i, h, at) in enumerate(edited):
             predicted = scores[n] >= h.threshold
             picked = Picked(int(predicted.sum()), len(at), int(predicted[at].sum()))
             edits = edit_tests(h, layer, split.images, activity, canvas, drawn[i], crops)
@@ -322,7 +324,8 @@ def collect_evidence(
                 picked=picked, detection=ranked[n], correlation=found[n], edits=edits
             )
     places = Places.of(layer, activity) if layer.has_positions else None
-    for i, (h, e) in enumerate(zip(hypotheses, evidence, strict=True)):
+    pairs = zip(hypotheses, evidence, strict=True)
+    for i, (h, e) in enumerate(progress_bar(pairs, "tested", len(hypotheses))):
         if not e.is_testable:
             continue
         if in_full or h.undrawn:

@@ -45,6 +45,7 @@ from saexplain.captions import caption_of, caption_without_drawing, images_of_cl
 from saexplain.crops import Crops, can_draw_crops, crops_of_positions
 from saexplain.ink import Canvas
 from saexplain.patterns import unit_gradients
+from saexplain.progress import progress_bar
 from saexplain.regions import choose_regions, local_covariance
 from saexplain.where import FAITHFUL
 
@@ -604,7 +605,7 @@ def propose_hypotheses(
     label_counts = torch.bincount(activity.labels, minlength=layer.n_classes).numpy()
     places = Places.of(layer, activity) if layer.has_positions else None
     n_active, n_images, hypotheses = activity.n_active.tolist(), len(discovery.labels), []
-    for k, drawn in enumerate(drawings.weights):
+    for k, drawn in enumerate(progress_bar(drawings.weights, "features", layer.d_sae)):
         reason = undrawn.get(k, "")
         enough = n_active[k] >= MIN_ACTIVE
         if places and enough and not reason and not drawn.any():
