@@ -761,7 +761,7 @@ def explain_activations(
             draft.clock.result = report.write_page(draft, *given)
     with clock("files"):
         workers.results(writing)
-        clock.result = f"in {settings.out}"
+        clock.result = f"{sum(1 for _ in Path(settings.out).rglob('*')):,} written"
     for target, draft in drafts.items():
         in_tasks = {f"{name}, in tasks": s for name, s in workers.seconds.items()}
         seconds = {**clock.seconds, **draft.clock.seconds, **in_tasks}

@@ -16,11 +16,10 @@ from shutil import get_terminal_size
 from typing import NamedTuple
 
 import feature_analysis as fa
-from saexplain.progress import encodable
+from saexplain.progress import WIDTH, encodable
 from saexplain.text import confidence_words, headline
 
 NOT_COMPUTED = "not computed"  # a ratio whose denominator is 0
-WIDTH = 100  # characters of a line, at most
 COLUMNS = 5  # SAEs beside each other
 WARNINGS_SHOWN, PAGES_SHOWN = 4, 6
 

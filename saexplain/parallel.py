@@ -11,6 +11,7 @@ cores take whole tasks. It knows nothing of what the functions compute, and writ
 
 from __future__ import annotations
 
+import copyreg
 import io
 import os
 import pickle
@@ -24,6 +25,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,9 @@ class Stopwatch:
 # --------------------------------------------------------------------------------------------------
 # Worker processes
 # --------------------------------------------------------------------------------------------------
+
+# cloudpickle sends torch.classes with a function of the script that reads data.classes, and cannot.
+copyreg.pickle(type(torch.classes), lambda module: (import_module, (module.__name__,)))
 
 _parent: int | None = None  # in a worker, the id of the process that started it
 

@@ -26,6 +26,7 @@ with warnings.catch_warnings():  # in a notebook without ipywidgets it warns, an
     warnings.simplefilter("ignore")
     from tqdm.auto import tqdm
 
+WIDTH = 100  # characters of a line, at most
 DRAWN_EVERY = 0.1  # seconds
 STAGES = {  # names of stages in summary.json -> their titles
     "sae": "SAE",
@@ -44,7 +45,9 @@ STAGES = {  # names of stages in summary.json -> their titles
 
 def stage_words(stage: str, seconds: float, number: str = "") -> str:
     """The line about a stage: its title, its seconds, and the number that says most about it."""
-    return f"{STAGES.get(stage, stage):<18}{seconds:7.1f} s  {number}".rstrip()
+    number = "".join(c for c in number if c.isprintable())
+    line = f"{STAGES.get(stage, stage):<18}{seconds:7.1f} s  {number}".rstrip()
+    return line if len(line) <= WIDTH else f"{line[: WIDTH - 4]} ..."
 
 
 def is_notebook() -> bool:
