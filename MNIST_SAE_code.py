@@ -239,7 +239,7 @@ def parse_runs(argv: Sequence[str] | None = None) -> list[Settings]:
     Raises InputError for values that cannot be used.
     """
     parser = build_parser(Settings, GROUPS, __doc__, ("target_actives", "sae_latents"))
-    sweep = parser.add_argument_group("a sweep", "example: --seeds 0 1 2 --sae-latents 256 512")
+    sweep = parser.add_argument_group("a sweep", "example: %(prog)s --seeds 0 1 2")
     what = "train and measure with each of these seeds, and each of --sae-latents"
     sweep.add_argument("--seeds", type=int, nargs="+", metavar="N", help=what)
     given = vars(parser.parse_args(argv))

@@ -79,7 +79,7 @@ def build_parser(
     parser = _Parser(description=(doc or "").partition("\n")[0], **given)
     kinds, left = get_type_hints(settings), {f.name: f for f in fields(settings)}
     for title, (example, names) in groups.items():
-        section = parser.add_argument_group(title, f"example: {parser.prog} {example}")
+        section = parser.add_argument_group(title, f"example: %(prog)s {example}")
         for name in names.split():
             _add_flag(section, left.pop(name), kinds[name], name in several)
     if left:
