@@ -1011,8 +1011,7 @@ def explain(
         make_deterministic(net.device)
         root = Path(own.out)
         with one_writer(root, own.wait, ranks), torch_threads(1), Workers(own.workers) as workers:
-            replaced = report.replaced_in(root)
-            console.print_words(f"{net.title}: {net.in_words()}; results go to {root}{replaced}")
+            print(f"{net.title}: {net.in_words()}; results go to {root}{report.replaced_in(root)}")
             console.print_words(estimate(net, data, positions_per_image, own, target is None))
             made_from = layer_inputs(net, data)
             storing = Storing(positions_per_image, root, made_from)
