@@ -29,6 +29,7 @@ with warnings.catch_warnings():  # in a notebook without ipywidgets it warns, an
 WIDTH = 100  # characters of a line, at most
 DRAWN_EVERY = 0.1  # seconds
 STAGES = {  # names of stages in summary.json -> their titles
+    "target": "number active",
     "sae": "SAE",
     "bank": "strongest images",
     "patterns": "pixel patterns",
@@ -80,7 +81,8 @@ class SafeStream(io.TextIOBase):
         try:
             if self.is_open:
                 self.stream.write(encodable(text, self.encoding))
-                self.stream.flush()
+                if text[-1:] in "\n\r":  # at the end of a line, or of nothing
+                    self.stream.flush()
         except (OSError, ValueError):  # ValueError: it was closed here
             self.is_open = False
 

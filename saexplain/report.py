@@ -247,7 +247,8 @@ def finish_report(
         with draft.clock("baselines, waited for"):
             results = workers.results(list(baselines.values()))
             summaries = dict(zip(baselines, results, strict=True))
-            draft.clock.result = f"{len(summaries)} sets of other features tested alike"
+            if summaries:
+                draft.clock.result = f"{len(summaries)} sets of other features tested alike"
     report = []
     for k in draft.features:
         entry = feature_record(k, draft.analysis)
