@@ -110,7 +110,7 @@ from saexplain.parallel import (
     printing_once,
     torch_threads,
 )
-from saexplain.progress import progress_bar, script_output
+from saexplain.progress import live_line, progress_bar, script_output
 from saexplain.reproducibility import compare_seeds
 from saexplain.rows import Batch, TrainingRows
 from saexplain.sae import JumpReLUSAE
@@ -1091,11 +1091,10 @@ def report_my_hypotheses(settings: Settings) -> list[dict]:
     path, target = Path(settings.out) / "settings.json", None
     if path.exists() and len(read_json(path)["settings"]["target_actives"]) > 1:
         target = settings.target_actives[0]
-    clock = Stopwatch(shown=True)
-    with clock("finished run"):
+    with live_line("finished run"):
         run = load_run(settings.out, target, moved, settings.device)
     given = read_hypotheses(settings.my_hypotheses, run.layer.sae)
-    with folder_lock(run.folder, settings.wait), torch_threads(1), clock("test"):
+    with folder_lock(run.folder, settings.wait), torch_threads(1), live_line("tests"):
         return report_own(given, run.layer, run.folder, run.report, run.data.classes)
 
 

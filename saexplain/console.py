@@ -355,7 +355,8 @@ def print_results(
     """Print what the terminal shows of a finished run, at most 40 lines: `folders` of its SAEs with
     their records of summary.json, and their records of feature_report.json; all with `verbose`."""
     records = list(folders.values())
-    print(f"\nResult, on the test images\n{short_table(records)}\n")
+    seconds = records[0]["seconds"]["whole run"]
+    print(f"\nResult, on the test images, after {seconds:.0f} s\n{short_table(records)}\n")
     if verbose:
         for record, report in zip(records, reports, strict=True):
             print(f"{features_text(record, report)}\n{diagnoses_text(record)}\n")
