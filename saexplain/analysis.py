@@ -113,10 +113,8 @@ def analyze(
         inked = None
         if not layer.has_positions and isinstance(layer.splits["train"].images, Tensor):
             inked = (as_ink(layer.splits["train"].images) > 0).float().mean(0)[0] >= INKED_SHARE
-        kind = (
-            "none: no gradient leads to the pixels" if patterns.heats is None else "from gradients"
-        )
-        clock.result = "exact: the layer is linear in them" if patterns.linear else kind
+        kind = "exact: the layer is linear in them" if patterns.linear else "from gradients"
+        clock.result = kind if patterns.heats is not None else "no gradient leads to the pixels"
     with clock("effects"):
         removed = removal_effects(layer, raw, activity)
         logit, ablation = logit_effects(layer, raw, removed, n_eval, alpha)
