@@ -1012,7 +1012,8 @@ def explain(
         root = Path(own.out)
         with one_writer(root, own.wait, ranks), torch_threads(1), Workers(own.workers) as workers:
             print(f"{net.title}: {net.in_words()}; results go to {root}{report.replaced_in(root)}")
-            console.print_words(estimate(net, data, positions_per_image, own, target is None))
+            with live_line("estimate"):
+                console.print_words(estimate(net, data, positions_per_image, own, target is None))
             made_from = layer_inputs(net, data)
             storing = Storing(positions_per_image, root, made_from)
             with clock("activations"):
