@@ -32,7 +32,6 @@ References
 
 from __future__ import annotations
 
-import argparse
 import io
 import itertools
 import math
@@ -40,9 +39,14 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple, get_type_hints
+from typing import NamedTuple
+
+if __name__ == "__main__":  # PyTorch takes over a second
+    from saexplain.progress import show_loading
+
+    show_loading()
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +70,7 @@ from saexplain.files import (
     read_json,
     save_stage,
 )
+from saexplain.flags import build_parser, check_fields, setting
 from saexplain.hypotheses import load_frozen
 from saexplain.images import Data, Split, TensorLoader, load_images
 from saexplain.layers import (
@@ -89,7 +94,6 @@ from saexplain.optimization import (
     check_weights_finite,
     logged_steps,
     n_steps,
-    progress_bar,
     ramp,
     scaled_epochs,
 )
@@ -106,6 +110,7 @@ from saexplain.parallel import (
     printing_once,
     torch_threads,
 )
+from saexplain.progress import live_line, progress_bar, script_output
 from saexplain.reproducibility import compare_seeds
 from saexplain.rows import Batch, TrainingRows
 from saexplain.sae import JumpReLUSAE
@@ -148,14 +153,10 @@ DATA = "auto"  # folder of images in MNIST's format; "sample": 5,000 digits; "au
 OUT = "artifacts_mnist_sae"  # where everything is written
 DEVICE = "auto"  # auto takes a CUDA GPU when there is one
 WORKERS = -1  # processes beside this one; -1 takes one for each further core
+VERBOSE = False  # print all numbers, not only those that matter most
 FRESH = False  # train again although finished stages could be reused
 WAIT = False  # wait for another run that writes to the same folder
 MY_HYPOTHESES = ""  # a file of your own hypotheses, to be tested on the finished run in OUT
-
-
-def setting(default, what: str, least: float | None = None):
-    """A dataclass field with the help text of its flag, and its smallest value."""
-    return field(default=default, metadata={"help": what, "least": least})
 
 
 @dataclass(frozen=True)
@@ -175,9 +176,7 @@ class Settings:
     epochs_ffn: int = setting(EPOCHS_FFN, "classifier epochs on the full set", 1)
     batch_ffn: int = setting(BATCH_FFN, "images per classifier step", 1)
     lr_ffn: float = setting(LR_FFN, "peak classifier learning rate", 1e-9)
-    weight_decay_ffn: float = setting(
-        WEIGHT_DECAY_FFN, "decoupled weight decay of the classifier", 0
-    )
+    weight_decay_ffn: float = setting(WEIGHT_DECAY_FFN, "weight decay of the classifier", 0)
     topk: int = setting(TOPK, "strongest images kept per feature", 1)
     n_eval: int = setting(N_EVAL, "images over which an effect is averaged", 1)
     alpha: float = setting(ALPHA, "how much of a feature is added to measure its logit effect")
@@ -185,32 +184,17 @@ class Settings:
     stability_seeds: int = setting(STABILITY_SEEDS, "further SAEs, to see what is reproduced", 0)
     features: int = setting(FEATURES, "report so many of the most influential features; 0: all", 0)
     seed: int = setting(SEED, "seed of every random choice", 0)
-    data: str = setting(
-        DATA, "folder of images in MNIST's file format, or 'sample', or 'auto': MNIST from the web"
-    )
+    data: str = setting(DATA, "folder with files like MNIST's; 'sample'; 'auto': from the web")
     out: str = setting(OUT, "folder for everything that is written")
     device: str = setting(DEVICE, "auto, cpu, cuda or cuda:N")
     workers: int = setting(WORKERS, "processes beside this one; -1: one for each further core", -1)
+    verbose: bool = setting(VERBOSE, "print all numbers, not only those that matter most")
     fresh: bool = setting(FRESH, "train again instead of reusing finished stages")
     wait: bool = setting(WAIT, "wait while another run writes to the same folder")
-    my_hypotheses: str = setting(
-        MY_HYPOTHESES, "FILE of your own hypotheses: test them on the finished run in --out"
-    )
+    my_hypotheses: str = setting(MY_HYPOTHESES, "file of hypotheses to test on the run in --out")
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value, kind, least = getattr(self, f.name), KINDS[f.name], f.metadata["least"]
-            if f.name == "target_actives":
-                continue
-            accepted = (int, float) if kind is float else kind
-            if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
-                raise InputError(f"{flag_name(f.name)} must be {kind.__name__}, got {value!r}")
-            if kind in (int, float) and not abs(value) < 1e300:  # nan is not, either
-                raise InputError(f"{flag_name(f.name)} must be finite, got {str(value)[:40]}")
-            if kind is int and value >= 2**31:
-                raise InputError(f"{flag_name(f.name)} must be below 2**31, got {str(value)[:40]}")
-            if least is not None and value < least:
-                raise InputError(f"{flag_name(f.name)} must be at least {least:g}, got {value}")
+        check_fields(self)
         targets = self.target_actives
         if not targets or len(set(targets)) < len(targets):
             raise InputError(f"--target-actives must be different numbers, got {list(targets)}")
@@ -235,12 +219,21 @@ class Settings:
         return {name: getattr(self, name) for name in names.split()}
 
 
-KINDS = get_type_hints(Settings)
 CLASSIFIER_SETTINGS = "hidden_units epochs_ffn batch_ffn lr_ffn weight_decay_ffn seed"
-
-
-def flag_name(name: str) -> str:
-    return "--" + name.replace("_", "-")
+GROUPS = {  # of --help: title, an example, names of settings
+    "what most people set": (
+        "--target-actives 10 20 --features 50 --out DIR",
+        "data out target_actives sae_latents features seed verbose",
+    ),
+    "the SAE": (
+        "--sae-latents 256 --epochs-sae-final 10",
+        "epochs_sae_final batch_sae lr_sae head_kl normalize_z stability_seeds",
+    ),
+    "the classifier": ("--epochs-ffn 6", CLASSIFIER_SETTINGS.removesuffix(" seed")),
+    "the analysis": ("--topk 40 --no-hypotheses", "hypotheses topk n_eval alpha"),
+    "machine and files": ("--workers 0 --fresh", "device workers fresh wait"),
+    "hypotheses of your own": ("--my-hypotheses my_hypotheses.json", "my_hypotheses"),
+}
 
 
 def parse_runs(argv: Sequence[str] | None = None) -> list[Settings]:
@@ -248,23 +241,10 @@ def parse_runs(argv: Sequence[str] | None = None) -> list[Settings]:
 
     Raises InputError for values that cannot be used.
     """
-
-    def fail(message: str) -> None:
-        raise InputError(f"{' '.join(message.split())} (--help lists the flags)")
-
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.error = fail  # one line, as for every other wrong input
-    for f in fields(Settings):
-        kind: dict = {"type": KINDS[f.name]}
-        if KINDS[f.name] is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        elif f.name in ("target_actives", "sae_latents"):
-            kind = {"type": int, "nargs": "+"}
-        parser.add_argument(flag_name(f.name), default=f.default, help=f.metadata["help"], **kind)
-    parser.add_argument("--seeds", type=int, nargs="+", help="train every combination of these")
+    parser = build_parser(Settings, GROUPS, __doc__, ("target_actives", "sae_latents"))
+    sweep = parser.add_argument_group("a sweep", "example: %(prog)s --seeds 0 1 2")
+    what = "train and measure with each of these seeds, and each of --sae-latents"
+    sweep.add_argument("--seeds", type=int, nargs="+", metavar="N", help=what)
     given = vars(parser.parse_args(argv))
     given["target_actives"] = tuple(given["target_actives"])
     seeds = given.pop("seeds") or [given.pop("seed")]
@@ -343,7 +323,7 @@ def train_classifier(
     losses = torch.zeros(steps, device=device)
     plan = batches(n, settings.batch_ffn, epochs, generator)
     flag = ("classifier training", "--lr-ffn", settings.lr_ffn)
-    for step, index in enumerate(progress_bar(plan, "classifier", steps)):
+    for step, index in enumerate(progress_bar(plan, "classifier steps", steps)):
         loss = F.cross_entropy(model(train.images[index]), train.labels[index])
         gradients = torch.autograd.grad(loss, weights)
         optimizer.step(gradients, settings.lr_ffn * ramp((step + 0.5) / steps, 0.2, 0.2))
@@ -657,8 +637,7 @@ def train_together(trainers: Sequence[SAETrainer]) -> list[tuple[JumpReLUSAE, li
     if any((t.rows, t.steps) != (first.rows, first.steps) for t in trainers):
         raise ValueError("SAEs trained together must have the same rows, batch_sae and epochs")
     use_logits = first.rows.logits_of is not None and any(t.settings.head_kl for t in trainers)
-    what = f"SAE, {', '.join(str(t.target) for t in trainers)} active"
-    for step, index in enumerate(progress_bar(first.batches(), what, first.steps)):
+    for step, index in enumerate(progress_bar(first.batches(), "SAE steps", first.steps)):
         with_logits = use_logits and (step + 0.5) / first.steps > SCHEDULE.logit_kl_from
         batch = first.rows.batch(index, with_logits)
         for trainer in trainers:
@@ -741,6 +720,8 @@ def explain_activations(
     settings = replace(settings, out=str(root / runs.STAGING))  # until all is complete
     with clock("sae"):
         trained = train_saes(layer, settings, made_from, train_wanted, workers, ranks)
+        own = [saes.stages[settings.seed] for saes in trained.values()]
+        clock.result = report.sae_words(layer, own) if ranks.is_first else ""
     layer = gather_training(layer, data.train, ranks)
     if not ranks.is_first:
         ranks.barrier()  # until the first has explained them
@@ -761,8 +742,9 @@ def explain_activations(
         given = (network.history, own.record["history"], target, logits_from, DEAD_BELOW)
         writing.append(workers.start("training.png", report.write_history, folder, *given))
         explained = layer.with_sae(JumpReLUSAE.from_weights(own.tensors, layer.device))
+        label = f"target {target}" if len(trained) > 1 else ""
         drafts[target] = report.prepare_report(
-            explained, folder, options, Stopwatch(clock.report), workers
+            explained, folder, options, Stopwatch(clock.shown, label), workers
         )
     for target, draft in drafts.items():
         given = (target, trained[target], data, settings, workers)
@@ -771,8 +753,11 @@ def explain_activations(
     for target, draft in drafts.items():
         frontier, weights = report.frontier_of(list(records.values())), page_weights(layer.model)
         with draft.clock("page"):
-            report.write_page(draft, records[target], reports[target], frontier, weights)
-    workers.results(writing)
+            given = (records[target], reports[target], frontier, weights)
+            draft.clock.result = report.write_page(draft, *given)
+    with clock("files"):
+        workers.results(writing)
+        clock.result = f"{sum(1 for _ in Path(settings.out).rglob('*')):,} written"
     for target, draft in drafts.items():
         in_tasks = {f"{name}, in tasks": s for name, s in workers.seconds.items()}
         seconds = {**clock.seconds, **draft.clock.seconds, **in_tasks}
@@ -782,7 +767,7 @@ def explain_activations(
     report.write_summary(Path(settings.out), *given)
     runs.finish_run(root)
     folders = {final.folder_of(target): record for target, record in records.items()}
-    console.print_results(root, folders, list(reports.values()))
+    console.print_results(root, folders, list(reports.values()), final.verbose)
     ranks.barrier()
     return list(records.values())
 
@@ -820,10 +805,13 @@ def finish_target(
         own = settings.chosen("sae_latents normalize_z seed")
         record = report.sae_record(layer, target, stages[settings.seed], own, untrained)
         record["data"] = data.source
+        draft.clock.result = console.kept_words(record)
     with draft.clock("reproducibility"):
         device = layer.device
         saes = {s: JumpReLUSAE.from_weights(stage.tensors, device) for s, stage in others.items()}
         replicates = compare_seeds(layer, settings.seed, saes, baselines)
+        if replicates:
+            draft.clock.result = console.reproduced_words(replicates.record)
     save_saelens(layer, draft.folder / "saelens")
     return report.finish_report(draft, record, replicates, tasks, workers)
 
@@ -891,7 +879,7 @@ def open_run(
             f"explain_sae() again with the same arguments; explain() reuses the SAE"
         )
     stored = manifest["settings"]
-    runs.check_version(root, manifest, KINDS)
+    runs.check_version(root, manifest, [f.name for f in fields(Settings)])
     targets = tuple(stored["target_actives"])  # JSON has no tuples
     settings = Settings(**{**stored, "target_actives": targets, "out": str(root)})  # it may move
     if target is None and len(settings.target_actives) == 1:
@@ -1009,25 +997,29 @@ def explain(
     InputError for what cannot be used, ValueError for a layer whose output cannot be read or
     replaced.
     """
-    clock = Stopwatch(console.stage_line)
+    clock = Stopwatch(shown=True)
     if positions_per_image < 1:
         raise InputError(f"positions_per_image must be at least 1, got {positions_per_image}")
     net = open_layer(model, layer, pool, layout, grid, prefix_tokens)
     images = {name: settings.pop(name) for name in IMAGE_OPTIONS if name in settings}
     with open_ranks() as ranks, printing_once(ranks):
-        data = report.load_splits(net, classes, train, val, test, **images)
+        with clock("data"):
+            data = report.load_splits(net, classes, train, val, test, **images)
+            clock.result = data.source
         with torch.no_grad():
             some = net.preactivations(data.train.images[: fa.PROBED])
         own = explain_settings(net, some, target, settings)
         make_deterministic(net.device)
         root = Path(own.out)
         with one_writer(root, own.wait, ranks), torch_threads(1), Workers(own.workers) as workers:
-            print(f"{net.title}: {net.in_words()}; results go to {root}")
-            print(estimate(net, data, positions_per_image, own, target is None))
+            console.print_words(f"{net.title}: {net.in_words()}; results go to {root}")
+            with live_line("estimate"):
+                console.print_words(estimate(net, data, positions_per_image, own, target is None))
             made_from = layer_inputs(net, data)
             storing = Storing(positions_per_image, root, made_from)
             with clock("activations"):
                 found = collect_activations(net, data, own.normalize_z, storing, ranks)
+                clock.result = console.layer_words(found)
             warn_scale_shift(found)
             ranks.on_first(warn_chance, found)
             digest = ranks.on_first(digest_of_outputs, found, made_from)
@@ -1037,6 +1029,7 @@ def explain(
             if target is None:
                 with clock("target"):
                     picked = pick_target(found, own, data.train, train_wanted, ranks)
+                    clock.result = f"{picked} active features keep most predictions"
                     own = replace(own, target_actives=(picked,))
             explain_activations(found, data, network, own, clock, workers, ranks)
             stage = load_stage(root, "sae")
@@ -1051,7 +1044,7 @@ def explain(
 
 def run_once(settings: Settings) -> list[dict]:
     """Data, classifier, SAEs, reports; the records of summary.json."""
-    clock, root = Stopwatch(console.stage_line), Path(settings.out)
+    clock, root = Stopwatch(shown=True), Path(settings.out)
     with (
         open_ranks() as ranks,
         printing_once(ranks),
@@ -1061,14 +1054,16 @@ def run_once(settings: Settings) -> list[dict]:
     ):
         with clock("data"):
             data = load_images(settings.data, settings.seed, pick_device(settings.device))
-        print(f"data: {data.in_words()}; device {settings.device}, seed {settings.seed}")
+            clock.result = data.source
         check_split_leakage(data)
         manifest = runs.Network("script", OWN_NETWORK).manifest(asdict(settings), data)
         staging = ranks.on_first(runs.begin_run, root, manifest, settings.named)
         with clock("classifier"):
             model, stage = ranks.on_first(classifier_stage, settings, data, staging)
+            clock.result = report.accuracy_words(model, data.val)
         with clock("activations"):
             layer = collect_activations(model, data, settings.normalize_z, ranks=ranks)
+            clock.result = console.layer_words(layer)
         network = runs.Network("script", OWN_NETWORK, stage.digest, stage.record["history"])
         return explain_activations(layer, data, network, settings, clock, workers, ranks)
 
@@ -1103,9 +1098,10 @@ def report_my_hypotheses(settings: Settings) -> list[dict]:
     moved = None if settings.data == DATA else settings.data  # by default where they were
     found = runs.load_manifest(Path(settings.out))["settings"].get("target_actives", [])
     target = settings.target_actives[0] if len(found) > 1 else None
-    run = load_run(settings.out, target, moved, settings.device)
+    with live_line("finished run"):
+        run = load_run(settings.out, target, moved, settings.device)
     given = read_hypotheses(settings.my_hypotheses, run.layer.sae)
-    with folder_lock(Path(settings.out), settings.wait), torch_threads(1):
+    with folder_lock(Path(settings.out), settings.wait), torch_threads(1), live_line("tests"):
         return report_own(given, run.layer, run.folder, run.report, run.data.classes)
 
 
@@ -1129,7 +1125,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
 def run_script() -> int:
     """main, with the errors a user can cause as one line on stderr; the exit status."""
     try:
-        main()
+        with script_output():
+            main()
         return 0
     except (InputError, BusyError, TrainingError, WorkerError) as error:
         words = str(error)

@@ -284,7 +284,7 @@ def print_table(columns: Columns) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default="demo_pictures", help="folder for the pictures")
     out = parser.parse_args(argv).out
     try:

@@ -198,7 +198,7 @@ def time_ranks(ranks: int, seconds: float, n: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--data", default="auto", help="folder of images in MNIST's format, 'sample' or 'auto'")
     add("--latents", type=int, nargs="+", default=[512], help="numbers of SAE features (512)")

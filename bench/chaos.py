@@ -144,7 +144,7 @@ def disturbances(chaos: Chaos, short: bool, draw: random.Random) -> Iterator[tup
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--short", action="store_true", help="seven disturbed runs")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of kills")
     args = parser.parse_args()

@@ -161,7 +161,7 @@ def failure(kind: str, folder: Path, examples: int, same: bool) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--examples", type=int, default=500, help="of each kind of input")
     parser.add_argument("--short", action="store_true", help="40 examples, always the same")
     parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS)

@@ -73,7 +73,7 @@ def passes(place: Path, tests: list[str]) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("module", help="its name, such as statistics")
     parser.add_argument("--n", type=int, default=20, help="mutants in the sample")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")

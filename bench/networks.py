@@ -158,7 +158,7 @@ def explained_row(name: str, net: nn.Module, data, args: argparse.Namespace) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", default="auto", help="as of MNIST_SAE_code.py")
     parser.add_argument("--images", type=int, default=20_000, help="training images of the SAEs")
     parser.add_argument("--layers", nargs="+", default=LAYERS)

@@ -65,7 +65,7 @@ WRITE = (
 def main() -> None:
     from playwright.sync_api import sync_playwright
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("page", type=Path, help="a feature_report.html, with a network")
     path = parser.parse_args().page
     program = next(filter(None, map(shutil.which, CHROMIUM)), None)

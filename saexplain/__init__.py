@@ -22,7 +22,7 @@ Where to look:
     which features flip a prediction?          counterfactuals.py
     where are the usual complaints measured?   diagnoses.py
     where are files and pictures written?      report.py, panels.py, figures.py, page.py, text.py
-    what does the terminal show?               console.py
+    what does the terminal show?               progress.py, console.py; of flags: flags.py
     how is work spread, saved and reused?      parallel.py, files.py, sweep.py
     which run does a folder have?              runs.py
 

@@ -107,14 +107,18 @@ def analyze(
     with clock("bank"):
         bank = fa.feature_bank(layer, raw, labels, topk)
         activity = collect_activity(layer, raw, labels)
+        clock.result = f"kept of {int((bank.feature_density > 0).sum()):,} features"
     with clock("patterns"):
         patterns = input_patterns(layer, split, bank)
         inked = None
         if not layer.has_positions and isinstance(layer.splits["train"].images, Tensor):
             inked = (as_ink(layer.splits["train"].images) > 0).float().mean(0)[0] >= INKED_SHARE
+        kind = "exact: the layer is linear in them" if patterns.linear else "from gradients"
+        clock.result = kind if patterns.heats is not None else "no gradient leads to the pixels"
     with clock("effects"):
         removed = removal_effects(layer, raw, activity)
         logit, ablation = logit_effects(layer, raw, removed, n_eval, alpha)
+        clock.result = f"{features_of_half(removed.influence)} features make half of all influence"
     maps = None
     if not patterns.linear:
         with clock("maps"):
@@ -133,6 +137,12 @@ def analyze(
         activity,
         removed,
     )
+
+
+def features_of_half(influence: Tensor) -> int:
+    """How many features, the most influential first, make half of all influence (d_sae,)."""
+    made = influence.sort(descending=True).values.double().cumsum(0)
+    return int((made < made[-1] / 2).sum()) + 1
 
 
 def input_patterns(

@@ -35,8 +35,8 @@ from saexplain.images import (
     split_by_class,
 )
 from saexplain.normalization import find_display, given_normalization, model_normalization
-from saexplain.optimization import tqdm
 from saexplain.parallel import MEMORY_SHARE, available_memory
+from saexplain.progress import progress_bar
 from saexplain.sources import (
     FORMS,
     ClassFolders,
@@ -169,8 +169,7 @@ def read_source(source: Source, device: torch.device) -> Part:
 def read_batches(source: Source, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """All batches of a source, with a bar."""
     n_batches = math.ceil(source.n / size) if source.n else None
-    reading = {"desc": f"read {source.name}", "total": n_batches, "leave": False, "disable": None}
-    yield from tqdm(source.batches(size=size), delay=2, **reading)
+    yield from progress_bar(source.batches(size=size), f"read {source.name}", n_batches)
 
 
 def memory_limit(device: torch.device) -> float:

@@ -56,6 +56,7 @@ from saexplain.hypotheses import (
 from saexplain.ink import Canvas
 from saexplain.layers import part_of
 from saexplain.patterns import correlations
+from saexplain.progress import progress_bar
 from saexplain.statistics import Z_95, Detection, score_detections, wilson_interval
 from saexplain.substitution import Agreements
 
@@ -290,7 +291,8 @@ def collect_evidence(
         evidence[i] = evidence[i]._replace(**of_drawing)
 
     places = Places.of(layer, activity) if layer.has_positions else None
-    for i, (h, e) in enumerate(zip(hypotheses, evidence, strict=True)):
+    pairs = zip(hypotheses, evidence, strict=True)
+    for i, (h, e) in enumerate(progress_bar(pairs, "tested", len(hypotheses))):
         if not e.is_testable:
             continue
         if in_full or h.undrawn:
@@ -362,7 +364,9 @@ def evaluate_drawings(
             ranked = score_detections(list(scores.numpy()), [at.numpy() for at in active])
             readouts = layer.sae.W_enc.detach()[:, [h.feature for h in own]]
             found = correlations(scores, pre_activations(layer, split.raw, readouts)).tolist()
-        for n, (h, at) in enumerate(zip(own, active, strict=True)):
+        for n, (h, at) in enumerate(
+            progress_bar(zip(own, active, strict=True), "edited", len(own))
+        ):
             predicted = scores[n] >= h.threshold
             picked = Picked(int(predicted.sum()), len(at), int(predicted[at].sum()))
             given = (h, layer, split.images, activity, canvas, drawn[first + n], crops)

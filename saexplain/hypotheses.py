@@ -45,6 +45,7 @@ from saexplain.captions import caption_of, caption_without_drawing, images_of_cl
 from saexplain.crops import Crops, can_draw_crops, crops_of_positions
 from saexplain.ink import Canvas
 from saexplain.patterns import unit_gradients
+from saexplain.progress import progress_bar
 from saexplain.regions import choose_regions, local_covariance
 from saexplain.where import FAITHFUL
 
@@ -606,7 +607,7 @@ def propose_hypotheses(
     places = Places.of(layer, activity) if layer.has_positions else None
     findings = Findings(drawings, activity, label_counts, places, rule.enrichment, classes)
     hypotheses = []
-    for k in range(layer.d_sae):
+    for k in progress_bar(range(layer.d_sae), "features", layer.d_sae):
         h = propose(k, undrawn.get(k, ""), findings)
         if in_full and h.caption == UNCAPTIONED:  # not an empty one
             given = (removed.mean_delta[k], layer, discovery.raw, activity, rule.percentile)

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 import feature_analysis as fa
 from saexplain.files import InputError, sha256_of, to_json
 from saexplain.images import SPLIT_NAMES, Data, Split, TensorLoader, digest_of
-from saexplain.optimization import progress_bar
 from saexplain.parallel import ONE_PROCESS, Ranks, shard_of
 from saexplain.positions import POOLS, Layout, find_layout, sampled_positions
+from saexplain.progress import progress_bar
 from saexplain.rows import mean_and_std, spread_over
 from saexplain.store import FileStore, MemoryStore, open_store
 

@@ -6,17 +6,10 @@ Takes tensors and numbers; draws and writes nothing. The losses are in MNIST_SAE
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-
-from saexplain.parallel import in_worker
-
-with warnings.catch_warnings():  # in a notebook without ipywidgets it warns, and draws no bars
-    warnings.simplefilter("ignore")
-    from tqdm.auto import tqdm
 
 FULL_TRAIN_IMAGES = 48_000  # of MNIST, in passes over which epochs are counted
 
@@ -72,13 +65,6 @@ def n_steps(n: int, batch_size: int, epochs: int) -> int:
 def ramp(progress: float, rise_until: float, fall_from: float) -> float:
     """Learning-rate factor at `progress` in [0, 1]: linear up from 0, flat at 1, linear to 0."""
     return min(1.0, progress / rise_until, (1 - progress) / (1 - fall_from))
-
-
-def progress_bar(plan: Iterable, what: str, steps: int) -> Iterable:
-    """`plan` with a progress bar in a terminal; none in worker processes, whose bars would mix."""
-    if in_worker():
-        return plan
-    return tqdm(plan, what, steps, leave=False, disable=None)  # None: in terminals and notebooks
 
 
 class Adam:

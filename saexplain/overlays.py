@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import feature_analysis as fa
+from saexplain.progress import progress_bar
 from saexplain.thumbnails import Pictures, reduce_images
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ def write_pictures(
             value = float(correlation[k])
             words[k] = f"not faithful: correlation {value:.2f} with the pre-activation"
     gallery = make_gallery(images, classes, maps)
+    shown = progress_bar(features, "features", len(features))
     fa.write_feature_pictures(
-        folder, features, bank, gallery, heats, inked, ink_sign=ink_sign, words=words
+        folder, shown, bank, gallery, heats, inked, ink_sign=ink_sign, words=words
     )

@@ -11,6 +11,8 @@ cores take whole tasks. It knows nothing of what the functions compute, and writ
 
 from __future__ import annotations
 
+import copyreg
+import io
 import os
 import pickle
 import re
@@ -23,6 +25,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from saexplain.files import InputError, folder_lock
+from saexplain.progress import live_line, progress_bar, safe_output, stage_words
 
 MAX_WORKERS = 7  # each holds a few hundred MB, and a run has few tasks at a time
 CGROUP = Path("/sys/fs/cgroup")  # of a container on Linux
@@ -88,14 +92,14 @@ def torch_threads(n: int) -> Iterator[None]:
 class Stopwatch:
     """Seconds per stage; where the device works asynchronously, a stage ends when its work does.
 
-    `report`, where given, is called with the name of each finished stage, its seconds, and its
-    `result`, which may be set inside of the stage.
+    With `shown`, a live line is shown of a stage, and a line of each finished one, with its
+    `result`, which may be set inside of the stage; it begins with `label`.
     """
 
-    def __init__(self, report: Callable[[str, float, str], None] | None = None) -> None:
+    def __init__(self, shown: bool = False, label: str = "") -> None:
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {}
-        self.report, self.result = report, ""
+        self.shown, self.label, self.result = shown, label, ""
 
     def total(self) -> float:
         """Seconds since the start."""
@@ -104,18 +108,23 @@ class Stopwatch:
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         started, self.result = time.perf_counter(), ""
-        yield
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+        with live_line(stage) if self.shown else nullcontext():
+            yield
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
         passed = time.perf_counter() - started
         self.seconds[stage] = self.seconds.get(stage, 0.0) + passed
-        if self.report:
-            self.report(stage, passed, self.result)
+        if self.shown and (self.result or passed > 0.05):
+            number = ": ".join(filter(None, (self.label, self.result)))
+            print(stage_words(stage, passed, number), flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
 # Worker processes
 # --------------------------------------------------------------------------------------------------
+
+# cloudpickle sends torch.classes with a function of the script that reads data.classes, and cannot.
+copyreg.pickle(type(torch.classes), lambda module: (import_module, (module.__name__,)))
 
 _parent: int | None = None  # in a worker, the id of the process that started it
 
@@ -155,18 +164,34 @@ def _ctrl_c_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _timed(function: Callable, args: tuple) -> tuple[object, float]:
-    """The function's result, and the seconds that it took."""
+@contextmanager
+def _library_warnings_ignored() -> Iterator[None]:
+    """Processes started inside show no Python warnings: nobody could act on them there."""
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONWARNINGS"]
+        if before is not None:
+            os.environ["PYTHONWARNINGS"] = before
+
+
+def _timed(function: Callable, args: tuple) -> tuple[object, float, str]:
+    """The function's result, the seconds that it took, and an empty text."""
     started = time.perf_counter()
-    return function(*args), time.perf_counter() - started
+    return function(*args), time.perf_counter() - started, ""
 
 
 def _run_pickled(task: bytes) -> bytes:
-    """The pickled result of `_timed` with its pickled arguments.
+    """The pickled result of `_timed` with its pickled arguments, and in place of the empty text
+    what was printed, which would break a live line if a worker wrote it.
 
     Tensors that are not pickled by hand go through shared memory, of which containers have little.
     """
-    return cloudpickle.dumps(_timed(*pickle.loads(task)))
+    with redirect_stdout(io.StringIO()) as printed:
+        result, seconds, _ = _timed(*pickle.loads(task))
+    return cloudpickle.dumps((result, seconds, printed.getvalue()))
 
 
 @dataclass(eq=False)
@@ -199,7 +224,7 @@ class Workers:
 
             # The pool of processes would queue tasks ahead, and none in its queue can be taken
             # back. So one thread for each worker hands over a task when a worker is free.
-            with _ctrl_c_ignored():
+            with _ctrl_c_ignored(), _library_warnings_ignored():
                 given = {"initializer": _start_worker, "initargs": (os.getpid(),)}
                 self.processes = ProcessPoolExecutor(n, **given)
                 started = self.processes.submit(os.getpid)  # starts all, which import torch
@@ -239,11 +264,14 @@ class Workers:
 
         Raises what the functions raise, and WorkerError when a worker process was ended.
         """
+        return list(self._results(tasks))
+
+    def _results(self, tasks: Sequence[Task]) -> Iterator:
         found = {}
-        for task in reversed(tasks):
+        for task in progress_bar(reversed(tasks), "tasks", len(tasks)):
             if task.future is None or task.future.cancel():
                 found[task] = _timed(task.function, task.args)
-        for task in tasks:
+        for task in progress_bar(tasks, "tasks", len(tasks)):
             if task not in found:
                 try:
                     found[task] = pickle.loads(task.future.result())
@@ -252,9 +280,10 @@ class Workers:
                         f"a worker process ended early, while it ran {task.name!r}, perhaps for "
                         f"lack of memory; use fewer --workers, or --workers 0"
                     ) from error
-            task.seconds = found[task][1]
+            result, task.seconds, printed = found[task]
+            print(printed, end="")
             self.seconds[task.name] = self.seconds.get(task.name, 0.0) + task.seconds
-        return [found[task][0] for task in tasks]
+            yield result
 
 
 def worker_count(asked: int) -> int:
@@ -437,9 +466,10 @@ def open_ranks() -> Iterator[Ranks]:
 
 @contextmanager
 def printing_once(ranks: Ranks) -> Iterator[None]:
-    """Only the first rank prints inside."""
+    """Only the first rank prints inside, and whatever it prints raises no error."""
     if ranks.is_first:
-        yield
+        with safe_output():
+            yield
         return
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         yield

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +40,7 @@ from saexplain.evaluation import (
     make_evaluation,
     split_test_images,
 )
-from saexplain.fidelity import feature_stats, measure_fidelity, rows_of
+from saexplain.fidelity import feature_stats, mean_l0, measure_fidelity, rows_of
 from saexplain.files import InputError, Stage, folder_lock, to_json, to_json_lines
 from saexplain.hypotheses import (
     Discovery,
@@ -51,7 +51,7 @@ from saexplain.hypotheses import (
     load_frozen,
     propose_hypotheses,
 )
-from saexplain.images import Data, Display, digest_of
+from saexplain.images import Data, Display, Split, digest_of
 from saexplain.ink import FULL_INK
 from saexplain.layers import (
     Storing,
@@ -65,6 +65,7 @@ from saexplain.overlays import write_pictures
 from saexplain.panels import PanelNotes, Sketch, write_feature_panels
 from saexplain.parallel import Stopwatch, Task, Workers, torch_threads
 from saexplain.patterns import gradient_images
+from saexplain.progress import safe_output
 from saexplain.reproducibility import Replicates
 from saexplain.sae import JumpReLUSAE
 from saexplain.substitution import measure_agreements, reason_not_compared
@@ -72,6 +73,7 @@ from saexplain.thumbnails import Pictures
 from saexplain.where import FAITHFUL
 
 N_PANELS = 5  # features, the most influential, that get a panel and a line on the terminal
+SAMPLED_ROWS = 12_000  # on which the terminal's L0 and FVU are measured
 PICTURE_TASKS = 2  # each is sent all images, so not more than keep two cores busy
 OPTIONS_OF_RESULTS = "topk n_eval alpha hypotheses features seed"
 NO_GRADIENT = "no gradient leads from the layer to the pixels, so that it has no pattern"
@@ -145,6 +147,8 @@ def prepare_report(
             hypotheses = propose_hypotheses(layer, *given, **named)
             frozen = freeze_hypotheses(hypotheses, folder / "hypotheses.json")
             not_compared = reason_not_compared(hypotheses, analysis.activity, layer.has_positions)
+            drawn = sum(h.is_drawn for h in hypotheses)
+            clock.result = f"{len(hypotheses):,} frozen, {drawn:,} of them drawings"
     known = (analysis, features, discovery, frozen, not_compared)
     return Draft(layer, folder, options, *known, pictures, clock, shown)
 
@@ -209,9 +213,12 @@ def finish_report(
     if draft.frozen:
         with draft.clock("test"):
             evaluation = evaluate_draft(draft)
+            draft.clock.result = console.explained_words(evaluation.summary)
         with draft.clock("baselines, waited for"):
             results = workers.results(list(baselines.values()))
-        summaries = dict(zip(baselines, results, strict=True))
+            summaries = dict(zip(baselines, results, strict=True))
+            if summaries:
+                draft.clock.result = f"{len(summaries)} sets of other features tested alike"
     report = []
     for k in draft.features:
         entry = feature_record(k, draft.analysis)
@@ -242,6 +249,7 @@ def finish_report(
     fa.write_whole(folder / "feature_report.json", to_json_lines(report))
     with draft.clock("pictures, waited for"):
         workers.results(draft.pictures)
+        draft.clock.result = f"of {len(draft.features):,} features"
     drawn = sum(task.seconds for task in draft.pictures)
     seconds = {**draft.clock.seconds, "pictures": drawn}
     given = (record, draft.analysis, draft.features, seconds, CALLER_NAMES[options.caller])
@@ -313,8 +321,8 @@ def write_page(
     report: Sequence[dict],
     frontier: Sequence[dict],
     network: page.Network | None = None,
-) -> None:
-    """feature_report.html.
+) -> str:
+    """Write feature_report.html; its size in words.
 
     `frontier` has l0, fvu and agreement of each SAE of the run; `network` the weights of a network
     that the page can compute.
@@ -357,6 +365,7 @@ def write_page(
             f"{path.name}: shows the {n_shown} features of most influence of {len(report)}, as a "
             f"page of all would exceed {page.PAGE_BYTES / 1e6:g} MB; feature_report.json has all"
         )
+    return f"{path.stat().st_size / 1e6:.1f} MB"
 
 
 def write_history(
@@ -387,6 +396,25 @@ def frontier_of(records: Sequence[dict]) -> list[dict]:
     """What the page's frontier shows of each record of summary.json."""
     keys = {"l0": "achieved_actives_test", "fvu": "fvu", "agreement": "agreement_jumprelu"}
     return [{name: record[key] for name, key in keys.items()} for record in records]
+
+
+@torch.no_grad()
+def accuracy_words(model: torch.nn.Module, val: Split) -> str:
+    """How many validation images the network classifies right, in words."""
+    right = (model(val.images).argmax(1) == val.labels).double().mean().item()
+    return f"{right:.2%} of the validation images right"
+
+
+@torch.no_grad()
+def sae_words(layer: fa.ExplainedLayer, stages: Iterable[Stage]) -> str:
+    """L0 and FVU of SAEs of the layer in words, on a sample of the validation images."""
+    saes = [JumpReLUSAE.from_weights(stage.tensors, layer.device) for stage in stages]
+    z = rows_of(layer, "val")
+    z = z[:: -(-len(z) // SAMPLED_ROWS)]
+    total = (z - z.mean(0)).square().sum()
+    l0 = [f"{mean_l0(sae, z):.1f}" for sae in saes]
+    lost = [(sae.decode(sae.encode(z)) - z).square().sum() / total for sae in saes]
+    return f"L0 {', '.join(l0)}; FVU {', '.join(f'{share:.4f}' for share in lost)}"
 
 
 def sae_record(
@@ -490,7 +518,7 @@ def explain_sae(
     InputError for what cannot be used, ValueError for a layer whose output cannot be read or
     replaced, or an SAE that does not fit.
     """
-    clock, folder = Stopwatch(console.stage_line), Path(out)
+    clock, folder = Stopwatch(shown=True), Path(out)
     net = open_layer(model, layer, pool, layout, grid, prefix_tokens)
     known = {f.name for f in fields(Options)} - {"network", "source", "caller", "display"}
     if unknown := sorted(options.keys() - known):
@@ -503,7 +531,12 @@ def explain_sae(
     with torch.no_grad():  # an SAE that does not fit is an error before anything is deleted
         some = explained.feature_acts(explained.raw(data.val.images[: fa.PROBED]))
     make_deterministic(net.device)
-    with folder_lock(folder, wait), torch_threads(1), Workers(workers) as pool_of_workers:
+    with (
+        safe_output(),
+        folder_lock(folder, wait),
+        torch_threads(1),
+        Workers(workers) as pool_of_workers,
+    ):
         made_from = layer_inputs(net, data)
         network = runs.Network(given.caller, net.title, made_from["weights"])
         settings = {name: getattr(given, name) for name in OPTIONS_OF_RESULTS.split()}
@@ -513,6 +546,7 @@ def explain_sae(
         with clock("activations"):
             storing = Storing(folder=folder, made_from=made_from)
             plain = collect_activations(net, data, normalize=False, storing=storing)
+            clock.result = console.layer_words(plain)
         explained = replace(explained, splits=plain.splits)
         draft = prepare_report(explained, staged, given, clock, pool_of_workers)
         record = {
@@ -527,7 +561,8 @@ def explain_sae(
         tasks = start_baselines(draft, baselines, pool_of_workers)
         given = (draft, record, None, tasks, pool_of_workers)
         record, report, pending = finish_report(*given)
-        write_page(draft, record, report, frontier_of([record]))
+        with clock("page"):
+            clock.result = write_page(draft, record, report, frontier_of([record]))
         pool_of_workers.results(pending)
         seconds = {**clock.seconds, **pool_of_workers.seconds}
         record["seconds"] = {**seconds, "whole run": clock.total()}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +41,8 @@ OWN_FILES = re.compile(  # of the folder and of target_N
     r"|my_hypothesis_\d+_feature_\d+\.png)"
 )
 SUBFOLDERS = ("", "saelens/", "stability_seed_*/", "frozen_decoder/")  # that have such files
-NO_RESULTS = {"fresh", "wait", "workers", "my_hypotheses"}  # settings that change no result
+# settings that change no result
+NO_RESULTS = {"fresh", "wait", "workers", "my_hypotheses", "verbose"}
 NOT_COMPARED = ("out", "data", "device")  # settings: equal images give equal results
 CALLERS = {"script": "MNIST_SAE_code.py", "explain": "explain()", "explain_sae": "explain_sae()"}
 IN_WORDS = {
@@ -208,10 +209,7 @@ def unfinished_in_words(root: Path) -> str:
     return f"no finished run; run MNIST_SAE_code.py --out {root} first"
 
 
-def check_version(root: Path, manifest: dict, settings: Mapping) -> None:
+def check_version(root: Path, manifest: dict, settings: Sequence[str]) -> None:
     """Raise InputError unless the manifest has the keys of this version, and of the settings."""
-    if (
-        MANIFEST_KEYS - manifest.keys()
-        or manifest["settings"].keys() != settings.keys() - NO_RESULTS
-    ):
+    if MANIFEST_KEYS - manifest.keys() or manifest["settings"].keys() != set(settings) - NO_RESULTS:
         raise InputError(f"{root} has a run of another version of the program; run it again")

@@ -22,7 +22,7 @@ import feature_analysis as fa
 from saexplain.console import NOT_COMPUTED, text_table
 from saexplain.figures import Curve, draw_curves, save_figure
 from saexplain.files import folder_lock, prepare_folder, to_json
-from saexplain.parallel import Workers, open_ranks
+from saexplain.parallel import Stopwatch, Workers, open_ranks, printing_once
 from saexplain.reproducibility import mean_and_std
 
 if TYPE_CHECKING:
@@ -37,9 +37,10 @@ SWEEP_TABLE = (  # what is shown of a combination: title, key of its record, for
     ("FVU to PCs", "fvu_to_pca", "{:.3f}"),
     ("agreement", "agreement_jumprelu", "{:.2%}"),
     ("accuracy lost", "delta_acc_jumprelu", "{:.2%}"),
-    ("dead", "dead_features", "{:.1f}"),
+    ("dead", "dead_features", "{:.0f}"),
     ("L0 by dense", "dense_share_of_l0", "{:.1%}"),
 )
+NO_COLUMN = ("fvu_to_pca",)  # of the table, whose lines are to fit a terminal
 NO_PANEL = (L0, "agreement_jumprelu")  # the axis itself; close to the accuracy lost
 
 
@@ -56,10 +57,13 @@ def run_sweep(
     writes sweep.json and sweep.png to `root` and prints the table; the others return no records.
     """
     prepare_folder(root)
-    with open_ranks() as ranks, Workers(n_workers) as workers:
+    clock = Stopwatch(shown=True)
+    with open_ranks() as ranks, printing_once(ranks), Workers(n_workers) as workers:
         mine = combinations[ranks.rank :: ranks.world]
-        tasks = [workers.start("sae", train_one, combination) for combination in mine]
-        parts = ranks.gather(workers.results(tasks))
+        with clock("sae"):
+            tasks = [workers.start("sae", train_one, combination) for combination in mine]
+            parts = ranks.gather(workers.results(tasks))
+            clock.result = f"{len(combinations)} trained or reused, and measured"
     if not ranks.is_first:
         return []
     records: list = [None] * len(combinations)
@@ -91,10 +95,11 @@ def sizes_and_targets(records: Sequence[dict]) -> tuple[list[int], list[int]]:
 def sweep_table(records: Sequence[dict]) -> str:
     """One row for each number of latents and target: mean ± standard deviation over seeds."""
     n_seeds = len({r["seed"] for r in records})
-    rows = [["latents", "target", *(title for title, _, _ in SWEEP_TABLE)]]
+    shown = [column for column in SWEEP_TABLE if column[1] not in NO_COLUMN]
+    rows = [["latents", "target", *(title for title, _, _ in shown)]]
     for latents, target in itertools.product(*sizes_and_targets(records)):
         row = [str(latents), str(target)]
-        for _, key, form in SWEEP_TABLE:
+        for _, key, form in shown:
             found = over_seeds(records, latents, target, key)
             if math.isnan(found["mean"]):
                 row.append(NOT_COMPUTED)

@@ -23,6 +23,7 @@ from torch import Tensor
 import feature_analysis as fa
 from saexplain.activity import Activity
 from saexplain.patterns import correlations
+from saexplain.progress import progress_bar
 
 PLACE_ONLY = (
     0.8  # share of a feature's variance that its mean map explains, from which it is a place
@@ -117,7 +118,7 @@ def _maps_of_examples(
     grid, topk = layer.positions.grid, bank.top.index.shape[1]
     top = torch.zeros(layer.d_sae, topk, *grid, dtype=torch.float16)
     bands = torch.zeros(layer.d_sae, fa.N_BANDS, fa.PER_BAND, *grid, dtype=torch.float16)
-    for k in range(layer.d_sae):
+    for k in progress_bar(range(layer.d_sae), "features", layer.d_sae):
         of_bands = [band.index for band in bank.bands(k)]
         parts = [bank.top.of(k).index, *of_bands]
         index = torch.cat(parts).to(raw.device)
@@ -186,7 +187,7 @@ def occlusion_maps(
     slot = {image: i for i, image in enumerate(chosen)}
     falls = torch.zeros(len(chosen), n_patches, layer.d_sae)
     mean = images[: fa.ROWS].float().mean((0, 2, 3))[:, None, None]
-    for i, image in enumerate(chosen):
+    for i, image in enumerate(progress_bar(chosen, "images", len(chosen))):
         own = images[torch.tensor([image], device=images.device)]
         covered = own.repeat(n_patches, 1, 1, 1)
         for p in range(n_patches):

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import cloudpickle
 import pytest
 import torch
 from conftest import BARE
@@ -67,6 +68,11 @@ def test_a_worker_has_one_thread_and_gives_the_same_bits(pool):
         _, threads, total = where_and_a_sum()
     assert pool.results([task]) == [(True, threads, total)]
     assert not parallel.in_worker()
+
+
+def test_what_a_function_of_the_script_may_need_can_be_sent():
+    """A module of torch that cloudpickle adds where a function reads an attribute `classes`."""
+    assert cloudpickle.loads(cloudpickle.dumps(torch.classes)) is torch.classes
 
 
 def test_a_task_that_no_worker_has_begun_runs_here(pool):

@@ -614,16 +614,6 @@ def test_the_terminal_shows_rows_that_a_record_has():
     assert "predictions kept with hypotheses in place of all features" not in shown
 
 
-def test_stages_are_printed_where_there_is_no_terminal(capsys, monkeypatch):
-    console.stage_line("activations", 3.21, "20,000 images, 49 positions of 64 numbers")
-    console.stage_line("bank", 0.04)
-    expected = "activations: 20,000 images, 49 positions of 64 numbers (3.2 s)\nbank (0.0 s)\n"
-    assert capsys.readouterr().out == expected
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    console.stage_line("bank", 0.04)
-    assert capsys.readouterr().out == ""
-
-
 def test_many_classes_are_summarized_in_groups(evaluation):
     row = evaluation.rows[pp.CORNER]
     e = row.evidence._replace(delta=(-3.0, -2.0, 0.5, 0.0, 0.4))
