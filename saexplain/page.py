@@ -68,6 +68,7 @@ from saexplain.thumbnails import (
     reduced_shape,
     tile_shape,
 )
+from saexplain.tours import find_tour
 
 if TYPE_CHECKING:
     from saexplain.images import Display
@@ -822,8 +823,10 @@ def write_dashboard(
     names = _class_names(overview, n_classes)
     val, test, review = layer.splits["val"], layer.splits.get("test"), None
     if test is not None:
-        review = review_tests(layer, test.raw, test.labels)
         whole, _ = _look(records, layer, shown, network)
+        drawn_on = (shown.canvas or Canvas.fit(val.images)) if whole.can_write else None
+        tour = find_tour(layer, test, records, drawn_on)
+        review = review_tests(layer, test.raw, test.labels, tour)
         if whole.color or whole.has_tables:
             review = _fewer_errors(review, COLOR_ERRORS)
     n_records = len(records)
