@@ -511,10 +511,14 @@ def _fewer_errors(review: TestReview, n: int) -> TestReview:
 
 
 def _spread_tests(review: TestReview) -> list[int]:
-    """The places of the test images whose positions can be explored: errors, and as many others."""
+    """The places of the test images whose positions can be explored: errors, as many others, and
+    the image of the tour."""
     errors = torch.arange(min(review.n_errors, IMAGES_SHOWN // 2))
     others = torch.arange(review.n_errors, len(review.image))
-    return [*errors.tolist(), *others[: IMAGES_SHOWN - len(errors)].tolist()]
+    places = [*errors.tolist(), *others[: IMAGES_SHOWN - len(errors)].tolist()]
+    if review.tour is not None:
+        places.append(review.image.tolist().index(review.tour.image))
+    return list(dict.fromkeys(places))
 
 
 def _test_arrays(review: TestReview, has_tables: bool) -> dict[str, np.ndarray]:
