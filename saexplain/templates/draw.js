@@ -129,7 +129,8 @@ function paintLogits(before, after) {
     label.style.fontWeight = c === now ? 700 : 400;
     write(value, `${signed(after[c])} (${probability(p[c])})`);
   }
-  write(shown.axis, `scores from ${number(low).replace("-", "−")} to ${high}; thin line: unchanged`);
+  write(shown.axis, `scores from ${number(low).replace("-", "−")} to ${high}; thin line: ` +
+    "unchanged");
   write(shown.prediction, `Prediction: ${names[first]} (${probability(q[first])})`);
   write(shown.changed, live.change.size
     ? `, changed: ${names[now]} (${probability(p[now])})` : "");
@@ -188,7 +189,8 @@ function paintTile(k, target) {
   const most = Math.max(2 * v, f?.largest ?? 1, now, 1), add = contribution(k, target);
   if (Number(slider.max) !== most) slider.max = most;
   if (Number(slider.value) !== now) slider.value = now;
-  write(value, now === v ? v.toFixed(2) : `${v.toFixed(2)}→${now.toFixed(2)}`);
+  write(value, now === v ? v ? v.toFixed(2) : ""
+    : `${v.toFixed(2)}→${now ? now.toFixed(2) : 0}`);
   write(adding, v ? signed(add) : "");
   adding.className = add < 0 ? "minus" : "plus";
   paintDistance(tile, k);
