@@ -342,7 +342,8 @@ def test_maps_of_examples_reach_the_page(colored, color_page):
 def test_features_at_positions_of_test_images_reach_the_page(colored, color_page):
     meta, arrays = meta_of(color_page), arrays_of(color_page)
     some, number = meta["where"]["tests"], meta["tests"]["number"]
-    assert len(some) == min(60, len(number)) == len(set(some))
+    assert len(some) == min(61, len(number)) == len(set(some))  # 60, and that of the tour
+    assert meta["tests"]["tour"]["image"] in some
     raw = colored.layer.splits["test"].raw
     largest = colored.layer.feature_acts(colored.layer.splits["val"].raw).amax(0)
     for n, position in ((0, 0), (0, 17), (7, 48)):  # 48: the prefix token
