@@ -99,7 +99,7 @@ function paintInput() { /* the network's input, colored by its effect on the wat
     : driving(255 * live.pixels[p], driven[p] / most);
   shown.input.getContext("2d").putImageData(imageData(null, paint), 0, 0);
   const places = i !== undefined && isDrawn(i);
-  shown.places.replaceChildren(...places ? [sketch(i, 84, p => 255 - 255 * live.pixels[p])] : []);
+  shown.places.replaceChildren(...places ? [sketch(i, 72, p => 255 - 255 * live.pixels[p])] : []);
   shown.inputNote.hidden = i === undefined;
   write(shown.inputNote, i === undefined ? "" : `Left: ink that raises feature ${live.watched} ` +
     "(red) or lowers it (blue)" + (places ? "; right: the drawing of its hypothesis" : ""));

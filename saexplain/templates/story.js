@@ -3,11 +3,11 @@
 const TOUR = meta.tests?.tour, TOUR_TITLES = ["An image", "Its active features",
   "Switch features off", "The result"];
 const inTour = () => TOUR && address().has("step") && address().get("step") !== "end";
+const isPlaced = () => hasPlaces() && WHERE.tests.includes(TOUR.image);
 /* The image of the tour, where it can be with the place where feature i is active. */
 function tourImage(size, i) {
   const label = an(names[meta.tests.labels[TOUR.image]]);
-  return i === undefined || !hasPlaces() || !WHERE.tests.includes(TOUR.image)
-    ? testDigit(TOUR.image, size, label)
+  return i === undefined || !isPlaced() ? testDigit(TOUR.image, size, label)
     : overlaid("tests", TOUR.image, mapOnImage(i, TOUR.image), label, size, null);
 }
 /* Feature off[n] on the image: only where what is known of it agrees with what is seen there. */
@@ -15,7 +15,7 @@ function tourFace(n, size) {
   const i = position.get(TOUR.off[n]);
   if (i === undefined) return el("span");
   if (isDrawn(i) && TOUR.agrees[n]) return sketch(i, size, onTest(TOUR.image));
-  return hasPlaces() && hasPlace(features[i]) ? tourImage(size, i) : face(i, size);
+  return isPlaced() && hasPlace(features[i]) ? tourImage(size, i) : face(i, size);
 }
 function tourWords(n) {
   const k = TOUR.off[n], f = features[position.get(k)];
@@ -73,7 +73,8 @@ function secondStep() {
     `support ${names[label]} against ${names[goal]} most; the number is how far the lead of ` +
     `${names[label]} shrinks without the feature:`),
   el("div", { class: "row" }, tourImage(112), el("ul", { class: "units" }, top.map(row))),
-  LOOK.in_place && note(PLACES, ".")];
+  LOOK.in_place && note(PLACES, "."),
+  isPlaced() && heatMaps.on && note("Bright: where in the image the feature is active.")];
 }
 const tourThese = () => TOUR.off.length === 1 ? "this feature"
   : `these ${TOUR.off.length} features`;
@@ -96,6 +97,7 @@ function fourthStep() {
   tourSwitches(new Set(off)),
   el("nav", { "aria-label": "Go on", id: "tourOn" },
     meta.network && drawLink(image, off, "Change this image yourself"),
+    isPlaced() && link(to("images", { image }), "Where in this image?"),
     link(to("pair", { a: label, b: goal }), `${names[label]} or ${names[goal]}?`),
     meta.tests.errors ? link(to("errors"), "The errors") : "")];
 }
