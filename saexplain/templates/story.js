@@ -3,6 +3,7 @@
 const TOUR = meta.tests?.tour, TOUR_TITLES = ["An image", "Its active features",
   "Switch features off", "The result"];
 const inTour = () => TOUR && address().has("step") && address().get("step") !== "end";
+const isShort = () => TOUR.off.length < 3; /* then a phone has room for more words */
 const isPlaced = () => hasPlaces() && WHERE.tests.includes(TOUR.image);
 /* The image of the tour, where it can be with the place where feature i is active. */
 function tourImage(size, i) {
@@ -20,8 +21,8 @@ function tourFace(n, size) {
 function tourWords(n) {
   const k = TOUR.off[n], f = features[position.get(k)];
   if (!f || !TOUR.agrees[n]) return [featureLink(k, `Feature ${k}`)];
-  return [featureLink(k, `Feature ${k}`), ": ", inkCaption(f), ". ", el("span", { class: "soft" },
-    `Confidence ${f.confidence} after tests on other images.`)];
+  return [featureLink(k, `Feature ${k}`), ": ", inkCaption(f), ". ", isShort() &&
+    el("span", { class: "soft" }, `Confidence ${f.confidence} after tests on other images.`)];
 }
 const moved = change => `${change < 0 ? "falls" : "rises"} by ${Math.abs(change).toFixed(2)}`;
 /* A switch for each feature of the tour, and the prediction that follows them. */
@@ -52,8 +53,8 @@ function tourSwitches(removed) {
 function firstStep() {
   const label = meta.tests.labels[TOUR.image];
   return [el("p", {}, `The network was not trained on this ${names[label]}. It computes a ` +
-    "number for each class, its ", el("b", {}, "score"), " (its logit), and predicts the class " +
-    `with the largest score: ${names[label]}.`),
+    "number for each class, its ", el("b", {}, "score"), ", and predicts the class with the " +
+    `largest: ${names[label]}.`),
   el("div", { class: "row" }, tourImage(140),
     logitBars("Scores (in brackets: probabilities)", TOUR.logits[0]))];
 }
@@ -61,7 +62,7 @@ function secondStep() {
   const { image, goal, off } = TOUR, label = meta.tests.labels[image];
   const active = activeOn(image).map(u => ({ ...u, value: u.adds[label] - u.adds[goal] }))
     .sort((a, b) => b.value - a.value);
-  const top = active.filter((u, rank) => off.includes(u.k) || rank < 3);
+  const top = active.filter((u, rank) => off.includes(u.k) || isShort() && rank < 3);
   const row = u => {
     const n = off.indexOf(u.k), i = position.get(u.k);
     if (n < 0 || i === undefined) return featureRow(u.k, u.value, { note: i === undefined
@@ -87,7 +88,7 @@ function fourthStep() {
     .filter(([i, n]) => i !== undefined && isDrawn(i) && TOUR.agrees[n]).map(([i]) => i);
   const figure = (i, base, words) => el("figure", {}, sketch(i, 84, base),
     el("figcaption", { class: "small" }, words));
-  const pictures = drawn.slice(0, 2).map(i => [
+  const pictures = drawn.length > 1 ? [] : drawn.map(i => [ /* more would not fit a screen */
     figure(i, onTest(image), `on this ${names[label]}`),
     figure(i, onClass(label), `on the mean ${names[label]}`),
     figure(i, onClass(goal), `on the mean ${names[goal]}`)]);
@@ -113,7 +114,7 @@ function tourView() {
       n < last && el("a", { id: "tourNext", class: "main", href: to("story", { step: n + 1 }) },
         `${TOUR_TITLES[n + 1]} →`),
       n === last && link(to("story", { step: 0 }), "again"),
-      link(to("story"), n === last ? "close" : "leave the tour"))));
+      link(to("story"), n === last ? "close" : "leave"))));
 }
 /* ---------- doors ---------- */
 function doors() {
