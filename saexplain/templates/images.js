@@ -124,9 +124,9 @@ function imagesView() {
   const label = meta.tests.labels[t], now = predicted(t);
   const words = s => isError(s) ? `${name(meta.tests.labels[s])} → ${name(predicted(s))}`
     : name(meta.tests.labels[s]);
-  const how = hasPlaces() ? "Point at a position of the image, tap it, or move over it with the " +
-    `arrow keys: the list shows the features active there, at most ${WHERE.per_position}. Point ` +
-    "at a feature to see its map. " : "";
+  const how = hasPlaces() ? "Point at a position, tap it, or move with the arrow keys: the list " +
+    `shows the features active there, at most ${WHERE.per_position}. Point at a feature to see ` +
+    "its map. " : "";
   showMain(el("h2", {}, "Images"),
     el("p", {}, `Test image ${meta.tests.number[t]}: ${an(names[label])}, classified as `,
       el("b", {}, names[now]), ` (${probability(softmax(testLogits(t))[now])}). ${how}` +
