@@ -16,7 +16,7 @@ activates it.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -32,13 +32,14 @@ from saexplain.activity import (
     logits_without,
 )
 
+if TYPE_CHECKING:
+    from saexplain.tours import Tour
+
 ERRORS_SHOWN = 300  # misclassified images, those of the largest margin first
 OTHERS_SHOWN = 60  # correctly classified images, the first of each class
-TOUR_FEATURES = 4  # features, at most, that the guided tour removes
 # The same of layers with positions, where each removal runs much of the network
 ERRORS_AT_POSITIONS, OTHERS_AT_POSITIONS = 24, 36
 FLIPS_AT_POSITIONS = 4  # features in a flip set, at most
-TOURS_TRIED = 40  # images among which that of the tour is searched
 
 
 def class_effects(
@@ -200,48 +201,6 @@ def confused_pair(logits: Tensor, labels: Tensor) -> list[int]:
     return [int(either.argmax()) // n_classes, int(either.argmax()) % n_classes]
 
 
-class Tour(NamedTuple):
-    """An image whose prediction becomes another class when few features are removed."""
-
-    image: int
-    goal: int  # the class that is predicted without the features
-    off: list[int]  # the features
-    logits: Tensor  # (2 ** len(off), C), of every subset: bit i is feature off[i] removed
-
-
-@torch.no_grad()
-def find_tour(
-    layer: fa.ExplainedLayer, raw: Tensor, labels: Tensor, logits: Tensor, pair: list[int]
-) -> Tour | None:
-    """The image of one class of `pair` that becomes the other with the fewest features removed.
-
-    Of several, the one with the largest margin before and after. None if every image needs more
-    than TOUR_FEATURES.
-    """
-    correct = logits.argmax(1) == labels
-    (place,) = (correct & torch.isin(labels, torch.tensor(pair))).nonzero(as_tuple=True)
-    place = place[:TOURS_TRIED] if layer.has_positions else place
-    goal = sum(pair) - labels[place]  # the other class of the pair
-    sets = minimal_flip_sets(layer, raw[place], goal, TOUR_FEATURES)
-    needed = sets.off.sum(1)
-    if not needed.any():
-        return None
-
-    margin = torch.minimum(-sets.margin, logit_margin(sets.logits, goal))
-    margin[needed != needed[needed > 0].min()] = -math.inf
-    best = int(margin.argmax())
-    features = sets.off[best].nonzero()[:, 0].tolist()
-
-    states = raw[place[best].expand(2 ** len(features))]
-    acts = {k: layer.acts_of(states, k) for k in features}  # before any is removed
-    for bit, k in enumerate(features):
-        is_off = torch.arange(len(states), device=raw.device) >> bit & 1
-        each = (-1, *(1 for _ in acts[k].shape[1:]))  # one for each row
-        states = layer.without(states, k, is_off.view(each) * acts[k])
-    without = layer.logits(states).cpu()
-    return Tour(int(place[best]), int(goal[best]), features, without)
-
-
 class TestReview(NamedTuple):
     """The m of n test images worth showing: the errors, then others, then that of the tour."""
 
@@ -255,12 +214,15 @@ class TestReview(NamedTuple):
     breaks: Tensor | None  # (d_sae,) correct predictions it breaks; None: not from all n removed
     all_errors: int  # among the n
     pair: list[int]  # the two classes most often confused
-    tour: Tour | None
+    tour: Tour | None = None
 
 
 @torch.no_grad()
-def review_tests(layer: fa.ExplainedLayer, raw: fa.Rows, labels: Tensor) -> TestReview:
-    """The errors among n test images, and what features contribute on some of them."""
+def review_tests(
+    layer: fa.ExplainedLayer, raw: fa.Rows, labels: Tensor, tour: Tour | None = None
+) -> TestReview:
+    """The errors among n test images, and what features contribute on some of them, that of the
+    tour included."""
     labels, fixes, breaks = labels.cpu(), None, None
     if layer.has_positions:
         logits, most = layer.logits(raw).cpu(), (ERRORS_AT_POSITIONS, OTHERS_AT_POSITIONS)
@@ -268,7 +230,6 @@ def review_tests(layer: fa.ExplainedLayer, raw: fa.Rows, labels: Tensor) -> Test
         logits, most = layer.logits(raw).cpu(), (ERRORS_SHOWN, OTHERS_SHOWN)
         fixes, breaks = flips_by_removal(layer, raw, collect_activity(layer, raw, labels))
     pair = confused_pair(logits, labels)
-    tour = find_tour(layer, raw, labels, logits, pair)
     errors, others = chosen_tests(logits, labels, most)
     shown = torch.cat([errors, others])
     if tour is not None and tour.image not in shown:

@@ -68,6 +68,7 @@ from saexplain.thumbnails import (
     reduced_shape,
     tile_shape,
 )
+from saexplain.tours import find_tour
 
 if TYPE_CHECKING:
     from saexplain.images import Display
@@ -514,10 +515,14 @@ def _fewer_errors(review: TestReview, n: int) -> TestReview:
 
 
 def _spread_tests(review: TestReview) -> list[int]:
-    """The places of the test images whose positions can be explored: errors, and as many others."""
+    """The places of the test images whose positions can be explored: errors, as many others, and
+    the image of the tour."""
     errors = torch.arange(min(review.n_errors, IMAGES_SHOWN // 2))
     others = torch.arange(review.n_errors, len(review.image))
-    return [*errors.tolist(), *others[: IMAGES_SHOWN - len(errors)].tolist()]
+    places = [*errors.tolist(), *others[: IMAGES_SHOWN - len(errors)].tolist()]
+    if review.tour is not None:
+        places.append(review.image.tolist().index(review.tour.image))
+    return list(dict.fromkeys(places))
 
 
 def _test_arrays(review: TestReview, has_tables: bool) -> dict[str, np.ndarray]:
@@ -826,8 +831,10 @@ def write_dashboard(
     names = _class_names(overview, n_classes)
     val, test, review = layer.splits["val"], layer.splits.get("test"), None
     if test is not None:
-        review = review_tests(layer, test.raw, test.labels)
         whole, _ = _look(records, layer, shown, network)
+        drawn_on = (shown.canvas or Canvas.fit(val.images)) if whole.can_write else None
+        tour = find_tour(layer, test, records, drawn_on)
+        review = review_tests(layer, test.raw, test.labels, tour)
         if whole.color or whole.has_tables:
             review = _fewer_errors(review, COLOR_ERRORS)
     n_records = len(records)

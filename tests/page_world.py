@@ -16,11 +16,14 @@ from torch import Tensor
 import feature_analysis as fa
 from saexplain import page
 from saexplain.activity import collect_activity, removal_effects
+from saexplain.counterfactuals import TestReview, review_tests
 from saexplain.evaluation import collect_evidence, decide, split_test_images
 from saexplain.hypotheses import Rule, discover, hypothesis_record, propose_hypotheses
 from saexplain.images import SAMPLE_FILE
+from saexplain.ink import Canvas
 from saexplain.sae import JumpReLUSAE
 from saexplain.text import evidence_record
+from saexplain.tours import find_tour
 from saexplain.where import activation_maps
 
 NASTY = "</script><script>alert(1)</script> \"'& <b> line\u2028separator \ud800 lone"
@@ -122,6 +125,14 @@ def write(path: Path, world: World, records: list[dict] | None = None, **options
     options.setdefault("network", world.layer.model)
     page.write_dashboard(path, records or world.records, world.layer, world.shown, **options)
     return path
+
+
+def review_of(world: World, records: list[dict] | None = None) -> TestReview:
+    """The review of the test images that the page of a world shows."""
+    layer, test = world.layer, world.layer.splits["test"]
+    canvas = None if layer.has_positions else Canvas.fit(layer.splits["val"].images)
+    tour = find_tour(layer, test, records or world.records, canvas)
+    return review_tests(layer, test.raw, test.labels, tour)
 
 
 def script(path: Path, name: str) -> str:

@@ -1,7 +1,6 @@
 """Contributions by class, flips and flip sets against slow loops over images and features."""
 
 import functools
-import math
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ import feature_analysis as fa
 from saexplain import counterfactuals as cf
 from saexplain.activity import collect_activity
 from saexplain.sae import JumpReLUSAE
+from saexplain.tours import find_tour
 
 D_IN, D_SAE, N_CLASSES, N = 6, 9, 4, 40
 
@@ -175,32 +175,12 @@ def test_most_confused_pair():
     assert cf.confused_pair(torch.eye(4)[labels], labels) == [0, 1]  # no errors
 
 
-def test_tour_flips_one_class_of_the_pair_into_the_other():
-    layer, raw, labels = random_layer(1)
-    logits, pair = layer.logits(raw), [0, 1]
-    tour = cf.find_tour(layer, raw, labels, logits, pair)
-    assert [logits[tour.image].argmax(), labels[tour.image]] == [1 - tour.goal] * 2
-    for subset, row in enumerate(tour.logits):
-        removed = [k for bit, k in enumerate(tour.off) if subset >> bit & 1]
-        expected = logits_without(layer, raw[tour.image], removed)
-        assert row.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
-    best = (math.inf, 0.0)  # (size of the set, -margin) over all images of the pair
-    for n, (row, label) in enumerate(zip(raw, labels.tolist(), strict=True)):
-        if label not in pair or logits[n].argmax() != label:
-            continue
-        off = slow_flip_set(layer, row, 1 - label, cf.TOUR_FEATURES)
-        if off:
-            after = margin(logits_without(layer, row, off), 1 - label)
-            best = min(best, (len(off), -min(-margin(logits[n], 1 - label), after)))
-    own = min(-margin(logits[tour.image], tour.goal), margin(tour.logits[-1], tour.goal))
-    assert (len(tour.off), own) == (best[0], pytest.approx(-best[1], abs=1e-4))
-
-
 def test_inactive_features_flip_nothing():
     layer, raw, labels = random_layer()
     layer.sae.threshold.fill_(1e6)
     review = cf.review_tests(layer, raw, labels)
-    assert review.tour is None
+    test = fa.Activations(torch.zeros(N, 1, 1, 1), labels, raw)
+    assert find_tour(layer, test) is None
     assert not review.sets.off.any()
     assert review.added.shape == (0, N_CLASSES)
 

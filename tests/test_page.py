@@ -16,6 +16,7 @@ from page_world import (
     arrays_of,
     color_world,
     meta_of,
+    review_of,
     script,
     small_world,
     write,
@@ -24,7 +25,7 @@ from PIL import Image
 
 from saexplain import page, page_classes
 from saexplain.activity import Activity, coactivation_neighbors
-from saexplain.counterfactuals import class_effects, review_tests
+from saexplain.counterfactuals import class_effects
 
 
 @pytest.fixture(scope="module")
@@ -230,11 +231,12 @@ def test_means_of_features_and_classes(world, written):
 
 def test_contributions_and_errors_reach_the_page(world, tmp_path):
     val, test = world.layer.splits["val"], world.layer.splits["test"]
-    path = write(tmp_path / "page.html", world, [world.records[k] for k in (9, 2)])
+    records = [world.records[k] for k in (9, 2)]
+    path = write(tmp_path / "page.html", world, records)
     meta, arrays = meta_of(path), arrays_of(path)
     effects = class_effects(world.layer, val.raw, world.shown.activity)[:, [9, 2]]
     assert arrays["class_adds"] == pytest.approx(effects.flatten(), abs=1e-6)
-    review, found = review_tests(world.layer, test.raw, test.labels), meta["tests"]
+    review, found = review_of(world, records), meta["tests"]
     assert found["errors"] == found["shown_errors"] == review.all_errors > 10
     assert found["number"] == review.image.tolist()
     assert found["labels"] == test.labels[review.image].tolist()
@@ -340,7 +342,8 @@ def test_maps_of_examples_reach_the_page(colored, color_page):
 def test_features_at_positions_of_test_images_reach_the_page(colored, color_page):
     meta, arrays = meta_of(color_page), arrays_of(color_page)
     some, number = meta["where"]["tests"], meta["tests"]["number"]
-    assert len(some) == min(60, len(number)) == len(set(some))
+    assert len(some) == min(61, len(number)) == len(set(some))  # 60, and that of the tour
+    assert meta["tests"]["tour"]["image"] in some
     raw = colored.layer.splits["test"].raw
     largest = colored.layer.feature_acts(colored.layer.splits["val"].raw).amax(0)
     for n, position in ((0, 0), (0, 17), (7, 48)):  # 48: the prefix token
@@ -429,7 +432,7 @@ def test_tables_of_many_classes_have_the_largest_effects(colored, tmp_path, monk
     monkeypatch.setattr(page_classes, "FEW_CLASSES", 3)
     monkeypatch.setattr(page_classes, "FULL_ENTRIES", 0)
     monkeypatch.setattr(page_classes, "N_LOGITS", 2)
-    val, test = colored.layer.splits["val"], colored.layer.splits["test"]
+    val = colored.layer.splits["val"]
     path = write(tmp_path / "page.html", colored, network=None)
     meta, arrays = meta_of(path), arrays_of(path)
     assert meta["tables"] is True
@@ -460,7 +463,7 @@ def test_tables_of_many_classes_have_the_largest_effects(colored, tmp_path, monk
         assert pairs[c, 2, 0] == first
         assert of_pairs[c, 2, 0] == pytest.approx(difference[first], abs=1e-5)
 
-    review = review_tests(colored.layer, test.raw, test.labels)
+    review = review_of(colored)
     known = arrays["test_classes"].reshape(len(review.image), -1)
     columns = known.shape[1] + 1
     found = arrays["test_logits"].reshape(-1, columns)

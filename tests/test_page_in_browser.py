@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from page_world import NASTY, color_world, meta_of, small_world, write
+from page_world import NASTY, color_world, meta_of, review_of, small_world, write
 
 import feature_analysis as fa
 from saexplain import page as html
 from saexplain import page_classes
 from saexplain.activity import collect_activity
-from saexplain.counterfactuals import class_effects, review_tests
+from saexplain.counterfactuals import class_effects
 from saexplain.evaluation import collect_evidence, decide
 from saexplain.hypotheses import (
     Hypothesis,
@@ -46,8 +46,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def review(world):
-    test = world.layer.splits["test"]
-    return review_tests(world.layer, test.raw, test.labels)
+    return review_of(world)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +147,7 @@ def test_page_computes_what_python_computes(visit, written, world, review):
 
 def test_tour_by_pointer_and_by_keyboard(visit, written, review):
     tour, page = review.tour, visit(written)
+    page.click("#tourStart")
     page.click("#tourNext")
     assert set(tour.off) <= {feature for feature, _ in rows_of(page, "#tour")}
     page.click("#tourNext")
@@ -161,7 +161,7 @@ def test_tour_by_pointer_and_by_keyboard(visit, written, review):
         assert shown == pytest.approx(tour.logits[subset].tolist(), abs=1e-4)
     assert page.locator("#tourPrediction").inner_text() == str(tour.goal)
     page.keyboard.press("Escape")
-    page.wait_for_selector("#tourAgain")
+    page.wait_for_selector("#tourStart")
 
 
 def test_features_of_a_class(visit, written, effects):

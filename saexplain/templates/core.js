@@ -165,8 +165,9 @@ function forward(pixels) {
     const x = (z[j] - arrays.mu[j]) / arrays.std[j];
     for (let k = 0, at = j * n; k < n; k++) feature[k] += x * arrays.W_enc[at + k];
   }
+  const before = feature.slice(); /* pre-activations, which the threshold cuts */
   for (let k = 0; k < n; k++) if (!(feature[k] > arrays.threshold[k])) feature[k] = 0;
-  return { z, feature, logits: head(z) };
+  return { z, before, feature, logits: head(z) };
 }
 function head(z) {
   const logits = Float64Array.from(arrays.b2), d = z.length;

@@ -1,7 +1,8 @@
 /* Draw, or load a test image, and switch features off. A drawing survives a change of view. */
 const live = { ink: blankInk(), fitted: true, image: null, pixels: new Float32Array(P),
   result: null, change: new Map(), watched: null, past: [], erase: false, last: null,
-  down: false, order: [], pen: [IW / 2, IH / 2], penDown: false, keyed: false };
+  down: false, order: [], pen: [IW / 2, IH / 2], penDown: false, keyed: false,
+  pins: new Set() }; /* features that stay listed */
 const shown = { tiles: new Map(), sheet: null }; /* elements, made once */
 
 /* ---------- actions ---------- */
@@ -37,15 +38,24 @@ function mark(from, till) {
 function setFeature(k, value) {
   if (value === null) live.change.delete(k); else live.change.set(k, value);
 }
-function keepAddress() { /* a test image and the changed features fit into the address */
+const isFeature = text => /^\d+$/.test(text) && Number(text) < meta.d_sae;
+function pin(k) {
+  if (!live.pins.delete(k)) live.pins.add(k);
+  live.order = [];
+  refresh();
+}
+function keepAddress() { /* a test image, changed and pinned features fit into the address */
   const set = [...live.change].map(([k, v]) => `${k}:${+v.toFixed(3)}`).join(",");
   const short = live.image === null ? {} : { image: live.image, ...(set && { set }) };
+  if (live.pins.size) short.pin = [...live.pins].join(",");
   if (viewOf() === "draw") /* not where a link was followed a moment ago */
     history.replaceState(null, "", to("draw", short));
 }
 function readAddress() {
   const t = fromAddress("image", tests().length, null), set = address().get("set");
+  const pins = address().get("pin");
   if (t !== null && t !== live.image) { remember(); loadTest(t); }
+  if (pins !== null) live.pins = new Set(pins.split(",").filter(isFeature).map(Number));
   if (set === null) return;
   live.change.clear();
   for (const [k, v] of set.split(",").map(part => part.split(":").map(Number)))
@@ -62,7 +72,7 @@ function compute() {
   if (live.watched !== null && !(feature[live.watched] > 0)) live.watched = null;
   return live.change.size ? head(after) : logits;
 }
-function contribution(k, target) { /* of feature k to the logit of `target` */
+function contribution(k, target) { /* of feature k to the score of `target` */
   const { z, feature, logits, without } = live.result;
   if (!without.has(k)) without.set(k, feature[k] > 0 ? head(withAdded(z, k, -feature[k])) : logits);
   return logits[target] - without.get(k)[target];
@@ -90,10 +100,10 @@ function paintInput() { /* the network's input, colored by its effect on the wat
     : driving(255 * live.pixels[p], driven[p] / most);
   shown.input.getContext("2d").putImageData(imageData(null, paint), 0, 0);
   const places = i !== undefined && isDrawn(i);
-  shown.places.replaceChildren(...places ? [sketch(i, 84, p => 255 - 255 * live.pixels[p])] : []);
-  write(shown.inputNote, i === undefined ? "The network's input" :
-    `Ink that raises feature ${live.watched} (red) or lowers it (blue)` +
-      (places ? "; the drawing of its hypothesis" : ""));
+  shown.places.replaceChildren(...places ? [sketch(i, 72, p => 255 - 255 * live.pixels[p])] : []);
+  shown.inputNote.hidden = i === undefined;
+  write(shown.inputNote, i === undefined ? "" : `Left: ink that raises feature ${live.watched} ` +
+    "(red) or lowers it (blue)" + (places ? "; right: the drawing of its hypothesis" : ""));
 }
 function paintLogits(before, after) {
   const p = softmax(after), q = softmax(before), now = argmax(p), first = argmax(q);
@@ -120,10 +130,11 @@ function paintLogits(before, after) {
     label.style.fontWeight = c === now ? 700 : 400;
     write(value, `${signed(after[c])} (${probability(p[c])})`);
   }
-  write(shown.axis, `logits from ${low} to ${high}; thin line: without your changes`);
+  write(shown.axis, `scores from ${number(low).replace("-", "−")} to ${high}; thin line: ` +
+    "unchanged");
   write(shown.prediction, `Prediction: ${names[first]} (${probability(q[first])})`);
-  write(shown.changed, live.change.size ? `with your changes ${names[now]} (${probability(p[now])})`
-    : "switch features off to change it");
+  write(shown.changed, live.change.size
+    ? `, changed: ${names[now]} (${probability(p[now])})` : "");
   const spliced = softmax(head(reconstruct(live.result.feature))), best = argmax(spliced);
   write(shown.spliced, `With the SAE's reconstruction in place of the activations: ` +
     `${names[best]} (${probability(spliced[best])}).`);
@@ -132,7 +143,7 @@ function paintLogits(before, after) {
 }
 function tileOf(k) {
   if (shown.tiles.has(k)) return shown.tiles.get(k);
-  const i = position.get(k), f = features[i] ?? null, title = link(toFeature(k), `Feature ${k}`);
+  const i = position.get(k), f = features[i] ?? null, title = featureLink(k, `Feature ${k}`);
   const slider = el("input", { type: "range", id: `set${k}`, min: 0, step: "any",
     "aria-label": `activation of feature ${k}`,
     oninput: () => { setFeature(k, Number(slider.value)); schedule(); } });
@@ -141,36 +152,59 @@ function tileOf(k) {
     refresh();
   }, { id: `flip${k}` });
   const watchIt = () => { live.watched = live.watched === k ? null : k; refresh(); };
-  const watch = button("drawing", watchIt,
-    { id: `watch${k}`, "aria-label": `show the hypothesis of feature ${k}` });
-  const value = el("span", {}), adding = el("b", {});
+  const watch = button("show", watchIt,
+    { id: `watch${k}`, "aria-label": `show where feature ${k} looks` });
+  const pinIt = button("pin", () => pin(k), { id: `pin${k}` });
+  const value = el("span", { class: "soft" }), adding = el("b", {});
+  const far = el("span", {}), bar = el("span", { class: "bar minus" });
+  const below = el("div", { class: "below small soft" }, far, el("span", { class: "track",
+    "aria-hidden": "true" }, bar));
   const node = el("li", { class: "unit", "data-feature": k }, i === undefined ? el("span")
     : face(i, 56),
-    el("div", {}, el("div", { class: "controls" }, f ? title : `Feature ${k}`, adding),
-      f && el("div", { class: "words" }, inkCaption(f)), slider,
-      el("div", { class: "controls" }, flip, watch, value)));
-  const tile = { node, slider, flip, watch, value, adding };
+    el("div", {}, el("div", { class: "controls" }, el("span", {}, title), value, adding),
+      f && el("div", { class: "words" }, inkCaption(f)),
+      below, el("div", { class: "controls" }, flip, slider, watch, pinIt)));
+  const tile = { node, slider, flip, watch, value, adding, pinIt, below, far, bar };
   shown.tiles.set(k, tile);
   return tile;
 }
 function write(node, text) { /* unchanged text costs no layout */
   if (node.textContent !== text) node.textContent = text;
 }
+function press(node, isPressed) {
+  if (node.getAttribute("aria-pressed") !== String(isPressed))
+    node.setAttribute("aria-pressed", String(isPressed));
+}
+/* How far an inactive feature is from its threshold, in words and as a bar that is full there. */
+function paintDistance({ below, far, bar }, k) {
+  const distance = arrays.threshold[k] - live.result.before[k];
+  const most = Math.max(features[position.get(k)]?.largest ?? 0, arrays.threshold[k], distance);
+  below.hidden = live.result.feature[k] > 0;
+  below.dataset.distance = distance;
+  write(far, `inactive, ${distance.toFixed(2)} below its threshold`);
+  bar.style.width = `${100 * (1 - distance / most)}%`;
+}
 function paintTile(k, target) {
-  const { node, slider, flip, watch, value, adding } = tileOf(k), f = features[position.get(k)];
-  const v = live.result.feature[k], now = live.change.get(k) ?? v, add = contribution(k, target);
-  const most = Math.max(2 * v, f?.largest ?? 1, now, 1), watched = String(live.watched === k);
+  const tile = tileOf(k), { node, slider, flip, watch, value, adding, pinIt } = tile;
+  const f = features[position.get(k)], v = live.result.feature[k], now = live.change.get(k) ?? v;
+  const most = Math.max(2 * v, f?.largest ?? 1, now, 1), add = contribution(k, target);
   if (Number(slider.max) !== most) slider.max = most;
   if (Number(slider.value) !== now) slider.value = now;
-  write(value, now === v ? v.toFixed(2) : `${v.toFixed(2)}→${now.toFixed(2)}`);
-  write(adding, signed(add));
+  write(value, now === v ? v ? v.toFixed(2) : ""
+    : `${v.toFixed(2)}→${now ? now.toFixed(2) : 0}`);
+  write(adding, v ? signed(add) : "");
   adding.className = add < 0 ? "minus" : "plus";
-  node.classList.toggle("off", now === 0);
-  if (watch.getAttribute("aria-pressed") !== watched) watch.setAttribute("aria-pressed", watched);
-  const way = now === 0 ? "on" : "off";
-  if (flip.textContent === way) return;
-  flip.textContent = way;
+  paintDistance(tile, k);
+  node.classList.toggle("off", now === 0 && v > 0);
+  flip.disabled = !v && !live.change.has(k);
+  watch.hidden = !position.has(k);
+  press(watch, live.watched === k);
+  press(pinIt, live.pins.has(k));
+  const way = now === 0 && v ? "on" : "off";
+  if (flip.textContent === way && flip.hasAttribute("aria-label")) return;
+  write(flip, way);
   flip.setAttribute("aria-label", `switch feature ${k} ${way}`);
+  pinIt.setAttribute("aria-label", `pin feature ${k}`);
 }
 function arrange(list, nodes) { /* moves only nodes out of place, so that focus stays */
   const wanted = new Set(nodes);
@@ -179,30 +213,31 @@ function arrange(list, nodes) { /* moves only nodes out of place, so that focus 
     if (list.children[n] !== node) list.insertBefore(node, list.children[n] ?? null);
   });
 }
-function paintTiles(target) {
-  const { feature } = live.result, active = new Set(live.change.keys());
-  feature.forEach((v, k) => { if (v > 0) active.add(k); });
-  const size = new Map([...active].map(k => [k, Math.abs(contribution(k, target))]));
+function paintTiles(target, isBlank) {
+  const { feature } = live.result, active = new Set([...live.pins, ...live.change.keys()]);
+  if (!isBlank) feature.forEach((v, k) => { if (v > 0) active.add(k); });
+  const size = new Map([...active].map(k => [k, live.pins.has(k) ? Infinity
+    : Math.abs(contribution(k, target))]));
   /* During a stroke or a drag the tiles on the page keep their order. */
   const known = live.down || live.change.size ? live.order.filter(k => active.has(k)) : [];
   const fresh = [...active].filter(k => !known.includes(k));
-  live.order = [...known, ...fresh.sort((a, b) => size.get(b) - size.get(a))];
+  live.order = [...known, ...fresh.sort((a, b) => size.get(b) - size.get(a) || 0)];
   for (const k of live.order) paintTile(k, target);
   const focused = document.activeElement?.id;
   arrange(byId("active"), live.order.map(k => tileOf(k).node));
   if (focused && document.activeElement?.id !== focused) byId(focused)?.focus();
-  write(byId("count"), `${plural(live.order.length, "feature")}, each with its contribution to ` +
-    `the logit of ${names[target]}. A slider sets an activation; 0 is off.`);
+  const n = isBlank ? 0 : feature.reduce((sum, v) => sum + (v > 0), 0);
+  write(byId("count"), isBlank ? "" : `${n} active; each with its activation, and how far ` +
+    `the score for ${names[target]} falls without it`);
 }
 function refresh() {
   const blank = !live.pixels.some(v => v > 0), after = compute(), { logits } = live.result;
-  const target = argmax([...logits]);
   paintInk();
   paintInput();
   paintLogits(logits, after);
   shown.empty.hidden = !blank;
-  if (blank) { byId("active").replaceChildren(); write(byId("count"), ""); }
-  else paintTiles(target);
+  shown.outcome.hidden = shown.spliced.hidden = blank;
+  paintTiles(argmax([...logits]), blank);
   byId("undo").disabled = !live.past.length;
   if (!live.down) keepAddress();
 }
@@ -263,35 +298,49 @@ function leaveDrawing() {
   else return void (location.hash = to("story"));
   refresh();
 }
+function pinForm() {
+  const field = el("input", { type: "number", id: "pinNumber", min: 0, max: meta.d_sae - 1,
+    required: true, placeholder: `0 to ${meta.d_sae - 1}`, "aria-label": "number of a feature" });
+  const add = e => {
+    e.preventDefault();
+    if (isFeature(field.value) && !live.pins.has(Number(field.value))) pin(Number(field.value));
+    field.value = "";
+  };
+  return el("form", { class: "controls", onsubmit: add }, field,
+    el("button", { id: "pinIt" }, "pin"));
+}
 function build() {
   const bar = el("ul", { class: "bars" });
   Object.assign(shown, { bars: bar, axis: note(""), spliced: note(""),
     prediction: el("span", { id: "prediction" }), changed: el("b", { id: "changed" }), rows: "",
     inputNote: note(""), places: el("div", {}),
-    empty: el("p", { id: "empty" }, "Draw in the square, or choose a test image."),
-    input: picture("the network's input", 84, null, () => [255, 255, 255]) });
+    empty: el("p", { id: "empty", class: "big" }, "Draw something"),
+    input: picture("the network's input", 72, null, () => [255, 255, 255]) });
+  shown.outcome = el("div", {}, el("p", {}, shown.prediction, shown.changed), bar, shown.axis);
   const eraser = button("eraser", () => {
     live.erase = !live.erase;
     eraser.setAttribute("aria-pressed", live.erase);
   }, { id: "eraser", "aria-pressed": "false" });
-  const controls = el("div", { class: "controls" }, button("undo", undo, { id: "undo" }), eraser,
-    button("clear", clearDrawing, { id: "clear" }));
-  const reset = button("reset features", () => { live.change.clear(); refresh(); },
-    { id: "reset" });
+  const controls = el("div", { class: "controls wrap" }, button("undo", undo, { id: "undo" }),
+    eraser, button("clear", clearDrawing, { id: "clear" }));
+  const reset = button("reset", () => { live.change.clear(); refresh(); },
+    { id: "reset", "aria-label": "reset features" });
   const some = [...tests().filter(t => !isError(t)), ...tests().filter(isError).slice(0, 20)];
   const words = t => name(meta.tests.labels[t]) + (isError(t) ? ", error" : "");
   const pick = strip("Test images", some, t => to("draw", { image: t }), null, words);
   shown.sheet = [el("div", { id: "drawing" },
-    el("div", {}, sheet(), controls, note("By keyboard: arrows move the pen (Shift: finely), " +
-      "space puts it down or lifts it. A drawing is centered and scaled like the images of " +
-      "MNIST; a test image is used as it is, and can be edited."),
-    el("div", { class: "controls" }, shown.input, shown.places), shown.inputNote),
-    el("div", { id: "predictions" }, shown.empty, el("p", {}, shown.prediction, ", ",
-      shown.changed, "."), bar, shown.axis, shown.spliced),
-    el("div", {}, el("div", { class: "controls" }, el("h3", {}, "Active features"), reset),
-      el("p", { id: "count", class: "small soft" }),
-      el("ul", { class: "units", id: "active" }))),
-  el("h3", {}, "Or choose a test image, and change it"), meta.tests ? pick : noTests()];
+    el("div", { id: "sheet" }, sheet(), el("div", {}, controls,
+      el("div", { class: "controls" }, el("figure", {}, shown.input,
+        el("figcaption", { class: "small soft" }, "as it is read")), shown.places))),
+    el("div", { id: "predictions" }, shown.empty, shown.outcome, shown.inputNote),
+    el("div", {}, el("div", { class: "controls wrap" }, el("h3", {}, "Features"), reset,
+      pinForm()), el("p", { id: "count", class: "small soft" }),
+    el("ul", { class: "units", id: "active", "aria-label": "Features", tabindex: 0 }))),
+  shown.spliced, el("h3", {}, "Or choose a test image, and change it"), meta.tests ? pick
+    : noTests(), note("A slider sets the activation of a feature; pinned features stay listed, " +
+    "also where they are inactive. By keyboard: arrows move the pen (Shift: finely), space puts " +
+    "it down or lifts it. A drawing is centered and scaled like the images of MNIST; a test " +
+    "image is used as it is, and can be edited.")];
 }
 function drawView() {
   const why = meta.without_drawing || "This page was written without the network's weights.";
@@ -299,7 +348,7 @@ function drawView() {
     return showMain(el("h2", {}, "Draw"), el("p", { id: "without" }, why));
   }
   if (!shown.sheet) build();
-  showMain(el("h2", {}, "Draw an image"), ...shown.sheet);
+  showMain(el("h2", { class: "unseen" }, "Draw an image"), ...shown.sheet);
   readAddress();
   refresh();
 }

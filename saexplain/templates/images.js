@@ -1,19 +1,19 @@
-/* A test image: which features are active where, and the logits without one of them. */
+/* A test image: which features are active where, and the scores without one of them. */
 const looking = { t: null, at: null, pinned: false, k: null, parts: {} };
 const hasPlaces = () => "at_start" in arrays;
-/* The features at position `at` of the shown image, strongest first: [i, activation]. */
-function activeAt(at) {
-  const row = WHERE.tests.indexOf(looking.t) * (CELLS + WHERE.n_prefix) + at, found = [];
+/* The features at position `at` of test image t, strongest first: [i, activation]. */
+function activeAt(at, t = looking.t) {
+  const row = WHERE.tests.indexOf(t) * (CELLS + WHERE.n_prefix) + at, found = [];
   for (let n = arrays.at_start[row]; n < arrays.at_start[row + 1]; n++) {
     const i = arrays.at_feature[n];
     found.push([i, arrays.at_activation[n] / 255 * features[i].largest]);
   }
   return found.sort((a, b) => b[1] - a[1]);
 }
-/* Feature i over the grid of the shown image, as far as it is among the strongest. */
-function mapOnImage(i) {
+/* Feature i over the grid of test image t, as far as it is among the strongest. */
+function mapOnImage(i, t = looking.t) {
   const values = new Uint8Array(CELLS);
-  for (let at = 0; at < CELLS; at++) for (const [j, v] of activeAt(at))
+  for (let at = 0; at < CELLS; at++) for (const [j, v] of activeAt(at, t))
     if (j === i) values[at] = 255 * v / features[i].largest;
   return values;
 }
@@ -67,8 +67,8 @@ function showLooking() {
     : `Active at ${positionWords(at)}, the strongest first`;
   parts.list.replaceChildren(...list.length ? list : [note("No feature of this page is active " +
     "there.")]);
-  parts.logits.replaceChildren(logitBars(k === null ? "Logits" : `Logits without feature ${k}`,
-    after, k === null ? {} : { before, note: "The thin lines mark the logits before." }));
+  parts.logits.replaceChildren(logitBars(k === null ? "Scores" : `Scores without feature ${k}`,
+    after, k === null ? {} : { before, note: "The thin lines mark the scores before." }));
   parts.all.hidden = at === null;
   if (back && document.activeElement?.id !== back) byId(back)?.focus({ preventScroll: true });
 }
@@ -124,13 +124,13 @@ function imagesView() {
   const label = meta.tests.labels[t], now = predicted(t);
   const words = s => isError(s) ? `${name(meta.tests.labels[s])} → ${name(predicted(s))}`
     : name(meta.tests.labels[s]);
-  const how = hasPlaces() ? "Point at a position of the image, tap it, or move over it with the " +
-    `arrow keys: the list shows the features active there, at most ${WHERE.per_position}. Point ` +
-    "at a feature to see its map. " : "";
+  const how = hasPlaces() ? "Point at a position, tap it, or move with the arrow keys: the list " +
+    `shows the features active there, at most ${WHERE.per_position}. Point at a feature to see ` +
+    "its map. " : "";
   showMain(el("h2", {}, "Images"),
     el("p", {}, `Test image ${meta.tests.number[t]}: ${an(names[label])}, classified as `,
       el("b", {}, names[now]), ` (${probability(softmax(testLogits(t))[now])}). ${how}` +
-      "“Remove” shows the logits without a feature, as computed by the network itself."),
+      "“Remove” shows the scores without a feature, as the network itself computes them."),
     el("div", { class: "looking" }, el("div", { class: "pinned" }, parts.canvas,
       el("div", { class: "controls wrap" }, prefix, parts.all), mapSwitch(), parts.logits),
     el("div", {}, parts.title, parts.list)),

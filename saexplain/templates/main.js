@@ -45,8 +45,7 @@ function leave() {
   if (current === "draw") return leaveDrawing();
   if (["feature", "two", "write"].includes(current))
     return history.length > 1 ? history.back() : null;
-  if (current === "story" && step !== "end" && meta.tests?.tour)
-    location.hash = to("story", { step: "end" });
+  if (current === "story" && step !== undefined) location.hash = to("story");
   else if (image !== undefined) {
     const rest = address();
     rest.delete("image");

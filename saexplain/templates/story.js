@@ -1,85 +1,143 @@
-/* The overview: a guided tour, what separates two classes, the most influential features. */
-function tourSteps() {
-  const { image, goal, off, logits } = meta.tests.tour, label = meta.tests.labels[image];
-  const before = logits[0], after = argmax(logits[logits.length - 1]);
-  const difference = `the logit difference ${names[label]} − ${names[goal]}`;
-  const removed = new Set();
+/* The first view: what this is, doors into it, a guided tour, and what matters most. */
+/* ---------- the tour ---------- */
+const TOUR = meta.tests?.tour, TOUR_TITLES = ["An image", "Its active features",
+  "Switch features off", "The result"];
+const inTour = () => TOUR && address().has("step") && address().get("step") !== "end";
+const isShort = () => TOUR.off.length < 3; /* then a phone has room for more words */
+const isPlaced = () => hasPlaces() && WHERE.tests.includes(TOUR.image);
+/* The image of the tour, where it can be with the place where feature i is active. */
+function tourImage(size, i) {
+  const label = an(names[meta.tests.labels[TOUR.image]]);
+  return i === undefined || !isPlaced() ? testDigit(TOUR.image, size, label)
+    : overlaid("tests", TOUR.image, mapOnImage(i, TOUR.image), label, size, null);
+}
+/* Feature off[n] on the image: only where what is known of it agrees with what is seen there. */
+function tourFace(n, size) {
+  const i = position.get(TOUR.off[n]);
+  if (i === undefined) return el("span");
+  if (isDrawn(i) && TOUR.agrees[n]) return sketch(i, size, onTest(TOUR.image));
+  return isPlaced() && hasPlace(features[i]) ? tourImage(size, i) : face(i, size);
+}
+function tourWords(n) {
+  const k = TOUR.off[n], f = features[position.get(k)];
+  if (!f || !TOUR.agrees[n]) return [featureLink(k, `Feature ${k}`)];
+  return [featureLink(k, `Feature ${k}`), ": ", inkCaption(f), ". ", isShort() &&
+    el("span", { class: "soft" }, `Confidence ${f.confidence} after tests on other images.`)];
+}
+const moved = change => `${change < 0 ? "falls" : "rises"} by ${Math.abs(change).toFixed(2)}`;
+/* A switch for each feature of the tour, and the prediction that follows them. */
+function tourSwitches(removed) {
+  const { image, goal, off, logits } = TOUR, label = meta.tests.labels[image];
+  const out = el("div", { id: "tourOutcome", class: "chart", "aria-live": "polite" });
+  const show = () => {
+    const now = logits[off.reduce((sum, k, bit) => sum + (removed.has(k) ? 1 << bit : 0), 0)];
+    const p = softmax(now), prediction = argmax(p), by = c => now[c] - logits[0][c];
+    out.replaceChildren(el("p", {}, "Prediction: ",
+      el("b", { class: "big", id: "tourPrediction" }, names[prediction]),
+      ` (${probability(p[prediction])}). `, removed.size ? `The score for ${names[label]} ` +
+      `${moved(by(label))}, that for ${names[goal]} ${moved(by(goal))}.` : ""),
+    logitBars("", now, { before: logits[0], id: "tourLogits",
+      note: "Bars: scores. Thin lines: before." }));
+  };
+  const words = k => `switch ${k} ${removed.has(k) ? "on" : "off"}`;
+  const flip = k => button(words(k), e => {
+    removed.has(k) ? removed.delete(k) : removed.add(k);
+    e.target.textContent = words(k);
+    e.target.setAttribute("aria-pressed", removed.has(k));
+    show();
+  }, { id: `tour${k}`, "aria-pressed": String(removed.has(k)) });
+  show();
+  return el("div", { class: "row" }, el("ul", { class: "units" }, off.map((k, n) =>
+    el("li", { class: "unit" }, tourFace(n, 64), el("span", {}, tourWords(n)), flip(k)))), out);
+}
+function firstStep() {
+  const label = meta.tests.labels[TOUR.image];
+  return [el("p", {}, `The network was not trained on this ${names[label]}. It computes a ` +
+    "number for each class, its ", el("b", {}, "score"), ", and predicts the class with the " +
+    `largest: ${names[label]}.`),
+  el("div", { class: "row" }, tourImage(140),
+    logitBars("Scores (in brackets: probabilities)", TOUR.logits[0]))];
+}
+function secondStep() {
+  const { image, goal, off } = TOUR, label = meta.tests.labels[image];
   const active = activeOn(image).map(u => ({ ...u, value: u.adds[label] - u.adds[goal] }))
     .sort((a, b) => b.value - a.value);
-  const top = active.filter((u, rank) => off.includes(u.k) || rank < 5);
-  const row = u => featureRow(u.k, u.value);
-  const shownImage = () => testDigit(image, 168);
-  const caption = k => position.has(k) ? `: ${inkCaption(features[position.get(k)])}` : "";
-  const these = off.length === 1 ? "this feature" : `these ${off.length} features`;
-
-  const first = () => [el("p", {}, `This ${names[label]} is a test image: the network was not ` +
-    `trained on it. The network computes a logit for each class and predicts the class with the ` +
-    `largest one.`),
-  el("div", { class: "row" }, shownImage(), logitBars("Logits (in brackets: probabilities)",
-    before))];
-  const second = () => [el("p", {}, `On this image ${active.length} of ${meta.d_sae} features ` +
-    `are active. These contribute most to ${difference}:`),
-  el("div", { class: "row" }, shownImage(), el("ul", { class: "units" }, top.map(row))),
-  note(FACE)];
-  function third() {
-    const out = el("div", { "aria-live": "polite" });
-    const show = () => {
-      const now = logits[off.reduce((sum, k, bit) => sum + (removed.has(k) ? 1 << bit : 0), 0)];
-      const p = softmax(now), prediction = argmax(p);
-      out.replaceChildren(el("p", {}, "Prediction: ", 
-        el("b", { class: "big", id: "tourPrediction" }, names[prediction]),
-        ` (${probability(p[prediction])})`), logitBars("", now, { before, id: "tourLogits",
-        note: "The thin lines mark the logits before." }));
-    };
-    show();
-    const switches = off.map(k => el("li", { class: "unit" },
-      position.has(k) ? face(position.get(k), 64) : el("span"),
-      el("span", {}, `Feature ${k}${caption(k)}`),
-      button(`switch ${k} off`, e => {
-        removed.has(k) ? removed.delete(k) : removed.add(k);
-        e.target.textContent = `switch ${k} ${removed.has(k) ? "on" : "off"}`;
-        e.target.setAttribute("aria-pressed", removed.has(k));
-        show();
-      }, { id: `tour${k}`, "aria-pressed": "false" })));
-    return [el("p", {}, `Switch ${these} off: its contribution is subtracted from the network's ` +
-      "activations. The image stays unchanged."),
-      el("div", { class: "row" }, shownImage(), el("ul", { class: "units" }, switches), out)];
-  }
-  function fourth() {
-    const shown = off.filter(k => position.has(k)).map(k => position.get(k));
-    const outlined = shown.filter(isDrawn);
-    const figure = (i, base, words) => el("figure", {}, sketch(i, 168, base),
-      el("figcaption", { class: "small" }, `feature ${features[i].feature} on ${words}`));
-    const pictures = outlined.map(i => [figure(i, onTest(image), `this ${names[label]}`),
-      figure(i, onClass(label), `the mean ${names[label]}`),
-      figure(i, onClass(goal), `the mean ${names[goal]}`)]);
-    const list = off.map(k => el("li", {}, featureLink(k, `Feature ${k}`), caption(k)));
-    return [el("p", { class: "big" }, `Without ${these} the network classifies this ` +
-      `${names[label]} as ${names[after]}.`),
-    el("p", {}, `On this image, what separates ${names[label]} from ${names[goal]} is:`),
-    el("ul", { class: "plain" }, list), el("div", { class: "row" }, pictures),
-    !outlined.length && el("div", { class: "row" }, shown.map(i => face(i, 112))),
-    outlined.length || WORDS ? note(outlined.length ? `${PLACES}. ` : "", WORDS) : "",
-    el("p", {}, "Below: the features that separate the two classes on all their images. ",
-      drawLink(image, off, "See this image in the drawing view, and draw your own"))];
-  }
-  return [first, second, third, fourth];
+  const top = active.filter((u, rank) => off.includes(u.k) || isShort() && rank < 3);
+  const row = u => {
+    const n = off.indexOf(u.k), i = position.get(u.k);
+    if (n < 0 || i === undefined) return featureRow(u.k, u.value, { note: i === undefined
+      ? "" : `active on ${percent(frequency(i, label), 0)} of all ${plurals[label]}` });
+    return el("li", { class: "unit" }, tourFace(n, 64), el("div", {}, tourWords(n)),
+      el("b", { class: u.value < 0 ? "minus" : "plus" }, signed(u.value)));
+  };
+  return [el("p", {}, `${active.length} of ${meta.d_sae} features are active on it. These ` +
+    `support ${names[label]} against ${names[goal]} most; the number is how far the lead of ` +
+    `${names[label]} shrinks without the feature:`),
+  el("div", { class: "row" }, tourImage(112), el("ul", { class: "units" }, top.map(row))),
+  LOOK.in_place && note(PLACES, "."),
+  isPlaced() && heatMaps.on && note("Bright: where in the image the feature is active.")];
 }
-function tour() {
-  if (!meta.tests?.tour) return "";
-  const steps = tourSteps(), n = fromAddress("step", steps.length, 0), last = steps.length - 1;
-  if (address().get("step") === "end")
-    return el("p", {}, el("a", { href: to("story"), id: "tourAgain" }, "Take the guided tour"));
-  const titles = ["An image", "Its active features", "Switch features off", "The result"];
-  return el("section", { class: "card", id: "tour", "aria-label": "Guided tour" },
-    el("p", { class: "soft" }, `Guided tour, ${n + 1} of ${steps.length}: ${titles[n]}`),
+const tourThese = () => TOUR.off.length === 1 ? "this feature"
+  : `these ${TOUR.off.length} features`;
+const thirdStep = () => [el("p", {}, `Switch ${tourThese()} off: what ` +
+  `${TOUR.off.length === 1 ? "it adds" : "they add"} is taken out of the network's computation. ` +
+  "The image stays as it is."), tourSwitches(new Set())];
+function fourthStep() {
+  const { image, goal, off } = TOUR, label = meta.tests.labels[image];
+  const drawn = off.map((k, n) => [position.get(k), n])
+    .filter(([i, n]) => i !== undefined && isDrawn(i) && TOUR.agrees[n]).map(([i]) => i);
+  const figure = (i, base, words) => el("figure", {}, sketch(i, 84, base),
+    el("figcaption", { class: "small" }, words));
+  const pictures = drawn.length > 1 ? [] : drawn.map(i => [ /* more would not fit a screen */
+    figure(i, onTest(image), `on this ${names[label]}`),
+    figure(i, onClass(label), `on the mean ${names[label]}`),
+    figure(i, onClass(goal), `on the mean ${names[goal]}`)]);
+  return [el("p", { class: "big" }, `Without ${tourThese()} the network reads this ` +
+    `${names[label]} as ${an(names[goal])}.`),
+  pictures.length ? el("div", { class: "row", id: "tourPictures" }, pictures) : "",
+  tourSwitches(new Set(off)),
+  el("nav", { "aria-label": "Go on", id: "tourOn" },
+    meta.network && drawLink(image, off, "Change this image yourself"),
+    isPlaced() && link(to("images", { image }), "Where in this image?"),
+    link(to("pair", { a: label, b: goal }), `${names[label]} or ${names[goal]}?`),
+    meta.tests.errors ? link(to("errors"), "The errors") : "")];
+}
+function tourView() {
+  const steps = [firstStep, secondStep, thirdStep, fourthStep], last = steps.length - 1;
+  const n = fromAddress("step", steps.length, 0);
+  showMain(el("section", { class: "card", id: "tour", "aria-label": "Guided tour" },
+    el("h2", {}, `${TOUR_TITLES[n]} `, el("span", { class: "soft small" },
+      `tour, ${n + 1} of ${steps.length}`)),
     steps[n](),
-    el("nav", { "aria-label": "Tour" },
+    el("nav", { "aria-label": "Tour", id: "tourSteps" },
       n > 0 && link(to("story", { step: n - 1 }), "← back"),
       n < last && el("a", { id: "tourNext", class: "main", href: to("story", { step: n + 1 }) },
-        `${titles[n + 1]} →`),
-      link(to("story", { step: "end" }), n === last ? "close" : "skip the tour")));
+        `${TOUR_TITLES[n + 1]} →`),
+      n === last && link(to("story", { step: 0 }), "again"),
+      link(to("story"), n === last ? "close" : "leave"))));
 }
+/* ---------- doors ---------- */
+function doors() {
+  const [a, b] = meta.tests?.pair ?? [0, Math.min(1, C - 1)], t = meta.tests;
+  const door = (href, title, words, more = {}) => el("a", { href, ...more }, el("b", {}, title),
+    el("span", {}, words));
+  const photo = TOUR && WHERE?.tests.includes(TOUR.image) ? { image: TOUR.image } : {};
+  const third = meta.network ? door(to("draw"), "Draw your own",
+    "Watch the features while you draw, and switch them off")
+    : WHERE && t ? door(to("images", photo), "Where in an image?", hasPlaces()
+      ? "Point at a part of an image: the features active there"
+      : "Which parts of an image a feature needs")
+      : door(to("features"), "What does it look for?", "All its features, as pictures");
+  return el("nav", { id: "doors", "aria-label": "Start here" },
+    door(to("pair", { a, b }), `How does it tell ${an(names[a])} from ${an(names[b])}?`,
+      "The features that separate the two"),
+    t && door(to("errors"), "Where is it wrong?", t.errors ? `${plural(t.errors, "error")} on ` +
+      `${plural(t.n, "test image")}, and why` : `No error on ${plural(t.n, "test image")}`),
+    third,
+    TOUR && door(to("story", { step: 0 }), "Take the tour", "One image, and what the network " +
+      `sees without ${tourThese()}: a minute`, { id: "tourStart", class: "main" }));
+}
+/* ---------- two classes ---------- */
 const isCompared = (a, b) => !TABLES || pairRow(a, b) !== null;
 /* Features that contribute most to a - b on images of a, and more than on images of b. */
 function separating(a, b, n) {
@@ -101,10 +159,10 @@ function pairSummary() {
     el("h3", {}, `Features that support ${names[c]} against ${names[d]}`),
     el("ul", { class: "units large" }, separating(c, d, 3).map(i => separatingRow(i, c, d))));
   const most = meta.tests?.errors
-    ? `${names[a]} and ${names[b]} are the two classes most often confused. ` : "";
+    ? `The network confuses ${names[a]} and ${names[b]} most often. ` : "";
   return [el("h2", {}, `What separates ${names[a]} from ${names[b]}`),
-    el("p", {}, most, "Each number is a feature's contribution to the logit difference of the " +
-      "two classes, the mean over the validation images of the supported class. ",
+    el("p", {}, most, "Each number says how far the class is ahead of the other thanks to the " +
+      "feature: the mean over its validation images. ",
     link(to("pair", { a, b }), "All features that separate them")),
     el("div", { class: "halves" }, side(a, b), side(b, a)),
     LOOK.in_place && note(PLACES, "; here on the mean image of the class. ", WORDS)];
@@ -133,31 +191,31 @@ function frontier() {
       el("table", {}, line(header, "th"), meta.frontier.map(r => line(cells(r), "td"))))];
 }
 function storyView() {
+  if (inTour()) return tourView();
   const t = meta.tests, order = largest(12, i => features[i].influence);
-  const accuracy = t ? `Its accuracy on ${t.n.toLocaleString("en")} test images is ` +
-    `${percent(1 - t.errors / t.n, 1)}. ` : "";
-  showMain(el("h2", {}, "Overview"),
-    el("p", {}, `The network classifies images into ${C} classes. ${accuracy}A `,
-      el("b", {}, "sparse autoencoder"), " (SAE) reconstructs the activations of one of its " +
-      "layers from ", el("b", {}, `${meta.d_sae} features`), ". On any one image only some of " +
-      "them are active; each active feature changes the logits of the classes. This page shows " +
-      (LOOK.in_place && !LOOK.color ? "which images, pixels and classes belong to each feature, " +
-      "and what an image must look like for it to be active. "
-        : "which images activate each feature, where in them, and what it does to the logits. "),
-    LOOK.can_write && link(to("yours"), "Write and test a hypothesis of your own")),
+  const accuracy = t ? `It is right on ${percent(1 - t.errors / t.n, 1)} of ` +
+    `${plural(t.n, "test image")}. ` : "";
+  showMain(el("h2", { class: "unseen" }, "Overview"),
+    el("p", { id: "lead" }, "A neural network reads images: it gives each of ",
+      `${C} classes a score (its logit), and its answer is ` +
+      "the class with the largest. A second network, a ", el("b", {}, "sparse autoencoder"),
+      ` (SAE), splits what the first one computes into ${number(meta.d_sae)} `,
+      el("b", {}, "features"), ", of which only a few are active on an image: here you see what " +
+      "each one looks for, and what it does to the scores."),
+    doors(),
     meta.features_known && el("p", { id: "fewer" }, "So that the page stays small, it has the " +
       `${F} features of most influence of ${meta.features_known}; feature_report.json has all.`),
-    mapSwitch(), tour(), ...pairSummary(),
     el("h2", {}, "The most influential features"),
-    el("p", {}, `A feature's influence is its share of all changes of the logits that removing ` +
-      `single features causes. ${plural(featuresForShare(.5), "feature")} of ${F} make up 50% ` +
-      `of the influence${meta.features_known ? " of those on this page" : ""}, ` +
-      `${featuresForShare(.9)} make up 90%. The most influential are:`),
-    el("div", { class: "tiles" }, order.map(card)),
-    note(FACE, " Supports and opposes: the feature's mean contribution to a logit over the " +
-      "images on which it is active."),
+    el("p", {}, accuracy, "A feature's influence is its share of all changes of the scores that " +
+      `removing single features causes. ${plural(featuresForShare(.5), "feature")} of ${F} ` +
+      `account for 50% of the influence${meta.features_known ? " of those on this page" : ""}, ` +
+      `${featuresForShare(.9)} for 90%. The most influential are:`),
+    mapSwitch(), el("div", { class: "tiles" }, order.map(card)),
+    note(FACE, " Supports and opposes: how far the feature raises or lowers a score, the mean " +
+      "over the images on which it is active."),
     LOOK.can_write && el("p", {}, "Do you see what a feature means? Open it, and write and test " +
       "a hypothesis of your own. ", link(to("yours"), "Your hypotheses")),
+    ...pairSummary(),
     el("h2", {}, "Results"),
     el("div", { class: "cards" }, meta.results.map(([what, value]) =>
       el("div", { class: "card" }, el("b", {}, value), what))),
