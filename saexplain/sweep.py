@@ -20,7 +20,7 @@ import numpy as np
 
 import feature_analysis as fa
 from saexplain.console import NOT_COMPUTED, text_table
-from saexplain.figures import Curve, draw_curves, save_figure
+from saexplain.figures import Curve, curve_of, draw_curves, save_figure
 from saexplain.files import folder_lock, prepare_folder, to_json
 from saexplain.parallel import Workers, open_ranks
 from saexplain.reproducibility import mean_and_std
@@ -32,15 +32,22 @@ Combination = TypeVar("Combination")  # of a seed, a number of latents and a tar
 
 L0 = "achieved_actives_test"  # the panels' horizontal axis
 SWEEP_TABLE = (  # what is shown of a combination: title, key of its record, format
-    ("L0, test", L0, "{:.2f}"),
+    ("L0, test", L0, "{:.1f}"),
+    ("accuracy", "baseline_acc", "{:.2%}"),
     ("FVU", "fvu", "{:.4f}"),
-    ("FVU to PCs", "fvu_to_pca", "{:.3f}"),
+    ("of PCA's", "fvu_to_pca", "{:.2f}"),
     ("agreement", "agreement_jumprelu", "{:.2%}"),
-    ("accuracy lost", "delta_acc_jumprelu", "{:.2%}"),
-    ("dead", "dead_features", "{:.1f}"),
-    ("L0 by dense", "dense_share_of_l0", "{:.1%}"),
+    ("acc. lost", "delta_acc_jumprelu", "{:.2%}"),
+    ("dead", "dead_features", "{:.0f}"),
+    ("L0 dense", "dense_share_of_l0", "{:.0%}"),
 )
-NO_PANEL = (L0, "agreement_jumprelu")  # the axis itself; close to the accuracy lost
+PANELS = {  # of sweep.png, by key
+    "fvu": "FVU",
+    "fvu_to_pca": "FVU, relative to as many PCs",
+    "delta_acc_jumprelu": "accuracy lost",
+    "dead_features": "dead features",
+    "dense_share_of_l0": "share of L0 by dense features",
+}
 
 
 def run_sweep(
@@ -89,7 +96,8 @@ def sizes_and_targets(records: Sequence[dict]) -> tuple[list[int], list[int]]:
 
 
 def sweep_table(records: Sequence[dict]) -> str:
-    """One row for each number of latents and target: mean ± standard deviation over seeds."""
+    """One row for each number of latents and target: mean ± standard deviation over seeds, which
+    one seed has none of."""
     n_seeds = len({r["seed"] for r in records})
     rows = [["latents", "target", *(title for title, _, _ in SWEEP_TABLE)]]
     for latents, target in itertools.product(*sizes_and_targets(records)):
@@ -99,34 +107,32 @@ def sweep_table(records: Sequence[dict]) -> str:
             if math.isnan(found["mean"]):
                 row.append(NOT_COMPUTED)
                 continue
-            spread = "" if found["std"] is None else f" ± {form.format(found['std'])}"
-            row.append(form.format(found["mean"]) + spread)
+            shown = form.format(found["mean"])
+            if found["std"] is not None:
+                shown = f"{shown.rstrip('%')}±{form.format(found['std'])}"
+            row.append(shown)
         rows.append(row)
-    return f"Mean ± standard deviation over {n_seeds} seeds\n" + text_table(rows)
+    title = f"Mean ± standard deviation over {n_seeds} seeds" if n_seeds > 1 else "One seed"
+    return f"{title}; accuracy is the network's\n" + text_table(rows)
 
 
 def sweep_panels(records: Sequence[dict]) -> dict[str, dict[str, Curve]]:
     """By measurement and number of latents, its curve over the targets."""
     sizes, targets = sizes_and_targets(records)
     panels: dict[str, dict[str, Curve]] = {}
-    for title, key, _ in SWEEP_TABLE:
-        if key in NO_PANEL:
-            continue
+    for key, title in PANELS.items():
         panels[title] = {}
         for latents in sizes:
             l0 = [over_seeds(records, latents, target, L0)["mean"] for target in targets]
             found = [over_seeds(records, latents, target, key) for target in targets]
-            spread = [f["std"] or 0.0 for f in found]  # None: a single seed
-            curve = Curve(l0, [f["mean"] for f in found], spread)
-            panels[title][f"{latents} latents"] = curve
+            panels[title][f"{latents} latents"] = curve_of(l0, found)
     return panels
 
 
 def draw_sweep(records: Sequence[dict]) -> Figure:
     """The frontier of each number of latents, with the standard deviation over seeds."""
-    title = "Fidelity and sparsity (bars: standard deviation over seeds)"
     _, targets = sizes_and_targets(records)
-    return draw_curves(title, targets, sweep_panels(records))
+    return draw_curves("Fidelity and sparsity", targets, sweep_panels(records), "seeds")
 
 
 def combinations(runs: Sequence) -> list:

@@ -32,7 +32,25 @@ def test_means_and_deviations_over_seeds_are_those_of_each_size_and_target():
     assert (curve.l0, curve.values) == ([5, 9], [5, 9])
     row = sweep.sweep_table(RECORDS).splitlines()[-1]
     assert row.split()[:2] == ["64", "8"]
-    assert "9.0000 ± 1.4142" in row
+    assert "9.0000±1.4142" in row
+    assert "900.00±141.42%" in row
+    shares = {key: 0.9876 for _, key, form in sweep.SWEEP_TABLE if "%" in form}
+    usual = {**shares, "achieved_actives_test": 79.9, "fvu": 0.1272, "dead_features": 120}
+    wide = [{**r, **usual, "fvu_to_pca": 0.3 + r["seed"] / 10} for r in RECORDS]
+    assert 100 < len(sweep.sweep_table(wide).splitlines()[-1]) < 110
+
+
+def test_one_seed_has_no_spread():
+    alone = [r for r in RECORDS if r["seed"] == 0]
+    assert "±" not in sweep.sweep_table(alone)
+    figure = sweep.draw_sweep(alone)
+    assert "deviation" not in figure.get_suptitle()
+    bars = [bar for axes in figure.axes for bar in axes.containers]
+    assert bars
+    assert not any(bar.has_yerr for bar in bars)
+    figure = sweep.draw_sweep(RECORDS)
+    assert "standard deviation over seeds" in figure.get_suptitle()
+    assert all(bar.has_yerr for axes in figure.axes for bar in axes.containers)
 
 
 @pytest.fixture(scope="module")
