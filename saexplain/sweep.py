@@ -2,16 +2,18 @@
 
     records = run_sweep(combinations, train_one, Path("out"), n_workers=1)
 
-Takes combinations and a function that trains and measures one of them; gives their records,
-sweep.json and sweep.png. Under torchrun, rank i of n takes the combinations i, i + n, i + 2n, ...
-It knows nothing of how an SAE is trained.
+Takes combinations and a function that trains one of them; gives their records, sweep.json,
+sweep.png and sweep.html, the page of a comparison. Under torchrun, rank i of n takes the
+combinations i, i + n, i + 2n, ... It knows nothing of how an SAE is trained.
 """
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -19,16 +21,21 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 import feature_analysis as fa
+from saexplain.compare import MOST_PAIRS, Compared, compare_runs
+from saexplain.compare_page import comparison_page
 from saexplain.console import NOT_COMPUTED, text_table
 from saexplain.figures import Curve, curve_of, draw_curves, save_figure
-from saexplain.files import folder_lock, prepare_folder, to_json
+from saexplain.files import Stage, folder_lock, prepare_folder, to_json
 from saexplain.parallel import Workers, open_ranks
+from saexplain.report import sae_record
 from saexplain.reproducibility import mean_and_std
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Combination = TypeVar("Combination")  # of a seed, a number of latents and a target
+Combination = TypeVar("Combination")  # settings of one seed, number of latents and target
+# The layer with the SAE of a combination, trained or reused, its stage, and the data in words.
+TrainOne = Callable[[Combination], tuple[fa.ExplainedLayer, Stage, str]]
 
 L0 = "achieved_actives_test"  # the panels' horizontal axis
 SWEEP_TABLE = (  # what is shown of a combination: title, key of its record, format
@@ -52,20 +59,21 @@ PANELS = {  # of sweep.png, by key
 
 def run_sweep(
     combinations: Sequence[Combination],
-    train_one: Callable[[Combination], dict],
+    train_one: TrainOne,
     root: Path,
     n_workers: int,
     wait: bool = False,
 ) -> list[dict]:
-    """The records of all combinations, in their order, each made by train_one(combination).
+    """The records of all combinations, in their order, each of what train_one(combination) gives.
 
     Records have seed, sae_latents, target_actives and the keys of SWEEP_TABLE. The first rank
-    writes sweep.json and sweep.png to `root` and prints the table; the others return no records.
+    writes sweep.json, sweep.png and sweep.html to `root` and prints the table; the others return no
+    records.
     """
     prepare_folder(root)
     with open_ranks() as ranks, Workers(n_workers) as workers:
         mine = combinations[ranks.rank :: ranks.world]
-        tasks = [workers.start("sae", train_one, combination) for combination in mine]
+        tasks = [workers.start("sae", measure_one, train_one, c) for c in mine]
         parts = ranks.gather(workers.results(tasks))
     if not ranks.is_first:
         return []
@@ -75,8 +83,41 @@ def run_sweep(
     with folder_lock(root, wait):
         fa.write_whole(root / "sweep.json", to_json(records))
         save_figure(draw_sweep(records), root / "sweep.png")
-    print(sweep_table(records))
+        page = sweep_page(combinations, records, train_one, root)
+        fa.write_whole(root / "sweep.html", page)
+    print(f"{sweep_table(records)}\n{root / 'sweep.html'}: the same with features side by side")
     return records
+
+
+def measure_one(train_one: TrainOne, combination: Combination) -> dict:
+    """The record of one combination."""
+    layer, stage, source = train_one(combination)
+    own = combination.chosen("sae_latents normalize_z seed")
+    return {**sae_record(layer, combination.target_actives[0], stage, own), "data": source}
+
+
+def sweep_page(
+    combinations: Sequence[Combination],
+    records: Sequence[dict],
+    train_one: TrainOne,
+    root: Path,
+) -> bytes:
+    """The comparison of all combinations. Features are matched among the first ones that share the
+    first one's classifier: those of its seed."""
+    same = [i for i, r in enumerate(records) if r["seed"] == records[0]["seed"]]
+    same = same[: 1 + MOST_PAIRS] if len(same) > 1 else []
+    compared = []
+    for i, (combination, r) in enumerate(zip(combinations, records, strict=True)):
+        settings = {key: r[key] for key in ("seed", "sae_latents", "target_actives")}
+        title = f"seed {r['seed']}, {r['sae_latents']} latents, target {r['target_actives']}"
+        layer = None
+        if i in same:
+            with redirect_stdout(io.StringIO()):  # without lines about what is reused
+                layer = train_one(replace(combination, fresh=False))[0]
+        compared.append(Compared(title, r, settings, r.get("data", ""), layer=layer))
+    comparison = compare_runs(*compared, out=None)
+    chart = (root / "sweep.png").read_bytes()
+    return comparison_page(comparison, root, "Sweep: fidelity and sparsity", chart)
 
 
 def over_seeds(records: Sequence[dict], latents: int, target: int, key: str) -> dict:

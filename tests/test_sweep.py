@@ -1,15 +1,17 @@
 """Many SAEs, in one process and on two ranks: saexplain.sweep."""
 
 import math
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import BARE, contents_of
 
 import MNIST_SAE_code as driver
-from saexplain import sweep
+from saexplain import compare_page, sweep
 from saexplain.files import load_stage
 
 SWEEP = [*BARE, "--seeds", "0", "1"]
@@ -77,6 +79,30 @@ def test_a_sweep_has_the_saes_of_single_runs_and_continues_where_it_stopped(swep
     (folder / "seed_1_latents_32_target_4" / "sae.json").unlink()
     assert driver.main([*SWEEP, "--out", str(folder)]) == records
     assert contents_of(folder) == before
+
+
+def test_a_sweep_ends_in_a_page_of_its_numbers(swept):
+    folder, records = swept
+    page = (folder / "sweep.html").read_text()
+    for r in records:
+        assert f"<td>{r['fvu']:.4f}</td>" in page
+        assert f"seed {r['seed']}, 32 latents, target 4" in page
+    assert "Features of" not in page  # two seeds, two classifiers
+
+
+def test_features_are_matched_among_combinations_of_one_seed(loaded, swept):
+    """The second and the third combination have the SAE of the first; the last has another seed."""
+    records = [{**swept[1][0], "sae_latents": n} for n in (32, 33, 34)] + [swept[1][1]]
+    given = [replace(loaded.settings, seed=r["seed"]) for r in records]
+
+    def train_one(settings: driver.Settings):
+        assert settings.seed == 0
+        print("reusing")
+        return loaded.layer, None, ""
+
+    page = sweep.sweep_page(given, records, train_one, swept[0]).decode()
+    assert re.findall("Features of ([A-D] and [A-D])", page) == ["A and B", "A and C"]
+    assert page.count("cosine 1.00") == 2 * min(32, compare_page.SHOWN)
 
 
 @pytest.mark.slow
