@@ -826,7 +826,7 @@ def finish_target(
         device = layer.device
         saes = {s: JumpReLUSAE.from_weights(stage.tensors, device) for s, stage in others.items()}
         replicates = compare_seeds(layer, settings.seed, saes, baselines)
-    save_saelens(layer, draft.folder / "saelens")
+    save_saelens(layer, draft.folder / "saelens", record, draft.options.network)
     return report.finish_report(draft, record, replicates, tasks, workers)
 
 
