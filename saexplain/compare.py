@@ -139,7 +139,8 @@ def read_run(path: Path) -> list[Compared]:
         target = record["target_actives"]
         folder = root if len(records) == 1 else root / f"target_{target}"
         if wanted in (None, target):
-            settings = {**manifest["settings"], "target_actives": target}
+            settings = {"network": manifest["network"], **manifest["settings"]}
+            settings["target_actives"] = target
             report = {r["feature"]: r for r in read_json(folder / "feature_report.json")}
             known = (record, settings, manifest["data"], manifest["data_digest"], report)
             found.append(Compared(str(folder), *known, folder / "feature_report.html"))
@@ -344,7 +345,7 @@ class Comparison(NamedTuple):
     def numbers(self) -> list[tuple[Number, list[str]]]:
         """The numbers that some of the SAEs have, with the cell of each SAE."""
         rows = [(number, [one.cell(number) for one in self.compared]) for number in NUMBERS]
-        return [(number, cells) for number, cells in rows if set(cells) != {"-"}]
+        return [(number, cells) for number, cells in rows if set(cells) - {"-", NOT_COMPUTED}]
 
     def table(self) -> str:
         """The comparison for the terminal, at most 100 characters wide."""
@@ -396,7 +397,7 @@ def _table_of_lines(comparison: Comparison) -> str:
 def _pair_lines(comparison: Comparison, pair: Pair) -> list[str]:
     """What the terminal shows of a pair: how much is in both, and the first feature of each that
     is not."""
-    measure = "cosine and correlation" if pair.same_layer else "correlation alone: two networks"
+    measure = "cosine and correlation" if pair.same_layer else "correlation alone: two layers"
     words = "; ".join(comparison.in_both(pair)) + f" ({measure}, {MIN_SIMILARITY} or more)"
     lines = textwrap.wrap(words, WIDTH, subsequent_indent="  ")
     for i, f in zip((pair.first, pair.second), pair.features, strict=True):

@@ -138,8 +138,9 @@ class Looks:
         self.pictures = Pictures(pair.images, self.both[0].display)
         self.painters = [pattern_painter(one, pair.images) for one in self.both]
 
-    def of(self, side: int, k: int) -> str:
-        """Feature k of one of the two: pattern, strongest images, numbers, caption."""
+    def of(self, side: int, k: int, is_alone: bool = False) -> str:
+        """Feature k of one of the two: pattern, strongest images, numbers, caption; if it is alone,
+        also how similar the closest feature of the other one is."""
         one, f = self.both[side], self.pair.features[side]
         at = f.bank.top.of(k).index.tolist()
         strong = reduce_images(self.pictures.of(at), SIDE) if at else []
@@ -155,6 +156,8 @@ class Looks:
         words = [f"active on {f.bank.feature_density[k]:.1%}", f"influence {f.influence[k]:.1%}"]
         if record.get("f1") is not None:
             words.append(f"F1 {record['f1']:.2f}")
+        if is_alone:
+            words.append(f"closest of the other {f.similarity[k]:.2f}")
         caption = escape(record.get("caption", ""))
         return (
             f'<div class="look{"" if face else " plain"}">{face}<div><b>{name}</b> {caption}'
@@ -195,7 +198,7 @@ def pair_section(comparison: Comparison, pair: Pair, folder: Path) -> str:
     for side, (letter, f) in enumerate(zip((a, b), pair.features, strict=True)):
         alone = f.listed(matched=False)
         parts.append(f"<h3>Only in {letter}{_of_all(alone)}</h3>")
-        tiles = [looks.of(side, k) for k in alone[:SHOWN]]
+        tiles = [looks.of(side, k, is_alone=True) for k in alone[:SHOWN]]
         parts.append(_opening(tiles, '<div class="ones">{}</div>'))
     return "\n".join(parts)
 

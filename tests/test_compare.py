@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import BARE
 from test_reproducibility import Plain, noise, permuted, random_sae
 
 import feature_analysis as fa
@@ -192,6 +193,22 @@ def test_runs_of_other_settings_and_seeds_compare(finished, run_copy, capsys):
     (run_copy / "settings.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match=r"must be of equal images: .* with other pixels"):
         cmp.compare_runs(str(finished), str(run_copy), out=None)
+
+
+def test_the_targets_of_one_run_are_compared_and_one_of_them_is_named(tmp_path, capsys):
+    flags = [*BARE, "--target-actives", "3", "5", "--out", str(tmp_path / "two")]
+    made = driver.main(flags)
+    out = ["--out", str(tmp_path / "page.html")]
+    records = driver.main(["compare", str(tmp_path / "two"), *out])
+    assert records == json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert [r["fvu"] for r in records] == [r["fvu"] for r in made]
+    five = str(tmp_path / "two" / "target_5")
+    capsys.readouterr()
+    records = driver.main(["compare", five, str(tmp_path / "two"), *out])
+    assert [r["target_actives"] for r in records] == [5, 3, 5]
+    shown = capsys.readouterr().out
+    assert re.search(r"^target_actives +5 +3 +5$", shown, re.MULTILINE)
+    assert "A are in C, 100% of the influence" in shown
 
 
 def test_four_runs_take_forty_lines(loaded):
