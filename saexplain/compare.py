@@ -102,10 +102,9 @@ class Compared(NamedTuple):
 
     def cell(self, number: Number) -> str:
         """The number in its format, with its standard deviation where there is one."""
-        found = self.numbers()
-        value = found.get(number.key)
+        value = self.numbers().get(number.key)
         if value is None:
-            return NOT_COMPUTED if number.key in found and number.key in self.record else "-"
+            return NOT_COMPUTED if number.key in self.record else "-"
         std = None
         if number.group == "Reproducibility":
             std = self.record["reproducibility"][number.key]["std"]

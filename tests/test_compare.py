@@ -223,6 +223,26 @@ def test_four_runs_take_forty_lines(loaded):
     assert max(map(len, lines)) <= 100
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_fits_its_screen_and_shows_its_pictures(loaded, tmp_path, width):
+    sync = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("Chromium is not installed")
+    theirs = {"a name without a space" * 9: load_saelens(loaded.folder / "saelens")}
+    cmp.compare_runs(*5 * [loaded], saes=theirs, out=tmp_path / "page.html")
+    with sync.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 844})
+        page.goto(f"file://{tmp_path / 'page.html'}")
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        loads = "[...document.images].every(image => image.naturalWidth > 0)"
+        assert page.evaluate(loads)
+        assert page.evaluate("document.images.length") > 100
+        browser.close()
+
+
 def test_what_cannot_be_compared_is_one_line(finished, loaded, tmp_path):
     with pytest.raises(InputError, match="no finished run"):
         driver.main(["compare", str(finished), str(tmp_path)])
