@@ -5,6 +5,7 @@
     python MNIST_SAE_code.py --seeds 0 1 2                # a sweep: mean and spread over seeds
     python MNIST_SAE_code.py --data sample --features 50  # the bundled sample, 50 features
     python MNIST_SAE_code.py --my-hypotheses FILE         # test your own on the finished run
+    python MNIST_SAE_code.py compare RUN_A RUN_B          # two finished runs side by side
 
 This file makes and measures one SAE, from top to bottom: settings, classifier, SAE training with
 its losses, lambda, thresholds, `explain` for any network, `main`. What a feature means, and whether
@@ -55,6 +56,7 @@ from torch import Tensor, nn
 import feature_analysis as fa
 from saexplain import console, page, report, runs
 from saexplain.baselines import features_along
+from saexplain.compare import compare_command
 from saexplain.datasets import check_split_leakage
 from saexplain.estimates import estimate
 from saexplain.fidelity import feature_stats, rows_of
@@ -812,7 +814,7 @@ def finish_target(
         replicates = compare_seeds(layer, settings.seed, saes, baselines)
         if replicates:
             draft.clock.result = console.reproduced_words(replicates.record)
-    save_saelens(layer, draft.folder / "saelens")
+    save_saelens(layer, draft.folder / "saelens", record, draft.options.network)
     return report.finish_report(draft, record, replicates, tasks, workers)
 
 
@@ -1068,20 +1070,17 @@ def run_once(settings: Settings) -> list[dict]:
         return explain_activations(layer, data, network, settings, clock, workers, ranks)
 
 
-def train_combination(settings: Settings) -> dict:
-    """Train and measure the SAE of one combination of a sweep; its record for sweep.json.
-
-    The classifier of its seed is in a folder beside the combination's own.
-    """
+def train_combination(settings: Settings) -> tuple[fa.ExplainedLayer, Stage, str]:
+    """The layer with the SAE of one combination of a sweep, its stage, and the data in words; the
+    classifier of its seed is in a folder beside the combination's own."""
     (target,) = settings.target_actives
     folder = Path(settings.out)
     shared = folder.parent / f"seed_{settings.seed}_classifier"
     with torch_threads(1):
         data = load_images(settings.data, settings.seed, pick_device(settings.device))
-        # The first combination trains it, the others reuse it without a line about it.
+        # The first combination trains it, the others reuse it without a line; so does --fresh.
         with folder_lock(shared, wait=True), redirect_stdout(io.StringIO()):
-            reusing = replace(settings, fresh=False)  # --fresh is for the SAEs: this one is shared
-            model, classifier = classifier_stage(reusing, data, shared)
+            model, classifier = classifier_stage(replace(settings, fresh=False), data, shared)
         layer = collect_activations(model, data, settings.normalize_z)
         made_from = {"data_digest": data.digest, "network_sha256": classifier.digest}
         with folder_lock(folder, settings.wait):
@@ -1089,8 +1088,7 @@ def train_combination(settings: Settings) -> dict:
             given = (layer, training_rows(layer), wanted, train_wanted)
             (stage,) = sae_stages(*given, f"the SAE in {folder}")
     sae = JumpReLUSAE.from_weights(stage.tensors, layer.device)
-    own = settings.chosen("sae_latents normalize_z seed")
-    return {**report.sae_record(layer.with_sae(sae), target, stage, own), "data": data.source}
+    return layer.with_sae(sae), stage, data.source
 
 
 def report_my_hypotheses(settings: Settings) -> list[dict]:
@@ -1106,20 +1104,23 @@ def report_my_hypotheses(settings: Settings) -> list[dict]:
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
-    """One run, or a sweep; the records of summary.json or sweep.json.
+    """One run, a sweep or a comparison; the records of summary.json or sweep.json.
 
     Raises InputError, BusyError or TrainingError.
     """
-    runs = parse_runs(argv)
-    if runs[0].my_hypotheses and len(runs) > 1:
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == ["compare"]:
+        return [one.record for one in compare_command(given[1:], load_run).compared]
+    first, *others = parse_runs(given)
+    if first.my_hypotheses and others:
         raise InputError("--my-hypotheses tests on one finished run: give no --seeds")
-    if runs[0].my_hypotheses:
-        return report_my_hypotheses(runs[0])
-    if len(runs) == 1:
-        return run_once(runs[0])
-    first = runs[0]
+    if first.my_hypotheses:
+        return report_my_hypotheses(first)
+    if not others:
+        return run_once(first)
     workers = first.workers if pick_device(first.device).type == "cpu" else 0
-    return run_sweep(combinations(runs), train_combination, Path(first.out), workers, first.wait)
+    given = (combinations([first, *others]), train_combination, Path(first.out))
+    return run_sweep(*given, workers, first.wait)
 
 
 def run_script() -> int:

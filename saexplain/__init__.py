@@ -20,6 +20,7 @@ Where to look:
     what is lost with the SAE spliced in?      fidelity.py
     does another seed find the same features?  reproducibility.py
     which features flip a prediction?          counterfactuals.py
+    how do runs differ?                        compare.py, compare_page.py
     where are the usual complaints measured?   diagnoses.py
     where are files and pictures written?      report.py, panels.py, figures.py, page.py, text.py
     what does the terminal show?               progress.py, console.py; of flags: flags.py
@@ -37,6 +38,7 @@ _HOME = {  # of the names that can be imported from saexplain itself
     "AtLayer": "layers",
     "Hypothesis": "hypotheses",
     "JumpReLUSAE": "sae",
+    "compare_runs": "compare",
     "evaluate_hypotheses": "evaluation",
     "explain_sae": "report",
     "load_images": "images",

@@ -16,7 +16,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -160,12 +160,22 @@ class Curve(NamedTuple):
 
     l0: Sequence[float]
     values: Sequence[float]
-    spread: Sequence[float]  # half the length of the bar at each value
+    spread: Sequence[float] | None = None  # half the length of the bar at each value; None: no bars
 
 
-def draw_curves(title: str, targets: Sequence[int], panels: dict[str, dict[str, Curve]]) -> Figure:
+def curve_of(l0: Sequence[float], values: Sequence[Mapping]) -> Curve:
+    """The curve of means, with their standard deviations where all are known."""
+    spread = [value["std"] for value in values]
+    return Curve(l0, [value["mean"] for value in values], None if None in spread else spread)
+
+
+def draw_curves(
+    title: str, targets: Sequence[int], panels: dict[str, dict[str, Curve]], over: str
+) -> Figure:
     """A panel for each title, with a curve for each name; the ticks are the `targets`, at the L0 of
-    the first curve."""
+    the first curve. `over` says of what the bars are the standard deviation."""
+    if any(c.spread is not None for curves in panels.values() for c in curves.values()):
+        title += f" (bars: standard deviation over {over})"
     figure, row = _row_of_panels(len(panels), 310, title)
     for axes, (what, curves) in zip(row, panels.items(), strict=True):
         for color, (name, curve) in zip(itertools.cycle(COLORS), curves.items(), strict=False):
@@ -196,7 +206,7 @@ def frontier_curves(records: Sequence[dict]) -> dict[str, Curve]:
     curves = {}
     for title, values in found.items():
         plotted = [math.nan if value is None else value for value in values]
-        curves[title] = Curve(l0, plotted, [0.0] * len(records))
+        curves[title] = Curve(l0, plotted)
     if all("reproducibility" in r for r in records):
         variance, similarity = (
             [r["reproducibility"][name] for r in records] for name in ("variance", "similarity")
@@ -204,8 +214,7 @@ def frontier_curves(records: Sequence[dict]) -> dict[str, Curve]:
         titles = {"variance reproduced across seeds": variance}
         titles["similarity of nearest features"] = similarity
         for title, over_pairs in titles.items():
-            spread = [f["std"] or 0.0 for f in over_pairs]  # None: a single pair of SAEs
-            curves[title] = Curve(l0, [f["mean"] for f in over_pairs], spread)
+            curves[title] = curve_of(l0, over_pairs)
     return curves
 
 
@@ -213,8 +222,8 @@ def draw_frontier(records: Sequence[dict]) -> Figure:
     """Fidelity, and reproducibility if it was measured, against sparsity."""
     records = sorted(records, key=lambda r: r["achieved_actives_test"])
     panels = {title: {"": curve} for title, curve in frontier_curves(records).items()}
-    title = "Fidelity and sparsity (bars: standard deviation over pairs of SAEs)"
-    return draw_curves(title, [r["target_actives"] for r in records], panels)
+    targets = [r["target_actives"] for r in records]
+    return draw_curves("Fidelity and sparsity", targets, panels, "pairs of SAEs")
 
 
 # --------------------------------------------------------------------------------------------------

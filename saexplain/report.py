@@ -76,6 +76,7 @@ N_PANELS = 5  # features, the most influential, that get a panel and a line on t
 SAMPLED_ROWS = 12_000  # on which the terminal's L0 and FVU are measured
 PICTURE_TASKS = 2  # each is sent all images, so not more than keep two cores busy
 OPTIONS_OF_RESULTS = "topk n_eval alpha hypotheses features seed"
+FILES = "FILES.md"  # what each file of a run is, for those who are handed the folder
 NO_GRADIENT = "no gradient leads from the layer to the pixels, so that it has no pattern"
 NO_DRAWING = "This page cannot compute the network, so you cannot draw for it; all else works."
 
@@ -443,10 +444,11 @@ def sae_record(
 def write_summary(
     root: Path, records: list[dict], manifest: dict, sae_digests: dict[str, str]
 ) -> None:
-    """frontier.png, summary.json, and settings.json with all that the results were made from, which
-    makes the folder a finished run. `sae_digests` are by target."""
+    """frontier.png, FILES.md, summary.json, and settings.json with all that the results were made
+    from, which makes the folder a finished run. `sae_digests` are by target."""
     if len(records) > 1:
         figures.save_figure(figures.draw_frontier(records), root / "frontier.png")
+    fa.write_whole(root / FILES, (page.TEMPLATES / FILES).read_bytes())
     fa.write_whole(root / "summary.json", to_json(records))
     frozen = {str(r["target_actives"]): r.get("hypotheses_sha256") for r in records}
     manifest = {**manifest, "sae_sha256": sae_digests, "hypotheses_sha256": frozen}

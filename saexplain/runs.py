@@ -34,7 +34,7 @@ OWN_FILES = re.compile(  # of the folder and of target_N
     r"(target_\d+/)?("
     r"(settings|summary|feature_report|hypotheses|classifier)\.json|classifier\.safetensors"
     r"|((stability_seed_\d+|frozen_decoder)/)?sae\.(json|safetensors)"
-    r"|feature_report\.html|(hypotheses|my_hypotheses)\.md|run\.log\.jsonl"
+    r"|feature_report\.html|(FILES|hypotheses|my_hypotheses)\.md|run\.log\.jsonl"
     r"|(frontier|explained|influence|training)\.png"
     r"|saelens/(cfg\.json|sae_weights\.safetensors|README\.md)"
     r"|feature_\d+_(gallery|pattern|panel|hypothesis)\.(png|npy)"

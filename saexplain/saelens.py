@@ -1,6 +1,6 @@
 """How are SAEs exchanged with SAELens 6 (decoderesearch/SAELens)? A folder with its two files.
 
-    save_saelens(layer, "saelens")                # SAE.load_from_disk("saelens") reads it
+    save_saelens(layer, "saelens", record)        # SAE.load_from_disk("saelens") reads it
     sae, mu, std = load_saelens(folder)           # JumpReLU, standard (ReLU) or TopK
     fa.collect_feature_bank(model, loader, sae, mu, std)
 
@@ -11,6 +11,8 @@ its two linear maps is folded in as well, or raises InputError: nothing is ignor
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
@@ -27,7 +29,41 @@ ARCHITECTURES = ("jumprelu", "standard", "topk")  # that can be loaded
 INPUT_OPTIONS = ("normalize_activations", "reshape_activations")  # only "none" can be loaded
 PLAIN = {"dtype": "float32", "device": "cpu", "apply_b_dec_to_input": False}
 PLAIN |= dict.fromkeys(INPUT_OPTIONS, "none")
-CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "cfg.json", "sae_weights.safetensors", "README.md"
+MNIST_SOURCE = re.compile(r"MNIST, full set of [\d,]+ digits|.* MNIST training digits")
+CARD = """---
+library_name: saelens
+tags:
+- sparse-autoencoder
+---
+
+# SAE of {network}
+
+| | |
+|---|---|
+| trained on | {data} |
+| network | {network} |
+| layer | {layer} |
+| reads | {reads} |
+| latents | {sae_latents} |
+| target, active features per row | {target_actives} |
+| L0, test images | {achieved_actives_test:.2f} |
+| FVU, test images | {fvu:.4f} |
+| agreement, test images | {agreement_jumprelu:.2%} |
+| license of the data | {license} |
+
+FVU is the fraction of variance unexplained, of standardized rows. Agreement is the share of
+predictions that stay the same with the reconstruction in place of the layer's output.
+
+```python
+from sae_lens import SAE  # version 6
+sae = SAE.load_from_disk("{folder}")
+feature_acts = sae.encode(raw)  # raw (n, {d_in}) float32, the layer's output as it is
+```
+
+Mean and standard deviation (mu, std) are folded into the weights: do not standardize the input.
+`feature_report.json` of the run explains every feature, by the same numbers.
+"""
 
 
 @torch.no_grad()
@@ -52,8 +88,14 @@ def on_raw(sae: JumpReLUSAE, mu: Tensor, std: Tensor) -> dict[str, Tensor]:
     return {name: weight.float().contiguous() for name, weight in weights.items()}
 
 
-def save_saelens(layer: fa.ExplainedLayer, folder: str | Path) -> None:
-    """Write cfg.json and sae_weights.safetensors, which `SAE.load_from_disk` of SAELens 6 reads.
+def save_saelens(
+    layer: fa.ExplainedLayer,
+    folder: str | Path,
+    record: Mapping | None = None,
+    network: str = "a network",
+) -> None:
+    """Write cfg.json and sae_weights.safetensors, which `SAE.load_from_disk` of SAELens 6 reads,
+    and README.md about the SAE, where its `record` of summary.json is given.
 
     Raises InputError for an SAE without thresholds, or with some below 0: its activations may be
     negative, which those of SAELens never are.
@@ -71,6 +113,26 @@ def save_saelens(layer: fa.ExplainedLayer, folder: str | Path) -> None:
     config["metadata"] = {"sae_lens_version": "6.0.0"}  # of the layout
     fa.write_whole(Path(folder) / WEIGHTS_FILE, safetensors.torch.save(weights))
     fa.write_whole(Path(folder) / CONFIG_FILE, to_json(config))
+    if record is not None:
+        card = model_card(layer, record, network, Path(folder).name)
+        fa.write_whole(Path(folder) / CARD_FILE, card.encode())
+
+
+def model_card(layer: fa.ExplainedLayer, record: Mapping, network: str, folder: str) -> str:
+    """README.md of an SAE that is saved in `folder`, with the numbers of its record."""
+    reads = f"rows of {len(layer.mu)} numbers, one per image"
+    if layer.has_positions:
+        reads = f"rows of {len(layer.mu)} numbers, one for each of {layer.positions.n} positions"
+    own_license = "see the data's own"
+    return CARD.format(
+        **record,
+        network=network,
+        layer=getattr(layer.model, "title", "the output of its method `preactivations`"),
+        reads=reads,
+        d_in=len(layer.mu),
+        license="CC BY-SA 3.0" if MNIST_SOURCE.fullmatch(record["data"]) else own_license,
+        folder=folder,
+    )
 
 
 def load_saelens(folder: str | Path) -> tuple[JumpReLUSAE, Tensor, Tensor]:

@@ -53,6 +53,17 @@ def test_the_frontier_is_in_the_order_of_l0_and_leaves_gaps():
     assert axes[1].get_ylim()[0] == 0
 
 
+def test_the_frontier_has_bars_only_where_there_are_several_pairs_of_saes():
+    for std in (None, 0.125):
+        measured = {"mean": 0.5, "std": std}
+        more = {"reproducibility": {"variance": measured, "similarity": measured}}
+        records = [frontier_record(4, **more), frontier_record(8, **more)]
+        figure = figures.draw_frontier(records)
+        bars = [axes.containers[0].has_yerr for axes in figure.axes]
+        assert bars == [False, False, False, *2 * [std is not None]]
+        assert ("deviation" in figure.get_suptitle()) == (std is not None)
+
+
 def summary(agreement: float, f1: float | None) -> SimpleNamespace:
     bands = [{"features": n, "f1": f1} for n in range(len(BANDS) + 1)]
     return SimpleNamespace(agreement=agreement, agreement_hypotheses=agreement / 2, bands=bands)

@@ -17,10 +17,10 @@ from saexplain.parallel import WorkerError
 
 # --- What a run writes ----------------------------------------------------------------------------
 
-FILES = """settings.json summary.json feature_report.json feature_report.html hypotheses.json
-hypotheses.md explained.png influence.png training.png run.log.jsonl classifier.json sae.json
-stability_seed_1/sae.json frozen_decoder/sae.json saelens/cfg.json
-saelens/sae_weights.safetensors""".split()
+FILES = """settings.json FILES.md summary.json feature_report.json feature_report.html
+hypotheses.json hypotheses.md explained.png influence.png training.png run.log.jsonl
+classifier.json sae.json stability_seed_1/sae.json frozen_decoder/sae.json saelens/cfg.json
+saelens/sae_weights.safetensors saelens/README.md""".split()
 SUMMARY = """threshold_shift recon_acc_boolean recon_acc_boolean_scaled agreement_jumprelu kl
 ce_recovered dense_features sae_latents normalize_z seed data device seconds agreement_hypotheses
 f1_mean f1_by_influence""".split()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import feature_analysis as fa
 from saexplain.files import InputError
 from saexplain.sae import JumpReLUSAE
-from saexplain.saelens import load_saelens, save_saelens
+from saexplain.saelens import load_saelens, model_card, save_saelens
 
 D_IN, D_SAE = 5, 9
 RAW = 3 * torch.randn(1000, D_IN, generator=torch.Generator().manual_seed(5))
@@ -63,6 +63,39 @@ def test_what_is_saved_reads_raw_activations(tmp_path):
     close(sae.encode(RAW), acts)
     assert torch.equal(mu, torch.zeros(D_IN))
     assert torch.equal(std, torch.ones(D_IN))
+
+
+def test_the_card_has_the_numbers_of_the_run_and_its_lines_load_it(finished, loaded):
+    (record,) = json.loads((finished / "summary.json").read_text())
+    card = (finished / "saelens" / "README.md").read_text()
+    front, body = card.split("---\n", 2)[1:]
+    assert front.splitlines()[0] == "library_name: saelens"
+    rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", body, re.MULTILINE))
+    assert rows["trained on"] == "bundled sample of 5,000 MNIST training digits"
+    assert rows["license of the data"] == "CC BY-SA 3.0"
+    assert rows["reads"] == "rows of 128 numbers, one per image"
+    assert (rows["latents"], rows["target, active features per row"]) == ("32", "4")
+    assert rows["FVU, test images"] == f"{record['fvu']:.4f}"
+    assert rows["L0, test images"] == f"{record['achieved_actives_test']:.2f}"
+    assert rows["agreement, test images"] == f"{record['agreement_jumprelu']:.2%}"
+    code = body.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) == 3
+    compile(code, "card", "exec")
+    # As the card says, the SAE reads the layer's own output.
+    raw = loaded.layer.splits["test"].raw
+    close(load_saelens(finished / "saelens")[0].encode(raw), loaded.layer.feature_acts(raw))
+
+
+def test_only_mnist_has_a_license_that_is_known(finished, loaded):
+    (record,) = json.loads((finished / "summary.json").read_text())
+    for source, known in (
+        ("MNIST, full set of 70,000 digits", True),
+        ("FashionMNIST, full set of 70,000 images", False),
+        ("MNIST, full set of 500 images", False),  # a folder of that name
+    ):
+        card = model_card(loaded.layer, {**record, "data": source}, "a network", "saelens")
+        assert ("CC BY-SA 3.0" in card) == known
+        assert ("see the data's own" in card) != known
 
 
 @pytest.mark.parametrize("dead", [False, True])
