@@ -165,7 +165,10 @@ def with_sae(base: Compared, name: str, sae: object, mu: Tensor, std: Tensor) ->
     """An SAE that reads (raw - mu) / std of the layer of `base`. Raises InputError for one of
     another width."""
     if base.layer is None:
-        raise InputError(f"{name} needs the layer of {base.title}, which is not loaded: give a Run")
+        raise InputError(
+            f"{name} needs the layer of {base.title}, whose network is not stored there: call "
+            f"compare_runs() with what explain() returns"
+        )
     width, expected = sae.W_enc.shape[0], len(base.layer.mu)
     if width != expected:
         raise InputError(
@@ -439,6 +442,8 @@ def compare_runs(
             compared += read_run(Path(one))
         else:
             compared.append(of_run(one))
+    if saes and not (base or compared):
+        raise InputError("saes need a run, or a layer, that they read: give it first")
     for name, parts in (saes or {}).items():
         compared.append(with_sae(base or compared[0], name, *parts))
     if len(compared) < 2:

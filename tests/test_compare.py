@@ -108,6 +108,15 @@ def test_features_of_one_sae_alone_are_listed_by_influence():
     assert pair.features[1].listed(matched=False) == []
 
 
+def test_a_layer_without_an_sae_is_the_layer_of_those_given():
+    layer = layer_with(random_sae())
+    parts = (layer.sae, layer.mu, layer.std)
+    saes = {"one": parts, "two": parts}
+    comparison = cmp.compare_runs(layer.with_sae(None), saes=saes, out=None)
+    assert [one.title for one in comparison.compared] == ["one", "two"]
+    assert comparison.in_both(comparison.pairs[0])[1].startswith("11 of 11 features of B are in A")
+
+
 def test_an_sae_that_standardizes_otherwise_is_matched_and_measured_in_the_same_units():
     sae = random_sae()
     layer = layer_with(sae)
@@ -254,6 +263,10 @@ def test_what_cannot_be_compared_is_one_line(finished, loaded, tmp_path):
     with pytest.raises(InputError, match="no SAE of target 5"):
         driver.main(["compare", str(finished), str(tmp_path / "run" / "target_5")])
     sae, mu, std = load_saelens(finished / "saelens")
+    with pytest.raises(InputError, match="whose network is not stored there"):
+        cmp.compare_runs(str(finished), saes={"theirs": (sae, mu, std)}, out=None)
+    with pytest.raises(InputError, match="need a run, or a layer"):
+        cmp.compare_runs(saes={"theirs": (sae, mu, std)}, out=None)
     sae.W_enc = torch.nn.Parameter(sae.W_enc[:-1].detach())
     message = f"theirs reads 127 numbers, but the layer of {finished} gives 128"
     with pytest.raises(InputError, match=re.escape(message)):

@@ -15,6 +15,7 @@ from small_networks import (
     marked_images,
     trained,
 )
+from test_fields import check_explained
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -50,6 +51,12 @@ def is_near_the_mark(run: driver.Run, feature: int, strongest: int) -> torch.Ten
     some = acts[:, feature].topk(strongest).indices
     center = where.center_of(position[some, feature], run.layer.positions, SIDE, SIDE)
     return (center - place[some] - MARK / 2).abs().amax(1) <= MARK
+
+
+@pytest.mark.parametrize("name", ["feature_report.json", "summary.json"])
+def test_fields_with_positions_are_explained(explained, name):
+    _, found = check_explained(explained.folder, name)
+    assert found & {"position_density", "l0_position_test"}
 
 
 @pytest.mark.parametrize("kind", [None, LastChannels])
