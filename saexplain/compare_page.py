@@ -64,16 +64,15 @@ def html_table(rows: Iterable[Sequence[str]], head: Sequence[str]) -> str:
     return f'<div class="scroll"><table class="numbers">\n{body}\n</table></div>'
 
 
-def numbers_table(comparison: Comparison) -> str:
-    """The numbers by group, a column for each SAE, or a row each where they are many."""
-    numbers = comparison.numbers()
+def tables(comparison: Comparison) -> str:
+    """The settings that differ, and the numbers by group, a column for each SAE; of many SAEs both
+    in one table, a row for each."""
+    settings, numbers = comparison.settings(), comparison.numbers()
     if len(comparison.compared) > comparison.most_columns:
-        head = [
-            "",
-            *(f"{n.title.strip()} ({n.images})" if n.images else n.title for n, _ in numbers),
-        ]
-        columns = zip(*(cells for _, cells in numbers), strict=True)
-        return html_table(([a, *c] for a, c in zip(comparison.letters, columns, strict=True)), head)
+        head = ["", *(name for name, _ in settings)]
+        head += [f"{n.title.strip()} ({n.images})" if n.images else n.title for n, _ in numbers]
+        columns = [comparison.letters, *(cells for _, cells in [*settings, *numbers])]
+        return f"<h2>Numbers</h2>{INTRO}{html_table(zip(*columns, strict=True), head)}"
     rows: list[list[str]] = []
     group = ""
     for number, cells in numbers:
@@ -82,19 +81,12 @@ def numbers_table(comparison: Comparison) -> str:
             rows.append([group])
         images = f" [{number.images}]" if number.images else ""
         rows.append([number.title.strip() + images, *cells])
-    return html_table(rows, ["", *comparison.letters])
-
-
-def settings_table(comparison: Comparison) -> str:
-    """The settings that differ; a row for each SAE where they are many."""
-    settings = comparison.settings()
-    if not settings:
-        return "<p>All settings are equal, or known of one only.</p>"
-    if len(comparison.compared) <= comparison.most_columns:
-        return html_table(([name, *cells] for name, cells in settings), ["", *comparison.letters])
-    columns = zip(*(cells for _, cells in settings), strict=True)
-    rows = ([a, *cells] for a, cells in zip(comparison.letters, columns, strict=True))
-    return html_table(rows, ["", *(name for name, _ in settings)])
+    head = ["", *comparison.letters]
+    differ = "<p>All settings are equal, or known of one only.</p>"
+    if settings:
+        differ = html_table(([name, *cells] for name, cells in settings), head)
+    numbers_by_group = html_table(rows, head)
+    return f"<h2>Settings that differ</h2>{differ}<h2>Numbers</h2>{INTRO}{numbers_by_group}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -242,8 +234,7 @@ def comparison_page(
     if chart:
         picture = f'<img class="chart" alt="{escape(title)}" src="{png_source(chart)}">'
         parts.append(f'<div class="scroll">{picture}</div>')
-    parts += ["<h2>Settings that differ</h2>", settings_table(comparison)]
-    parts += ["<h2>Numbers</h2>", INTRO, numbers_table(comparison)]
+    parts.append(tables(comparison))
     parts += [pair_section(comparison, pair, folder) for pair in comparison.pairs]
     if not comparison.pairs:
         parts.append("<p>Features are matched where the layers of two runs are loaded.</p>")
