@@ -486,7 +486,7 @@ def compare_command(argv: Sequence[str], load_run: Callable) -> Comparison:
             continue
         root, _ = find_run(path)
         for one in read_run(path):
-            if runs.load_manifest(root)["caller"] == "script":
+            if runs.load_manifest(root).get("caller", "script") == "script":
                 target = one.settings["target_actives"]
                 one = of_run(load_run(root, target, args.data, args.device))
             found.append(one)
