@@ -164,7 +164,8 @@ def test_a_folder_of_photographs_is_explained_in_one_call(resnet, tmp_path, monk
     run = driver.explain(resnet, "layer2", "photos", target=4, sae_latents=40, stability_seeds=0)
     assert run.folder.as_posix() == "explained/ResNet_layer2"
     assert run.data.classes == tuple(f"{label} {name}" for label, name in enumerate(CLASSES))
-    assert "a map (16, 4, 4): 4 x 4 positions; results go to explained" in capsys.readouterr().out
+    words = " ".join(capsys.readouterr().out.split())
+    assert "a map (16, 4, 4): 4 x 4 positions; results go to explained" in words
     assert (run.folder / "feature_report.html").exists()
 
 

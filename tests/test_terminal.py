@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -58,7 +57,8 @@ def take_items(clock: Stopwatch) -> None:
         for i in progress.progress_bar(range(4), "items", 4):
             if i == 2:
                 print("in between")
-            time.sleep(2 * progress.DRAWN_EVERY)
+            for line in progress._lines:  # a busy machine may let its thread wait
+                line.refresh()
         clock.result = "L0 4.0"
 
 
