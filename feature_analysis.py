@@ -154,10 +154,10 @@ class ExplainedLayer:
             met = value.dtype, tuple(value.shape)
             if met != expected:
                 raise ValueError(f"{name} must be {expected} like the SAE's input, got {met}")
-            for rule, kept in (("finite", value.isfinite()), ("positive", value > 0)):
-                if not kept.all() and (rule == "finite" or name == "std"):
-                    at = int(kept.logical_not().nonzero()[0])
-                    raise ValueError(f"{name} must be {rule}, got {value[at]:g} at unit {at}")
+            check_finite(value[None], name)
+        if not (self.std > 0).all():
+            at = int(self.std.argmin())
+            raise ValueError(f"std must be positive, got {self.std[at]:g} at unit {at}")
         check_eval_mode(self.model)
 
     def with_sae(self, sae: object) -> ExplainedLayer:
@@ -217,6 +217,7 @@ class ExplainedLayer:
         if not isinstance(images, Tensor) or images.dim() < 2:
             met = tuple(getattr(images, "shape", ())) or type(images).__name__
             raise ValueError(f"images must be a tensor (B, ...), got {met}")
+        check_finite(images, "images", "column")
         try:
             raw = self.model.preactivations(images.to(self.device))
         except RuntimeError as error:
@@ -224,13 +225,10 @@ class ExplainedLayer:
                 raise
             shape = tuple(images.shape)
             raise ValueError(f"the model cannot take images of shape {shape}: {error}") from error
-        values, expected = values_of(raw), tuple(self.mu.shape)
-        shape = tuple(values.shape)
+        shape, expected = tuple(values_of(raw).shape), tuple(self.mu.shape)
         if shape[-1:] != expected or len(shape) != 2 + self.has_positions:
             raise ValueError(f"preactivations have shape {shape}, but mu has shape {expected}")
-        if not values.isfinite().all():
-            given = "finite" if images.isfinite().all() else "not finite"
-            raise ValueError(f"preactivations are not finite, for images that are {given}")
+        check_finite(values_of(raw), "preactivations")
         return raw
 
     def rows(self, raw: Tensor, images) -> Rows:
@@ -272,7 +270,9 @@ class ExplainedLayer:
     def logits(self, raw: Rows) -> Tensor:
         """Logits (B, C) of raw, `head_rows` at a time."""
         head = self.model.logits_from_preactivations
-        return torch.cat([head(some) for some in raw.split(self.head_rows)])
+        logits = torch.cat([head(some) for some in raw.split(self.head_rows)])
+        check_finite(logits, "logits", "class")
+        return logits
 
     def logits_of_z(self, z: Tensor) -> Tensor:
         """Logits (B, C) of standardized z, (B, d_in) or (B, P, d_in)."""
@@ -306,6 +306,16 @@ class ExplainedLayer:
         SAE does not reconstruct stays, so its error is not mistaken for the feature's effect.
         """
         return self.adding(raw, k, -(self.acts_of(raw, k) if acts is None else acts))
+
+
+def check_finite(values: Tensor, what: str, unit: str = "unit", first: int = 0) -> None:
+    """Raise ValueError unless values (N, ..., d) are finite; image `first` is the first of them."""
+    wrong = values.isfinite().logical_not()
+    if wrong.any():
+        image, *_, at = wrong.nonzero()[0].tolist()
+        met = f"{values[wrong][0]:g} at {unit} {at}"
+        met += f" of image {first + image}, {int(wrong.sum()):,} in all" if len(wrong) > 1 else ""
+        raise ValueError(f"{what} must be finite, got {met}")
 
 
 def check_eval_mode(model: object) -> None:
