@@ -155,7 +155,7 @@ def find_images(where: str) -> Path | None:
     if where == AUTO:
         places = (Path(DOWNLOADS), Path(DOWNLOADS) / "MNIST" / "raw")
         return next(filter(has_set, places), None) or download_mnist(Path(DOWNLOADS))
-    root = Path(where)
+    root = Path(where).expanduser()
     is_folder = root.is_dir() and bool(where.strip())  # Path("") is the current folder
     # The folder itself, or else where torchvision stores a set.
     places = [root] if has_set(root) else [root / "raw", *sorted(root.glob("*/raw"))]
