@@ -273,9 +273,12 @@ def describe_set(folder: Path, known: str | None, n_images: int) -> str:
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of shapes, dtypes and values."""
+    """SHA-256 of shapes, dtypes and values; of what is no tensor, as packed weights, of its text."""
     found = hashlib.sha256()
     for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            found.update(repr(tensor).encode())
+            continue
         found.update(str((tuple(tensor.shape), tensor.dtype)).encode())
         found.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
     return found.hexdigest()
