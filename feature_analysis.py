@@ -151,13 +151,11 @@ class ExplainedLayer:
         weights = self.mu if self.sae is None else self.sae.W_enc
         expected = weights.dtype, (weights.shape[0],)
         for name, value in (("mu", self.mu), ("std", self.std)):
-            met = value.dtype, tuple(value.shape)
-            if met != expected:
+            if (met := (value.dtype, tuple(value.shape))) != expected:
                 raise ValueError(f"{name} must be {expected} like the SAE's input, got {met}")
             check_finite(value[None], name)
-        if not (self.std > 0).all():
-            at = int(self.std.argmin())
-            raise ValueError(f"std must be positive, got {self.std[at]:g} at unit {at}")
+        if (low := self.std.min()) <= 0:
+            raise ValueError(f"std must be positive, got {low:g} at unit {int(self.std.argmin())}")
         check_eval_mode(self.model)
 
     def with_sae(self, sae: object) -> ExplainedLayer:
@@ -182,8 +180,7 @@ class ExplainedLayer:
     def activations(self, images: Tensor, labels: Tensor) -> Activations:
         """The layer's output for images (N, ...) with labels (N,), from one pass over them.
 
-        Raises ValueError without images, for labels that are no class indices, and for a model that
-        is not deterministic.
+        Raises ValueError without images, for labels that are no class indices, or random outputs.
         """
         if images.dim() and len(images) == 0:
             raise ValueError("images is empty: give at least one")
@@ -211,8 +208,7 @@ class ExplainedLayer:
     def raw(self, images: Tensor) -> Rows:
         """The layer's output for images (B, ...): (B, d_in), or (B, P, d_in) with positions.
 
-        Raises ValueError when the model cannot take the images, or gives another shape than mu's,
-        or numbers that are not finite.
+        Raises ValueError for images the model cannot take, other shapes, and what is not finite.
         """
         if not isinstance(images, Tensor) or images.dim() < 2:
             met = tuple(getattr(images, "shape", ())) or type(images).__name__
@@ -313,9 +309,8 @@ def check_finite(values: Tensor, what: str, unit: str = "unit", first: int = 0) 
     wrong = values.isfinite().logical_not()
     if wrong.any():
         image, *_, at = wrong.nonzero()[0].tolist()
-        met = f"{values[wrong][0]:g} at {unit} {at}"
-        met += f" of image {first + image}, {int(wrong.sum()):,} in all" if len(wrong) > 1 else ""
-        raise ValueError(f"{what} must be finite, got {met}")
+        of = f" of image {first + image}, {int(wrong.sum()):,} in all" if len(wrong) > 1 else ""
+        raise ValueError(f"{what} must be finite, got {values[wrong][0]:g} at {unit} {at}{of}")
 
 
 def check_eval_mode(model: object) -> None:
@@ -419,15 +414,10 @@ def fixed_order_batches(loader: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
         seen.append((images[:PROBED] if seen else images).clone())
     for number, batch in enumerate(loader):
         images, labels = check_pair(batch, "each batch")
-        again = images[:PROBED] if number else images
-        if number < len(seen) and not _same_images(again, seen[number]):
+        again = (images[:PROBED] if number else images).nan_to_num()  # `raw` has words for NaN
+        if number < len(seen) and not again.equal(seen[number].nan_to_num()):
             raise ValueError("the loader must not shuffle or augment: each pass has other images")
         yield images, labels
-
-
-def _same_images(a: Tensor, b: Tensor) -> bool:
-    # NaN equals NaN here: `raw` has the better message for such images.
-    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @torch.no_grad()

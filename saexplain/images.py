@@ -273,7 +273,7 @@ def describe_set(folder: Path, known: str | None, n_images: int) -> str:
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of shapes, dtypes and values; of what is no tensor, as packed weights, of its text."""
+    """SHA-256 of shapes, dtypes and values; of packed weights, which are no tensors, their text."""
     found = hashlib.sha256()
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
