@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,8 +13,11 @@ from torch.utils.checkpoint import checkpoint
 import feature_analysis as fa
 from saexplain import layers
 from saexplain.datasets import load_own
+from saexplain.hypotheses import Hypothesis
 from saexplain.layers import AtLayer, open_layer
-from saexplain.report import load_splits
+from saexplain.own import read_hypotheses, write_hypotheses
+from saexplain.report import explain_sae, load_splits
+from saexplain.sae import JumpReLUSAE
 
 SIZES = (60, 20, 24)
 
@@ -256,3 +260,35 @@ def test_forms_that_cannot_be_used_are_named(given, options, message):
 )
 def test_names_of_classes_may_be_a_dict(classes):
     assert load_own((X, Y), classes=classes).classes == ("a", "b", "c", "d")
+
+
+def broken_sae() -> JumpReLUSAE:
+    sae = JumpReLUSAE(12, 24)
+    sae.W_dec.data[17, 3] = torch.nan
+    return sae
+
+
+@pytest.mark.parametrize(
+    ("sae", "message"),
+    [
+        ({"W_enc": 1}, "must have encode, decode, W_enc, W_dec, but has no encode"),
+        (broken_sae(), r"1 of W_dec are not, first at \(17, 3\)"),
+    ],
+)
+def test_an_sae_that_cannot_be_used_is_named(tmp_path, sae, message):
+    given = (sae, torch.zeros(12), torch.ones(12), *SPLITS, tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        explain_sae(Net(), "mid", *given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_paths_may_start_at_home_and_folders_are_no_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # on Windows
+    write_hypotheses([Hypothesis(3, np.eye(8, dtype=int))], "~/mine.json")
+    assert (tmp_path / "mine.json").is_file()
+    assert [h.feature for h in read_hypotheses("~/mine.json")] == [3]
+    with pytest.raises(ValueError, match="cannot be written"):
+        write_hypotheses([Hypothesis(3, np.eye(8, dtype=int))], tmp_path)
+    with pytest.raises(ValueError, match=r"'~/mine\.json' is a file; give"):
+        load_own("~/mine.json")
