@@ -939,7 +939,7 @@ def explain_settings(net: AtLayer, raw: fa.Rows, target: int | None, given: dict
     width = LATENTS_AT_POSITIONS if len(raw.shape) == 3 else LATENTS_OF_VECTOR
     usual = {"sae_latents": max(width * raw.shape[-1], 2 * (target or max(TARGETS))), "workers": 0}
     usual["out"] = str(Path(EXPLAINED) / file_name(net.short_name))
-    given = {**given, "out": str(given.get("out") or usual["out"])}
+    given = {**given, "out": str(Path(given.get("out") or usual["out"]).expanduser())}
     if target is None:
         latents = given.get("sae_latents", usual["sae_latents"])
         possible = [t for t in TARGETS if t < latents]

@@ -151,13 +151,11 @@ class ExplainedLayer:
         weights = self.mu if self.sae is None else self.sae.W_enc
         expected = weights.dtype, (weights.shape[0],)
         for name, value in (("mu", self.mu), ("std", self.std)):
-            met = value.dtype, tuple(value.shape)
-            if met != expected:
+            if (met := (value.dtype, tuple(value.shape))) != expected:
                 raise ValueError(f"{name} must be {expected} like the SAE's input, got {met}")
-            for rule, kept in (("finite", value.isfinite()), ("positive", value > 0)):
-                if not kept.all() and (rule == "finite" or name == "std"):
-                    at = int(kept.logical_not().nonzero()[0])
-                    raise ValueError(f"{name} must be {rule}, got {value[at]:g} at unit {at}")
+            check_finite(value[None], name)
+        if (low := self.std.min()) <= 0:
+            raise ValueError(f"std must be positive, got {low:g} at unit {int(self.std.argmin())}")
         check_eval_mode(self.model)
 
     def with_sae(self, sae: object) -> ExplainedLayer:
@@ -182,8 +180,7 @@ class ExplainedLayer:
     def activations(self, images: Tensor, labels: Tensor) -> Activations:
         """The layer's output for images (N, ...) with labels (N,), from one pass over them.
 
-        Raises ValueError without images, for labels that are no class indices, and for a model that
-        is not deterministic.
+        Raises ValueError without images, for labels that are no class indices, or random outputs.
         """
         if images.dim() and len(images) == 0:
             raise ValueError("images is empty: give at least one")
@@ -211,12 +208,12 @@ class ExplainedLayer:
     def raw(self, images: Tensor) -> Rows:
         """The layer's output for images (B, ...): (B, d_in), or (B, P, d_in) with positions.
 
-        Raises ValueError when the model cannot take the images, or gives another shape than mu's,
-        or numbers that are not finite.
+        Raises ValueError for images the model cannot take, other shapes, and what is not finite.
         """
         if not isinstance(images, Tensor) or images.dim() < 2:
             met = tuple(getattr(images, "shape", ())) or type(images).__name__
             raise ValueError(f"images must be a tensor (B, ...), got {met}")
+        check_finite(images, "images", "column")
         try:
             raw = self.model.preactivations(images.to(self.device))
         except RuntimeError as error:
@@ -224,13 +221,10 @@ class ExplainedLayer:
                 raise
             shape = tuple(images.shape)
             raise ValueError(f"the model cannot take images of shape {shape}: {error}") from error
-        values, expected = values_of(raw), tuple(self.mu.shape)
-        shape = tuple(values.shape)
+        shape, expected = tuple(values_of(raw).shape), tuple(self.mu.shape)
         if shape[-1:] != expected or len(shape) != 2 + self.has_positions:
             raise ValueError(f"preactivations have shape {shape}, but mu has shape {expected}")
-        if not values.isfinite().all():
-            given = "finite" if images.isfinite().all() else "not finite"
-            raise ValueError(f"preactivations are not finite, for images that are {given}")
+        check_finite(values_of(raw), "preactivations")
         return raw
 
     def rows(self, raw: Tensor, images) -> Rows:
@@ -272,7 +266,9 @@ class ExplainedLayer:
     def logits(self, raw: Rows) -> Tensor:
         """Logits (B, C) of raw, `head_rows` at a time."""
         head = self.model.logits_from_preactivations
-        return torch.cat([head(some) for some in raw.split(self.head_rows)])
+        logits = torch.cat([head(some) for some in raw.split(self.head_rows)])
+        check_finite(logits, "logits", "class")
+        return logits
 
     def logits_of_z(self, z: Tensor) -> Tensor:
         """Logits (B, C) of standardized z, (B, d_in) or (B, P, d_in)."""
@@ -306,6 +302,15 @@ class ExplainedLayer:
         SAE does not reconstruct stays, so its error is not mistaken for the feature's effect.
         """
         return self.adding(raw, k, -(self.acts_of(raw, k) if acts is None else acts))
+
+
+def check_finite(values: Tensor, what: str, unit: str = "unit", first: int = 0) -> None:
+    """Raise ValueError unless values (N, ..., d) are finite; image `first` is the first of them."""
+    wrong = values.isfinite().logical_not()
+    if wrong.any():
+        image, *_, at = wrong.nonzero()[0].tolist()
+        of = f" of image {first + image}, {int(wrong.sum()):,} in all" if len(wrong) > 1 else ""
+        raise ValueError(f"{what} must be finite, got {values[wrong][0]:g} at {unit} {at}{of}")
 
 
 def check_eval_mode(model: object) -> None:
@@ -409,15 +414,10 @@ def fixed_order_batches(loader: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
         seen.append((images[:PROBED] if seen else images).clone())
     for number, batch in enumerate(loader):
         images, labels = check_pair(batch, "each batch")
-        again = images[:PROBED] if number else images
-        if number < len(seen) and not _same_images(again, seen[number]):
+        again = (images[:PROBED] if number else images).nan_to_num()  # `raw` has words for NaN
+        if number < len(seen) and not again.equal(seen[number].nan_to_num()):
             raise ValueError("the loader must not shuffle or augment: each pass has other images")
         yield images, labels
-
-
-def _same_images(a: Tensor, b: Tensor) -> bool:
-    # NaN equals NaN here: `raw` has the better message for such images.
-    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,7 @@ from saexplain.sources import (
     Reader,
     Source,
     found_names,
+    gives_batches,
     is_picture,
     open_source,
 )
@@ -144,7 +146,12 @@ def read_source(source: Source, device: torch.device) -> Part:
         low, high = pixels.amin((0, 2, 3)), pixels.amax((0, 2, 3))
         # NaN is both the smallest and the largest value.
         if not bool(torch.isfinite(torch.cat([low, high])).all()):
-            raise InputError(f"{source.name} has pixels that are not finite float32 numbers")
+            wrong = pixels.isfinite().flatten(1).logical_not().sum(1)
+            i = int(wrong.nonzero()[0])
+            raise InputError(
+                f"{source.name} must have finite pixels, but {int(wrong[i]):,} of image {at + i} "
+                f"are not finite float32 numbers; replace them, or leave out such images"
+            )
         facts.append((labels, image_hashes(pixels), low, high))
         at += len(pixels)
         if images is not None:
@@ -198,9 +205,11 @@ def find_splits(train: object, val: object, test: object) -> dict[str, object]:
     """
     given = {"train": train, "val": val, "test": test}
     inside = {}
+    if val is None and test is None and gives_batches(train) and len(train) == 3:
+        raise InputError("train has three (images, labels): give splits as train, val and test")
     if isinstance(train, Mapping):
         inside = train
-    elif isinstance(train, (str, Path)) and (root := check_folder(train, "train")):
+    elif isinstance(train, (str, os.PathLike)) and (root := check_folder(train, "train")):
         inside = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
         main = [inside[name] for name in SPLIT_FOLDERS["train"] if name in inside]
         if not main or any(map(is_picture, main[0].iterdir())):
@@ -212,17 +221,21 @@ def find_splits(train: object, val: object, test: object) -> dict[str, object]:
                 given[split] = found[0]
     classes = ()
     for name, value in given.items():
-        if isinstance(value, (str, Path)):
+        if isinstance(value, (str, os.PathLike)):
             given[name] = ClassFolders(check_folder(value, name), classes)
             classes = classes or given[name].classes
     return {name: value for name, value in given.items() if value is not None or name == "train"}
 
 
-def check_folder(path: str | Path, name: str) -> Path:
+def check_folder(path: str | os.PathLike, name: str) -> Path:
     """The folder. Raises InputError for anything else."""
-    if not str(path).strip() or not Path(path).is_dir():
-        raise InputError(f"{name}: {str(path)!r} is no folder; give {FORMS}")
-    return Path(path)
+    folder = Path(path).expanduser()
+    if not str(path).strip() or not folder.is_dir():
+        met = "is a file" if folder.is_file() else "does not exist"
+        raise InputError(f"{name}: {str(path)!r} {met}; give {FORMS}")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise InputError(f"{name}: {folder} cannot be read; change its permissions")
+    return folder
 
 
 def fill_splits(parts: dict[str, Part], seed: int) -> tuple[dict[str, Part], str]:
@@ -318,6 +331,22 @@ def check_label_range(labels: Mapping[str, np.ndarray], n_classes: int | None) -
     return n_classes or len(known)
 
 
+def listed_names(classes: object) -> tuple[str, ...]:
+    """The names of the logits in their order, of a list, or a dict from or to their numbers.
+
+    Raises InputError for what has no order.
+    """
+    if isinstance(classes, Mapping):
+        by_number = dict(classes)
+        if not all(isinstance(key, int) for key in by_number):
+            by_number = {number: name for name, number in by_number.items()}
+        if sorted(by_number) == list(range(len(classes))):
+            return tuple(str(by_number[i]) for i in range(len(classes)))
+    elif isinstance(classes, Iterable) and not isinstance(classes, (set, frozenset)):
+        return tuple(map(str, classes))
+    raise InputError(f"classes must be names in the order of the logits, got {classes!r:.60}")
+
+
 def class_names(
     classes: Sequence[str], sources: Mapping[str, Source], n_classes: int | None
 ) -> tuple[str, ...]:
@@ -325,7 +354,7 @@ def class_names(
 
     Raises InputError for names that do not fit the network, or differ from split to split.
     """
-    names = tuple(map(str, classes))
+    names = classes
     if names and (len(set(names)) < len(names) or len(names) != (n_classes or len(names))):
         raise InputError(
             f"classes has {len(set(names))} different names; the network has {n_classes} logits"
@@ -352,7 +381,7 @@ def class_names(
 def reordered(classes: Sequence[str], sources: Mapping[str, Source]) -> Tensor | None:
     """(n,) int64, for each class of the Dataset its place among `classes`, by name; None where they
     are in one order, or where the names are others, which rename the classes."""
-    given, own = tuple(map(str, classes)), tuple(found_names(sources["train"]) or ())
+    given, own = tuple(classes), tuple(found_names(sources["train"]) or ())
     if own == given[: len(own)] or not set(own) <= set(given):
         return None
     return torch.tensor([given.index(name) for name in own])
@@ -401,6 +430,9 @@ def load_own(
     Raises InputError for what cannot be used, before all images are read where possible.
     """
     device, given = torch.device(device), given_normalization(mean, std)
+    classes = listed_names(classes)
+    if columns is not None and (isinstance(columns, str) or len(columns) != 2):
+        raise InputError(f"columns must name image and label, got {columns!r}")
     normalization = given or model_normalization(model)
     sources = open_sources(find_splits(train, val, test), Reader(columns, transform, normalization))
     if callable(n_classes):
@@ -430,7 +462,7 @@ def load_own(
 
 def fit_data(data: Data, classes: Sequence[str], n_classes: int, device: torch.device) -> Data:
     """The data on `device`. Raises InputError where they do not fit a network of `n_classes`."""
-    names = tuple(map(str, classes)) or data.classes
+    names = listed_names(classes) or data.classes
     if len(names) != n_classes:
         raise InputError(
             f"the data have {len(names)} classes; the network has {n_classes} logits: give "

@@ -844,7 +844,7 @@ def hypothesis_of(record: Mapping) -> Hypothesis:
     optional += ("strong_from",)
     given = {name: record[name] for name in optional if record.get(name) is not None}
     wanted, unwanted = weights.clip(0, None), (-weights).clip(0, None)
-    classes = tuple(record.get("classes") or ())
+    classes = record.get("classes") or ()
     return Hypothesis(record["feature"], wanted, unwanted, classes, **given)
 
 

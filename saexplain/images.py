@@ -155,7 +155,7 @@ def find_images(where: str) -> Path | None:
     if where == AUTO:
         places = (Path(DOWNLOADS), Path(DOWNLOADS) / "MNIST" / "raw")
         return next(filter(has_set, places), None) or download_mnist(Path(DOWNLOADS))
-    root = Path(where)
+    root = Path(where).expanduser()
     is_folder = root.is_dir() and bool(where.strip())  # Path("") is the current folder
     # The folder itself, or else where torchvision stores a set.
     places = [root] if has_set(root) else [root / "raw", *sorted(root.glob("*/raw"))]
@@ -273,9 +273,12 @@ def describe_set(folder: Path, known: str | None, n_images: int) -> str:
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of shapes, dtypes and values."""
+    """SHA-256 of shapes, dtypes and values; of packed weights, which are no tensors, their text."""
     found = hashlib.sha256()
     for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            found.update(repr(tensor).encode())
+            continue
         found.update(str((tuple(tensor.shape), tensor.dtype)).encode())
         found.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
     return found.hexdigest()

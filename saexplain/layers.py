@@ -12,6 +12,7 @@ Key: N images, B in a batch, C classes, d_in units of the layer, P positions.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import os
@@ -29,9 +30,17 @@ import feature_analysis as fa
 from saexplain.files import InputError, sha256_of, to_json
 from saexplain.images import SPLIT_NAMES, Data, Split, TensorLoader, digest_of
 from saexplain.parallel import ONE_PROCESS, Ranks, shard_of
-from saexplain.positions import POOLS, Layout, find_layout, sampled_positions
+from saexplain.positions import (
+    POOLS,
+    Layout,
+    decides_layout,
+    find_layout,
+    last_of,
+    sampled_positions,
+)
 from saexplain.progress import progress_bar
 from saexplain.rows import mean_and_std, spread_over
+from saexplain.sources import describe_error
 from saexplain.store import FileStore, MemoryStore, open_store
 
 METHODS = ("preactivations", "logits_from_preactivations")  # of a model that needs no hook
@@ -39,6 +48,8 @@ LOW_PRECISION = 1e-2  # relative difference of equal results on GPUs, which may 
 IMAGES_SENT = 256  # whose outputs go to the first rank at once
 SCALE_SHIFT = 1.0  # standard deviations that units may lie off on average; one class stays below
 SCALE_RATIO = 3.0  # times that they may spread further, or less far
+BYTE = 255.0  # the largest value of a pixel in a file
+SCALED_IMAGES = 256  # that are classified on another scale
 
 
 class Storing(NamedTuple):
@@ -64,7 +75,7 @@ def collect_activations(
     `normalize`. A unit that never varies gets std 1: it carries nothing, and dividing by zero would
     spread NaN. Each of several ranks reads its part of the images, and keeps those for training;
     the first gets all others. Raises InputError where no unit varies, and for a network that
-    returns probabilities.
+    returns probabilities; ValueError for outputs that are not finite.
     """
     storing, outputs = storing or Storing(), {}
     for name in SPLIT_NAMES:
@@ -140,6 +151,8 @@ def store_outputs(model, split: Split, name: str, storing: Storing, ranks: Ranks
     loader = TensorLoader(rest) if len(rest.labels) else ()
     for batch, _ in progress_bar(loader, f"{SPLIT_NAMES[name]} images", len(loader)):
         raw = fa.values_of(model.preactivations(batch))
+        what = f"the layer's output for {SPLIT_NAMES[name]} images"
+        fa.check_finite(raw, what, first=own.start + store.done)
         if kept < p:
             given = (own.start + store.done, len(raw), p, kept, model.positions.n_prefix)
             places = sampled_positions(*given).to(raw.device)
@@ -180,18 +193,21 @@ def part_of(images, part: slice):
 def check_logits(layer: fa.ExplainedLayer, raw: fa.Rows) -> None:
     """Raise InputError where the outputs for raw are probabilities: softmax of them, for cross
     entropy and KL, would be another distribution than the network's."""
-    far_off = layer.moved(raw, fa.values_of(raw) + 1, 1.0)
-    found = torch.cat([layer.logits(raw), layer.logits(far_off)])
-    if found.shape[1] == 2 and not found[:, 0].any() and ((found[:, 1] - 0.5).abs() <= 0.5).all():
-        raise InputError(
-            "the network must return a logit, but it returns numbers from 0 to 1; leave out the "
-            "sigmoid at its end"
-        )
-    if (found >= 0).all() and ((found.sum(1) - 1).abs() < LOW_PRECISION).all():
+    values = fa.values_of(raw)  # far off, numbers from 0 to 1 that are logits leave this range
+    tried = [layer.moved(raw, step * values + step, 1.0) for step in (1.0, 99.0, -99.0)]
+    far = [layer.model.logits_from_preactivations(some) for some in tried]  # may be infinite
+    found = torch.cat([layer.logits(raw), *far])
+    if not 0 <= found.min() < found.max() <= 1 + fa.ROUNDING:  # a single logit is beside a 0
+        return
+    if ((found.sum(1) - 1).abs() < LOW_PRECISION).all():
         raise InputError(
             "the network must return logits, but it returns probabilities, which are positive and "
             "sum to 1; leave out the softmax at its end, or return the logarithm of its result"
         )
+    raise InputError(
+        "the network must return logits, but it returns numbers from 0 to 1; leave out the sigmoid "
+        "at its end"
+    )
 
 
 def usable_std(std: Tensor) -> Tensor:
@@ -230,6 +246,33 @@ def warn_chance(layer: fa.ExplainedLayer) -> None:
             f"warning: the network classifies {right:.1%} of the validation images correctly, no "
             f"more than naming the most frequent class for all would, {most:.1%}; are labels in "
             f"the order of its logits, and images scaled as it expects them?"
+        )
+    warn_scale(layer)
+
+
+def warn_scale(layer: fa.ExplainedLayer) -> None:
+    """Print a line where the network classifies validation images much better on the other usual
+    scale, of values from 0 to 255 or from 0 to 1."""
+    images, labels, raw = layer.splits["val"]
+    some = spread_over(len(labels), SCALED_IMAGES)
+    given = images[some.to(images.device)]
+    low, high = float(given.min()), float(given.max())
+    if low < 0 or high > BYTE:
+        return
+    factor, words = (1 / BYTE, "divided by 255") if high > 1 else (BYTE, "times 255")
+    found = []
+    for logits in (layer.logits(raw[some.to(raw.device)]), layer.logits(layer.raw(given * factor))):
+        own = labels[some.to(labels.device)].to(logits.device)
+        accuracy = (logits.argmax(1) == own).double().mean().item()
+        found.append((nn.functional.cross_entropy(logits, own).item(), accuracy))
+    (loss, accuracy), (other, other_accuracy) = found
+    # Larger logits alone lower the loss of a network that makes no errors.
+    is_better = other < min(loss, math.log(logits.shape[1])) / 2
+    if is_better and (factor < 1 or other_accuracy > accuracy + 0.1):
+        print(
+            f"warning: images have values from {low:.3g} to {high:.3g}, but the network classifies "
+            f"them better {words}: cross entropy {other:.2f} instead of {loss:.2f}, accuracy "
+            f"{other_accuracy:.1%} instead of {accuracy:.1%}; give images on the scale it expects"
         )
 
 
@@ -283,11 +326,14 @@ def open_layer(
         return model
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
-    if any(parameter.is_inference() for parameter in model.parameters()):
-        raise InputError(
-            "the model was made in torch.inference_mode(), so no gradients flow through it; make "
-            "it outside"
-        )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta:
+            raise InputError(f"the model's {name} has no values; run it once, or load its weights")
+        if parameter.is_inference():
+            raise InputError(
+                "the model was made in torch.inference_mode(), so no gradients flow through it; "
+                "make it outside"
+            )
     if layer is not None:
         return AtLayer(model, layer, pool, None, layout, grid, prefix_tokens)
     if not all(callable(getattr(model, name, None)) for name in METHODS):
@@ -338,12 +384,21 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def parts_of(output: object) -> Mapping:
+    """The parts of a dict, tuple, list or dataclass, by key; none of anything else."""
+    if isinstance(output, Mapping):  # also the dataclasses of transformers
+        return output
+    if isinstance(output, (tuple, list)):
+        return dict(enumerate(output))
+    names = dataclasses.fields(output) if dataclasses.is_dataclass(output) else ()
+    return {field.name: getattr(output, field.name) for field in names}
+
+
 def path_to_tensor(output: object) -> tuple | None:
     """The keys that lead to the first tensor (B, ...) in a layer's output; None without any."""
     if isinstance(output, Tensor):
         return () if output.dim() > 1 else None
-    items = enumerate(output) if isinstance(output, (tuple, list)) else ()
-    for key, value in output.items() if isinstance(output, Mapping) else items:
+    for key, value in parts_of(output).items():
         path = path_to_tensor(value)
         if path is not None:
             return (key, *path)
@@ -354,17 +409,20 @@ def with_tensor_at(output: object, path: tuple, new: Tensor) -> object:
     """The output with another tensor at the end of the path."""
     if not path:
         return new
-    inner = with_tensor_at(output[path[0]], path[1:], new)
+    parts = parts_of(output)
+    parts = {**parts, path[0]: with_tensor_at(parts[path[0]], path[1:], new)}
     if isinstance(output, Mapping):  # also those of transformers, which take names only
-        return type(output)(**{**output, path[0]: inner})
-    items = [inner if i == path[0] else value for i, value in enumerate(output)]
-    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+        return type(output)(**parts)
+    if isinstance(output, (tuple, list)):
+        named = hasattr(output, "_fields")
+        return type(output)(*parts.values()) if named else type(output)(parts.values())
+    return dataclasses.replace(output, **{path[0]: parts[path[0]]})
 
 
 def logits_in(result: object) -> Tensor | None:
-    """Logits (B, C) in what a model returns: a tensor, `.logits`, or the first of a dict or tuple
-    that has this shape. A single logit x becomes those of two classes, 0 and x. None without any.
-    """
+    """Logits (B, C) in what a model returns: a tensor, `.logits`, or the first of a dict, tuple or
+    dataclass that has this shape. A single logit x becomes those of two classes, 0 and x. None
+    without any. Raises ValueError where there are several of different numbers of classes."""
     if isinstance(result, Tensor):
         if result.dim() == 1 and result.is_floating_point():
             result = result[:, None]
@@ -375,12 +433,15 @@ def logits_in(result: object) -> Tensor | None:
     named = result.get("logits") if isinstance(result, Mapping) else named
     if isinstance(named, Tensor):
         return logits_in(named)
-    values = list(result.values()) if isinstance(result, Mapping) else result
-    for value in values if isinstance(values, (tuple, list)) else ():
-        found = logits_in(value)
-        if found is not None:
-            return found
-    return None
+    found = [logits_in(value) for value in parts_of(result).values()]
+    found = [logits for logits in found if logits is not None]
+    if len({logits.shape[1] for logits in found}) > 1:
+        shapes = ", ".join(f"(B, {logits.shape[1]})" for logits in found)
+        raise ValueError(
+            f"the model returns several tensors that may be the logits, {shapes}; have it return "
+            f"the logits alone, or name them: {{'logits': ...}}"
+        )
+    return found[0] if found else None
 
 
 class AtLayer:
@@ -397,7 +458,8 @@ class AtLayer:
 
     Args:
         model: maps images (B, ...) to logits (B, C), alone or in a dict, a tuple or as `.logits`.
-        name: of the layer, as in `model.named_modules()`.
+        name: of the layer, as in `model.named_modules()`; of one that is neither traced nor
+            scripted, which run no hooks.
         pool: of an output with positions: "mean" or "max" over them, which serves where the head
             reads no more than that, or "flatten" for all of it. By default positions stay, and raw
             is (B, P, d_in).
@@ -423,11 +485,22 @@ class AtLayer:
     ):
         model = unwrapped(model)
         modules = dict(model.named_modules())
+        if not isinstance(name, str):
+            own = next((own for own, part in modules.items() if part is name), str(name))
+            met = type(name).__name__
+            raise ValueError(f"layer must be a name, such as {own!r:.40}, got one of type {met}")
         for prefix in ("_orig_mod.", "module."):  # names of a compiled or parallel model
             name = name.removeprefix(prefix) if name and name not in modules else name
+        if any(isinstance(part, torch.jit.ScriptModule) for part in (model, modules.get(name))):
+            raise ValueError(
+                f"layer {name!r} is traced or scripted, so that its output cannot be read or "
+                f"replaced; give the torch.nn.Module that it was made from"
+            )
         if name not in modules or not name:
-            near = difflib.get_close_matches(name, modules, 5, 0) if name else list(modules)[1:6]
-            raise ValueError(f"the model has no layer {name!r}; it has {', '.join(near)}, ...")
+            names = [own for own in modules if own]
+            near = difflib.get_close_matches(name, names, 5, 0) if name else names[:5]
+            listed = ", ".join(near) + (", ..." if len(near) < len(names) else "")
+            raise ValueError(f"the model has no layer {name!r}; it has {listed or 'none'}")
         if pool is not None and pool not in POOLS:
             raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
         self.model, self.name, self.pool = model, name, pool
@@ -436,6 +509,8 @@ class AtLayer:
         self.layer = modules[name]
         like = parameter_like(model)
         self.device, self.dtype = like.device, like.dtype
+        dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+        self.dtypes = list(dict.fromkeys(dtypes)) or [like.dtype]  # that images may have
         self.asked = (layout, grid, prefix_tokens)
         self.layout: Layout | None = None  # of the output, once images are known
         self.before: Tensor | None = None  # (1, ...) an image that leads to the layer
@@ -530,14 +605,20 @@ class AtLayer:
         except StopForward:
             pass
         if not found:
-            raise ValueError(f"layer {self.name!r} does not run when the model is given images")
+            raise ValueError(self._not_run())
         path, output = path_to_tensor(found[0]), found[0]
         if path is None:
             met = type(output).__name__
             raise ValueError(f"layer {self.name!r} must give a tensor (B, ...), but gives a {met}")
         for key in path:
-            output = output[key]
+            output = parts_of(output)[key]
         return output.clone()
+
+    def _not_run(self) -> str:
+        return (
+            f"layer {self.name!r} does not run when the model is given images; name one that does "
+            f"(those of an exported network are names only)"
+        )
 
     @torch.no_grad()
     def _probe(self, images: Tensor) -> None:
@@ -552,19 +633,25 @@ class AtLayer:
         noise = torch.rand(some.shape, generator=torch.Generator().manual_seed(0))
         noisy = some + (some.std() + 1) * noise.to(some)  # unlike the first, whatever that is
         tried = torch.cat([some, noisy])
-        output = self._first_output(tried)
-        self.layout = find_layout(output, some.shape, self.layer, self.pool, *self.asked)
-        logits = self._probe_logits(tried)
+        result = self._first_result(tried)
+        output, logits = self._output(tried), self._logits(result)
+        if len(output) != len(tried):
+            raise ValueError(
+                f"layer {self.name!r} gives {tuple(output.shape)} for {len(tried)} images: images "
+                f"must come first, as with batch_first=True"
+            )
+        module = self._decides_layout(some[:2])
+        self.layout = find_layout(output, some.shape, module, self.pool, *self.asked)
         rounding = max(LOW_PRECISION, 16 * torch.finfo(logits.dtype).eps)
-        again = self._logits(self._run(tried, lambda *_: None, tried))
+        again = self._logits(self._result(tried))
         if _distance(again, logits) > rounding:
             raise ValueError(
                 "the model must be deterministic, but gives other logits for the same images the "
                 "second time, as a dropout does that is no module, or ignores self.training"
             )
         if len(some) > 1:  # not every network takes a single image
-            halves = [self._run(half, lambda *_: None, half) for half in tried.chunk(2)]
-            if _distance(torch.cat([self._logits(half) for half in halves]), logits) > rounding:
+            halves = [self._logits(self._result(half)) for half in tried.chunk(2)]
+            if _distance(torch.cat(halves), logits) > rounding:
                 raise ValueError(
                     "the model's logits for an image depend on the others of its batch"
                 )
@@ -575,30 +662,64 @@ class AtLayer:
             self.before = None
             raise
 
-    def _first_output(self, tried: Tensor) -> Tensor:
-        """The layer's output (B, ...). Raises ValueError for a model that cannot take the images,
-        and for outputs whose first dimension is another."""
+    def _result(self, images: Tensor, hook: Callable = lambda *_: None) -> object:
+        """What the model returns. Raises ValueError with the model's own error where it fails."""
         try:
-            output = self._output(tried)
-        except RuntimeError as error:
+            return self._run(images, hook, images)
+        except Exception as error:  # whatever its code raises
             if fa.is_out_of_memory(error):
                 raise
-            shape, reason = tuple(tried.shape[1:]), str(error).splitlines()[0]
-            raise ValueError(f"the model cannot take images of shape {shape}: {reason}") from error
-        if len(output) != len(tried):
+            shape, dtype = tuple(images.shape[1:]), str(self.dtype).removeprefix("torch.")
             raise ValueError(
-                f"layer {self.name!r} gives {tuple(output.shape)} for {len(tried)} images: images "
-                f"must come first, as with batch_first=True"
-            )
-        return output
+                f"the model cannot take images of shape {shape}, {len(images)} of {dtype} on "
+                f"{self.device}: {describe_error(error)}"
+            ) from error
 
-    def _probe_logits(self, tried: Tensor) -> Tensor:
-        """The model's logits. Raises ValueError unless they are (B, C), and the layer ran once."""
-        runs = []
-        logits = self._logits(self._run(tried, lambda *_: runs.append(1), tried))
+    def _first_result(self, tried: Tensor) -> object:
+        """What the model returns for images of the first dtype that it can take. Raises ValueError
+        unless the layer ran once."""
+        failures = []
+        for dtype in self.dtypes:
+            self.dtype, runs = dtype, []
+            try:
+                result = self._result(tried, lambda *_, runs=runs: runs.append(1))
+                break
+            except ValueError as error:
+                failures.append(error)
+        else:
+            self.dtype = self.dtypes[0]
+            raise failures[0]
+        if not runs:
+            raise ValueError(self._not_run())
         if len(runs) > 1:
             raise ValueError(f"layer {self.name!r} runs {len(runs)} times; name one that runs once")
-        return logits
+        return result
+
+    def _decides_layout(self, images: Tensor) -> nn.Module:
+        """The module that decides the layout of the layer's output: its last, or, where that has
+        no weights, the one whose output it is given."""
+        made: dict[nn.Module, tuple] = {}
+        leaves = [part for part in self.model.modules() if not list(part.children())]
+        handles = [
+            leaf.register_forward_hook(
+                lambda leaf, given, output: made.update({leaf: (given, output)})
+            )
+            for leaf in leaves
+            if not isinstance(leaf, torch.jit.ScriptModule)
+        ]
+        try:
+            self._result(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        module = last_of(self.layer)
+        while module in made and not decides_layout(module):
+            given, _ = made.pop(module)
+            before = [m for m, (_, output) in made.items() if given and output is given[0]]
+            if not before:
+                break
+            module = before[-1]
+        return module
 
     def _find_head(self, tried: Tensor, output: Tensor, expected: Tensor) -> None:
         """Set `one_image`, or `is_branch`, so that the output (B, ...) for images tried (B, ...),
@@ -610,7 +731,7 @@ class AtLayer:
             given = fa.BranchRows(rows, tried) if self.is_branch else rows
             try:
                 logits = self.logits_from_preactivations(given)
-            except (RuntimeError, IndexError) as error:
+            except Exception as error:  # whatever the model's code raises
                 if fa.is_out_of_memory(error):
                     raise
                 failure = error
@@ -621,7 +742,7 @@ class AtLayer:
         if not off:
             raise ValueError(
                 f"the model does not run with the output of layer {self.name!r} put in again "
-                f"({failure}); name another layer"
+                f"({describe_error(failure)}); name another layer"
             ) from failure
         raise ValueError(
             f"the model reads more of layer {self.name!r} than pool={self.pool!r} keeps: with it "

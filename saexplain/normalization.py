@@ -8,6 +8,7 @@ Takes transforms, the config of a model, or the range of the values; gives a `Di
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import NamedTuple
@@ -36,7 +37,8 @@ def as_normalization(mean: object, std: object) -> Normalization | None:
             tuple(torch.as_tensor(v, dtype=torch.float64).flatten().tolist()) for v in (mean, std)
         )
         size = max(len(mean), len(std))
-        if {len(mean), len(std)} <= {1, size} and size in (1, 3) and min(std) > 0:
+        usable = min(std) > 0 and all(map(math.isfinite, (*mean, *std)))
+        if {len(mean), len(std)} <= {1, size} and size in (1, 3) and usable:
             return Normalization(*(v if len(v) == size else v * size for v in (mean, std)))
     return None
 
@@ -48,7 +50,7 @@ def given_normalization(mean: object, std: object) -> Normalization | None:
     found = as_normalization(mean, std)
     if found is None:
         raise InputError(
-            f"mean and std must both be a number or one for each channel, std positive, got "
+            f"mean and std must both be a finite number or one for each channel, std positive, got "
             f"{mean!r} and {std!r}; give those that the model's images are normalized with"
         )
     return found

@@ -69,7 +69,7 @@ def read_hypotheses(path: str | Path, sae: object | None = None) -> list[Hypothe
     `hypotheses.PLACES`. Raises InputError for anything else, and where the
     file names another SAE than `sae`.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -114,7 +114,13 @@ def write_hypotheses(
     entries = ",\n".join(hypothesis_text(h) for h in hypotheses)
     about = "" if sae is None else f' "sae": "{digest_of_sae(sae)}",\n'
     content = f'{{\n "format": "{FORMAT}",\n{about} "hypotheses": [\n{entries}\n]}}\n'
-    fa.write_whole(path, content.encode())
+    path = Path(path).expanduser()
+    try:
+        fa.write_whole(path, content.encode())
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}); name another file"
+        ) from error
 
 
 def count_tries(hypotheses: Sequence[Hypothesis], folder: Path, sae: object) -> list[int]:

@@ -27,6 +27,7 @@ MOST_FLAT = 1024  # numbers of a flattened output: an SAE of more takes minutes,
 USUAL_PREFIX = (0, 1, 2, 5)  # tokens before the grid: none, a class token, also one to distill
 # to, also four registers
 CHANNELS_FIRST = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+CHANNELS_LAST = (nn.LayerNorm, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def find_layout(
 
 def _kind_of(shape: tuple[int, ...], image: tuple[int, int], module: nn.Module) -> str:
     """The layout that an output of that shape for images (H, W) most likely has."""
-    if len(shape) == 2 and isinstance(_last_of(module), (nn.Conv1d, nn.BatchNorm1d)):
+    last_module = last_of(module)
+    if len(shape) == 2 and isinstance(last_module, (nn.Conv1d, nn.BatchNorm1d)):
         return "map"
     if len(shape) == 1 or len(shape) > 3:
         return "vector"
@@ -136,19 +138,24 @@ def _kind_of(shape: tuple[int, ...], image: tuple[int, int], module: nn.Module) 
     first, last = a * image[1] == b * image[0], b * image[1] == c * image[0]
     if first != last:
         return "channels_last" if first else "map"
-    last = _last_of(module)
-    ends_last = isinstance(last, (nn.LayerNorm, nn.Linear))
-    if first and not ends_last and not isinstance(last, CHANNELS_FIRST):
+    ends_last = isinstance(last_module, CHANNELS_LAST)
+    if first and not ends_last and not isinstance(last_module, CHANNELS_FIRST):
         raise ValueError(
             f"{shape} may have its channels first or last; give layout='map' or 'channels_last'"
         )
     return "channels_last" if ends_last and first else "map"
 
 
-def _last_of(module: nn.Module) -> nn.Module:
+def last_of(module: nn.Module) -> nn.Module:
     """The last module without parts inside of a module, or itself."""
     leaves = [part for part in module.modules() if not list(part.children())]
     return leaves[-1]
+
+
+def decides_layout(module: nn.Module) -> bool:
+    """Whether the layout of a module's output is known, or it has weights."""
+    known = isinstance(module, (*CHANNELS_FIRST, *CHANNELS_LAST))
+    return known or any(True for _ in module.parameters())
 
 
 def _grid_of_tokens(

@@ -60,6 +60,8 @@ from saexplain.layers import (
     layer_inputs,
     make_deterministic,
     open_layer,
+    warn_chance,
+    warn_scale_shift,
 )
 from saexplain.overlays import write_pictures
 from saexplain.panels import PanelNotes, Sketch, write_feature_panels
@@ -68,10 +70,12 @@ from saexplain.patterns import gradient_images
 from saexplain.progress import safe_output
 from saexplain.reproducibility import Replicates
 from saexplain.sae import JumpReLUSAE
+from saexplain.saelens import check_finite
 from saexplain.substitution import measure_agreements, reason_not_compared
 from saexplain.thumbnails import Pictures
 from saexplain.where import FAITHFUL
 
+SAE_PARTS = ("encode", "decode", "W_enc", "W_dec")  # that are used of an SAE
 N_PANELS = 5  # features, the most influential, that get a panel and a line on the terminal
 SAMPLED_ROWS = 12_000  # on which the terminal's L0 and FVU are measured
 PICTURE_TASKS = 2  # each is sent all images, so not more than keep two cores busy
@@ -520,7 +524,12 @@ def explain_sae(
     InputError for what cannot be used, ValueError for a layer whose output cannot be read or
     replaced, or an SAE that does not fit.
     """
-    clock, folder = Stopwatch(shown=True), Path(out)
+    clock, folder = Stopwatch(shown=True), Path(out).expanduser()
+    if lacking := [name for name in SAE_PARTS if not hasattr(sae, name)]:
+        raise InputError(f"the SAE must have {', '.join(SAE_PARTS)}, but has no {lacking[0]}")
+    if isinstance(sae, torch.nn.Module):
+        check_finite(dict(sae.named_parameters()))
+    mu, std = (torch.as_tensor(value) for value in (mu, std))
     net = open_layer(model, layer, pool, layout, grid, prefix_tokens)
     known = {f.name for f in fields(Options)} - {"network", "source", "caller", "display"}
     if unknown := sorted(options.keys() - known):
@@ -549,6 +558,8 @@ def explain_sae(
             storing = Storing(folder=folder, made_from=made_from)
             plain = collect_activations(net, data, normalize=False, storing=storing)
             clock.result = console.layer_words(plain)
+        warn_scale_shift(plain)
+        warn_chance(plain)
         explained = replace(explained, splits=plain.splits)
         draft = prepare_report(explained, staged, given, clock, pool_of_workers)
         record = {

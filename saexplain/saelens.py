@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 
 import safetensors
 import safetensors.torch
@@ -26,6 +27,7 @@ from saexplain.sae import JumpReLUSAE, TopKSAE
 
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 ARCHITECTURES = ("jumprelu", "standard", "topk")  # that can be loaded
+FLAGS = ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm")
 INPUT_OPTIONS = ("normalize_activations", "reshape_activations")  # only "none" can be loaded
 PLAIN = {"dtype": "float32", "device": "cpu", "apply_b_dec_to_input": False}
 PLAIN |= dict.fromkeys(INPUT_OPTIONS, "none")
@@ -141,7 +143,7 @@ def load_saelens(folder: str | Path) -> tuple[JumpReLUSAE, Tensor, Tensor]:
     Raises InputError for a folder without an SAE, and for one that does more to its input than
     subtracting b_dec, has another activation function, or tensors that its architecture lacks.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     try:
         config = read_json(folder / CONFIG_FILE)
         weights = safetensors.torch.load((folder / WEIGHTS_FILE).read_bytes())
@@ -157,22 +159,36 @@ def load_saelens(folder: str | Path) -> tuple[JumpReLUSAE, Tensor, Tensor]:
 
 def build_sae(config: dict, weights: dict[str, Tensor]) -> JumpReLUSAE:
     """The SAE of the contents of the two files. Raises ValueError for what cannot be used."""
-    kind, d_in, d_sae = (config[name] for name in ("architecture", "d_in", "d_sae"))
-    done = {config.get(name, "none") for name in INPUT_OPTIONS}
-    if kind not in ARCHITECTURES or done != {"none"}:
+    if not isinstance(config, dict):
+        raise ValueError(f"{CONFIG_FILE} must be a JSON object")
+    if missing := [name for name in ("architecture", "d_in", "d_sae") if name not in config]:
+        raise ValueError(f"{CONFIG_FILE} has no {missing[0]}")
+    kind = config["architecture"]
+    if kind not in ARCHITECTURES:
         taken = ", ".join(ARCHITECTURES)
-        raise ValueError(f"it is {kind} with input {done}; {taken} on plain input can be loaded")
-    needed = set(WEIGHTS[: 5 if kind == "jumprelu" else 4])
-    if set(weights) != needed:
-        met, expected = ", ".join(sorted(weights)), ", ".join(sorted(needed))
+        raise ValueError(f"its architecture is {kind}; {taken} can be loaded")
+    for name in INPUT_OPTIONS:
+        if (config.get(name) or "none") != "none":
+            raise ValueError(f"its {name} is {config[name]}; only none can be loaded")
+    for name in FLAGS:
+        if not isinstance(config.get(name), (bool, NoneType)):
+            raise ValueError(f"its {name} must be true or false, got {config[name]!r}")
+    d_in, d_sae = (fa.check_whole(name, config[name], 1) for name in ("d_in", "d_sae"))
+    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    shapes |= {"threshold": (d_sae,)} if kind == "jumprelu" else {}
+    if set(weights) != set(shapes):
+        met, expected = ", ".join(sorted(weights)), ", ".join(sorted(shapes))
         raise ValueError(f"its tensors are {met}; {kind} has {expected}")
-    whole = [name for name, weight in weights.items() if not weight.is_floating_point()]
-    if whole:
-        raise ValueError(f"{', '.join(whole)} must be floats, not whole numbers")
+    for name, weight in weights.items():
+        if not weight.is_floating_point():
+            raise ValueError(f"{name} must be floats, not whole numbers")
+        if tuple(weight.shape) != shapes[name]:
+            raise ValueError(f"{name} must have shape {shapes[name]}, got {tuple(weight.shape)}")
     k = topk_of(config, kind)
-    if k is not None and not 0 < k <= d_sae:
+    if k is not None and not 0 < fa.check_whole("k", k) <= d_sae:
         raise ValueError(f"k is {k}; it must be from 1 to {d_sae}")
     sae = JumpReLUSAE(d_in, d_sae) if k is None else TopKSAE(d_in, d_sae, k)
+    check_finite(weights)
     weights = {"threshold": torch.zeros(d_sae), **weights}
     sae.load_state_dict({name: weights[name].float() for name in WEIGHTS})
     fold_in(sae.requires_grad_(False), config)
@@ -194,7 +210,10 @@ def topk_of(config: dict, kind: str) -> int | None:
     if function not in known:
         raise ValueError(f"its activation function is {function!r}, not {' or '.join(known)}")
     if function == "topk":
-        return int(config["k"] if "k" in config else config["activation_fn_kwargs"]["k"])
+        found = {**(config.get("activation_fn_kwargs") or {}), **config}
+        if "k" not in found:
+            raise ValueError("it has no k, the number of features that are active")
+        return found["k"]
     if config.get("rescale_acts_by_decoder_norm"):
         raise ValueError("it rescales its activations (rescale_acts_by_decoder_norm)")
     return None
@@ -204,7 +223,7 @@ def topk_of(config: dict, kind: str) -> int | None:
 def fold_in(sae: JumpReLUSAE, config: dict) -> None:
     """Fold into the weights what SAELens does besides: it subtracts b_dec from the input, and gives
     activations in units of their decoder rows."""
-    if config.get("apply_b_dec_to_input", True):
+    if config.get("apply_b_dec_to_input", True):  # None is no
         sae.b_enc.sub_(sae.b_dec @ sae.W_enc)
     if config.get("rescale_acts_by_decoder_norm", False):
         length = sae.W_dec.norm(dim=1)
@@ -216,6 +235,10 @@ def fold_in(sae: JumpReLUSAE, config: dict) -> None:
 
 def check_finite(weights: dict[str, Tensor]) -> None:
     """Raise InputError unless all weights are finite."""
-    wrong = [name for name, weight in weights.items() if not weight.isfinite().all()]
-    if wrong:
-        raise InputError(f"weights must be finite float32, but some of {', '.join(wrong)} are not")
+    for name, weight in weights.items():
+        wrong = weight.isfinite().logical_not().nonzero()
+        if len(wrong):
+            n_wrong, at = len(wrong), tuple(wrong[0].tolist())
+            raise InputError(
+                f"weights must be finite float32, but {n_wrong:,} of {name} are not, first at {at}"
+            )

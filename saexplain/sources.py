@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -37,16 +38,7 @@ FORMS = (
 )
 READ_TWICE = 32  # images of a split, to notice one that is augmented at random
 CHUNK = 256  # items of a stream that make a batch
-READ_ERRORS = (
-    TypeError,
-    ValueError,
-    RuntimeError,
-    LookupError,
-    AttributeError,
-    OSError,
-    SyntaxError,  # Pillow's for some damaged files
-    Image.DecompressionBombError,
-)
+READ_ERRORS = (Exception,)  # whatever the code of a Dataset or a damaged file raises
 
 
 # --------------------------------------------------------------------------------------------------
@@ -81,12 +73,14 @@ def find_columns(found: Mapping, columns: tuple[str, str] | None) -> tuple[str, 
     Raises InputError where there are none.
     """
     if columns is not None:
-        picked = [[name] if name in found else [] for name in columns]
-    else:
-        picked = [[name for name in usual if name in found] for usual in USUAL_COLUMNS]
-        for names, is_kind in zip(picked, (is_image, is_label), strict=True):
-            by_kind = [name for name, value in found.items() if is_kind(value)]
-            names += by_kind if not names and len(by_kind) == 1 else []
+        if missing := [name for name in columns if name not in found]:
+            listed = ", ".join(map(str, found))
+            raise InputError(f"has no column {missing[0]!r}, as columns= names it; it has {listed}")
+        return tuple(columns)
+    picked = [[name for name in usual if name in found] for usual in USUAL_COLUMNS]
+    for names, is_kind in zip(picked, (is_image, is_label), strict=True):
+        by_kind = [name for name, value in found.items() if is_kind(value)]
+        names += by_kind if not names and len(by_kind) == 1 else []
     if not all(picked):
         raise InputError(
             f"has no image and label that can be recognized among {', '.join(map(str, found))}; "
@@ -154,8 +148,10 @@ class Reader:
                 self.shape = self.shape or tuple(image.shape)
                 if image.shape != self.shape:
                     raise InputError(self.other_size(image.shape))
-            except READ_ERRORS as error:
+            except InputError as error:
                 raise ItemError(position, str(error)) from error
+            except READ_ERRORS as error:
+                raise ItemError(position, f"cannot be read ({describe_error(error)})") from error
             images.append(image)
             labels.append(label)
         return torch.stack(images), labels
@@ -181,7 +177,7 @@ class Reader:
                 pixels = (pixels - mean) / std
             return pixels.contiguous()
         if isinstance(image, np.ndarray):
-            image = torch.from_numpy(np.array(image))  # a copy, as the array may be read-only
+            image = torch.from_numpy(native(image))
             if image.dim() == 3 and image.shape[0] not in (1, 3) and image.shape[2] in (1, 3):
                 image = image.movedim(2, 0)
         if not isinstance(image, Tensor) or image.dim() not in (2, 3):
@@ -205,6 +201,7 @@ def check_images(images: object) -> Tensor:
     Raises InputError for other shapes, and for whole numbers, whose scale is ambiguous.
     """
     try:
+        images = native(images) if isinstance(images, np.ndarray) else images
         images = torch.as_tensor(images).detach()
     except READ_ERRORS as error:
         raise InputError(f"has images that are no tensors ({error})") from error
@@ -222,6 +219,11 @@ def check_images(images: object) -> Tensor:
             f"{images.dtype}{largest}; give images / 255 for 0 to 1, or images.float()"
         )
     return images.float()
+
+
+def native(array: np.ndarray) -> np.ndarray:
+    """A copy, as the array may be read-only, of a dtype that torch has: float32 for any float."""
+    return np.array(array, np.float32 if array.dtype.kind == "f" else None)
 
 
 def shape_of_many(batch: Tensor | np.ndarray) -> str:
@@ -246,6 +248,8 @@ def check_labels(labels: object, n: int) -> Tensor:
             f"must have one label an image, got labels {met}: one-hot or several an image; give "
             f"labels.argmax(1) where one is right, or one of them"
         )
+    if labels.dtype.kind == "O":  # as pandas has whole numbers
+        labels = np.array(labels.tolist())
     if labels.shape[:1] != (n,):
         raise InputError(f"must have one label an image, got {len(labels)} labels of {n} images")
     if labels.dtype.kind not in "iub":
@@ -265,10 +269,9 @@ class Columns:
     """Images and labels, whole, as a Dataset that gives batches."""
 
     def __init__(self, images: object, labels: object):
-        images, labels = (
-            value if isinstance(value, (Tensor, np.ndarray)) else torch.as_tensor(value)
-            for value in (images, labels)
-        )
+        labels = labels if isinstance(labels, Tensor) else np.asarray(labels)
+        if isinstance(images, Tensor) and (images.layout != torch.strided or images.is_meta):
+            raise InputError("has images without dense values; give them as a dense tensor")
         if images.ndim < 3 or not 1 <= labels.ndim <= 2 or len(images) != len(labels):
             raise InputError(
                 f"has images of shape {tuple(images.shape)} and labels of shape "
@@ -485,14 +488,16 @@ def name_file(dataset: object, i: int) -> str:
 def open_source(given: object, name: str, reader: Reader) -> Source:
     """The source of a split, some of whose images are read twice: what is no usual form, or is
     augmented at random, is an InputError here, before all images are read."""
-    if isinstance(given, (str, Path)):
+    if isinstance(given, (str, os.PathLike)):
         raise InputError(f"{name}: {given!r} is no folder; give {FORMS}")
     if isinstance(given, TensorDataset):
         given = given.tensors
     try:
         given = take_pair(given, reader.columns) if isinstance(given, Mapping) else given
-        if is_pair(given):
-            given, reader.collate = Columns(*given), as_is
+        if isinstance(given, (tuple, list)) and len(given) and is_whole(given[0]):
+            given, reader.collate = Columns(*take_pair(given)), as_is
+        elif is_pair_of_lists(given):
+            given = list(zip(*given, strict=True))
     except InputError as error:
         raise InputError(f"{name}, a {type(given).__name__}, {error}") from error
     except READ_ERRORS as error:
@@ -506,17 +511,24 @@ def open_source(given: object, name: str, reader: Reader) -> Source:
         source = Source(name, given, reader, None)
     else:
         met = f"a {type(given).__name__}"
+        met += ", which can be read only once" if hasattr(given, "__next__") else ""
         met = "a tensor without labels" if isinstance(given, (Tensor, np.ndarray)) else met
         raise InputError(f"{name} is {met}; give {FORMS}")
     probe(source)
     return source
 
 
-def is_pair(given: object) -> bool:
-    """Whether it is images and labels, whole."""
-    kinds = (Tensor, np.ndarray)
-    is_two = isinstance(given, (tuple, list)) and len(given) == 2
-    return is_two and isinstance(given[0], kinds) and isinstance(given[1], (*kinds, list, tuple))
+def is_whole(value: object) -> bool:
+    """Whether it may be the images of a split, or its labels, in one."""
+    return isinstance(value, (Tensor, np.ndarray))
+
+
+def is_pair_of_lists(given: object) -> bool:
+    """Whether it is a list of images and their labels, rather than two pairs (image, label)."""
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        return False
+    first = given[0]
+    return isinstance(first, (tuple, list)) and (len(first) != 2 or is_image(first[1]))
 
 
 def is_indexable(given: object) -> bool:
@@ -528,8 +540,11 @@ def is_indexable(given: object) -> bool:
 
 def gives_batches(given: object) -> bool:
     """Whether it is a list of batches rather than of items."""
-    is_list = isinstance(given, (list, tuple)) and len(given) > 0
-    return is_list and is_pair(given[0]) and given[0][0].ndim == 4
+    if not isinstance(given, (list, tuple)) or len(given) == 0:
+        return False
+    with suppress(InputError):
+        return getattr(take_pair(given[0])[0], "ndim", 0) == 4
+    return False
 
 
 def is_stream(given: object) -> bool:

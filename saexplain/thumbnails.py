@@ -56,7 +56,7 @@ class Pictures:
 
     def of(self, index: Sequence[int]) -> Tensor:
         """(n, C, H, W) in [0, 1] of the images at `index`."""
-        at = torch.as_tensor(index)
+        at = torch.as_tensor(index, dtype=torch.int64)  # also of none
         if self.ink is not None:
             return self.ink[at]
         found = self._read(at)

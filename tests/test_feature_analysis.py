@@ -104,7 +104,7 @@ def test_layer_checks_that_the_model_is_in_evaluation_mode(module):
         (np.zeros((3, 144)), "images must be a tensor"),
         (torch.zeros(3), "images must be a tensor"),
         (torch.zeros(3, 1, 5, 5), r"images of shape \(3, 1, 5, 5\)"),
-        (torch.full((3, 1, SIDE, SIDE), torch.nan), "for images that are not finite"),
+        (torch.full((3, 1, SIDE, SIDE), torch.nan), "got nan at column 0 of image 0"),
     ],
 )
 def test_layer_checks_images(images, message):

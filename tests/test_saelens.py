@@ -140,9 +140,7 @@ def test_what_saelens_cannot_hold_is_not_saved(tmp_path, std, lowest):
     layer = small_layer()
     layer.sae.threshold[3] = lowest
     layer = fa.ExplainedLayer(None, layer.sae, layer.mu, torch.full((D_IN,), std))
-    with pytest.raises(
-        InputError, match=r"down to -0\.5" if lowest < 0 else "some of W_enc, b_enc"
-    ):
+    with pytest.raises(InputError, match=r"down to -0\.5" if lowest < 0 else "of W_enc are not"):
         save_saelens(layer, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
@@ -156,22 +154,22 @@ HUGE = {"W_enc": torch.full((D_IN, D_SAE), 1e38), "W_dec": torch.full((D_SAE, D_
     ("config", "changes", "message"),
     [
         ({}, {}, "architecture"),
-        ({"architecture": "gated"}, {}, "it is gated"),
+        ({"architecture": "gated"}, {}, "its architecture is gated"),
         (STANDARD | {"normalize_activations": "layer_norm"}, {}, "layer_norm"),
-        (JUMP | {"d_sae": 8}, {}, "size mismatch for W_enc"),
+        (JUMP | {"d_sae": 8}, {}, "must have shape (8,), got (9,)"),
         (JUMP, {"threshold": None}, "its tensors are W_dec, W_enc, b_dec, b_enc; jumprelu has"),
         (JUMP, {"threshold": None, "log_threshold": ONES}, "log_threshold; jumprelu has"),
         (STANDARD, {}, "threshold; standard has"),
         (TOPK, {"threshold": None, "W_skip": ONES}, "W_skip, b_dec, b_enc; topk has"),
         (STANDARD | {"activation_fn_str": "tanh-relu"}, {"threshold": None}, "'tanh-relu', not"),
         (JUMP | {"activation_fn": "topk"}, {}, "'topk', not relu"),
-        (STANDARD | {"activation_fn": "topk"}, {"threshold": None}, "activation_fn_kwargs"),
+        (STANDARD | {"activation_fn": "topk"}, {"threshold": None}, "it has no k"),
         (TOPK | {"k": 10}, {"threshold": None}, "k is 10; it must be from 1 to 9"),
         (STANDARD | {"finetuning_scaling_factor": True}, {"threshold": None}, "it scales"),
         (JUMP | RESCALED, {}, "it rescales its activations"),
         (JUMP, {"W_enc": torch.ones(D_IN, D_SAE).byte()}, "W_enc must be floats"),
-        (JUMP, {"b_dec": torch.full((D_IN,), torch.inf)}, "finite float32, but some of b_enc"),
-        (TOPK | RESCALED, {"threshold": None, **HUGE}, "some of W_enc"),
+        (JUMP, {"b_dec": torch.full((D_IN,), torch.inf)}, "are not, first at (0,)"),
+        (TOPK | RESCALED, {"threshold": None, **HUGE}, "of W_enc are not"),
     ],
 )
 def test_nothing_of_an_sae_is_filled_in_or_ignored(tmp_path, config, changes, message):
