@@ -93,7 +93,7 @@ def diagnose(
     if own.get("agreement_hypotheses") is not None:
         lost = own["agreement"] - own["agreement_hypotheses"]
         what = "predictions lost when hypotheses take the place of the features"
-        advice = "drawings see dark and light only, no color: trust images more than drawings"
+        advice = "trust images more than drawings, which see dark and light only"
         found.append(Diagnosis("failing hypotheses", lost, 0.1, what, advice))
     if "reproducibility" in record:
         specific = 1 - record["reproducibility"]["variance"]["mean"]
