@@ -55,6 +55,14 @@ from torch import Tensor, nn
 
 import feature_analysis as fa
 from saexplain import console, page, report, runs
+from saexplain.activations import (
+    Storing,
+    collect_activations,
+    digest_of_outputs,
+    layer_inputs,
+    warn_chance,
+    warn_scale_shift,
+)
 from saexplain.baselines import features_along
 from saexplain.compare import compare_command
 from saexplain.datasets import check_split_leakage
@@ -75,19 +83,7 @@ from saexplain.files import (
 from saexplain.flags import build_parser, check_fields, setting
 from saexplain.hypotheses import load_frozen
 from saexplain.images import Data, Split, TensorLoader, load_images
-from saexplain.layers import (
-    AtLayer,
-    Storing,
-    collect_activations,
-    default_torch_state,
-    digest_of_outputs,
-    layer_inputs,
-    make_deterministic,
-    open_layer,
-    pick_device,
-    warn_chance,
-    warn_scale_shift,
-)
+from saexplain.layers import AtLayer, open_layer
 from saexplain.optimization import (
     Adam,
     TrainingError,
@@ -107,8 +103,11 @@ from saexplain.parallel import (
     Task,
     WorkerError,
     Workers,
+    default_torch_state,
+    make_deterministic,
     one_writer,
     open_ranks,
+    pick_device,
     printing_once,
     torch_threads,
 )

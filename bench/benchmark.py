@@ -49,9 +49,9 @@ import training_rows
 from torch.utils.flop_counter import FlopCounterMode
 
 import MNIST_SAE_code as driver
+from saexplain.activations import collect_activations
 from saexplain.files import InputError
 from saexplain.images import load_images
-from saexplain.layers import collect_activations
 from saexplain.parallel import available_cores, torch_threads
 
 STEP_ROWS = 4096  # that the timed training steps draw from

@@ -7,7 +7,7 @@
 
 Where to look:
 
-    how is a layer read and replaced?          layers.py
+    how is a layer read and replaced?          layers.py; for all images: activations.py
     where do images come from?                 images.py, and idx.py for MNIST's file format
     where do images of one's own come from?    datasets.py; in which forms? sources.py
     how do images look?                        normalization.py

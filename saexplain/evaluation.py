@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import feature_analysis as fa
+from saexplain.activations import part_of
 from saexplain.activity import (
     Activity,
     Removals,
@@ -54,7 +55,6 @@ from saexplain.hypotheses import (
     with_thresholds,
 )
 from saexplain.ink import Canvas
-from saexplain.layers import part_of
 from saexplain.patterns import correlations
 from saexplain.progress import progress_bar
 from saexplain.statistics import Z_95, Detection, score_detections, wilson_interval

@@ -1,4 +1,4 @@
-"""Where does work run? Threads of torch, worker processes, and ranks on several machines.
+"""Where does work run? Devices and threads of torch, worker processes, ranks on several machines.
 
     with Workers(1) as workers:
         tasks = [workers.start("baselines", function, *args) for args in many]
@@ -71,6 +71,42 @@ def available_memory(device: torch.device) -> int:
             found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
     free = min(found, default=2**32) // environment_number("LOCAL_WORLD_SIZE")
     return min(free, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; for 'auto' the best of this machine. Raises InputError."""
+    try:
+        device = torch.device(name.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda":
+            torch.cuda.get_device_properties(device)
+            make_deterministic(device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name} cannot be used ({reason}); try --device cpu") from error
+
+
+def make_deterministic(device: torch.device) -> None:
+    """On a GPU, have torch use only algorithms that repeat their results."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # matrix products need it
+        torch.use_deterministic_algorithms(True)
+
+
+@contextmanager
+def default_torch_state() -> Iterator[None]:
+    """float32, full precision and gradients, whatever the caller has switched on or off."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 @contextmanager

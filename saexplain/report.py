@@ -25,6 +25,13 @@ from torch import Tensor
 
 import feature_analysis as fa
 from saexplain import console, figures, page, runs, text
+from saexplain.activations import (
+    Storing,
+    collect_activations,
+    layer_inputs,
+    warn_chance,
+    warn_scale_shift,
+)
 from saexplain.activity import collect_activity
 from saexplain.analysis import Analysis, analyze, by_influence, feature_record
 from saexplain.baselines import default_directions, evaluate_baseline, features_along
@@ -53,19 +60,17 @@ from saexplain.hypotheses import (
 )
 from saexplain.images import Data, Display, Split, digest_of
 from saexplain.ink import FULL_INK
-from saexplain.layers import (
-    Storing,
-    collect_activations,
-    default_torch_state,
-    layer_inputs,
-    make_deterministic,
-    open_layer,
-    warn_chance,
-    warn_scale_shift,
-)
+from saexplain.layers import open_layer
 from saexplain.overlays import write_pictures
 from saexplain.panels import PanelNotes, Sketch, write_feature_panels
-from saexplain.parallel import Stopwatch, Task, Workers, torch_threads
+from saexplain.parallel import (
+    Stopwatch,
+    Task,
+    Workers,
+    default_torch_state,
+    make_deterministic,
+    torch_threads,
+)
 from saexplain.patterns import gradient_images
 from saexplain.progress import safe_output
 from saexplain.reproducibility import Replicates

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import feature_analysis as fa
-from saexplain import layers
+from saexplain import activations
 from saexplain.datasets import load_own
 from saexplain.hypotheses import Hypothesis
 from saexplain.layers import AtLayer, open_layer
@@ -152,9 +152,9 @@ def test_a_layer_without_weights_has_the_layout_of_its_input():
     torch.testing.assert_close(rows, net[:2](x).flatten(2).mT)  # (B, 36, 6): channels first
 
 
-def activations(model, splits=SPLITS, layer="mid"):
+def read_layer(model, splits=SPLITS, layer="mid"):
     net = open_layer(model, layer)
-    return layers.collect_activations(net, load_splits(net, (), *splits))
+    return activations.collect_activations(net, load_splits(net, (), *splits))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_numbers_from_0_to_1_are_no_logits(end, message):
     net = Net()
     net.run = lambda net, x: end(net.usual(x))
     with pytest.raises(ValueError, match=message):
-        activations(net)
+        read_layer(net)
 
 
 def test_values_that_are_not_finite_are_placed():
@@ -182,7 +182,7 @@ def test_values_that_are_not_finite_are_placed():
         layer.logits(layer.raw(X))
     net.model.mid.weight.data[5] = torch.inf
     with pytest.raises(ValueError, match=r"training images must be finite, got .* at unit 5 of"):
-        activations(net.model)
+        read_layer(net.model)
 
 
 @pytest.mark.parametrize(
@@ -198,9 +198,9 @@ def test_images_on_another_usual_scale_are_reported(made_for, given, words, caps
         net[2].bias.copy_(torch.tensor([5.0, 0, 0, 0]))  # outweighs images on a smaller scale
     splits = [(given * x, y.clone()) for x, y in SPLITS]
     splits[1][1][2] = 1  # one wrong label, so that a larger scale costs
-    layer = activations(net, splits, "1")
+    layer = read_layer(net, splits, "1")
     capsys.readouterr()
-    layers.warn_scale(layer)
+    activations.warn_scale(layer)
     printed = capsys.readouterr().out
     assert words in printed
     assert bool(printed) == bool(words)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import feature_analysis as fa
-from saexplain import images, layers
+from saexplain import activations, images, layers
 from saexplain.files import InputError
 from saexplain.layers import AtLayer
 from saexplain.parallel import ONE_PROCESS
@@ -268,13 +268,13 @@ def test_activations_are_standardized_by_training_images():
     net, parts = AtLayer(network(), "wide"), [some_images(n) * (1 + n / 50) for n in (50, 20, 30)]
     with torch.no_grad():
         net.layer.weight[5] = 0  # a unit that never varies
-    layer = layers.collect_activations(net, data_of(*parts))
+    layer = activations.collect_activations(net, data_of(*parts))
     for found, x in zip(layer.splits.values(), parts, strict=True):
         close(found.raw, by_hand(net.model, x)[0])
     raw = layer.splits["train"].raw
     close(layer.mu, raw.mean(0))
     close(layer.std, torch.where(torch.arange(12) == 5, 1.0, raw.std(0)))
-    plain = layers.collect_activations(net, data_of(*parts), normalize=False)
+    plain = activations.collect_activations(net, data_of(*parts), normalize=False)
     assert (plain.mu.abs().sum(), plain.std.min(), plain.std.max()) == (0, 1, 1)
 
 
@@ -282,21 +282,21 @@ def test_activations_are_standardized_by_training_images():
 def test_a_layer_must_vary(value):
     blank = torch.full((40, 3, 8, 8), value)
     faint = blank + 1e-4 * some_images(40)  # hardly varies, but does
-    layers.collect_activations(AtLayer(network(), "wide"), data_of(faint, blank, blank))
+    activations.collect_activations(AtLayer(network(), "wide"), data_of(faint, blank, blank))
     with pytest.raises(InputError, match="for all 40 training images"):
-        layers.collect_activations(AtLayer(network(), "wide"), data_of(blank, blank, blank))
+        activations.collect_activations(AtLayer(network(), "wide"), data_of(blank, blank, blank))
 
 
 def test_probabilities_are_no_logits():
     parts = nn.Flatten(), nn.Linear(192, 6), nn.ReLU(), nn.Linear(6, 3)
     data = data_of(*(some_images(n) for n in (40, 20, 30)))
     with pytest.raises(InputError, match=r"must return logits, .*leave out the softmax"):
-        layers.collect_activations(AtLayer(nn.Sequential(*parts, nn.Softmax(1)), "1"), data)
-    layers.collect_activations(AtLayer(nn.Sequential(*parts, nn.LogSoftmax(1)), "1"), data)
+        activations.collect_activations(AtLayer(nn.Sequential(*parts, nn.Softmax(1)), "1"), data)
+    activations.collect_activations(AtLayer(nn.Sequential(*parts, nn.LogSoftmax(1)), "1"), data)
     # One-hot rows sum to 1 as well, but not where the activations are others.
     identity = SimpleNamespace(preactivations=lambda x: x, logits_from_preactivations=lambda x: x)
     eye = torch.eye(3)[torch.arange(30) % 3]
-    assert layers.collect_activations(identity, data_of(eye, eye, eye)).n_classes == 3
+    assert activations.collect_activations(identity, data_of(eye, eye, eye)).n_classes == 3
 
 
 class Allocations(TorchDispatchMode):
@@ -320,8 +320,8 @@ def test_no_copy_of_a_whole_split_is_made():
     splits = {name: fa.Activations(raw, torch.zeros(60_000), raw) for name in images.SPLIT_NAMES}
     layer = fa.ExplainedLayer(None, None, torch.zeros(4), torch.ones(4), splits)
     with Allocations() as made:
-        layers.warn_scale_shift(layer)
-        layers.range_of(raw.flatten(0, 1), ONE_PROCESS)
+        activations.warn_scale_shift(layer)
+        activations.range_of(raw.flatten(0, 1), ONE_PROCESS)
     assert 0 < made.largest < raw.untyped_storage().nbytes()  # sums are float64
 
 
@@ -329,20 +329,22 @@ def test_large_outputs_in_16_bits_are_compared(capsys):
     raw = 4e4 * torch.randn(400, 6, generator=torch.Generator().manual_seed(0)).sign().half()
     split = fa.Activations(raw, torch.zeros(400), raw)
     splits = dict.fromkeys(images.SPLIT_NAMES, split)
-    layers.warn_scale_shift(fa.ExplainedLayer(None, None, raw[0], torch.ones(6).half(), splits))
+    activations.warn_scale_shift(
+        fa.ExplainedLayer(None, None, raw[0], torch.ones(6).half(), splits)
+    )
     assert capsys.readouterr().out == ""
 
 
 def test_what_a_layer_is_made_from_names_code_and_type_and_library():
     net, data = network(), data_of(*(some_images(n) for n in (40, 20, 30)))
-    found = layers.layer_inputs(AtLayer(net, "wide"), data)
-    assert found == layers.layer_inputs(AtLayer(net, "wide"), data)
+    found = activations.layer_inputs(AtLayer(net, "wide"), data)
+    assert found == activations.layer_inputs(AtLayer(net, "wide"), data)
     assert found["torch"] == torch.__version__
     assert found["dtype"] == "torch.float32"
     assert found["layout"] == "a vector"
     usual = net.forward
     net.forward = lambda x: usual(x.flip(3))  # the same weights and images
-    other = layers.layer_inputs(AtLayer(net, "wide"), data)
+    other = activations.layer_inputs(AtLayer(net, "wide"), data)
     assert {key for key in found if other[key] != found[key]} == {"some outputs"}
 
 
@@ -360,5 +362,5 @@ def test_splits_on_different_scales_are_reported(capsys, scale, shift, words):
     val = torch.randn(200, 6, generator=torch.Generator().manual_seed(1)) * scale + shift
     raw = {"train": train, "val": val, "test": train[:100]}
     splits = {name: fa.Activations(x, torch.zeros(len(x)), x) for name, x in raw.items()}
-    layers.warn_scale_shift(fa.ExplainedLayer(None, None, train[0], torch.ones(6), splits))
+    activations.warn_scale_shift(fa.ExplainedLayer(None, None, train[0], torch.ones(6), splits))
     assert re.fullmatch(f".*{words}.*\n" if words else "", capsys.readouterr().out)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import feature_analysis as fa
 import MNIST_SAE_code as driver
-from saexplain import fidelity, layers, parallel, store
+from saexplain import activations, fidelity, parallel, store
 from saexplain.files import InputError, load_stage, read_json
 from saexplain.images import Data
 from saexplain.parallel import ONE_PROCESS, Ranks, WorkerError, Workers, open_ranks, shard_of
@@ -123,23 +123,23 @@ def exchange(folder: Path, ranks: Ranks) -> None:
         "of none": ranks.mean([torch.tensor([1.0, float("nan")][ranks.rank])], 1 - ranks.rank),
         "gather": ranks.gather(ranks.rank + 10),
         "rows": ranks.gather_rows(own),
-        "range": layers.range_of(vectors()[: ranks.rank], ranks),  # of one row of all
+        "range": activations.range_of(vectors()[: ranks.rank], ranks),  # of one row of all
         "std": mean_and_std(vectors()[: 2 * ranks.rank][:, None], ranks)[1],
-        "layer of two": layers.collect_activations(
+        "layer of two": activations.collect_activations(
             Net(), data_of(vectors(), 2, 1, 1), ranks=ranks
         ).mu,
         "first": ranks.on_first(lambda: ranks.rank),
     }
-    layers.IMAGES_SENT, usual = 7, store.MEMORY_SHARE
+    activations.IMAGES_SENT, usual = 7, store.MEMORY_SHARE
     store.MEMORY_SHARE = 0 if ranks.is_first else usual  # only its own are in a file
     for name, raw in (("vectors in files", vectors()), ("positions in files", positions())):
-        storing = layers.Storing(folder=folder / name, made_from={"raw": name})
+        storing = activations.Storing(folder=folder / name, made_from={"raw": name})
         progress = storing.folder / "activations_val" / store.PROGRESS
         for done in (None, 28, 61):  # made, continued after a kill, and taken from the folder
             if done and ranks.is_first:
                 progress.write_text(json.dumps({**read_json(progress), "done": done}))
             given = data_of(raw, 90, 61, 40), True, storing, ranks
-            splits = layers.collect_activations(Net(), *given).splits
+            splits = activations.collect_activations(Net(), *given).splits
         is_there = sorted(path.name for path in storing.folder.glob("*_val"))
         found[name] = [splits[part].raw.clone() for part in ("val", "test")] + [is_there]
     store.MEMORY_SHARE = usual
