@@ -3,9 +3,10 @@
     folder = begin_run(root, manifest, settings.named)  # write everything there, settings.json last
     finish_run(root)  # the folder root has these files then, and no others of a run
 
-Takes a folder that a lock protects; gives the same folder with one run, whatever interrupts: the
-old one until the new one is complete. It knows the names of a run's files, and nothing of what is
-in them but for settings.json, the manifest.
+Takes a folder that a lock protects; gives the same folder with one run, the old one until the new
+one is complete. Interrupted while one replaces the other, the folder has none, until it is called
+again. It knows the names of a run's files, and nothing of what is in them but for settings.json,
+the manifest; other files stay, but for those of a name that the run writes itself.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from saexplain.console import print_words
 from saexplain.files import (
     INTERRUPTED,
     STAGING,
@@ -29,7 +31,9 @@ from saexplain.files import (
 from saexplain.images import Data
 
 MANIFEST = "settings.json"  # makes a folder a finished run
-MOVING = ".finished_run"  # a run that is complete, while its files are moved
+# A run that is complete, while its files are moved; the manifest of one, while it is removed.
+MOVING, REMOVED = ".finished_run", ".removed_run.json"
+OWN_FOLDERS = re.compile(r"target_\d+|(target_\d+/)?(saelens|stability_seed_\d+|frozen_decoder)")
 OWN_FILES = re.compile(  # of the folder and of target_N
     r"(target_\d+/)?("
     r"(settings|summary|feature_report|hypotheses|classifier)\.json|classifier\.safetensors"
@@ -74,36 +78,56 @@ class Network(NamedTuple):
         }
 
 
-def own_files(root: Path) -> Iterator[Path]:
-    """The files of a run in the folder."""
+def own_names(root: Path) -> Iterator[Path]:
+    """What the folder has under the names of a run's files."""
     for target in ("", "target_*/"):
         for sub in SUBFOLDERS:
             for path in root.glob(f"{target}{sub}*"):
-                if OWN_FILES.fullmatch(path.relative_to(root).as_posix()) and path.is_file():
+                if OWN_FILES.fullmatch(path.relative_to(root).as_posix()):
                     yield path
 
 
+def check_names(root: Path) -> None:
+    """Raise InputError where a file of a run has the name of a folder, or a folder that of a file:
+    the run could not be moved there."""
+    paths = [path for path in own_names(root) if path.is_dir()]
+    for path in [*root.glob("*"), *root.glob("target_*/*")]:
+        if OWN_FOLDERS.fullmatch(path.relative_to(root).as_posix()) and not path.is_dir():
+            paths.append(path)
+    if paths:
+        met, needed = ("folder", "file") if paths[0].is_dir() else ("file", "folder")
+        raise InputError(
+            f"{paths[0]} is a {met}, but a run writes a {needed} of this name: move it away, or "
+            f"choose another folder"
+        )
+
+
 def remove_run(root: Path, successor: Path) -> None:
-    """Remove the files of a run, the manifest first, and the folders that are empty then.
+    """Remove the files of the folder's run, if it has one, and the folders that are empty then.
 
     Tests of a person's own hypotheses stay where the run in the folder `successor` has equal SAEs.
     """
-    same = sae_digests(root) == sae_digests(successor)
-    (root / MANIFEST).unlink(missing_ok=True)
-    for path in list(own_files(root)):
+    removed = root / REMOVED  # a later call goes on from it
+    if (root / MANIFEST).exists():
+        (root / MANIFEST).replace(removed)
+    if not removed.exists():
+        return
+    same = sae_digests(removed) == sae_digests(successor / MANIFEST)
+    for path in list(own_names(root)):
         if same and path.name.startswith("my_"):
             continue
         path.unlink()
         for folder in (path.parent, path.parent.parent):
             if root in folder.parents and not any(folder.iterdir()):
                 folder.rmdir()
+    removed.unlink()
 
 
-def sae_digests(root: Path) -> object:
+def sae_digests(manifest: Path) -> object:
     """By target, the digests of the SAEs of a finished run; None where they are not known."""
     try:
-        return load_manifest(root).get("sae_sha256")
-    except InputError:
+        return read_json(manifest).get("sae_sha256")
+    except (InputError, AttributeError):
         return None
 
 
@@ -113,9 +137,10 @@ def begin_run(root: Path, manifest: dict, named: Callable[[str], str]) -> Path:
     A run that was complete is finished first; of one that was interrupted, the stages are kept.
     The manifest may lack what is not known yet; `named` gives the name of a setting.
     """
+    check_names(root)
     finish_run(root)
     if found := results_in_words(root, json.loads(to_json(manifest)), named):
-        print(
+        print_words(
             f"{root} has {found}; they are replaced when this run has finished: give "
             f"{'--out' if manifest['caller'] == 'script' else 'out='} another folder to keep them"
         )
@@ -130,7 +155,7 @@ def begin_run(root: Path, manifest: dict, named: Callable[[str], str]) -> Path:
         record.with_suffix(".safetensors").replace(target.with_suffix(".safetensors"))
         record.replace(target)
     if kept.exists():
-        print(f"{root} has an unfinished run: what is trained with equal settings is reused")
+        print_words(f"{root} has an unfinished run: what is trained with equal settings is reused")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     return staging
@@ -163,7 +188,8 @@ def finish_run(root: Path) -> None:
 def results_in_words(root: Path, new: dict, named: Callable[[str], str]) -> str:
     """The results in the folder, where they differ from those of the manifest; "" if not."""
     if not (root / MANIFEST).exists():
-        return "results of an unfinished run" if (root / "summary.json").exists() else ""
+        found = sorted(path.relative_to(root).as_posix() for path in own_names(root))
+        return f"files with names of results ({in_short(found)})" if found else ""
     try:
         old = load_manifest(root)
     except InputError:
@@ -204,7 +230,7 @@ def unfinished_in_words(root: Path) -> str:
         return "an unfinished run; the same command again finishes it"
     if (root / "sweep.json").exists():
         return "a sweep, no finished run; run MNIST_SAE_code.py with the settings of one SAE"
-    if any(own_files(root)):
+    if any(own_names(root)):
         return "an unfinished run, or one SAE of a sweep, no finished run; run it again"
     return f"no finished run; run MNIST_SAE_code.py --out {root} first"
 

@@ -71,8 +71,13 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("change", range(30))
-def test_killed_at_any_change_the_folder_has_one_run_or_none(root, change, monkeypatch):
+@pytest.mark.parametrize("sae", ["a", "b"])
+@pytest.mark.parametrize("change", range(32))
+def test_killed_at_any_change_the_folder_has_one_run_or_none(root, change, sae, monkeypatch):
+    """Of the old run, tests of a person's own hypotheses are kept where its SAE is the new one."""
+    write_manifest(root / STAGING, NEW, sae)
+    mine = ["target_10/my_hypotheses.md", "target_20/my_hypothesis_1_feature_3.png"]
+    new = {*NEW_FILES, *KEPT, *(mine if sae == "a" else [])}
     done = []
 
     def or_die(usual):
@@ -93,14 +98,14 @@ def test_killed_at_any_change_the_folder_has_one_run_or_none(root, change, monke
             assert len(done) == change
     if (root / "settings.json").exists():
         old = runs.load_manifest(root)["settings"] == OLD
-        expected = {*OLD_FILES, *KEPT} if old else {*NEW_FILES, *KEPT}
+        expected = {*OLD_FILES, *KEPT} if old else new
         assert {name for name in names_in(root) if name[0] != "."} == {*expected, "settings.json"}
         assert (root / (OLD_FILES if old else NEW_FILES)[0]).read_text() == ("new", "old")[old]
     else:
         with pytest.raises(InputError, match="has an unfinished run; the same command again"):
             runs.load_manifest(root)
     begin(root).rmdir()
-    assert names_in(root) == {*NEW_FILES, *KEPT, "settings.json"}
+    assert names_in(root) == {*new, "settings.json"}
 
 
 def test_the_changes_that_were_killed_are_all(root, monkeypatch):
@@ -110,7 +115,7 @@ def test_the_changes_that_were_killed_are_all(root, monkeypatch):
         patched = lambda *given, usual=usual, **named: done.append(usual(*given, **named))  # noqa: E731
         monkeypatch.setattr(os, name, patched)
     runs.finish_run(root)
-    assert 20 < len(done) < 30
+    assert 20 < len(done) < 32
 
 
 def test_of_an_interrupted_run_the_latest_whole_stages_are_kept(tmp_path, capsys):
@@ -128,11 +133,33 @@ def test_of_an_interrupted_run_the_latest_whole_stages_are_kept(tmp_path, capsys
     assert [(kept / f"{name}.safetensors").read_text() for name in stages] == ["2", "1", "2"]
 
 
-@pytest.mark.parametrize("sae", ["a", "b"])
-def test_tests_of_ones_own_hypotheses_stay_with_their_sae(root, sae):
-    write_manifest(root / STAGING, NEW, sae)
-    runs.finish_run(root)
-    assert (root / "target_10" / "my_hypotheses.md").exists() == (sae == "a")
+def test_files_in_a_folder_without_a_run_stay_unless_the_run_writes_them(tmp_path, capsys):
+    mine = ["training.png", "hypotheses.md", "saelens/README.md", "target_1/summary.json"]
+    write(tmp_path, [*mine, "sae.json"], "mine")
+    write(begin(tmp_path), NEW_FILES, "new")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "has files with names of results (hypotheses.md, sae.json, saelens/README.md" in shown
+    write_manifest(tmp_path / STAGING, NEW)
+    runs.finish_run(tmp_path)
+    assert names_in(tmp_path) == {*NEW_FILES, *mine, "settings.json"}
+    assert {(tmp_path / name).read_text() for name in mine} == {"mine"}
+    assert (tmp_path / "sae.json").read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    ("taken", "words"),
+    [
+        ("saelens", "saelens is a file, but a run writes a folder"),
+        ("target_10/frozen_decoder", "frozen_decoder is a file, but"),
+        ("training.png/a.txt", "training.png is a folder, but a run writes a file"),
+        ("target_10/sae.json/a.txt", "sae.json is a folder, but"),
+    ],
+)
+def test_a_name_that_a_run_cannot_use_is_an_error_before_it(tmp_path, taken, words):
+    write(tmp_path, [taken], "mine")
+    with pytest.raises(InputError, match=words):
+        begin(tmp_path)
+    assert names_in(tmp_path) == {taken}
 
 
 # --- What a folder has, in words ------------------------------------------------------------------
@@ -162,7 +189,8 @@ def test_results_of_another_run_are_named_before_they_are_replaced(tmp_path, new
     runs.begin_run(tmp_path, {**manifest(OLD), **new}, str.upper)
     line = f"{tmp_path} has results {words}; they are replaced when this run has finished: give "
     line += "out=" if "caller" in new else "--out"
-    assert capsys.readouterr().out == (f"{line} another folder to keep them\n" if words else "")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown == (f"{line} another folder to keep them" if words else "")
 
 
 @pytest.mark.parametrize(
@@ -170,15 +198,15 @@ def test_results_of_another_run_are_named_before_they_are_replaced(tmp_path, new
     [
         ("settings.json", "{}", "results with a settings.json that cannot be read"),
         ("settings.json", '{"settings": {}}', "results of another version of the program"),
-        ("summary.json", "[]", "results of an unfinished run"),
-        ("sae.json", "{}", ""),
+        ("summary.json", "[]", "files with names of results (summary.json)"),
         ("notes.md", "mine", ""),
     ],
 )
 def test_results_without_a_usable_manifest_are_named(tmp_path, name, content, words, capsys):
     (tmp_path / name).write_text(content)
     begin(tmp_path)
-    assert capsys.readouterr().out.split("; they are")[0] == (words and f"{tmp_path} has {words}")
+    shown = " ".join(capsys.readouterr().out.split("; they are")[0].split())
+    assert shown == (words and f"{tmp_path} has {words}")
 
 
 @pytest.mark.parametrize(
