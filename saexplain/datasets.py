@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import feature_analysis as fa
+from saexplain.console import print_words
 from saexplain.files import InputError
 from saexplain.images import (
     SPLIT_NAMES,
@@ -58,6 +60,7 @@ MEMORY_CAP: int | None = None  # bytes of a split that are kept in memory; None:
 SPLIT_PERCENT = (70, 10, 20)  # of each class for training, validation, test
 VAL_PERCENT = (88, 12)  # of each class of the training images, where validation images lack
 HELD_OUT_PERCENT = (33, 67)  # of each class of the validation images, where test images lack
+MOST_LETTERS = 24  # of the name of a class in a line
 
 
 # --------------------------------------------------------------------------------------------------
@@ -285,7 +288,7 @@ def warn_leakage(hashes: Mapping[str, np.ndarray]) -> None:
         kind, other = SPLIT_NAMES[name], SPLIT_NAMES[earlier]
         lines.append(f"{n:,} of {total:,} {kind} images are also {other} images")
     if lines:
-        print(f"{', '.join(lines)}: what is found on them is not found on unseen images")
+        print_words(f"{', '.join(lines)}: what is found on them is not found on unseen images")
 
 
 def count_duplicates(hashes: Mapping[str, np.ndarray]) -> dict[tuple[str, str], int]:
@@ -456,7 +459,7 @@ def load_own(
     n = sum(len(split.labels) for split in splits)
     source, names = f"{n:,} images", names or tuple(map(str, range(n_classes)))
     data = Data(*splits, names, source, digest_of_parts(parts.values()), display)
-    print(describe(data, drawn, shown))
+    print_words(describe(data, drawn, shown))
     return data
 
 
@@ -485,7 +488,8 @@ def open_sources(given: Mapping[str, object], reader: Reader) -> dict[str, Sourc
 def describe(data: Data, drawn: str, shown: str) -> str:
     """A line about the data: what was found, and what was made of it."""
     shape = " x ".join(map(str, data.train.images.shape[1:]))
-    listed = ", ".join(data.classes[:3]) + (", ..." if len(data.classes) > 3 else "")
+    listed = ", ".join(fa.shortened(name, MOST_LETTERS) for name in data.classes[:3])
+    listed += ", ..." if len(data.classes) > 3 else ""
     words = [f"{data.in_words()} of {shape}; {len(data.classes)} classes: {listed}"]
     present = torch.cat([split.labels for split in data[:3]]).unique().numel()
     if present < len(data.classes):

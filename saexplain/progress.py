@@ -58,7 +58,8 @@ def is_notebook() -> bool:
 
 class SafeStream(io.TextIOBase):
     """A text stream that writes what it can: characters that `stream` cannot encode become escapes
-    like \\u05d0; once nothing can be written, as to a closed pipe or a full disk, nothing is."""
+    like \\u05d0; once nothing can be written, as to a closed pipe or a full disk, nothing is. What
+    cannot be written at one moment, as to a pipe that is full, is left out."""
 
     def __init__(self, stream):
         self.stream, self.is_open = stream, True
@@ -83,6 +84,8 @@ class SafeStream(io.TextIOBase):
                 self.stream.write(encodable(text, self.encoding))
                 if text[-1:] in "\n\r":  # at the end of a line, or of nothing
                     self.stream.flush()
+        except (BlockingIOError, InterruptedError):
+            pass
         except (OSError, ValueError):  # ValueError: it was closed here
             self.is_open = False
 
@@ -102,11 +105,11 @@ class Output(SafeStream):
     rest = ""  # of a line that is not complete
 
     def write(self, text: str) -> int:
-        if not _lines:
-            self.put(text)
-            return len(text)
         whole, end, self.rest = (self.rest + text).rpartition("\n")
-        if end:
+        if not _lines:
+            self.put(whole + end + self.rest)
+            self.rest = ""
+        elif end:
             _lines[-1].print_above(whole + end, self)
         return len(text)
 
@@ -219,8 +222,9 @@ def live_line(title: str) -> Iterator[None]:
     try:
         yield
     finally:
-        line = _lines.pop()
-        line.close()
+        _lines.pop().close()
+        if isinstance(sys.stdout, Output):
+            sys.stdout.write("")  # the rest
 
 
 def progress_bar(plan: Iterable, what: str, steps: int | None) -> Iterator:

@@ -104,6 +104,16 @@ def test_an_inner_loop_takes_the_line_over_and_gives_it_back(terminal):
     assert terminal.screen == [""]
 
 
+def test_text_without_a_newline_follows_the_live_line(terminal):
+    with redirect_stdout(terminal), progress.safe_output():
+        with progress.live_line("SAE"):
+            print("one\ntwo", end="")
+        print(" three")
+        with progress.live_line("SAE"):
+            print("four", end="")
+    assert terminal.screen == ["one", "two three", "four"]
+
+
 def test_a_stage_that_fails_leaves_no_line(terminal):
     clock = Stopwatch(shown=True)
     with redirect_stdout(terminal), pytest.raises(InputError), clock("sae"):
@@ -266,6 +276,23 @@ def test_a_stream_that_breaks_is_left_alone_and_stdout_is_restored():
             print("two")
             assert not sys.stdout.is_open
         assert sys.stdout is broken
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [(BlockingIOError(11, "full"), "02"), (OSError(28, "no space left"), "0"), (ValueError, "0")],
+)
+def test_an_error_that_passes_loses_one_text_and_another_all_that_follow(error, kept):
+    class Failing(io.StringIO):
+        def write(self, text):
+            if text == "1\n":
+                raise error
+            return super().write(text)
+
+    stream = progress.SafeStream(Failing())
+    for n in range(3):
+        stream.write(f"{n}\n")
+    assert stream.stream.getvalue().split() == list(kept)
 
 
 # --- Flags ----------------------------------------------------------------------------------------
