@@ -1004,9 +1004,8 @@ def explain(
     net = open_layer(model, layer, pool, layout, grid, prefix_tokens)
     images = {name: settings.pop(name) for name in IMAGE_OPTIONS if name in settings}
     with open_ranks() as ranks, printing_once(ranks):
-        with clock("data"):
+        with live_line("data"):  # load_own prints a line about them
             data = report.load_splits(net, classes, train, val, test, **images)
-            clock.result = data.source
         with torch.no_grad():
             some = net.preactivations(data.train.images[: fa.PROBED])
         own = explain_settings(net, some, target, settings)
@@ -1093,12 +1092,16 @@ def train_combination(settings: Settings) -> tuple[fa.ExplainedLayer, Stage, str
 def report_my_hypotheses(settings: Settings) -> list[dict]:
     """The records of hypotheses of one's own, tested on the finished run in the folder `out`."""
     moved = None if settings.data == DATA else settings.data  # by default where they were
-    found = runs.load_manifest(Path(settings.out))["settings"].get("target_actives", [])
-    target = settings.target_actives[0] if len(found) > 1 else None
-    with live_line("finished run"):
-        run = load_run(settings.out, target, moved, settings.device)
-    given = read_hypotheses(settings.my_hypotheses, run.layer.sae)
-    with folder_lock(Path(settings.out), settings.wait), torch_threads(1), live_line("tests"):
+    root, wanted = Path(settings.out), settings.target_actives
+    if not root.is_dir():  # which the lock would make
+        runs.load_manifest(root)
+    with folder_lock(root, settings.wait), torch_threads(1), live_line("tests"):
+        runs.finish_run(root)
+        found = runs.load_manifest(root)["settings"].get("target_actives", [])
+        target = found[0] if len(found) == 1 and wanted == Settings.target_actives else wanted[0]
+        run = load_run(root, target, moved, settings.device)
+        print(f"target {target} of {', '.join(map(str, found))}")
+        given = read_hypotheses(settings.my_hypotheses, run.layer.sae)
         return report_own(given, run.layer, run.folder, run.report, run.data.classes)
 
 

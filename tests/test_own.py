@@ -12,7 +12,7 @@ import MNIST_SAE_code as driver
 from saexplain import own
 from saexplain.evaluation import Rule, collect_evidence, decide, evaluate_hypotheses
 from saexplain.evaluation import split_test_images as halves_of
-from saexplain.files import InputError, read_json
+from saexplain.files import STAGING, InputError, read_json
 from saexplain.hypotheses import drawing_rows, hypothesis_record
 from saexplain.ink import Canvas
 from saexplain.own import FORMAT, read_hypotheses, write_hypotheses
@@ -158,7 +158,8 @@ def test_a_run_tests_hypotheses_of_ones_own_like_its_own(tested, loaded):
     assert results[0].row.decision.confidence == entry["confidence"]
     assert results[0].row.replicated == entry["replicated"]
     assert [records[2]["threshold"], results[3].row.decision.confidence] == [1234, "Low"]
-    lines = printed.splitlines()
+    first, *lines = printed.splitlines()
+    assert first == "target 4 of 4"
     assert len(lines) == 5
     for line, e in zip(lines[:3], expected[:3], strict=True):
         assert f"F1 {e.picked.f1:.2f}" in line
@@ -237,6 +238,26 @@ def test_missing_runs_and_files_are_named(finished, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             driver.main(["--my-hypotheses", str(tmp_path / name), "--out", str(out)])
+
+
+def test_a_target_that_the_run_lacks_is_an_error(finished, tmp_path):
+    write(tmp_path / "mine.json", [ENTRY])
+    flags = ["--my-hypotheses", str(tmp_path / "mine.json"), "--out", str(finished)]
+    with pytest.raises(InputError, match=r"target must be one of \[4\], .* got 10"):
+        driver.main([*flags, "--target-actives", "10"])
+
+
+def test_a_run_that_is_complete_replaces_the_old_one_before_the_tests(run_copy, tmp_path):
+    """The new run is not of this folder's images, so that it is known which one is read."""
+    staging = run_copy / STAGING
+    staging.mkdir()
+    manifest = read_json(run_copy / "settings.json")
+    (staging / "settings.json").write_text(json.dumps({**manifest, "data_digest": "another"}))
+    write(tmp_path / "mine.json", [ENTRY])
+    flags = ["--my-hypotheses", str(tmp_path / "mine.json"), "--out", str(run_copy)]
+    with pytest.raises(InputError, match="was made with"):
+        driver.main(flags)
+    assert not staging.exists()
 
 
 def test_hypotheses_about_one_feature_keep_the_order_given(loaded, tmp_path):
