@@ -28,9 +28,9 @@ import feature_analysis as fa
 from saexplain import runs
 from saexplain.activity import collect_activity, removal_effects
 from saexplain.compare_page import comparison_page
-from saexplain.console import NOT_COMPUTED, text_table
+from saexplain.console import NOT_COMPUTED, print_words, text_table
 from saexplain.fidelity import measure_fidelity, raw_rows
-from saexplain.files import InputError, read_json
+from saexplain.files import InputError, prepare_folder, read_json
 from saexplain.images import Display, images_per_batch
 from saexplain.reproducibility import MIN_SIMILARITY, Matches, match_features
 from saexplain.saelens import CONFIG_FILE, load_saelens
@@ -40,6 +40,7 @@ SIDE_BY_SIDE = 4  # runs in columns of their own; more have a line each
 MOST_PAIRS = 3  # of the first run with others, whose features are matched
 MOST_ENTRIES = 2**28  # numbers of the layer's output on the images on which features are matched
 TOP_IMAGES = 4  # strongest images of a feature that are shown
+MOST_DENSE = 0.9  # of the features of an SAE that was trained on the layer it reads
 WIDTH, LABEL, CELL, MOST_SETTINGS = 100, 38, 13, 6  # of the terminal: characters, and lines
 
 
@@ -89,6 +90,7 @@ class Compared(NamedTuple):
     page: Path | None = None  # its own page
     layer: fa.ExplainedLayer | None = None  # None: numbers alone
     display: Display = Display()
+    caller: str = ""  # of settings.json
 
     def numbers(self) -> dict:
         """Its numbers, by the keys of NUMBERS; without those that it lacks."""
@@ -142,7 +144,8 @@ def read_run(path: Path) -> list[Compared]:
             settings["target_actives"] = target
             report = {r["feature"]: r for r in read_json(folder / "feature_report.json")}
             known = (record, settings, manifest["data"], manifest["data_digest"], report)
-            found.append(Compared(str(folder), *known, folder / "feature_report.html"))
+            page, caller = folder / "feature_report.html", manifest.get("caller", "script")
+            found.append(Compared(str(folder), *known, page, caller=caller))
     if not found:
         raise InputError(f"{root} has no SAE of target {wanted}")
     return found
@@ -177,13 +180,21 @@ def with_sae(base: Compared, name: str, sae: object, mu: Tensor, std: Tensor) ->
     device = base.layer.device
     sae = sae.to(device) if isinstance(sae, torch.nn.Module) else sae
     sae = sae_as_read(base.layer, sae, mu.to(device), std.to(device))  # FVUs in the same units
-    return of_layer(base.layer.with_sae(sae), name, base)
+    found = of_layer(base.layer.with_sae(sae), name, base)
+    fvu, dense = found.record["fvu"], found.record["dense_features"] / found.layer.d_sae
+    if fvu > 1 or dense > MOST_DENSE:
+        print_words(
+            f"{name} may be of another network or layer: FVU {fvu:.3g}, {dense:.0%} of its "
+            f"features active on over a tenth of the images"
+        )
+    return found
 
 
 def check_images(first: Compared, other: Compared) -> None:
-    """Raise InputError unless both are of equal images; another seed splits the same set anew."""
+    """Raise InputError unless both are of equal images; another seed splits the script's anew."""
     seeds = [one.settings.get("seed") for one in (first, other)]
     is_resplit = seeds[0] != seeds[1] and first.source == other.source
+    is_resplit &= first.caller == other.caller == "script"  # whose words name a set of images
     if first.digest != other.digest and not is_resplit:
         raise InputError(
             f"runs must be of equal images: {first.title} is of {first.source}, {other.title} of "
@@ -429,6 +440,10 @@ def compare_runs(
     Features of the first are matched with those of up to three others, on its test images. Raises
     InputError for what cannot be compared.
     """
+    if out is not None:
+        prepare_folder(Path(out).parent)
+        if Path(out).is_dir():
+            raise InputError(f"the page must be a file, but {out} is a folder: add /{PAGE}")
     compared: list[Compared] = []
     base = None  # a layer without an SAE of its own
     for one in given:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
@@ -38,6 +39,17 @@ seed may draw others from the same set. Accuracy lost, agreement and FVU
 layer's output, L0 is the mean number of active features, and dense features are active on over a
 tenth of the images. "Predictions kept with drawings" has, in place of every feature, what its
 drawing predicts.</p>"""
+
+
+def link(title: str, page: Path | None, folder: Path, view: str = "") -> str:
+    """The title (HTML), as a link from a page in the folder to another, if there is one."""
+    if page is None or not page.exists():
+        return title
+    try:
+        place = quote(Path(os.path.relpath(page, folder)).as_posix())
+    except ValueError:  # another drive of Windows
+        place = page.resolve().as_uri()
+    return f'<a href="{escape(place + view)}">{title}</a>'
 
 
 def png_source(content: bytes) -> str:
@@ -142,9 +154,8 @@ class Looks:
             face = f'<img class="face" alt="pattern of feature {k}" src="{png_source(paint(k))}">'
         record = one.report.get(k, {})
         name = f"{self.letters[side]} {k}"
-        if record and one.page and one.page.exists():
-            place = Path(os.path.relpath(one.page, self.folder)).as_posix()
-            name = f'<a href="{escape(place)}#view=feature&amp;feature={k}">{name}</a>'
+        if record:
+            name = link(name, one.page, self.folder, f"#view=feature&feature={k}")
         words = [f"active on {f.bank.feature_density[k]:.1%}", f"influence {f.influence[k]:.1%}"]
         if record.get("f1") is not None:
             words.append(f"F1 {record['f1']:.2f}")
@@ -216,11 +227,7 @@ def _of_all(features: Sequence[int]) -> str:
 
 def run_line(letter: str, one: Compared, folder: Path) -> str:
     """A letter with the run that it is for, and a link to its own page."""
-    title = escape(one.title)
-    if one.page and one.page.exists():
-        place = Path(os.path.relpath(one.page, folder)).as_posix()
-        title = f'<a href="{escape(place)}">{title}</a>'
-    return f"<li><b>{letter}</b> {title}</li>"
+    return f"<li><b>{letter}</b> {link(escape(one.title), one.page, folder)}</li>"
 
 
 def comparison_page(

@@ -1,8 +1,10 @@
 """Runs side by side, and their features matched: saexplain.compare and its page."""
 
+import html
 import json
 import re
 import shutil
+from urllib.parse import unquote, urljoin, urlsplit
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from test_reproducibility import Plain, noise, permuted, random_sae
 import feature_analysis as fa
 import MNIST_SAE_code as driver
 from saexplain import compare as cmp
+from saexplain import compare_page
 from saexplain.compare_page import comparison_page
 from saexplain.files import InputError
 from saexplain.saelens import load_saelens
@@ -199,9 +202,11 @@ def test_runs_of_other_settings_and_seeds_compare(finished, run_copy, capsys):
     assert len(lines) == 6
     assert max(map(len, lines)) <= 100
     settings["settings"]["seed"] = 0
-    (run_copy / "settings.json").write_text(json.dumps(settings))
-    with pytest.raises(InputError, match=r"must be of equal images: .* with other pixels"):
-        cmp.compare_runs(str(finished), str(run_copy), out=None)
+    for other in (settings, {**settings, "caller": "explain"}):  # whose words say nothing of a set
+        (run_copy / "settings.json").write_text(json.dumps(other))
+        with pytest.raises(InputError, match=r"must be of equal images: .* with other pixels"):
+            cmp.compare_runs(str(finished), str(run_copy), out=None)
+        settings["settings"]["seed"] = 7
 
 
 def test_the_targets_of_one_run_are_compared_and_one_of_them_is_named(tmp_path, capsys):
@@ -250,6 +255,48 @@ def test_the_page_fits_its_screen_and_shows_its_pictures(loaded, tmp_path, width
         assert page.evaluate(loads)
         assert page.evaluate("document.images.length") > 100
         browser.close()
+
+
+@pytest.mark.parametrize("name", ["run#1 100%?", "<i>&\"x'"])
+def test_links_lead_to_a_page_whatever_its_name(name, tmp_path):
+    page = tmp_path / name / "page.html"
+    page.parent.mkdir()
+    found = compare_page.link("a <b>title</b>", page, tmp_path / "beside")
+    assert found == "a <b>title</b>"
+    page.write_text("")
+    found = compare_page.link("a", page, tmp_path / "beside", "#view=feature&feature=3")
+    place = re.fullmatch(r'<a href="([^"<>]*)">a</a>', found)[1]
+    url = urlsplit(urljoin(f"{tmp_path.as_uri()}/beside/compare.html", html.unescape(place)))
+    assert unquote(url.path) == str(page)
+    assert (url.query, url.fragment) == ("", "view=feature&feature=3")
+
+
+def test_a_page_on_another_drive_is_named_in_full(tmp_path, monkeypatch):
+    def fail(path, start):
+        raise ValueError("path is on mount 'D:'")
+
+    (tmp_path / "page#.html").write_text("")
+    monkeypatch.setattr(compare_page.os.path, "relpath", fail)
+    found = compare_page.link("a", tmp_path / "page#.html", tmp_path)
+    assert f'href="{tmp_path.as_uri()}/page%23.html"' in found
+
+
+def test_a_page_that_cannot_be_written_is_an_error_before_any_work(tmp_path):
+    with pytest.raises(InputError, match=r"must be a file, but .* is a folder"):
+        cmp.compare_runs(None, None, out=tmp_path)
+    with pytest.raises(InputError, match="give two runs or more"):
+        cmp.compare_runs(out=tmp_path / "new" / "page.html")
+    assert (tmp_path / "new").is_dir()
+
+
+def test_an_sae_of_another_layer_is_reported(loaded, capsys):
+    sae, mu, std = load_saelens(loaded.folder / "saelens")
+    cmp.compare_runs(loaded, saes={"fits": (sae, mu, std)}, out=None)
+    assert capsys.readouterr().out == ""
+    comparison = cmp.compare_runs(loaded, saes={"theirs": (sae, mu - 100, std)}, out=None)
+    shown = capsys.readouterr().out
+    assert comparison.compared[1].record["fvu"] > 1
+    assert re.match(r"theirs may be of another network or layer: FVU [\d.e+]+, \d+% of its", shown)
 
 
 def test_what_cannot_be_compared_is_one_line(finished, loaded, tmp_path):
