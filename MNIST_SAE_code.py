@@ -114,6 +114,7 @@ from saexplain.parallel import (
 from saexplain.progress import live_line, progress_bar, script_output
 from saexplain.reproducibility import compare_seeds
 from saexplain.rows import Batch, TrainingRows
+from saexplain.runs import OWN_NETWORK
 from saexplain.sae import JumpReLUSAE
 from saexplain.saelens import save_saelens
 from saexplain.stages import (
@@ -828,8 +829,6 @@ def page_weights(model: object) -> page.Network | None:
 # --------------------------------------------------------------------------------------------------
 # Any network, and finished runs
 # --------------------------------------------------------------------------------------------------
-
-OWN_NETWORK = "the classifier of this project"
 
 
 class Run(NamedTuple):

@@ -30,6 +30,7 @@ from saexplain.files import (
 )
 from saexplain.images import Data
 
+OWN_NETWORK = "the classifier of this project"  # in a manifest: the one that the script trains
 MANIFEST = "settings.json"  # makes a folder a finished run
 # A run that is complete, while its files are moved; the manifest of one, while it is removed.
 MOVING, REMOVED = ".finished_run", ".removed_run.json"

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import feature_analysis as fa
 from saexplain.files import InputError, prepare_folder, read_json, to_json
+from saexplain.runs import OWN_NETWORK
 from saexplain.sae import JumpReLUSAE, TopKSAE
 
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
@@ -43,13 +44,14 @@ tags:
 
 | | |
 |---|---|
-| trained on | {data} |
+| data | {data} |
+| trained on | {n_train:,} training images |
 | network | {network} |
 | layer | {layer} |
 | reads | {reads} |
 | latents | {sae_latents} |
 | target, active features per row | {target_actives} |
-| L0, test images | {achieved_actives_test:.2f} |
+| L0{per_position}, test images | {achieved_actives_test:.2f} |
 | FVU, test images | {fvu:.4f} |
 | agreement, test images | {agreement_jumprelu:.2%} |
 | license of the data | {license} |
@@ -125,14 +127,21 @@ def model_card(layer: fa.ExplainedLayer, record: Mapping, network: str, folder: 
     reads = f"rows of {len(layer.mu)} numbers, one per image"
     if layer.has_positions:
         reads = f"rows of {len(layer.mu)} numbers, one for each of {layer.positions.n} positions"
-    own_license = "see the data's own"
+    is_mnist, train = MNIST_SOURCE.fullmatch(record["data"]), layer.splits["train"]
+    if network == OWN_NETWORK:
+        weights = [list(w.shape) for w in layer.model.parameters() if w.dim() == 2]
+        sizes = [weights[0][1], *(n for n, _ in weights)]
+        kind = "MNIST" if is_mnist else "image"
+        network = f"a {'-'.join(map(str, sizes))} {kind} classifier"
     return CARD.format(
         **record,
+        n_train=len(train.labels),
+        per_position=" per position" if layer.has_positions else "",
         network=network,
         layer=getattr(layer.model, "title", "the output of its method `preactivations`"),
         reads=reads,
         d_in=len(layer.mu),
-        license="CC BY-SA 3.0" if MNIST_SOURCE.fullmatch(record["data"]) else own_license,
+        license="CC BY-SA 3.0" if is_mnist else "see the data's own",
         folder=folder,
     )
 
@@ -179,11 +188,11 @@ def build_sae(config: dict, weights: dict[str, Tensor]) -> JumpReLUSAE:
     if set(weights) != set(shapes):
         met, expected = ", ".join(sorted(weights)), ", ".join(sorted(shapes))
         raise ValueError(f"its tensors are {met}; {kind} has {expected}")
-    for name, weight in weights.items():
-        if not weight.is_floating_point():
+    for name, shape in shapes.items():
+        if not weights[name].is_floating_point():
             raise ValueError(f"{name} must be floats, not whole numbers")
-        if tuple(weight.shape) != shapes[name]:
-            raise ValueError(f"{name} must have shape {shapes[name]}, got {tuple(weight.shape)}")
+        if weights[name].shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(weights[name].shape)}")
     k = topk_of(config, kind)
     if k is not None and not 0 < fa.check_whole("k", k) <= d_sae:
         raise ValueError(f"k is {k}; it must be from 1 to {d_sae}")

@@ -71,7 +71,7 @@ def test_the_card_has_the_numbers_of_the_run_and_its_lines_load_it(finished, loa
     front, body = card.split("---\n", 2)[1:]
     assert front.splitlines()[0] == "library_name: saelens"
     rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", body, re.MULTILINE))
-    assert rows["trained on"] == "bundled sample of 5,000 MNIST training digits"
+    assert rows["data"] == "bundled sample of 5,000 MNIST training digits"
     assert rows["license of the data"] == "CC BY-SA 3.0"
     assert rows["reads"] == "rows of 128 numbers, one per image"
     assert (rows["latents"], rows["target, active features per row"]) == ("32", "4")
@@ -96,6 +96,14 @@ def test_only_mnist_has_a_license_that_is_known(finished, loaded):
         card = model_card(loaded.layer, {**record, "data": source}, "a network", "saelens")
         assert ("CC BY-SA 3.0" in card) == known
         assert ("see the data's own" in card) != known
+
+
+def test_the_card_names_network_images_and_what_l0_counts(finished, loaded):
+    card = " ".join((finished / "saelens" / "README.md").read_text().split())
+    assert "# SAE of a 784-128-10 MNIST classifier |" in card
+    (n_train,) = loaded.data.train.labels.shape
+    assert f"| trained on | {n_train:,} training images |" in card
+    assert "| L0, test images |" in card
 
 
 @pytest.mark.parametrize("dead", [False, True])
@@ -156,7 +164,7 @@ HUGE = {"W_enc": torch.full((D_IN, D_SAE), 1e38), "W_dec": torch.full((D_SAE, D_
         ({}, {}, "architecture"),
         ({"architecture": "gated"}, {}, "its architecture is gated"),
         (STANDARD | {"normalize_activations": "layer_norm"}, {}, "layer_norm"),
-        (JUMP | {"d_sae": 8}, {}, "must have shape (8,), got (9,)"),
+        (JUMP | {"d_sae": 8}, {}, "W_enc must have shape (5, 8), got (5, 9)"),
         (JUMP, {"threshold": None}, "its tensors are W_dec, W_enc, b_dec, b_enc; jumprelu has"),
         (JUMP, {"threshold": None, "log_threshold": ONES}, "log_threshold; jumprelu has"),
         (STANDARD, {}, "threshold; standard has"),
