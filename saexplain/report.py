@@ -586,4 +586,5 @@ def explain_sae(
         record["seconds"] = {**seconds, "whole run": clock.total()}
         write_summary(staged, [record], manifest, digests)
         runs.finish_run(folder)
+        console.print_results(folder, {folder: record}, [report])
     return report
