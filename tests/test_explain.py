@@ -101,10 +101,14 @@ def test_equal_inputs_reuse_the_sae_and_others_do_not(explained, tmp_path, capsy
         driver.load_run(own["out"])
 
 
-def test_a_saelens_folder_is_explained(explained, tmp_path):
+def test_a_saelens_folder_is_explained(explained, tmp_path, capsys):
     net, run, _ = explained
     given = load_saelens(run.folder / "saelens")
     records = explain_sae(net, "1", *given, *splits(), tmp_path, classes=NAMES)
+    shown = capsys.readouterr().out
+    assert "Result, on the test images" in shown
+    assert str(tmp_path / "feature_report.html") in shown
+    assert max(map(len, shown.replace(str(tmp_path), "").splitlines())) <= 100
     influence = [record["influence"] for record in records]
     assert influence == sorted(influence, reverse=True)
     assert influence[0] == pytest.approx(run.report[0]["influence"], abs=1e-4)
@@ -126,7 +130,7 @@ def test_explain_sae_names_what_it_replaces_and_replaces_it_when_complete(
         capsys.readouterr()
         given = (sae, run.layer.mu, run.layer.std, *splits(), folder)
         explain_sae(net, "1", *given, hypotheses=False, features=2)
-        return capsys.readouterr().out
+        return " ".join(capsys.readouterr().out.split())
 
     before = contents_of(folder)
     with monkeypatch.context() as patch:

@@ -247,7 +247,7 @@ def test_a_second_layer_has_a_folder_of_its_own_and_a_shared_one_is_named(
     assert drawn == [None, driver.SCHEDULE.logit_kl_from]  # of positions no logits are used
     capsys.readouterr()
     driver.explain(resnet, "wide", *splits(), out=first.folder, **given)
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert f"{first.folder} has results for layer layer2 of ResNet; they are replaced" in printed
 
 
