@@ -226,8 +226,12 @@ def warn_scale(layer: fa.ExplainedLayer) -> None:
     if low < 0 or high > BYTE:
         return
     factor, words = (1 / BYTE, "divided by 255") if high > 1 else (BYTE, "times 255")
+    try:
+        rescaled = layer.logits(layer.raw(given * factor))
+    except Exception:  # a network that checks its images
+        return
     found = []
-    for logits in (layer.logits(raw[some.to(raw.device)]), layer.logits(layer.raw(given * factor))):
+    for logits in (layer.logits(raw[some.to(raw.device)]), rescaled):
         own = labels[some.to(labels.device)].to(logits.device)
         accuracy = (logits.argmax(1) == own).double().mean().item()
         found.append((nn.functional.cross_entropy(logits, own).item(), accuracy))

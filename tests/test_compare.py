@@ -209,6 +209,7 @@ def test_runs_of_other_settings_and_seeds_compare(finished, run_copy, capsys):
         settings["settings"]["seed"] = 7
 
 
+@pytest.mark.slow
 def test_the_targets_of_one_run_are_compared_and_one_of_them_is_named(tmp_path, capsys):
     flags = [*BARE, "--target-actives", "3", "5", "--out", str(tmp_path / "two")]
     made = driver.main(flags)

@@ -205,6 +205,14 @@ def test_images_on_another_usual_scale_are_reported(made_for, given, words, caps
     assert words in printed
     assert bool(printed) == bool(words)
 
+    def check(module, given_images):
+        if not torch.equal(given_images[0].max(), splits[1][0].max()):
+            raise ValueError("pixels must be as given")
+
+    net[0].register_forward_pre_hook(check)
+    activations.warn_scale(layer)
+    assert capsys.readouterr().out == ""
+
 
 def in_lists(x, y):
     return list(x), y.tolist()

@@ -231,6 +231,7 @@ def test_several_targets_are_columns_and_many_are_blocks(finished, tmp_path, cap
 # --- Output never stops a run ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_python_without_docstrings_runs():
     command = [sys.executable, "-OO", SCRIPT, "--help"]
     found = subprocess.run(command, capture_output=True)
