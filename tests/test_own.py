@@ -12,7 +12,7 @@ import MNIST_SAE_code as driver
 from saexplain import own
 from saexplain.evaluation import Rule, collect_evidence, decide, evaluate_hypotheses
 from saexplain.evaluation import split_test_images as halves_of
-from saexplain.files import STAGING, InputError, read_json
+from saexplain.files import STAGING, BusyError, InputError, folder_lock, read_json
 from saexplain.hypotheses import drawing_rows, hypothesis_record
 from saexplain.ink import Canvas
 from saexplain.own import FORMAT, read_hypotheses, write_hypotheses
@@ -245,6 +245,14 @@ def test_a_target_that_the_run_lacks_is_an_error(finished, tmp_path):
     flags = ["--my-hypotheses", str(tmp_path / "mine.json"), "--out", str(finished)]
     with pytest.raises(InputError, match=r"target must be one of \[4\], .* got 10"):
         driver.main([*flags, "--target-actives", "10"])
+
+
+def test_nothing_is_read_while_another_process_writes(run_copy, tmp_path):
+    flags = ["--my-hypotheses", str(tmp_path / "none.json"), "--out", str(run_copy)]
+    with folder_lock(run_copy), pytest.raises(BusyError):
+        driver.main(flags)
+    with pytest.raises(InputError, match=r"none\.json cannot be read"):
+        driver.main(flags)
 
 
 def test_a_run_that_is_complete_replaces_the_old_one_before_the_tests(run_copy, tmp_path):
