@@ -28,53 +28,19 @@ import feature_analysis as fa
 from saexplain import runs
 from saexplain.activity import collect_activity, removal_effects
 from saexplain.compare_page import comparison_page
-from saexplain.console import NOT_COMPUTED, text_table
+from saexplain.console import COLUMNS, lines_table, text_table
 from saexplain.fidelity import measure_fidelity, raw_rows
 from saexplain.files import InputError, read_json
 from saexplain.images import Display, images_per_batch
+from saexplain.quantities import GROUPS, Quantity, quantity_rows
 from saexplain.reproducibility import MIN_SIMILARITY, Matches, match_features
 from saexplain.saelens import CONFIG_FILE, load_saelens
 
 PAGE = "compare.html"
-SIDE_BY_SIDE = 4  # runs in columns of their own; more have a line each
 MOST_PAIRS = 3  # of the first run with others, whose features are matched
 MOST_ENTRIES = 2**28  # numbers of the layer's output on the images on which features are matched
 TOP_IMAGES = 4  # strongest images of a feature that are shown
-WIDTH, LABEL, CELL, MOST_SETTINGS = 100, 38, 13, 6  # of the terminal: characters, and lines
-
-
-class Number(NamedTuple):
-    """A number that runs are compared by."""
-
-    title: str
-    key: str  # of `numbers_of`
-    form: str
-    images: str  # over which it is measured
-    group: str = "Fidelity"
-
-
-TEST, TRAIN, VAL, HALF = "test images", "training images", "validation images", "test half"
-NUMBERS = (
-    Number("accuracy of the network", "baseline_acc", "{:.2%}", TEST),
-    Number("accuracy lost with the SAE", "delta_acc_jumprelu", "{:.2%}", TEST),
-    Number("agreement", "agreement_jumprelu", "{:.2%}", TEST),
-    Number("FVU", "fvu", "{:.4f}", TEST),
-    Number("FVU of as many principal components", "fvu_pca", "{:.4f}", TEST),
-    Number("cross entropy recovered", "ce_recovered", "{:.4f}", TEST),
-    Number("L0", "achieved_actives_test", "{:.2f}", TEST, "Sparsity"),
-    Number("L0 of an image, at any position", "l0_image_test", "{:.1f}", TEST, "Sparsity"),
-    Number("latents", "sae_latents", "{}", "", "Sparsity"),
-    Number("dense features (over 10%)", "dense_features", "{}", TRAIN, "Sparsity"),
-    Number("dead features", "dead_features", "{}", TRAIN, "Sparsity"),
-    Number("predictions kept with drawings", "agreement_hypotheses", "{:.2%}", HALF, "Explained"),
-    Number("  the same of the best baseline", "best_baseline", "{:.2%}", HALF, "Explained"),
-    Number("F1 by influence", "f1_by_influence", "{:.3f}", HALF, "Explained"),
-    Number("features reproduced", "features", "{:.3f}", VAL, "Reproducibility"),
-    Number("variance reproduced", "variance", "{:.3f}", VAL, "Reproducibility"),
-)
-IN_LINES = "sae_latents achieved_actives_test fvu agreement_jumprelu delta_acc_jumprelu"
-IN_LINES += " agreement_hypotheses f1_by_influence variance"  # keys of a line of many runs
-SHORT = ("latents", "L0", "FVU", "agreement", "acc. lost", "drawings", "F1", "reproduced")
+WIDTH, LABEL, CELL, MOST_SETTINGS = 100, 48, 11, 6  # of the terminal: characters, and lines
 
 
 class Compared(NamedTuple):
@@ -89,26 +55,6 @@ class Compared(NamedTuple):
     page: Path | None = None  # its own page
     layer: fa.ExplainedLayer | None = None  # None: numbers alone
     display: Display = Display()
-
-    def numbers(self) -> dict:
-        """Its numbers, by the keys of NUMBERS; without those that it lacks."""
-        summaries = self.record.get("hypotheses", {}).get("summaries", {})
-        best = {name: s["agreement_hypotheses"] for name, s in summaries.items() if name != "SAE"}
-        best = {name: value for name, value in best.items() if value is not None}
-        found = {**self.record, "best_baseline": max(best.values(), default=None)}
-        for name in ("features", "variance"):
-            found[name] = self.record.get("reproducibility", {}).get(name, {}).get("mean")
-        return found
-
-    def cell(self, number: Number) -> str:
-        """The number in its format, with its standard deviation where there is one."""
-        value = self.numbers().get(number.key)
-        if value is None:
-            return NOT_COMPUTED if number.key in self.record else "-"
-        std = None
-        if number.group == "Reproducibility":
-            std = self.record["reproducibility"][number.key]["std"]
-        return number.form.format(value) + ("" if std is None else f"±{std:.3f}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -324,7 +270,7 @@ class Comparison(NamedTuple):
     compared: list[Compared]
     pairs: list[Pair]  # of the first with others whose layers are known
 
-    most_columns = SIDE_BY_SIDE
+    most_columns = COLUMNS
 
     @property
     def letters(self) -> list[str]:
@@ -344,22 +290,23 @@ class Comparison(NamedTuple):
                 rows.append((name, shown))
         return rows
 
-    def numbers(self) -> list[tuple[Number, list[str]]]:
-        """The numbers that some of the SAEs have, with the cell of each SAE."""
-        rows = [(number, [one.cell(number) for one in self.compared]) for number in NUMBERS]
-        return [(number, cells) for number, cells in rows if set(cells) - {"-", NOT_COMPUTED}]
+    def quantities(self, group: Sequence[Quantity]) -> list[tuple[Quantity, list[str]]]:
+        """Quantities of a group that some of the SAEs have, with the text of each SAE."""
+        return quantity_rows([one.record for one in self.compared], 2, group)
 
     def table(self) -> str:
         """The comparison for the terminal, at most 100 characters wide."""
-        if len(self.compared) > SIDE_BY_SIDE:
-            return _table_of_lines(self)
+        if len(self.compared) > COLUMNS:
+            titles = [_tail(one.title, 24) for one in self.compared]
+            return lines_table(titles, [one.record for one in self.compared])
         lines = [
             f"{a}  {_tail(c.title, WIDTH - 3)}"
             for a, c in zip(self.letters, self.compared, strict=True)
         ]
         rows, differ = [["", *self.letters]], self.settings()
         rows += [[name, *cells] for name, cells in differ[:MOST_SETTINGS]]
-        rows += [[number.title, *cells] for number, cells in self.numbers()]
+        for group in GROUPS.values():
+            rows += [[quantity.title, *cells] for quantity, cells in self.quantities(group)]
         rows = [
             [fa.shortened(row[0], LABEL), *(fa.shortened(c, CELL) for c in row[1:])] for row in rows
         ]
@@ -384,16 +331,6 @@ class Comparison(NamedTuple):
 def _tail(text: str, n: int) -> str:
     """The end of a text in at most n characters."""
     return text if len(text) <= n else f"…{text[1 - n :]}"
-
-
-def _table_of_lines(comparison: Comparison) -> str:
-    """A line for each SAE."""
-    shown = {number.key: number for number in NUMBERS}
-    rows = [["", *SHORT]]
-    for one in comparison.compared:
-        cells = [one.cell(shown[key]) for key in IN_LINES.split()]
-        rows.append([_tail(one.title, 24), *("-" if c == NOT_COMPUTED else c for c in cells)])
-    return text_table(rows)
 
 
 def _pair_lines(comparison: Comparison, pair: Pair) -> list[str]:
