@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,10 +36,11 @@ from saexplain.reproducibility import MIN_SIMILARITY, Matches, match_features
 from saexplain.saelens import CONFIG_FILE, load_saelens
 
 PAGE = "compare.html"
+NO_PAIRS = "Features of explain() are matched by compare_runs(run_a, run_b), with what it returned."
 MOST_PAIRS = 3  # of the first run with others, whose features are matched
 MOST_ENTRIES = 2**28  # numbers of the layer's output on the images on which features are matched
 TOP_IMAGES = 4  # strongest images of a feature that are shown
-WIDTH, LABEL, CELL, MOST_SETTINGS = 100, 48, 11, 6  # of the terminal: characters, and lines
+WIDTH, LABEL, CELL, MOST_SETTINGS = 100, 48, 11, 2  # of the terminal: characters, and lines
 
 
 class Compared(NamedTuple):
@@ -315,6 +315,7 @@ class Comparison(NamedTuple):
             lines.append(f"and {len(differ) - MOST_SETTINGS} more settings that differ")
         for pair in self.pairs:
             lines += _pair_lines(self, pair)
+        lines += [] if self.pairs else [NO_PAIRS]
         return "\n".join(lines)
 
     def in_both(self, pair: Pair) -> list[str]:
@@ -324,7 +325,7 @@ class Comparison(NamedTuple):
         for own, other, f in zip(letters, letters[::-1], pair.features, strict=True):
             n, of = len(f.listed(matched=True)), int(f.is_active.sum())
             share = f"{f.share():.0%} of the influence"
-            words.append(f"{n} of {of} features of {own} are in {other}, {share}")
+            words.append(f"{n} of {of} active features of {own} are in {other}, {share}")
         return words
 
 
@@ -336,9 +337,9 @@ def _tail(text: str, n: int) -> str:
 def _pair_lines(comparison: Comparison, pair: Pair) -> list[str]:
     """What the terminal shows of a pair: how much is in both, and the first feature of each that
     is not."""
-    measure = "cosine and correlation" if pair.same_layer else "correlation alone: two layers"
-    words = "; ".join(comparison.in_both(pair)) + f" ({measure}, {MIN_SIMILARITY} or more)"
-    lines = textwrap.wrap(words, WIDTH, subsequent_indent="  ")
+    measure = "cosine, correlation" if pair.same_layer else "correlation; their layers differ"
+    first, second = comparison.in_both(pair)
+    lines = [first, f"{second}  ({measure}: {MIN_SIMILARITY} or more)"]
     for i, f in zip((pair.first, pair.second), pair.features, strict=True):
         for k in f.listed(matched=False)[:1]:
             caption = comparison.compared[i].report.get(k, {}).get("caption", "")

@@ -238,7 +238,10 @@ def comparison_page(
     parts.append(tables(comparison))
     parts += [pair_section(comparison, pair, folder) for pair in comparison.pairs]
     if not comparison.pairs:
-        parts.append("<p>Features are matched where the layers of two runs are loaded.</p>")
+        parts.append(
+            "<p>Features of two runs of explain() are matched in Python, by <code>saexplain."
+            "compare_runs(run_a, run_b)</code> with what explain() returned.</p>"
+        )
     page = (TEMPLATES / "compare.html").read_text(encoding="utf-8")
     page = page.replace("{{STYLE}}", (TEMPLATES / "style.css").read_text(encoding="utf-8"))
     page = page.replace("{{TITLE}}", escape(title)).replace("{{CONTENT}}", "\n".join(parts))

@@ -23,7 +23,8 @@ from saexplain.text import confidence_words, headline
 COLUMNS = 4  # SAEs beside each other, at most
 IN_LINES = {  # of many SAEs, a line each: a title, and the key of a quantity
     "latents": "sae_latents",
-    "L0": "l0_image",
+    "L0": "l0_of_vector",
+    "L0 per position": "l0_position_test",
     "FVU": "fvu",
     "agreement": "agreement_jumprelu",
     "acc. lost": "delta_acc_jumprelu",
@@ -183,11 +184,11 @@ def warnings_text(records: Sequence[dict]) -> str:
             if not d["fine"]:
                 found.setdefault(d["complaint"], (d, []))[1].append(record["target_actives"])
     if not found:
-        return f"Warnings: none, in {len(records[0]['diagnoses'])} diagnoses"
-    lines = ["Warnings"]
+        return f"Diagnoses: all {len(records[0]['diagnoses'])} fine"
+    lines = ["Diagnoses beyond their limits, which are rules of thumb"]
     for d, targets in list(found.values())[:WARNINGS_SHOWN]:
         at = f"target {', '.join(map(str, targets))}: " if len(records) > 1 else ""
-        lines.append(wrapped(f"  {at}{diagnosis_words(d)}", 4, 2))
+        lines.append(wrapped(f"  {at}{diagnosis_words(d)}", 4, 3))
     if len(found) > WARNINGS_SHOWN:
         lines.append(f"  and {len(found) - WARNINGS_SHOWN} more: --verbose, or summary.json")
     return "\n".join(lines)

@@ -44,8 +44,9 @@ FIDELITY = (
     Quantity("KL divergence of the predictions", "kl", "{:.5f}", TEST, 3),
 )
 SPARSITY = (
-    Quantity("features active per image (L0)", "l0_image", "{:.1f}", TEST),
+    Quantity("features active per image (L0)", "l0_of_vector", "{:.1f}", TEST),
     Quantity("features active per position (L0)", "l0_position_test", "{:.2f}", TEST),
+    Quantity("  on an image, at any position", "l0_image_test", "{:.1f}", TEST),
     Quantity("  as calibrated", "achieved_actives_val", "{:.4f}", VAL, 3),
     Quantity("lambda at the end of training", "lambda", "{:.4f}", TRAIN, 3),
     Quantity("features in all (latents)", "sae_latents", "{}", "", 2),
@@ -87,7 +88,7 @@ def values_of(record: Mapping) -> dict:
     found = {
         **record,
         "spliced_acc": record.get("recon_acc_jumprelu"),
-        "l0_image": record.get("l0_image_test", record.get("achieved_actives_test")),
+        "l0_of_vector": None if "l0_position_test" in record else record["achieved_actives_test"],
         "best_drawn": max((kept for kept in drawn if kept is not None), default=None),
         "influence_high": own.get("influence_high"),
     }

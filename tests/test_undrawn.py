@@ -604,11 +604,11 @@ def test_the_terminal_shows_rows_that_a_record_has():
     assert rows == [
         ["the former relative to the latter", "not computed", "test images"],
         ["that the untrained SAE loses", "0.5000", "test images"],
-        ["features active per image (L0)", "75.2", "test images"],
         ["features active per position (L0)", "4.00", "test images"],
+        ["on an image, at any position", "75.2", "test images"],
     ]
     shown = dict(console.page_results(record))
-    assert shown["features active per image (L0) (test images)"] == "75.2"
+    assert shown["... on an image, at any position (test images)"] == "75.2"
     assert not any("drawings" in title for title in shown)
 
 
