@@ -36,6 +36,7 @@ from saexplain.reproducibility import MIN_SIMILARITY, Matches, match_features
 from saexplain.saelens import CONFIG_FILE, load_saelens
 
 PAGE = "compare.html"
+FOUND = f"Found: cosine and correlation of {MIN_SIMILARITY} or more; the latter if layers differ."
 NO_PAIRS = "Features of explain() are matched by compare_runs(run_a, run_b), with what it returned."
 MOST_PAIRS = 3  # of the first run with others, whose features are matched
 MOST_ENTRIES = 2**28  # numbers of the layer's output on the images on which features are matched
@@ -315,7 +316,7 @@ class Comparison(NamedTuple):
             lines.append(f"and {len(differ) - MOST_SETTINGS} more settings that differ")
         for pair in self.pairs:
             lines += _pair_lines(self, pair)
-        lines += [] if self.pairs else [NO_PAIRS]
+        lines.append(FOUND if self.pairs else NO_PAIRS)
         return "\n".join(lines)
 
     def in_both(self, pair: Pair) -> list[str]:
@@ -337,9 +338,7 @@ def _tail(text: str, n: int) -> str:
 def _pair_lines(comparison: Comparison, pair: Pair) -> list[str]:
     """What the terminal shows of a pair: how much is in both, and the first feature of each that
     is not."""
-    measure = "cosine, correlation" if pair.same_layer else "correlation; their layers differ"
-    first, second = comparison.in_both(pair)
-    lines = [first, f"{second}  ({measure}: {MIN_SIMILARITY} or more)"]
+    lines = comparison.in_both(pair)
     for i, f in zip((pair.first, pair.second), pair.features, strict=True):
         for k in f.listed(matched=False)[:1]:
             caption = comparison.compared[i].report.get(k, {}).get("caption", "")
