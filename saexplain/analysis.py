@@ -107,7 +107,7 @@ def analyze(
     with clock("bank"):
         bank = fa.feature_bank(layer, raw, labels, topk)
         activity = collect_activity(layer, raw, labels)
-        clock.result = f"kept of {int((bank.feature_density > 0).sum()):,} features"
+        clock.result = f"of {int((bank.feature_density > 0).sum()):,} features"
     with clock("patterns"):
         patterns = input_patterns(layer, split, bank)
         inked = None

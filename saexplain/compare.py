@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,54 +27,22 @@ import feature_analysis as fa
 from saexplain import runs
 from saexplain.activity import collect_activity, removal_effects
 from saexplain.compare_page import comparison_page
-from saexplain.console import NOT_COMPUTED, print_words, text_table
+from saexplain.console import COLUMNS, lines_table, print_words, text_table
 from saexplain.fidelity import measure_fidelity, raw_rows
 from saexplain.files import InputError, prepare_folder, read_json
 from saexplain.images import Display, images_per_batch
+from saexplain.quantities import GROUPS, Quantity, quantity_rows
 from saexplain.reproducibility import MIN_SIMILARITY, Matches, match_features
 from saexplain.saelens import CONFIG_FILE, load_saelens
 
 PAGE = "compare.html"
-SIDE_BY_SIDE = 4  # runs in columns of their own; more have a line each
+FOUND = f"Found: cosine and correlation of {MIN_SIMILARITY} or more; the latter if layers differ."
+NO_PAIRS = "Features of explain() are matched by compare_runs(run_a, run_b), with what it returned."
 MOST_PAIRS = 3  # of the first run with others, whose features are matched
 MOST_ENTRIES = 2**28  # numbers of the layer's output on the images on which features are matched
 TOP_IMAGES = 4  # strongest images of a feature that are shown
 MOST_DENSE = 0.9  # of the features of an SAE that was trained on the layer it reads
-WIDTH, LABEL, CELL, MOST_SETTINGS = 100, 38, 13, 6  # of the terminal: characters, and lines
-
-
-class Number(NamedTuple):
-    """A number that runs are compared by."""
-
-    title: str
-    key: str  # of `numbers_of`
-    form: str
-    images: str  # over which it is measured
-    group: str = "Fidelity"
-
-
-TEST, TRAIN, VAL, HALF = "test images", "training images", "validation images", "test half"
-NUMBERS = (
-    Number("accuracy of the network", "baseline_acc", "{:.2%}", TEST),
-    Number("accuracy lost with the SAE", "delta_acc_jumprelu", "{:.2%}", TEST),
-    Number("agreement", "agreement_jumprelu", "{:.2%}", TEST),
-    Number("FVU", "fvu", "{:.4f}", TEST),
-    Number("FVU of as many principal components", "fvu_pca", "{:.4f}", TEST),
-    Number("cross entropy recovered", "ce_recovered", "{:.4f}", TEST),
-    Number("L0", "achieved_actives_test", "{:.2f}", TEST, "Sparsity"),
-    Number("L0 of an image, at any position", "l0_image_test", "{:.1f}", TEST, "Sparsity"),
-    Number("latents", "sae_latents", "{}", "", "Sparsity"),
-    Number("dense features (over 10%)", "dense_features", "{}", TRAIN, "Sparsity"),
-    Number("dead features", "dead_features", "{}", TRAIN, "Sparsity"),
-    Number("predictions kept with drawings", "agreement_hypotheses", "{:.2%}", HALF, "Explained"),
-    Number("  the same of the best baseline", "best_baseline", "{:.2%}", HALF, "Explained"),
-    Number("F1 by influence", "f1_by_influence", "{:.3f}", HALF, "Explained"),
-    Number("features reproduced", "features", "{:.3f}", VAL, "Reproducibility"),
-    Number("variance reproduced", "variance", "{:.3f}", VAL, "Reproducibility"),
-)
-IN_LINES = "sae_latents achieved_actives_test fvu agreement_jumprelu delta_acc_jumprelu"
-IN_LINES += " agreement_hypotheses f1_by_influence variance"  # keys of a line of many runs
-SHORT = ("latents", "L0", "FVU", "agreement", "acc. lost", "drawings", "F1", "reproduced")
+WIDTH, LABEL, CELL, MOST_SETTINGS = 100, 48, 11, 2  # of the terminal: characters, and lines
 
 
 class Compared(NamedTuple):
@@ -91,26 +58,6 @@ class Compared(NamedTuple):
     layer: fa.ExplainedLayer | None = None  # None: numbers alone
     display: Display = Display()
     caller: str = ""  # of settings.json
-
-    def numbers(self) -> dict:
-        """Its numbers, by the keys of NUMBERS; without those that it lacks."""
-        summaries = self.record.get("hypotheses", {}).get("summaries", {})
-        best = {name: s["agreement_hypotheses"] for name, s in summaries.items() if name != "SAE"}
-        best = {name: value for name, value in best.items() if value is not None}
-        found = {**self.record, "best_baseline": max(best.values(), default=None)}
-        for name in ("features", "variance"):
-            found[name] = self.record.get("reproducibility", {}).get(name, {}).get("mean")
-        return found
-
-    def cell(self, number: Number) -> str:
-        """The number in its format, with its standard deviation where there is one."""
-        value = self.numbers().get(number.key)
-        if value is None:
-            return NOT_COMPUTED if number.key in self.record else "-"
-        std = None
-        if number.group == "Reproducibility":
-            std = self.record["reproducibility"][number.key]["std"]
-        return number.form.format(value) + ("" if std is None else f"±{std:.3f}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -335,7 +282,7 @@ class Comparison(NamedTuple):
     compared: list[Compared]
     pairs: list[Pair]  # of the first with others whose layers are known
 
-    most_columns = SIDE_BY_SIDE
+    most_columns = COLUMNS
 
     @property
     def letters(self) -> list[str]:
@@ -355,22 +302,23 @@ class Comparison(NamedTuple):
                 rows.append((name, shown))
         return rows
 
-    def numbers(self) -> list[tuple[Number, list[str]]]:
-        """The numbers that some of the SAEs have, with the cell of each SAE."""
-        rows = [(number, [one.cell(number) for one in self.compared]) for number in NUMBERS]
-        return [(number, cells) for number, cells in rows if set(cells) - {"-", NOT_COMPUTED}]
+    def quantities(self, group: Sequence[Quantity]) -> list[tuple[Quantity, list[str]]]:
+        """Quantities of a group that some of the SAEs have, with the text of each SAE."""
+        return quantity_rows([one.record for one in self.compared], 2, group)
 
     def table(self) -> str:
         """The comparison for the terminal, at most 100 characters wide."""
-        if len(self.compared) > SIDE_BY_SIDE:
-            return _table_of_lines(self)
+        if len(self.compared) > COLUMNS:
+            titles = [_tail(one.title, 24) for one in self.compared]
+            return lines_table(titles, [one.record for one in self.compared])
         lines = [
             f"{a}  {_tail(c.title, WIDTH - 3)}"
             for a, c in zip(self.letters, self.compared, strict=True)
         ]
         rows, differ = [["", *self.letters]], self.settings()
         rows += [[name, *cells] for name, cells in differ[:MOST_SETTINGS]]
-        rows += [[number.title, *cells] for number, cells in self.numbers()]
+        for group in GROUPS.values():
+            rows += [[quantity.title, *cells] for quantity, cells in self.quantities(group)]
         rows = [
             [fa.shortened(row[0], LABEL), *(fa.shortened(c, CELL) for c in row[1:])] for row in rows
         ]
@@ -379,6 +327,7 @@ class Comparison(NamedTuple):
             lines.append(f"and {len(differ) - MOST_SETTINGS} more settings that differ")
         for pair in self.pairs:
             lines += _pair_lines(self, pair)
+        lines.append(FOUND if self.pairs else NO_PAIRS)
         return "\n".join(lines)
 
     def in_both(self, pair: Pair) -> list[str]:
@@ -388,7 +337,7 @@ class Comparison(NamedTuple):
         for own, other, f in zip(letters, letters[::-1], pair.features, strict=True):
             n, of = len(f.listed(matched=True)), int(f.is_active.sum())
             share = f"{f.share():.0%} of the influence"
-            words.append(f"{n} of {of} features of {own} are in {other}, {share}")
+            words.append(f"{n} of {of} active features of {own} are in {other}, {share}")
         return words
 
 
@@ -397,22 +346,10 @@ def _tail(text: str, n: int) -> str:
     return text if len(text) <= n else f"…{text[1 - n :]}"
 
 
-def _table_of_lines(comparison: Comparison) -> str:
-    """A line for each SAE."""
-    shown = {number.key: number for number in NUMBERS}
-    rows = [["", *SHORT]]
-    for one in comparison.compared:
-        cells = [one.cell(shown[key]) for key in IN_LINES.split()]
-        rows.append([_tail(one.title, 24), *("-" if c == NOT_COMPUTED else c for c in cells)])
-    return text_table(rows)
-
-
 def _pair_lines(comparison: Comparison, pair: Pair) -> list[str]:
     """What the terminal shows of a pair: how much is in both, and the first feature of each that
     is not."""
-    measure = "cosine and correlation" if pair.same_layer else "correlation alone: two layers"
-    words = "; ".join(comparison.in_both(pair)) + f" ({measure}, {MIN_SIMILARITY} or more)"
-    lines = textwrap.wrap(words, WIDTH, subsequent_indent="  ")
+    lines = comparison.in_both(pair)
     for i, f in zip((pair.first, pair.second), pair.features, strict=True):
         for k in f.listed(matched=False)[:1]:
             caption = comparison.compared[i].report.get(k, {}).get("caption", "")

@@ -24,6 +24,7 @@ from saexplain.images import as_ink
 from saexplain.ink import ink_sign
 from saexplain.page import TEMPLATES
 from saexplain.patterns import feature_patterns, unit_gradients
+from saexplain.quantities import GROUPS, Quantity
 from saexplain.reproducibility import MIN_SIMILARITY
 from saexplain.thumbnails import Pictures, as_levels, reduce_images
 
@@ -34,10 +35,7 @@ OPEN, SHOWN = 12, 40  # features of a list, at first and at most
 SIDE = 64  # pixels of a thumbnail, at most
 INKED_SHARE = 0.01  # pixels inked in a smaller share of the images are gray in patterns
 INTRO = """<p>Each number is over the images named with it, each run's own: another
-seed may draw others from the same set. Accuracy lost, agreement and FVU
-(fraction of variance unexplained) are measured with the SAE's reconstruction in place of the
-layer's output, L0 is the mean number of active features, and dense features are active on over a
-tenth of the images. "Predictions kept with drawings" has, in place of every feature, what its
+seed may draw others from the same set. "By drawings" has, in place of every feature, what its
 drawing predicts.</p>"""
 
 
@@ -76,23 +74,26 @@ def html_table(rows: Iterable[Sequence[str]], head: Sequence[str]) -> str:
     return f'<div class="scroll"><table class="numbers">\n{body}\n</table></div>'
 
 
+def page_title(quantity: Quantity) -> str:
+    """Its title, with the images over which it is measured in brackets."""
+    images = f" [{quantity.images}]" if quantity.images else ""
+    return quantity.title.replace("  ", "... ") + images
+
+
 def tables(comparison: Comparison) -> str:
     """The settings that differ, and the numbers by group, a column for each SAE; of many SAEs both
     in one table, a row for each."""
-    settings, numbers = comparison.settings(), comparison.numbers()
+    settings = comparison.settings()
+    groups = {name: comparison.quantities(group) for name, group in GROUPS.items()}
     if len(comparison.compared) > comparison.most_columns:
-        head = ["", *(name for name, _ in settings)]
-        head += [f"{n.title.strip()} ({n.images})" if n.images else n.title for n, _ in numbers]
+        numbers = [row for rows in groups.values() for row in rows]
+        head = ["", *(name for name, _ in settings), *(page_title(q) for q, _ in numbers)]
         columns = [comparison.letters, *(cells for _, cells in [*settings, *numbers])]
         return f"<h2>Numbers</h2>{INTRO}{html_table(zip(*columns, strict=True), head)}"
     rows: list[list[str]] = []
-    group = ""
-    for number, cells in numbers:
-        if number.group != group:
-            group = number.group
-            rows.append([group])
-        images = f" [{number.images}]" if number.images else ""
-        rows.append([number.title.strip() + images, *cells])
+    for name, found in groups.items():
+        rows += [[name]] if found else []
+        rows += [[page_title(quantity), *cells] for quantity, cells in found]
     head = ["", *comparison.letters]
     differ = "<p>All settings are equal, or known of one only.</p>"
     if settings:
@@ -244,7 +245,10 @@ def comparison_page(
     parts.append(tables(comparison))
     parts += [pair_section(comparison, pair, folder) for pair in comparison.pairs]
     if not comparison.pairs:
-        parts.append("<p>Features are matched where the layers of two runs are loaded.</p>")
+        parts.append(
+            "<p>Features of two runs of explain() are matched in Python, by <code>saexplain."
+            "compare_runs(run_a, run_b)</code> with what explain() returned.</p>"
+        )
     page = (TEMPLATES / "compare.html").read_text(encoding="utf-8")
     page = page.replace("{{STYLE}}", (TEMPLATES / "style.css").read_text(encoding="utf-8"))
     page = page.replace("{{TITLE}}", escape(title)).replace("{{CONTENT}}", "\n".join(parts))

@@ -113,9 +113,9 @@ def latent_diagnoses(
     found = [Diagnosis("redundant features", redundant, 0.05, what, fewer)]
     lost = record.get("delta_acc_boolean_scaled")  # not measured with positions
     if lost is not None:
-        what = "accuracy lost when features are on or off"
+        what = "accuracy lost when features are only on or off"
         advice = f"compare several targets ({target})"
-        found.append(Diagnosis("low boolean fidelity", lost, 0.02, what, advice))
+        found.append(Diagnosis("graded features", lost, 0.02, what, advice))
     dead = record["dead_features"] / record["sae_latents"]
     what = "share inactive on all training images"
     if at_positions:

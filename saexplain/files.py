@@ -177,12 +177,16 @@ def load_stage(folder: Path, name: str) -> Stage:
 
 def stage_folders(folder: Path) -> list[Path]:
     """Where a stage of the folder may be: inside STAGING also in the same subfolder of the run that
-    was interrupted, and of the finished one."""
+    was interrupted, and of the finished one, which may have had other targets."""
     if STAGING not in folder.parts:
         return [folder]
     at = folder.parts.index(STAGING)
     root, inside = Path(*folder.parts[:at]), folder.parts[at + 1 :]
-    return [folder, root.joinpath(INTERRUPTED, *inside), root.joinpath(*inside)]
+    if inside and inside[0].startswith("target_"):
+        others = [root.joinpath(*inside[1:])]
+    else:
+        others = [target.joinpath(*inside) for target in sorted(root.glob("target_*"))]
+    return [folder, root.joinpath(INTERRUPTED, *inside), *others, root.joinpath(*inside)]
 
 
 def load_cached(
@@ -211,7 +215,7 @@ def load_cached(
         reason = input_changes(stage.inputs, inputs, named)
         if not reason:
             if what:
-                print(f"reusing {what}: its settings and images are equal (fresh trains again)")
+                print(f"reusing {what}: its settings and images are equal")
             if place != folder:
                 files = (place / f"{name}{ending}" for ending in (".safetensors", ".json"))
                 write_stage(folder, name, *(path.read_bytes() for path in files))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import threading
 import time
@@ -129,6 +130,8 @@ def script_output() -> Iterator[None]:
     """`safe_output` for a whole process: without warnings of libraries, which a user cannot act on,
     as this project prints its own; and Python ends in peace where stdout is closed."""
     stdout = sys.stdout
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     while _lines:
         _lines.pop().close()
     try:
@@ -180,7 +183,8 @@ class LiveLine:
         with self.bar.get_lock():
             bar, started = self.bar, self.bar.start_t
             if bar.total != self.total:
-                bar.reset(self.total)  # which a notebook's bar needs
+                if is_notebook():
+                    bar.reset(self.total)  # its widget needs it
                 bar.total, bar.start_t = self.total, started
             bar.n, bar.bar_format = self.n, self._format()
             if not is_notebook():
@@ -206,7 +210,10 @@ _lines: list[LiveLine] = []  # the live line, if there is one
 
 
 def show_loading() -> None:
-    """Show a live line until `script_output` begins; of several ranks, the first does."""
+    """Show a live line until `script_output` begins; of several ranks, the first does. Until then
+    Ctrl-C ends the process without a traceback through PyTorch."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background it is not
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.stdout is not None and sys.stdout.isatty() and os.environ.get("RANK", "0") == "0":
         _lines.append(LiveLine("loading PyTorch"))
 

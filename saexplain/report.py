@@ -158,7 +158,7 @@ def prepare_report(
             frozen = freeze_hypotheses(hypotheses, folder / "hypotheses.json")
             not_compared = reason_not_compared(hypotheses, analysis.activity, layer.has_positions)
             drawn = sum(h.is_drawn for h in hypotheses)
-            clock.result = f"{len(hypotheses):,} frozen, {drawn:,} of them drawings"
+            clock.result = f"{len(hypotheses):,} proposed, {drawn:,} with a drawing"
     known = (analysis, features, discovery, frozen, not_compared)
     return Draft(layer, folder, options, *known, pictures, clock, shown)
 
@@ -228,7 +228,9 @@ def finish_report(
             results = workers.results(list(baselines.values()))
             summaries = dict(zip(baselines, results, strict=True))
             if summaries:
-                draft.clock.result = f"{len(summaries)} sets of other features tested alike"
+                draft.clock.result = (
+                    f"{len(summaries)} other sets of directions, tested the same way"
+                )
     report = []
     for k in draft.features:
         entry = feature_record(k, draft.analysis)

@@ -23,10 +23,11 @@ import numpy as np
 import feature_analysis as fa
 from saexplain.compare import MOST_PAIRS, Compared, compare_runs
 from saexplain.compare_page import comparison_page
-from saexplain.console import NOT_COMPUTED, text_table
+from saexplain.console import text_table
 from saexplain.figures import Curve, curve_of, draw_curves, save_figure
 from saexplain.files import Stage, folder_lock, prepare_folder, to_json
 from saexplain.parallel import Stopwatch, Workers, open_ranks, printing_once
+from saexplain.quantities import NOT_COMPUTED
 from saexplain.report import sae_record
 from saexplain.reproducibility import mean_and_std
 
@@ -150,7 +151,7 @@ def sweep_table(records: Sequence[dict]) -> str:
             if math.isnan(found["mean"]):
                 row.append(NOT_COMPUTED)
                 continue
-            shown = form.format(found["mean"])
+            shown = form.format(found["mean"]).replace("-0.00%", "0.00%")  # no lost accuracy
             if found["std"] is not None:
                 shown = f"{shown.rstrip('%')}±{form.format(found['std'])}"
             row.append(shown)

@@ -97,7 +97,8 @@ def choose_target(compared: Sequence[Comparison]) -> int:
 
 def targets_table(compared: Sequence[Comparison], chosen: int) -> str:
     """The comparison in lines of text."""
-    lines = ["target  predictions kept     FVU  of as many PCs  dense share of L0  reproduced"]
+    lines = ["Short trainings with several targets; the one chosen is then trained in full:"]
+    lines.append("target  predictions kept     FVU  of as many PCs  dense share of L0  reproduced")
     for c in compared:
         lines.append(
             f"{c.target:>6}{c.agreement:>18.1%}{c.fvu:>8.3f}{c.fvu_pca:>16.3f}"

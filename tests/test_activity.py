@@ -209,7 +209,7 @@ def test_diagnoses_compare_results_with_limits(dense):
     found = {d.complaint: d for d in diagnose(record, analysis, [1, 2], seconds)}
     assert found["dead latents"].value == 3 / D_SAE
     assert not found["dead latents"].fine
-    assert found["low boolean fidelity"].fine
+    assert found["graded features"].fine
     assert found["dense features"].fine == (dense == 0.5)
     assert found["seed-specific features"].value == pytest.approx(0.4)
     assert found["slow analysis"].value == pytest.approx(1000 * (6 / D_SAE + 4 / 2))

@@ -70,7 +70,9 @@ def test_the_features_of_a_permuted_sae_are_matched_by_direction_and_activation(
     assert sorted(ours.listed(matched=True)) == [k for k in range(D_SAE) if k != DEAD]
     assert ours.listed(matched=False) == []  # a dead feature is in neither
     assert theirs.share() == pytest.approx(1)
-    assert comparison.in_both(pair)[0] == ("11 of 11 features of A are in B, 100% of the influence")
+    assert comparison.in_both(pair)[0] == (
+        "11 of 11 active features of A are in B, 100% of the influence"
+    )
 
 
 def test_of_another_network_only_activations_are_compared():
@@ -117,7 +119,9 @@ def test_a_layer_without_an_sae_is_the_layer_of_those_given():
     saes = {"one": parts, "two": parts}
     comparison = cmp.compare_runs(layer.with_sae(None), saes=saes, out=None)
     assert [one.title for one in comparison.compared] == ["one", "two"]
-    assert comparison.in_both(comparison.pairs[0])[1].startswith("11 of 11 features of B are in A")
+    assert comparison.in_both(comparison.pairs[0])[1].startswith(
+        "11 of 11 active features of B are in A"
+    )
 
 
 def test_an_sae_that_standardizes_otherwise_is_matched_and_measured_in_the_same_units():
@@ -153,16 +157,22 @@ def test_the_numbers_are_those_of_the_files(finished, loaded, tmp_path, capsys):
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 100
     rows = {name: cells for name, *cells in (re.split("  +", line.strip()) for line in lines)}
-    assert rows["FVU"] == 2 * [f"{record['fvu']:.4f}"]  # the same SAE, folded into raw units
-    assert rows["L0"] == 2 * [f"{record['achieved_actives_test']:.2f}"]
-    assert rows["F1 by influence"] == [f"{record['f1_by_influence']:.3f}", "-"]
+    assert rows["variance that the SAE loses (FVU)"] == 2 * [
+        f"{record['fvu']:.4f}"
+    ]  # the same SAE, folded into raw units
+    l0 = f"{record['achieved_actives_test']:.1f}"
+    assert rows["features active per image (L0)"] == [l0, l0]
+    assert rows["F1 of hypotheses, weighted by influence"] == [
+        f"{record['f1_by_influence']:.3f}",
+        "-",
+    ]
     kept = [s["agreement_hypotheses"] for s in record["hypotheses"]["summaries"].values()]
-    assert rows["predictions kept with drawings"] == [f"{kept[0]:.2%}", "-"]
-    assert rows["the same of the best baseline"] == [f"{max(kept[1:]):.2%}", "-"]
+    assert rows["predictions kept by drawings of all features"] == [f"{kept[0]:.2%}", "-"]
+    assert rows["by those of the best baseline"] == [f"{max(kept[1:]):.2%}", "-"]
     mean = record["reproducibility"]["variance"]["mean"]
-    assert rows["variance reproduced"] == [f"{mean:.3f}", "-"]
+    assert rows["their share of the variance"] == [f"{mean:.1%}", "-"]
     active = (loaded.layer.feature_acts(loaded.layer.splits["test"].raw) > 0).any(0).sum()
-    assert f"{active} of {active} features of A are in B, 100% of the influence" in shown
+    assert f"{active} of {active} active features of A are in B, 100% of the influence" in shown
 
     page = out.read_text()
     assert "http" not in page.replace("http://www.w3.org", "")
