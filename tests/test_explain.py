@@ -106,7 +106,7 @@ def test_a_saelens_folder_is_explained(explained, tmp_path, capsys):
     given = load_saelens(run.folder / "saelens")
     records = explain_sae(net, "1", *given, *splits(), tmp_path, classes=NAMES)
     shown = capsys.readouterr().out
-    assert "Result, on the test images" in shown
+    assert "\nResult after " in shown
     assert str(tmp_path / "feature_report.html") in shown
     assert max(map(len, shown.replace(str(tmp_path), "").splitlines())) <= 100
     influence = [record["influence"] for record in records]
