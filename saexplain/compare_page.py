@@ -244,10 +244,10 @@ def comparison_page(
         parts.append(f'<div class="scroll">{picture}</div>')
     parts.append(tables(comparison))
     parts += [pair_section(comparison, pair, folder) for pair in comparison.pairs]
-    if not comparison.pairs:
+    if not comparison.pairs and any(one.page for one in comparison.compared):  # not of a sweep
         parts.append(
-            "<p>Features of two runs of explain() are matched in Python, by <code>saexplain."
-            "compare_runs(run_a, run_b)</code> with what explain() returned.</p>"
+            "<p>Runs of explain() are matched feature by feature in Python: <code>saexplain."
+            "compare_runs(run_a, run_b)</code>, with what explain() returned.</p>"
         )
     page = (TEMPLATES / "compare.html").read_text(encoding="utf-8")
     page = page.replace("{{STYLE}}", (TEMPLATES / "style.css").read_text(encoding="utf-8"))

@@ -209,7 +209,7 @@ def places_to_look(root: Path, folders: Mapping[Path, dict]) -> str:
     }
     beside = {folder / name: what for name, what in beside.items()}
     beside |= {root / "frontier.png": "the targets compared"}
-    beside |= {root / "summary.json": "all numbers, which --verbose prints"}
+    beside |= {root / "summary.json": "all numbers"}
     named = [f"{path.name} ({what})" for path, what in beside.items() if path.exists()]
     return "\n".join([*lines, wrapped(f"Beside it: {', '.join(named)}", 2)])
 
