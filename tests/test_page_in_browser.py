@@ -651,7 +651,7 @@ def test_hypothesis_drawn_by_pointer(visit, written, world, tmp_path):
     record = {name: entry[name] for name in hypothesis_record(h)}
     frozen = json.dumps(record, separators=(",", ":"), ensure_ascii=False)
     digest = hashlib.sha256(frozen.encode()).hexdigest()
-    assert page.locator("#sha256").inner_text() == entry["tested"]["sha256"] == digest
+    assert page.locator("#sha256").text_content() == entry["tested"]["sha256"] == digest
     assert entry["tries"] == 1
     assert page.locator("#test").is_disabled()
 
@@ -791,7 +791,7 @@ def test_import_keeps_words_as_words_and_tests_again(visit, written, world, tmp_
     assert import_text(page, json.dumps(file)) == "mine.json: 0 new, 2 known already."
     page.locator("text=open").first.click()
     wait_for_heading(page, "Your hypothesis about feature 3")
-    assert page.locator("#sha256").inner_text() == digest
+    assert page.locator("#sha256").text_content() == digest
     assert page.input_value("#caption") == words
     go(page, "view=yours")
     for _ in range(2):

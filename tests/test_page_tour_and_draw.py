@@ -181,3 +181,14 @@ def test_pinned_features_stay_with_their_distance_to_the_threshold(visit, writte
 def test_pins_that_are_no_features_are_left_out(visit, written):
     page = visit(written, "#view=draw&pin=3,24,-1,x,,5")
     assert page.evaluate("[...live.pins]") == [3, 5]
+
+
+def test_on_a_phone_a_hypothesis_is_tested_beside_its_drawing(visit, written):
+    page = visit(written, "#view=write&feature=3", viewport=PHONE, has_touch=True)
+    page.locator("#fromMachine").tap()
+    check_in_view(page, "#paint", "#writing [aria-label=Brush] button", "#test")
+    page.locator("#test").tap()
+    page.wait_for_selector("#results")
+    check_in_view(page, "#paint")
+    table = page.locator("#results").bounding_box()
+    assert table["x"] + table["width"] <= PHONE["width"]
