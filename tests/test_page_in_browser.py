@@ -303,6 +303,9 @@ ADDRESSES = {  # the heading shown, and what is named as not understood
     "view=features&sort=__proto__": ("All features", "sort “__proto__”"),
     "view=features&confidence=Maybe": ("All features", "confidence “Maybe”"),
     "view=words&of=constructor": ("Words", "of “constructor”"),
+    "view=features&result=foo": ("All features", "result “foo”"),
+    "view=pair&a=4&b=4": (None, "b “4”"),
+    "view=story&step=9": ("An image tour, 1 of 4", "step “9”"),
 }
 
 
@@ -315,6 +318,11 @@ def test_what_an_address_cannot_mean_is_named(visit, written):
         assert heading in (None, page.locator("h2").first.inner_text()), address
         assert page.locator("#misread").inner_text().split(": ", 1)[1].startswith(f"{words}. ")
         page.evaluate("document.getElementById('misread').remove()")
+        shown = page.locator("main").inner_text()
+        page.reload()  # the address is that of what was shown
+        page.wait_for_selector("body[data-ready]")
+        assert page.locator("#misread").count() == 0, address
+        assert page.locator("main").inner_text() == shown, address
         assert not re.search("NaN|Infinity|undefined", page.locator("main").inner_text()), address
     go(page, "view=features&sort=density")
     assert page.locator("#misread").count() == 0
