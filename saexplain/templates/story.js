@@ -1,7 +1,7 @@
 /* The first view: what this is, doors into it, a guided tour, and what matters most. */
 /* ---------- the tour ---------- */
 const TOUR = meta.tests?.tour, TOUR_TITLES = ["An image", "Its active features",
-  "Switch features off", "The result"];
+  TOUR?.off.length === 1 ? "Switch it off" : "Switch them off", "The result"];
 const inTour = () => TOUR && address().has("step") && address().get("step") !== "end";
 const isShort = () => TOUR.off.length < 3; /* then a phone has room for more words */
 const isPlaced = () => hasPlaces() && WHERE.tests.includes(TOUR.image);
@@ -42,10 +42,12 @@ function tourSwitches(removed) {
   const words = k => `switch ${k} ${removed.has(k) ? "on" : "off"}`;
   const flip = k => button(words(k), e => {
     removed.has(k) ? removed.delete(k) : removed.add(k);
+    byId("tourNext")?.classList.add("main"); /* until then the switch is the main button */
+    e.target.classList.remove("main");
     e.target.textContent = words(k);
     e.target.setAttribute("aria-pressed", removed.has(k));
     show();
-  }, { id: `tour${k}`, "aria-pressed": String(removed.has(k)) });
+  }, { id: `tour${k}`, "aria-pressed": String(removed.has(k)), class: !removed.size && "main" });
   show();
   return el("div", { class: "row" }, el("ul", { class: "units" }, off.map((k, n) =>
     el("li", { class: "unit" }, tourFace(n, 64), el("span", {}, tourWords(n)), flip(k)))), out);
@@ -111,7 +113,8 @@ function tourView() {
     steps[n](),
     el("nav", { "aria-label": "Tour", id: "tourSteps" },
       n > 0 && link(to("story", { step: n - 1 }), "← back"),
-      n < last && el("a", { id: "tourNext", class: "main", href: to("story", { step: n + 1 }) },
+      n < last && el("a", { id: "tourNext", class: n !== 2 && "main",
+        href: to("story", { step: n + 1 }) },
         `${TOUR_TITLES[n + 1]} →`),
       n === last && link(to("story", { step: 0 }), "again"),
       link(to("story"), n === last ? "close" : "leave"))));
@@ -134,8 +137,10 @@ function doors() {
     t && door(to("errors"), "Where is it wrong?", t.errors ? `${plural(t.errors, "error")} on ` +
       `${plural(t.n, "test image")}, and why` : `No error on ${plural(t.n, "test image")}`),
     third,
-    TOUR && door(to("story", { step: 0 }), "Take the tour", "One image, and what the network " +
-      `sees without ${tourThese()}: a minute`, { id: "tourStart", class: "main" }));
+    TOUR && door(to("story", { step: 0 }), "Take the tour", "One image, " +
+      `${TOUR.off.length === 1 ? "one feature" : plural(TOUR.off.length, "feature")}, and what ` +
+      `changes without ${TOUR.off.length === 1 ? "it" : "them"}: a minute`,
+    { id: "tourStart", class: "main" }));
 }
 /* ---------- two classes ---------- */
 const isCompared = (a, b) => !TABLES || pairRow(a, b) !== null;
@@ -193,15 +198,14 @@ function frontier() {
 function storyView() {
   if (inTour()) return tourView();
   const t = meta.tests, order = largest(12, i => features[i].influence);
-  const accuracy = t ? `It is right on ${percent(1 - t.errors / t.n, 1)} of ` +
+  const accuracy = t ? `The network is right on ${percent(1 - t.errors / t.n, 1)} of ` +
     `${plural(t.n, "test image")}. ` : "";
   showMain(el("h2", { class: "unseen" }, "Overview"),
-    el("p", { id: "lead" }, "A neural network reads images: it gives each of ",
-      `${C} classes a score (its logit), and its answer is ` +
-      "the class with the largest. A second network, a ", el("b", {}, "sparse autoencoder"),
+    el("p", { id: "lead" }, `A neural network gives each of ${C} classes a score (its logit), ` +
+      "and predicts the class with the largest. A second network, a ",
+      el("b", {}, "sparse autoencoder"),
       ` (SAE), splits what the first one computes into ${number(meta.d_sae)} `,
-      el("b", {}, "features"), ", of which only a few are active on an image: here you see what " +
-      "each one looks for, and what it does to the scores."),
+      el("b", {}, "features"), ": see what each one looks for, and what it changes."),
     doors(),
     meta.features_known && el("p", { id: "fewer" }, "So that the page stays small, it has the " +
       `${F} features of most influence of ${meta.features_known}; feature_report.json has all.`),
