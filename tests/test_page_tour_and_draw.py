@@ -7,6 +7,7 @@ import pytest
 import test_page_in_browser as shared
 from page_world import color_world, meta_of, review_of, write
 
+from saexplain import page as html
 from saexplain.counterfactuals import confused_pair
 
 pytestmark = pytest.mark.slow
@@ -84,6 +85,14 @@ def test_every_step_of_the_tour_is_in_view(visit, written, review, size):
         page.click("#tourNext")
     page.wait_for_selector("#tourOn")
     check_in_view(page, "#tourSteps a", "#tourOn a", "#tourLogits", "#tourPrediction", *switches)
+
+
+@SIZES
+def test_the_end_of_the_tour_is_in_view_with_long_class_names(visit, world, tmp_path, size):
+    names = [f"{c} with the words of a long class name, number {c}" for c in range(10)]
+    path = write(tmp_path / "page.html", world, overview=html.Overview(classes=names))
+    page = visit(path, "#view=story&step=3", viewport=size)
+    check_in_view(page, "#tourSteps a", "#tourOn a", "#tourLogits", "#tourPictures figure")
 
 
 def test_tour_ends_with_the_features_off_and_can_be_taken_again(visit, written, review):

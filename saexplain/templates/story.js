@@ -25,6 +25,12 @@ function tourWords(n) {
     el("span", { class: "soft" }, `Confidence ${f.confidence} after tests on other images.`)];
 }
 const moved = change => `${change < 0 ? "falls" : "rises"} by ${Math.abs(change).toFixed(2)}`;
+/* The name of class c where there is little room: both ends of a long one. */
+function brief(c) {
+  const letters = [...meta.classes[c]];
+  return letters.length < 17 ? names[c]
+    : isolated(`${letters.slice(0, 7).join("")}…${letters.slice(-7).join("")}`);
+}
 /* A switch for each feature of the tour, and the prediction that follows them. */
 function tourSwitches(removed) {
   const { image, goal, off, logits } = TOUR, label = meta.tests.labels[image];
@@ -33,9 +39,9 @@ function tourSwitches(removed) {
     const now = logits[off.reduce((sum, k, bit) => sum + (removed.has(k) ? 1 << bit : 0), 0)];
     const p = softmax(now), prediction = argmax(p), by = c => now[c] - logits[0][c];
     out.replaceChildren(el("p", {}, "Prediction: ",
-      el("b", { class: "big", id: "tourPrediction" }, names[prediction]),
-      ` (${probability(p[prediction])}). `, removed.size ? `The score for ${names[label]} ` +
-      `${moved(by(label))}, that for ${names[goal]} ${moved(by(goal))}.` : ""),
+      el("b", { class: "big", id: "tourPrediction" }, brief(prediction)),
+      ` (${probability(p[prediction])}). `, removed.size ? `The score for ${brief(label)} ` +
+      `${moved(by(label))}, that for ${brief(goal)} ${moved(by(goal))}.` : ""),
     logitBars("", now, { before: logits[0], id: "tourLogits",
       note: "Bars: scores. Thin lines: before." }));
   };
@@ -91,17 +97,17 @@ function fourthStep() {
   const figure = (i, base, words) => el("figure", {}, sketch(i, 84, base),
     el("figcaption", { class: "small" }, words));
   const pictures = drawn.length > 1 ? [] : drawn.map(i => [ /* more would not fit a screen */
-    figure(i, onTest(image), `on this ${names[label]}`),
-    figure(i, onClass(label), `on the mean ${names[label]}`),
-    figure(i, onClass(goal), `on the mean ${names[goal]}`)]);
+    figure(i, onTest(image), `on this ${brief(label)}`),
+    figure(i, onClass(label), `on the mean ${brief(label)}`),
+    figure(i, onClass(goal), `on the mean ${brief(goal)}`)]);
   return [el("p", { class: "big" }, `Without ${tourThese()} the network reads this ` +
-    `${names[label]} as ${an(names[goal])}.`),
+    `${brief(label)} as ${an(brief(goal))}.`),
   pictures.length ? el("div", { class: "row", id: "tourPictures" }, pictures) : "",
   tourSwitches(new Set(off)),
   el("nav", { "aria-label": "Go on", id: "tourOn" },
     meta.network && drawLink(image, off, "Change this image yourself"),
     isPlaced() && link(to("images", { image }), "Where in this image?"),
-    link(to("pair", { a: label, b: goal }), `${names[label]} or ${names[goal]}?`),
+    link(to("pair", { a: label, b: goal }), `${brief(label)} or ${brief(goal)}?`),
     meta.tests.errors ? link(to("errors"), "The errors") : "")];
 }
 function tourView() {
