@@ -152,9 +152,9 @@ function tileOf(k) {
     refresh();
   }, { id: `flip${k}` });
   const watchIt = () => { live.watched = live.watched === k ? null : k; refresh(); };
-  const watch = button("where?", watchIt, { id: `watch${k}`,
+  const watch = button("why?", watchIt, { id: `watch${k}`,
     title: "shows which ink of the image raises or lowers it",
-    "aria-label": `where? The ink that raises or lowers feature ${k}` });
+    "aria-label": `why? The ink that raises or lowers feature ${k}` });
   const pinIt = button("pin", () => pin(k),
     { id: `pin${k}`, title: "keeps it in this list, also where it is inactive" });
   const value = el("span", { class: "soft" }), adding = el("b", {});
