@@ -189,7 +189,7 @@ def test_errors_and_their_flip_sets(visit, written, world, review):
     assert links.count() == review.n_errors
     for error in [n for n in range(review.n_errors) if review.sets.off[n].any()][:2]:
         links.nth(error).click()
-        page.wait_for_function(f"location.hash.includes('image={error}')")
+        page.wait_for_selector(f"nav[aria-label='Errors'] a:nth-child({error + 1})[aria-current]")
         label, prediction = labels[error], int(review.logits[error].argmax())
         title = page.locator("#error h3").first.inner_text()
         assert f"a {label}, classified as {prediction}" in title
