@@ -189,7 +189,7 @@ def test_errors_and_their_flip_sets(visit, written, world, review):
     assert links.count() == review.n_errors
     for error in [n for n in range(review.n_errors) if review.sets.off[n].any()][:2]:
         links.nth(error).click()
-        page.wait_for_function(f"location.hash.includes('image={error}')")
+        page.wait_for_selector(f"nav[aria-label='Errors'] a:nth-child({error + 1})[aria-current]")
         label, prediction = labels[error], int(review.logits[error].argmax())
         title = page.locator("#error h3").first.inner_text()
         assert f"a {label}, classified as {prediction}" in title
@@ -303,6 +303,9 @@ ADDRESSES = {  # the heading shown, and what is named as not understood
     "view=features&sort=__proto__": ("All features", "sort “__proto__”"),
     "view=features&confidence=Maybe": ("All features", "confidence “Maybe”"),
     "view=words&of=constructor": ("Words", "of “constructor”"),
+    "view=features&result=foo": ("All features", "result “foo”"),
+    "view=pair&a=4&b=4": (None, "b “4”"),
+    "view=story&step=9": ("An image tour, 1 of 4", "step “9”"),
 }
 
 
@@ -315,6 +318,11 @@ def test_what_an_address_cannot_mean_is_named(visit, written):
         assert heading in (None, page.locator("h2").first.inner_text()), address
         assert page.locator("#misread").inner_text().split(": ", 1)[1].startswith(f"{words}. ")
         page.evaluate("document.getElementById('misread').remove()")
+        shown = page.locator("main").inner_text()
+        page.reload()  # the address is that of what was shown
+        page.wait_for_selector("body[data-ready]")
+        assert page.locator("#misread").count() == 0, address
+        assert page.locator("main").inner_text() == shown, address
         assert not re.search("NaN|Infinity|undefined", page.locator("main").inner_text()), address
     go(page, "view=features&sort=density")
     assert page.locator("#misread").count() == 0
@@ -651,7 +659,7 @@ def test_hypothesis_drawn_by_pointer(visit, written, world, tmp_path):
     record = {name: entry[name] for name in hypothesis_record(h)}
     frozen = json.dumps(record, separators=(",", ":"), ensure_ascii=False)
     digest = hashlib.sha256(frozen.encode()).hexdigest()
-    assert page.locator("#sha256").inner_text() == entry["tested"]["sha256"] == digest
+    assert page.locator("#sha256").text_content() == entry["tested"]["sha256"] == digest
     assert entry["tries"] == 1
     assert page.locator("#test").is_disabled()
 
@@ -791,7 +799,7 @@ def test_import_keeps_words_as_words_and_tests_again(visit, written, world, tmp_
     assert import_text(page, json.dumps(file)) == "mine.json: 0 new, 2 known already."
     page.locator("text=open").first.click()
     wait_for_heading(page, "Your hypothesis about feature 3")
-    assert page.locator("#sha256").inner_text() == digest
+    assert page.locator("#sha256").text_content() == digest
     assert page.input_value("#caption") == words
     go(page, "view=yours")
     for _ in range(2):

@@ -7,6 +7,7 @@ import pytest
 import test_page_in_browser as shared
 from page_world import color_world, meta_of, review_of, write
 
+from saexplain import page as html
 from saexplain.counterfactuals import confused_pair
 
 pytestmark = pytest.mark.slow
@@ -84,6 +85,14 @@ def test_every_step_of_the_tour_is_in_view(visit, written, review, size):
         page.click("#tourNext")
     page.wait_for_selector("#tourOn")
     check_in_view(page, "#tourSteps a", "#tourOn a", "#tourLogits", "#tourPrediction", *switches)
+
+
+@SIZES
+def test_the_end_of_the_tour_is_in_view_with_long_class_names(visit, world, tmp_path, size):
+    names = [f"{c} with the words of a long class name, number {c}" for c in range(10)]
+    path = write(tmp_path / "page.html", world, overview=html.Overview(classes=names))
+    page = visit(path, "#view=story&step=3", viewport=size)
+    check_in_view(page, "#tourSteps a", "#tourOn a", "#tourLogits", "#tourPictures figure")
 
 
 def test_tour_ends_with_the_features_off_and_can_be_taken_again(visit, written, review):
@@ -181,3 +190,14 @@ def test_pinned_features_stay_with_their_distance_to_the_threshold(visit, writte
 def test_pins_that_are_no_features_are_left_out(visit, written):
     page = visit(written, "#view=draw&pin=3,24,-1,x,,5")
     assert page.evaluate("[...live.pins]") == [3, 5]
+
+
+def test_on_a_phone_a_hypothesis_is_tested_beside_its_drawing(visit, written):
+    page = visit(written, "#view=write&feature=3", viewport=PHONE, has_touch=True)
+    page.locator("#fromMachine").tap()
+    check_in_view(page, "#paint", "#writing [aria-label=Brush] button", "#test")
+    page.locator("#test").tap()
+    page.wait_for_selector("#results")
+    check_in_view(page, "#paint")
+    table = page.locator("#results").bounding_box()
+    assert table["x"] + table["width"] <= PHONE["width"]

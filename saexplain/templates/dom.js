@@ -233,7 +233,7 @@ const fitting = width => Math.max(300, Math.min(width, innerWidth - 40)); /* a p
 function columns(title, values, labels, more) {
   const { x, y, height = 150 } = more, width = fitting(more.width ?? 340);
   const high = Math.max(...values, 1);
-  const left = 44, top = 20, bottom = 34, w = (width - left - 8) / values.length;
+  const left = 52, top = 22, bottom = 34, w = (width - left - 8) / values.length;
   const words = [...values].map((v, i) => `${labels[i]} ${number(v)}`).join(", ");
   const chart = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img",
     "aria-label": `${title}, ${y}: ${words}` });
@@ -250,7 +250,7 @@ function columns(title, values, labels, more) {
   const under = more.ticks ?? labels.map((label, i) => [(i + .5) / values.length, label]);
   for (const [share, label] of under) text(label, { x: left + share * (width - left - 8),
     y: height - 20, "text-anchor": share === 1 ? "end" : "middle" });
-  text(y, { x: 0, y: 11 });
+  text(y, { x: 0, y: 13 });
   text(x, { x: left + (width - left - 8) / 2, y: height - 4, "text-anchor": "middle" });
   return el("div", {}, el("h3", {}, title), chart);
 }

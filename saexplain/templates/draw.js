@@ -152,9 +152,11 @@ function tileOf(k) {
     refresh();
   }, { id: `flip${k}` });
   const watchIt = () => { live.watched = live.watched === k ? null : k; refresh(); };
-  const watch = button("show", watchIt,
-    { id: `watch${k}`, "aria-label": `show where feature ${k} looks` });
-  const pinIt = button("pin", () => pin(k), { id: `pin${k}` });
+  const watch = button("why?", watchIt, { id: `watch${k}`,
+    title: "shows which ink of the image raises or lowers it",
+    "aria-label": `why? The ink that raises or lowers feature ${k}` });
+  const pinIt = button("pin", () => pin(k),
+    { id: `pin${k}`, title: "keeps it in this list, also where it is inactive" });
   const value = el("span", { class: "soft" }), adding = el("b", {});
   const far = el("span", {}), bar = el("span", { class: "bar minus" });
   const below = el("div", { class: "below small soft" }, far, el("span", { class: "track",
@@ -184,7 +186,7 @@ function paintDistance({ below, far, bar }, k) {
   write(far, `inactive, ${distance.toFixed(2)} below its threshold`);
   bar.style.width = `${100 * (1 - distance / most)}%`;
 }
-function paintTile(k, target) {
+function paintTile(k, target, isBlank) {
   const tile = tileOf(k), { node, slider, flip, watch, value, adding, pinIt } = tile;
   const f = features[position.get(k)], v = live.result.feature[k], now = live.change.get(k) ?? v;
   const most = Math.max(2 * v, f?.largest ?? 1, now, 1), add = contribution(k, target);
@@ -197,6 +199,7 @@ function paintTile(k, target) {
   paintDistance(tile, k);
   node.classList.toggle("off", now === 0 && v > 0);
   flip.disabled = !v && !live.change.has(k);
+  slider.disabled = isBlank;
   watch.hidden = !position.has(k);
   press(watch, live.watched === k);
   press(pinIt, live.pins.has(k));
@@ -222,13 +225,14 @@ function paintTiles(target, isBlank) {
   const known = live.down || live.change.size ? live.order.filter(k => active.has(k)) : [];
   const fresh = [...active].filter(k => !known.includes(k));
   live.order = [...known, ...fresh.sort((a, b) => size.get(b) - size.get(a) || 0)];
-  for (const k of live.order) paintTile(k, target);
+  for (const k of live.order) paintTile(k, target, isBlank);
   const focused = document.activeElement?.id;
   arrange(byId("active"), live.order.map(k => tileOf(k).node));
   if (focused && document.activeElement?.id !== focused) byId(focused)?.focus();
   const n = isBlank ? 0 : feature.reduce((sum, v) => sum + (v > 0), 0);
-  write(byId("count"), isBlank ? "" : `${n} active; each with its activation, and how far ` +
-    `the score for ${names[target]} falls without it`);
+  write(byId("count"), isBlank ? "No feature is active yet."
+    : `${n} active; each with its activation, and how far the score for ${names[target]} falls ` +
+      "without it");
 }
 function refresh() {
   const blank = !live.pixels.some(v => v > 0), after = compute(), { logits } = live.result;
@@ -307,7 +311,7 @@ function pinForm() {
     field.value = "";
   };
   return el("form", { class: "controls", onsubmit: add }, field,
-    el("button", { id: "pinIt" }, "pin"));
+    el("button", { id: "pinIt" }, "pin number"));
 }
 function build() {
   const bar = el("ul", { class: "bars" });

@@ -53,7 +53,8 @@ function hypothesisCard(f) {
   if (picked) lines.push(el("p", {}, pickedWords(picked, f.hypothesis)),
     el("p", {}, term("F1"), " ", el("b", { id: "f1" }, f.f1.toFixed(2)), " (picking every " +
       `image: ${f.found.chance_f1.toFixed(2)})`, detection ? ["; ", term("average precision"),
-      ` ${detection.average_precision.toFixed(2)}; `, term("AUROC"), ` ${auroc(detection.auroc)} ` +
+      ` ${detection.average_precision.toFixed(2)}; `, term("AUROC"),
+      ` ${auroc(detection.auroc)}, 95% interval `,
       interval(detection.auroc_low, detection.auroc_high, auroc)] : "",
     `; on ${plural(f.found.n_images, "test image")}.`));
   /* Without drawings every test has a line of its own, whatever was tested. */
@@ -68,7 +69,9 @@ function hypothesisCard(f) {
   if (!LOOK.can_write) lines.push(el("ul", { class: "plain" },
     f.lines.filter(line => OUTCOME.test(line)).map(evidenceLine)), hasEffects(f) && note(NOT_WHY));
   const on = "on the other half of the test images", again = f.replicated === null ? ""
-    : ["; ", term("replicated", f.replicated ? "replicated" : "not replicated"), ` ${on}`];
+    : ["; ", term("replicated", f.replicated ? "replicated" : "not replicated"), ` ${on}`,
+      f.replicated || f.confidence === "Low" ? "" : `, where it is weaker: take ` +
+      `${f.confidence} with care`];
   const least = testing.min_active ?? "enough";
   const result = resultWord(f) === "not tested" ? el("p", {}, el("b", {}, "Not tested"),
     `: a test needs ${least} test images that activate it, and ${least} that do not`,
@@ -113,7 +116,7 @@ function activations(f, i) {
   const edge = n => number(+(f.largest * n / meta.bins).toPrecision(3));
   const ends = [...counts].map((_, n) => `${edge(n)} to ${edge(n + 1)}`);
   return columns("How strongly it is active", counts, ends, { y: "validation images",
-    x: `activation (inactive up to its threshold, ${number(f.threshold)})`,
+    x: `activation (above its threshold, ${number(f.threshold)})`,
     ticks: [...ticks(f.largest, 6).map(v => [v / f.largest, number(+v.toPrecision(3))])] });
 }
 function pictures(f, i) {

@@ -116,12 +116,12 @@ function mapOf(here, size) { /* features in their cells; feature `here` and its 
 }
 function mapView() {
   return [el("p", { class: "small" },
-    "Features that change the layer's activations in a similar way lie near one another; ",
-    "across and down have no unit. A map of two dimensions cannot keep all distances: for " +
+    el("span", { title: "Laplacian eigenmaps of the nearest neighbors by cosine of decoder " +
+      "directions; each feature moves to the nearest free cell" },
+    "Features that do similar things to the network lie near one another"), "; across and down " +
+    "have no unit. A flat map cannot keep all distances: for " +
     `${percent(meta.map.kept, 0)} of the features the most similar one is among the ten nearest ` +
-    "on the map. The view of each feature lists those that are most similar. (Laplacian " +
-    "eigenmaps of the nearest neighbors by cosine of decoder directions; each feature moves to " +
-    "the nearest free cell.)"), mapOf(null, 36)];
+    "here. The view of each feature lists those that are most similar."), mapOf(null, 36)];
 }
 function scatter() {
   const shown = features.filter(f => f.f1 !== null && f.density > 0);
@@ -137,14 +137,15 @@ function scatter() {
   for (let a = Math.ceil(low / gap) * gap; a <= high + 1e-9; a += gap)
     chart.append(svg("text", { x: 44, y: y(a) + 4, "text-anchor": "end" }, a.toFixed(2)),
       svg("line", { x1: 48, x2: width - 10, y1: y(a), y2: y(a), class: "axis" }));
-  for (let e = -5; e < 0; e++) for (const m of till - from < 3 ? [1, 2, 5] : [1]) {
+  for (let e = -5; e < 0; e++) for (const m of till - from < 3 && width > 400
+    ? [1, 2, 5] : [1]) {
     const d = m * 10 ** e;
     if (Math.log10(d) >= from && Math.log10(d) <= till) chart.append(svg("text", { x: x(d),
       y: height - 26, "text-anchor": "middle" }, `${+(100 * d).toPrecision(1)}%`));
   }
-  chart.append(svg("text", { x: 0, y: 11 }, "F1 of its hypothesis, on test images"),
+  chart.append(svg("text", { x: 0, y: 13 }, "F1 of its hypothesis, on test images"),
     svg("text", { x: width / 2, y: height - 6, "text-anchor": "middle" },
-      "share of the validation images on which the feature is active"));
+      "share of validation images on which it is active"));
   for (const f of shown) {
     const open = () => { location.hash = toFeature(f.feature); };
     const point = { cx: x(f.density), cy: y(f.f1), r: 5, class: "point", onclick: open };
@@ -162,7 +163,7 @@ function densities() {
     counts[Math.max(0, Math.min(11, third))]++;
   }
   return columns("How often features are active", counts, labels, { y: "features",
-    x: "share of the validation images (first column: all rarer)",
+    x: "share of validation images (first: all rarer)",
     ticks: [0, 3, 6, 9, 12].map(i => [i / 12, edge(i)]), width: 600, height: 180 });
 }
 function listView() {

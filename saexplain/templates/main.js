@@ -23,13 +23,15 @@ function focusKey(node) { /* a selector that finds the same control after its vi
 function route(isNear = false) { /* isNear: the address asked for something else */
   if (isNear !== true) misread.clear();
   const isKnown = Object.hasOwn(views, viewOf()), view = isKnown ? viewOf() : "story";
-  if (!isKnown) misreadField("view", viewOf());
+  if (isKnown) checkFields();
+  else misreadField("view", viewOf());
   const same = view === current;
   const back = same ? focusKey(document.activeElement) : null;
   current = view;
   views[view]();
   if (current !== view) return; /* it went to another one */
   main.prepend(misreadWords());
+  forgetMisread();
   document.querySelectorAll("#views a").forEach(a =>
     a.setAttribute("aria-current", a.dataset.view === view ? "page" : "false"));
   const heading = main.querySelector("h2")?.textContent ?? "";

@@ -20,7 +20,10 @@ function onImage(t, a, b) { /* contributions to the logit difference a - b on te
 function pairView() {
   const [x, y] = meta.tests?.pair ?? [0, 1], a = fromAddress("a", C, x);
   let b = fromAddress("b", C, a === y ? x : y);
-  if (a === b) b = (a + 1) % C;
+  if (a === b) { /* as without it */
+    misreadField("b");
+    b = a === y ? x : y;
+  }
   const outcome = t => [meta.tests.labels[t], predicted(t)];
   const listed = tests().filter(t => outcome(t).every(c => c === a || c === b) &&
     isKnown(t, a) && isKnown(t, b));

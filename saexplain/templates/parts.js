@@ -73,10 +73,10 @@ const classLinks = (label, href, chosen) =>
   chooser(label, classes.map(c => [names[c], href(c), c]), chosen);
 
 /* ---------- the address, which readers may type ---------- */
-const misread = new Set(); /* what was not understood, in words, until the next address */
+const misread = new Map(); /* what was not understood, in words, until the next address */
 function misreadField(field, value = address().get(field) ?? "") {
   const text = [...value].slice(0, 40).join("");
-  misread.add(`${field} “${text}${text === value ? "" : "…"}”`);
+  misread.set(field, `${field} “${text}${text === value ? "" : "…"}”`);
 }
 /* A whole number of the address below `n`, or a default. */
 function fromAddress(field, n, otherwise) {
@@ -86,14 +86,25 @@ function fromAddress(field, n, otherwise) {
   misreadField(field);
   return otherwise;
 }
+const FIELDS = "view class a b image label feature features as step set pin entry of search";
+function checkFields() { /* those that no view reads */
+  if (address().has("view")) for (const field of address().keys())
+    if (!FIELDS.split(" ").includes(field) && !Object.hasOwn(CHOICES, field)) misreadField(field);
+}
+function forgetMisread() { /* the address of what is shown instead; a drawing writes its own */
+  if (!misread.size || current === "draw") return;
+  const rest = misread.has("view") ? {} : Object.fromEntries(address());
+  for (const field of misread.keys()) delete rest[field];
+  if (misread.has("step")) rest.step = 0;
+  history.replaceState(null, "", to(current, rest));
+}
 /* The address has no such feature or view: the nearest view that there is. */
 function goInstead(href) {
   history.replaceState(null, "", href);
   route(true);
 }
 function misreadWords() {
-  const list = [...misread].join(", ");
+  const list = [...misread.values()].join(", ");
   return list && el("p", { id: "misread", class: "mark", role: "alert" },
-    `Not understood in the address, or not on this page: ${list}. ` +
-    "This is the nearest view.");
+    `Not understood in the address, or not on this page: ${list}. It was left out.`);
 }

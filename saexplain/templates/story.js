@@ -1,7 +1,7 @@
 /* The first view: what this is, doors into it, a guided tour, and what matters most. */
 /* ---------- the tour ---------- */
 const TOUR = meta.tests?.tour, TOUR_TITLES = ["An image", "Its active features",
-  "Switch features off", "The result"];
+  TOUR?.off.length === 1 ? "Switch it off" : "Switch them off", "The result"];
 const inTour = () => TOUR && address().has("step") && address().get("step") !== "end";
 const isShort = () => TOUR.off.length < 3; /* then a phone has room for more words */
 const isPlaced = () => hasPlaces() && WHERE.tests.includes(TOUR.image);
@@ -25,6 +25,12 @@ function tourWords(n) {
     el("span", { class: "soft" }, `Confidence ${f.confidence} after tests on other images.`)];
 }
 const moved = change => `${change < 0 ? "falls" : "rises"} by ${Math.abs(change).toFixed(2)}`;
+/* The name of class c where there is little room: both ends of a long one. */
+function brief(c) {
+  const letters = [...meta.classes[c]];
+  return letters.length < 17 ? names[c]
+    : isolated(`${letters.slice(0, 7).join("")}…${letters.slice(-7).join("")}`);
+}
 /* A switch for each feature of the tour, and the prediction that follows them. */
 function tourSwitches(removed) {
   const { image, goal, off, logits } = TOUR, label = meta.tests.labels[image];
@@ -33,19 +39,21 @@ function tourSwitches(removed) {
     const now = logits[off.reduce((sum, k, bit) => sum + (removed.has(k) ? 1 << bit : 0), 0)];
     const p = softmax(now), prediction = argmax(p), by = c => now[c] - logits[0][c];
     out.replaceChildren(el("p", {}, "Prediction: ",
-      el("b", { class: "big", id: "tourPrediction" }, names[prediction]),
-      ` (${probability(p[prediction])}). `, removed.size ? `The score for ${names[label]} ` +
-      `${moved(by(label))}, that for ${names[goal]} ${moved(by(goal))}.` : ""),
+      el("b", { class: "big", id: "tourPrediction" }, brief(prediction)),
+      ` (${probability(p[prediction])}). `, removed.size ? `The score for ${brief(label)} ` +
+      `${moved(by(label))}, that for ${brief(goal)} ${moved(by(goal))}.` : ""),
     logitBars("", now, { before: logits[0], id: "tourLogits",
       note: "Bars: scores. Thin lines: before." }));
   };
   const words = k => `switch ${k} ${removed.has(k) ? "on" : "off"}`;
   const flip = k => button(words(k), e => {
     removed.has(k) ? removed.delete(k) : removed.add(k);
+    byId("tourNext")?.classList.add("main"); /* until then the switch is the main button */
+    e.target.classList.remove("main");
     e.target.textContent = words(k);
     e.target.setAttribute("aria-pressed", removed.has(k));
     show();
-  }, { id: `tour${k}`, "aria-pressed": String(removed.has(k)) });
+  }, { id: `tour${k}`, "aria-pressed": String(removed.has(k)), class: !removed.size && "main" });
   show();
   return el("div", { class: "row" }, el("ul", { class: "units" }, off.map((k, n) =>
     el("li", { class: "unit" }, tourFace(n, 64), el("span", {}, tourWords(n)), flip(k)))), out);
@@ -89,17 +97,17 @@ function fourthStep() {
   const figure = (i, base, words) => el("figure", {}, sketch(i, 84, base),
     el("figcaption", { class: "small" }, words));
   const pictures = drawn.length > 1 ? [] : drawn.map(i => [ /* more would not fit a screen */
-    figure(i, onTest(image), `on this ${names[label]}`),
-    figure(i, onClass(label), `on the mean ${names[label]}`),
-    figure(i, onClass(goal), `on the mean ${names[goal]}`)]);
+    figure(i, onTest(image), `on this ${brief(label)}`),
+    figure(i, onClass(label), `on the mean ${brief(label)}`),
+    figure(i, onClass(goal), `on the mean ${brief(goal)}`)]);
   return [el("p", { class: "big" }, `Without ${tourThese()} the network reads this ` +
-    `${names[label]} as ${an(names[goal])}.`),
+    `${brief(label)} as ${an(brief(goal))}.`),
   pictures.length ? el("div", { class: "row", id: "tourPictures" }, pictures) : "",
   tourSwitches(new Set(off)),
   el("nav", { "aria-label": "Go on", id: "tourOn" },
     meta.network && drawLink(image, off, "Change this image yourself"),
     isPlaced() && link(to("images", { image }), "Where in this image?"),
-    link(to("pair", { a: label, b: goal }), `${names[label]} or ${names[goal]}?`),
+    link(to("pair", { a: label, b: goal }), `${brief(label)} or ${brief(goal)}?`),
     meta.tests.errors ? link(to("errors"), "The errors") : "")];
 }
 function tourView() {
@@ -111,7 +119,8 @@ function tourView() {
     steps[n](),
     el("nav", { "aria-label": "Tour", id: "tourSteps" },
       n > 0 && link(to("story", { step: n - 1 }), "← back"),
-      n < last && el("a", { id: "tourNext", class: "main", href: to("story", { step: n + 1 }) },
+      n < last && el("a", { id: "tourNext", class: n !== 2 && "main",
+        href: to("story", { step: n + 1 }) },
         `${TOUR_TITLES[n + 1]} →`),
       n === last && link(to("story", { step: 0 }), "again"),
       link(to("story"), n === last ? "close" : "leave"))));
@@ -134,8 +143,10 @@ function doors() {
     t && door(to("errors"), "Where is it wrong?", t.errors ? `${plural(t.errors, "error")} on ` +
       `${plural(t.n, "test image")}, and why` : `No error on ${plural(t.n, "test image")}`),
     third,
-    TOUR && door(to("story", { step: 0 }), "Take the tour", "One image, and what the network " +
-      `sees without ${tourThese()}: a minute`, { id: "tourStart", class: "main" }));
+    TOUR && door(to("story", { step: 0 }), "Take the tour", "One image, " +
+      `${TOUR.off.length === 1 ? "one feature" : plural(TOUR.off.length, "feature")}, and what ` +
+      `changes without ${TOUR.off.length === 1 ? "it" : "them"}: a minute`,
+    { id: "tourStart", class: "main" }));
 }
 /* ---------- two classes ---------- */
 const isCompared = (a, b) => !TABLES || pairRow(a, b) !== null;
@@ -193,15 +204,14 @@ function frontier() {
 function storyView() {
   if (inTour()) return tourView();
   const t = meta.tests, order = largest(12, i => features[i].influence);
-  const accuracy = t ? `It is right on ${percent(1 - t.errors / t.n, 1)} of ` +
+  const accuracy = t ? `The network is right on ${percent(1 - t.errors / t.n, 1)} of ` +
     `${plural(t.n, "test image")}. ` : "";
   showMain(el("h2", { class: "unseen" }, "Overview"),
-    el("p", { id: "lead" }, "A neural network reads images: it gives each of ",
-      `${C} classes a score (its logit), and its answer is ` +
-      "the class with the largest. A second network, a ", el("b", {}, "sparse autoencoder"),
+    el("p", { id: "lead" }, `A neural network gives each of ${C} classes a score (its logit), ` +
+      "and predicts the class with the largest. A second network, a ",
+      el("b", {}, "sparse autoencoder"),
       ` (SAE), splits what the first one computes into ${number(meta.d_sae)} `,
-      el("b", {}, "features"), ", of which only a few are active on an image: here you see what " +
-      "each one looks for, and what it does to the scores."),
+      el("b", {}, "features"), ": see what each one looks for, and what it changes."),
     doors(),
     meta.features_known && el("p", { id: "fewer" }, "So that the page stays small, it has the " +
       `${F} features of most influence of ${meta.features_known}; feature_report.json has all.`),

@@ -122,7 +122,7 @@ function paintSheet() {
 const numberRows = { precision: "precision", recall: "recall", f1: "F1",
   average_precision: "average precision", auroc: "AUROC" };
 /* A table of measures; every column is [title, measures or null]. */
-function measureTable(label, columns, names, id) {
+function measureTable(label, columns, id, names = Object.keys(numberRows)) {
   const line = (cells, tag) => el("tr", {}, cells.map(cell => el(tag, {}, cell)));
   const value = (m, key) => m ? m[key].toFixed(3) : "none";
   return el("div", { class: "scroll", tabindex: 0, role: "group", "aria-label": label },
@@ -159,7 +159,7 @@ function showWriting() {
     : "Nothing is drawn yet. Paint on the picture.");
   parts.numbers.replaceChildren(measureTable("your numbers", [["yours", now],
     ["the program's", parts.machine], ["every image picked", everyImage(writing.now)]],
-  ["precision", "recall", "f1", "average_precision"], "numbers"));
+  "numbers", ["precision", "recall", "f1", "average_precision"]));
   parts.examples.replaceChildren(now ? examples() : "");
   parts.roles.forEach((node, n) =>
     node.setAttribute("aria-pressed", String(writing.role === ROLES[n][1])));
@@ -168,10 +168,11 @@ function showWriting() {
   const both = h.raises !== null && h.raises === h.lowers;
   parts.test.disabled = Boolean(h.tested) || !any || both || !isTestable("test_half", i);
   const looks = mine.looks.get(h.feature) ?? 0;
-  write(parts.state, h.tested ? "This hypothesis is tested and stays as it is. Change anything, " +
-    "and it becomes a new one." : both ? "It cannot raise and lower the same score." : looks
-    ? `This would be test ${looks + 1} of this feature on the same images. Each further test is ` +
-      "weaker evidence."
+  write(parts.state, h.tested ? "This hypothesis is tested and stays as it is (the result is " +
+    "below). Change anything, and it becomes a new one."
+    : both ? "It cannot raise and lower the same score."
+    : looks ? `This would be test ${looks + 1} of this feature on the same images. Each further ` +
+      "test is weaker evidence."
     : "A second test on the same images is weaker evidence than the first: test what you believe.");
   if (parts.result.dataset.of !== String(h.tested?.sha256)) {
     parts.result.dataset.of = String(h.tested?.sha256);
@@ -188,16 +189,15 @@ function testIt() {
   h.tested = { sha256: sha256(canonical(h)) };
   save();
   showWriting();
-  writing.parts.result.focus(); /* the button in focus is disabled now */
+  /* The button in focus is disabled now; the canvas stays in view. */
+  writing.parts.result.focus({ preventScroll: true });
 }
 const ordinal = n => n + (Math.floor(n / 10) % 10 === 1 ? "th"
   : { 1: "st", 2: "nd", 3: "rd" }[n % 10] ?? "th");
 function resultView(h) {
   const r = testResults(h), i = position.get(h.feature), again = r.other_half;
-  const columns = [["yours", r], ["the program's", machineResults(i, "test_half")],
-    ["every image picked", everyImage(r)]];
-  if (again) columns.push(["yours, other half", again], ["the program's, other half",
-    machineResults(i, "replication_half")]);
+  const table = (own, half, id) => measureTable(id, [["yours", own],
+    ["the program's", machineResults(i, half)], ["every image picked", everyImage(own)]], id);
   const edit = ([verb, e]) => el("li", {}, `${EDITS[verb]} turns it ` +
     `${verb === "painting" ? "active" : "inactive"} on ${e.named} of ${e.n} images, the same ` +
     `edit elsewhere on ${e.elsewhere} `, marked(e.result));
@@ -212,15 +212,19 @@ function resultView(h) {
   const look = h.tries > 1 ? "Each further test is weaker evidence. " : "";
   return [el("h3", {}, "Result: confidence ", el("b", {}, r.confidence ?? "not known"),
     h.confidence ? ` (you expected ${h.confidence})` : ""),
-  el("p", {}, pickedWords(r)),
-  measureTable("results", columns, Object.keys(numberRows), "results"),
+  note(`On ${number(r.n_images)} test images, of which ${number(r.active)} activate the feature; ` +
+    "the numbers while you paint are on other images. " +
+    `${ordinal(h.tries)} test of this feature on them. ${look}`),
+  el("p", {}, pickedWords(r)), table(r, "test_half", "results"),
   el("ul", { class: "plain small" }, lines),
-  note(`On ${number(r.n_images)} images of the test half, of which ${number(r.active)} activate ` +
-    `the feature. ${ordinal(h.tries)} test of this feature on them. ${look}` +
-    "Brackets: 95% intervals. Python tests all images of the half and edits others, so a result " +
-    "near its bar may differ there. Frozen as SHA-256 ",
-  el("code", { id: "sha256" }, h.tested.sha256), "."),
-  el("p", {}, link(to("yours"), "All your hypotheses"))];
+  again && el("details", {}, el("summary", {}, "On the other half of the test images"),
+    table(again, "replication_half", "other half")),
+  el("details", {}, el("summary", {}, "About this test"), note(
+    r.classes || Object.keys(r.effects).length ? "Brackets: 95% intervals. " : "",
+    "Python tests all images of the half and edits others, so a result near its bar may differ " +
+    "there. The hypothesis is frozen as SHA-256 ",
+    el("code", { id: "sha256" }, h.tested.sha256), ".")),
+  el("p", {}, link(to("yours"), "All your hypotheses"))].filter(Boolean);
 }
 
 /* ---------- the view ---------- */
@@ -253,7 +257,11 @@ function writeForm(h) {
     onchange: e => setField("classes",
       e.target.checked ? [...writing.h.classes, c].sort((a, b) => a - b)
         : writing.h.classes.filter(d => d !== c)) }), names[c]);
-  return el("form", { id: "hypothesis", onsubmit: e => e.preventDefault() },
+  const isGiven = h.caption || h.classes.length || h.raises !== null || h.lowers !== null ||
+    h.confidence;
+  return el("details", { open: Boolean(isGiven) || innerWidth > 980 }, el("summary", {},
+    "In words, classes, confidence"),
+  el("form", { id: "hypothesis", onsubmit: e => e.preventDefault() },
     el("label", { class: "block" }, "In words ", el("input", { id: "caption", type: "text",
       maxlength: LONGEST_CAPTION, value: h.caption, placeholder: "vertical line",
       onchange: e => setField("caption", e.target.value) })),
@@ -261,7 +269,7 @@ function writeForm(h) {
       el("div", { class: "controls wrap" }, classes.map(tick))),
     el("div", { class: "controls wrap" }, score("raises"), score("lowers"),
       pick("sure", "How sure are you?", [["", "no opinion"], ...CONFIDENCES.map(c => [c, c])],
-        h.confidence, v => setField("confidence", v))));
+        h.confidence, v => setField("confidence", v)))));
 }
 function writeView() {
   const found = featureOfAddress();
@@ -293,18 +301,18 @@ function writeView() {
     `activate this feature; a test needs ${least} that do, and ${least} that do not.` : "";
   showMain(el("h2", {}, `Your hypothesis about feature ${k}`),
     el("p", {}, "What must an image look like to activate this feature? Paint where it wants " +
-      `${INK}, and where it wants none. The numbers follow. Then test it. `,
+      `${INK}, and where it wants none. Then test it. `,
     link(toFeature(k), "Back to the feature")),
     el("div", { id: "writing" },
-      el("div", {}, sheet, parts.words, tools, note("Gray: the mean of the images that activate " +
-        "it. Strong cells count twice. By keyboard: arrows move, space paints, r, b and e choose " +
-        "the brush, s is strong.")),
-      el("div", {}, parts.numbers, note(`On ${number(nOf("val"))} of ` +
-        `${number(total.val)} validation images, evenly spaced. Images whose `,
-      term("match"), " reaches the best threshold are picked."), parts.examples),
+      el("div", {}, sheet, parts.words, tools),
       el("div", {}, writeForm(h), el("div", { class: "controls wrap" }, parts.test, parts.state),
-        note(used, rare), parts.kept)),
-    parts.result,
+        parts.result, note(used, rare), parts.kept),
+      el("div", {}, parts.numbers, note("While you paint: on " +
+        `${number(nOf("val"))} of ${number(total.val)} validation images, evenly spaced; a test ` +
+        "is on others. Images whose ", term("match"), " reaches the best threshold are picked."),
+      parts.examples, note("Gray: the mean of the images that activate it. Strong cells count " +
+        "twice. By keyboard: arrows move, space paints, r, b and e choose the brush, s is " +
+        "strong."))),
     thumbnails(STRONGEST_TITLE, f.top),
     el("div", { class: "halves" }, supports(f), labelColumns(f)));
   showWriting();

@@ -24,9 +24,9 @@ function entryRow(h, n) {
   const figure = (words, node) =>
     el("figure", {}, node, el("figcaption", { class: "small soft" }, words));
   const words = r ? [el("p", {}, "F1 ", el("b", {}, f1(r)), `, the program's ${f1(machine)}, ` +
-    `picking every image ${r.chance_f1.toFixed(2)}. Confidence: you expected ` +
-    `${h.confidence || "nothing"}, ` +
-    "found was ", el("b", {}, r.confidence ?? "not known"), ". ",
+    `picking every image ${r.chance_f1.toFixed(2)}. ` + (h.confidence
+    ? `You expected confidence ${h.confidence}; ` : "You gave no confidence; ") +
+    "the test gave ", el("b", {}, r.confidence ?? "none"), ". ",
   el("span", { class: "soft" }, `${ordinal(h.tries)} test of this feature on these images.`))]
     : [el("p", { class: "soft" }, "Not tested yet.")];
   const remove = button("delete", () => {
@@ -39,7 +39,7 @@ function entryRow(h, n) {
     `your drawing: ${cellsInWords(weights)}`)),
     figure("the program's", sketch(i, 96)),
     el("div", {}, el("p", {}, link(toFeature(f.feature), `Feature ${f.feature}`), ": ",
-      el("b", {}, h.caption || "no words"), el("br"), el("span", { class: "soft" },
+      el("b", {}, h.caption || "you gave no words"), el("br"), el("span", { class: "soft" },
         `the program: ${f.caption ?? "none"}`)), words,
     el("div", { class: "controls" }, link(to("write", { feature: f.feature, entry: n }), "open"),
       remove)));
