@@ -1099,7 +1099,8 @@ def report_my_hypotheses(settings: Settings) -> list[dict]:
         found = runs.load_manifest(root)["settings"].get("target_actives", [])
         target = found[0] if len(found) == 1 and wanted == Settings.target_actives else wanted[0]
         run = load_run(root, target, moved, settings.device)
-        print(f"target {target} of {', '.join(map(str, found))}")
+        if len(found) > 1:
+            print(f"target {target} of {', '.join(map(str, found))}")
         given = read_hypotheses(settings.my_hypotheses, run.layer.sae)
         return report_own(given, run.layer, run.folder, run.report, run.data.classes)
 

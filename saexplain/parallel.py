@@ -202,7 +202,7 @@ def _ctrl_c_ignored() -> Iterator[None]:
 
 @contextmanager
 def _library_warnings_ignored() -> Iterator[None]:
-    """Processes started inside show no Python warnings: nobody could act on them there."""
+    """Processes started inside show no Python warnings, on which a user cannot act."""
     before = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = "ignore"
     try:

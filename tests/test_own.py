@@ -158,9 +158,8 @@ def test_a_run_tests_hypotheses_of_ones_own_like_its_own(tested, loaded):
     assert results[0].row.decision.confidence == entry["confidence"]
     assert results[0].row.replicated == entry["replicated"]
     assert [records[2]["threshold"], results[3].row.decision.confidence] == [1234, "Low"]
-    first, *lines = printed.splitlines()
-    assert first == "target 4 of 4"
-    assert len(lines) == 5
+    lines = printed.splitlines()
+    assert len(lines) == 5  # the target is named where there are several
     for line, e in zip(lines[:3], expected[:3], strict=True):
         assert f"F1 {e.picked.f1:.2f}" in line
         assert decide(e).confidence in line
