@@ -345,7 +345,8 @@ def test_terms_lead_to_their_meaning_and_scores_have_one_name(visit, written):
     go(page, "view=feature&feature=3")
     page.click("a.term >> text=influence")
     assert page.locator("dt.here").inner_text() == "influence"
-    assert page.locator("dt.here").evaluate("e => e.getBoundingClientRect().bottom < innerHeight")
+    in_view = "document.querySelector('dt.here').getBoundingClientRect().bottom < innerHeight"
+    page.wait_for_function(in_view)  # it is scrolled to after it is drawn
 
 
 COLUMNS = """svg => {
