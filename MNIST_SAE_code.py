@@ -244,9 +244,9 @@ def parse_runs(argv: Sequence[str] | None = None) -> list[Settings]:
     Raises InputError for values that cannot be used.
     """
     parser = build_parser(Settings, GROUPS, __doc__, ("target_actives", "sae_latents"))
+    parser.add_argument_group("finished runs, compared", "example: %(prog)s compare RUN_A RUN_B")
     sweep = parser.add_argument_group("a sweep", "example: %(prog)s --seeds 0 1 2")
-    what = "train and measure with each of these seeds, and each of --sae-latents"
-    sweep.add_argument("--seeds", type=int, nargs="+", metavar="N", help=what)
+    sweep.add_argument("--seeds", type=int, nargs="+", metavar="N", help="train SAEs with each")
     given = vars(parser.parse_args(argv))
     given["target_actives"] = tuple(given["target_actives"])
     seeds = given.pop("seeds") or [given.pop("seed")]
