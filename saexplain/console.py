@@ -169,7 +169,7 @@ def results_table(records: Sequence[dict], most: int) -> str:
 
 def lines_table(titles: Sequence[str], records: Sequence[Mapping]) -> str:
     """A few numbers of many SAEs, a line for each."""
-    cells = {quantity.key: cells for quantity, cells in quantity_rows(records, most=2)}
+    cells = {quantity.key: cells for quantity, cells in quantity_rows(records, most=3)}
     shown = {title: cells[key] for title, key in IN_LINES.items() if key in cells}
     columns = [["", *titles], *([title, *own] for title, own in shown.items())]
     return text_table(list(zip(*columns, strict=True)))

@@ -371,7 +371,7 @@ def chance_f1(rate: float) -> float:
 
 def share_gained(f1: float, rate: float) -> float:
     """How far an F1 is from that of picking every image, at a rate of active images, towards 1: it
-    tells how well activity is predicted at different rates."""
+    shows how well activity is predicted at different rates."""
     chance = chance_f1(rate)
     return (f1 - chance) / max(1 - chance, 1e-9)
 

@@ -30,7 +30,7 @@ class Quantity(NamedTuple):
 FIDELITY = (
     Quantity("images classified right by the network", "baseline_acc", "{:.2%}", TEST),
     Quantity("  with the SAE in place of the layer", "spliced_acc", "{:.2%}", TEST),
-    Quantity("  the difference", "delta_acc_jumprelu", "{:.2%}", TEST, 2),
+    Quantity("  the difference", "delta_acc_jumprelu", "{:.2%}", TEST, 3),
     Quantity("  with features on or off", "recon_acc_boolean", "{:.2%}", TEST, 3),
     Quantity("  with features on or off, scaled", "recon_acc_boolean_scaled", "{:.2%}", TEST, 3),
     Quantity("predictions kept with the SAE (agreement)", "agreement_jumprelu", "{:.2%}", TEST),
@@ -46,8 +46,8 @@ FIDELITY = (
 SPARSITY = (
     Quantity("features active per image (L0)", "l0_of_vector", "{:.1f}", TEST),
     Quantity("features active per position (L0)", "l0_position_test", "{:.2f}", TEST),
-    Quantity("  on an image, at any position", "l0_image_test", "{:.1f}", TEST),
     Quantity("  as calibrated", "achieved_actives_val", "{:.4f}", VAL, 3),
+    Quantity("  on an image, at any position", "l0_image_test", "{:.1f}", TEST),
     Quantity("lambda at the end of training", "lambda", "{:.4f}", TRAIN, 3),
     Quantity("features in all (latents)", "sae_latents", "{}", "", 2),
     Quantity("features that are never active (dead)", "dead_features", "{}", TRAIN),
@@ -67,7 +67,7 @@ REPRODUCED = (
     Quantity("features found again with another seed", "features", "{:.1%}", VAL),
     Quantity("  in the best baseline", "best_features", "{:.1%}", VAL),
     Quantity("their share of the variance", "variance", "{:.1%}", VAL, 2),
-    Quantity("  in the best baseline", "best_variance", "{:.1%}", VAL, 3),
+    Quantity("  in the best baseline", "best_variance", "{:.1%}", VAL, 2),
     Quantity("PW-MCC with another seed", "pw_mcc", "{:.3f}", VAL, 3),
     Quantity("  in the best baseline", "best_pw_mcc", "{:.3f}", VAL, 3),
 )
